@@ -1,0 +1,58 @@
+# one4d_pl: `make` prints the targets.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+
+STAMP := $(VENV)/.setup-stamp
+PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
+# what open3d's shared library links to besides libc
+SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libx11-6
+APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends $(SYSTEM_PACKAGES)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup setup-system test test-long lint types clean
+
+help:  ## print this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+	@echo "  variables: PYTHON=$(PYTHON) (3.11-3.13)  VENV=$(VENV)  TORCH_INDEX=$(TORCH_INDEX) (a pip index for torch alone, e.g. PyTorch's CPU builds)"
+
+setup: $(STAMP)  ## create VENV with the tested versions; does nothing when it is up to date
+
+# torch comes first and alone: it is the only package that TORCH_INDEX concerns, and a later resolve then keeps it
+$(STAMP): setup.cfg pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+		|| { echo "setup: $(PYTHON) is not Python 3.11-3.13; name one: make setup PYTHON=python3.12"; exit 1; }
+	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	@echo "setup: torch"
+	@$(PIP) install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@echo "setup: one4d_pl and its dependencies"
+	@$(PIP) install -q -c constraints.txt -e '.[dev]'
+	@echo "setup: open3d and viser"
+	@{ $(PIP) install -c constraints.txt -e '.[viz]' && $(VENV)/bin/python -c 'import open3d, viser'; } >$(VENV)/viz.log 2>&1 \
+		|| echo "setup: open3d or viser cannot be imported ($$(tail -n 1 $(VENV)/viz.log)): no 3-D viewer, all else works; make setup-system may help"
+	@touch $@
+
+setup-system:  ## install the system libraries that open3d needs (apt-get, as root or with sudo)
+	@if dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1; then echo "setup-system: all there"; \
+	elif ! command -v apt-get >/dev/null; then echo "setup-system: no apt-get here; for the 3-D viewer install libusb-1.0, EGL, GL and X11 yourself"; \
+	elif [ "$$(id -u)" -eq 0 ]; then $(APT); \
+	elif sudo -n true 2>/dev/null; then sudo -n sh -c '$(APT)'; \
+	else echo "setup-system: needs root; for the 3-D viewer run as root: apt-get install $(SYSTEM_PACKAGES)"; fi
+
+test: $(STAMP)  ## the tests but the slow ones
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest -q -m "not slow"
+
+test-long: $(STAMP)  ## the slow tests
+	OMP_NUM_THREADS=2 $(VENV)/bin/python -m pytest -q -m slow -o faulthandler_timeout=1800
+
+lint: $(STAMP)  ## ruff: rules and format
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+types: $(STAMP)  ## mypy on the rooms named in setup.cfg
+	$(VENV)/bin/mypy
+
+clean:  ## remove build products and caches; VENV, runs and data stay
+	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find one4d_pl data_prep tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,99 @@
+"""Curves of a run: losses per branch and task, gradient norms, link ratios, validation losses."""
+
+from __future__ import annotations
+
+import logging
+from collections import defaultdict
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from one4d_pl.config import TrainConfig
+from one4d_pl.training.module import One4DModule
+from one4d_pl.types import MODALITIES, TASKS, Batch
+
+log = logging.getLogger(__name__)
+
+LINK_RATIO_WARNING = 0.5  # a link that adds half of what is there overrides the base instead of steering it
+
+
+class LossCurves(Callback):
+    """Logs `train/loss/{rgb,xyz}`, `train/loss_<task>/{rgb,xyz}`, `train/grad_norm/*`, `train/link_ratio/*`, `val/loss/*`.
+
+    Training losses are means over the samples of all ranks since the last logged step.
+    """
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.step = -1
+        self.warned: set[str] = set()
+
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        # [modality, task]: sums and counts in one tensor, so that one all-reduce serves every rank
+        self.sums = torch.zeros(2, len(MODALITIES), len(TASKS), dtype=torch.float64)
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        if (trainer.global_step + 1) % self.config.log_every:
+            return
+        metrics = {
+            f"train/grad_norm/{group['name']}": torch.nn.utils.get_total_norm(
+                [p.grad for p in group["params"] if p.grad is not None]
+            ).item()
+            for group in optimizer.param_groups
+        }
+        _log(trainer, metrics, trainer.global_step + 1)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: dict[str, Tensor],
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(module, One4DModule)
+        tasks = torch.tensor([TASKS.index(task) for task in batch.tasks])
+        for i, modality in enumerate(MODALITIES):
+            losses = outputs[modality].double().cpu()
+            self.sums[0, i].index_add_(0, tasks, losses)
+            self.sums[1, i].index_add_(0, tasks, torch.ones_like(losses))
+            module.log(modality, losses.mean().float(), prog_bar=True, logger=False)
+        if trainer.global_step == self.step or trainer.global_step % self.config.log_every:
+            return
+        self.step = trainer.global_step
+        sums, counts = trainer.strategy.reduce(self.sums.to(module.device), reduce_op="sum").cpu()
+        self.sums.zero_()
+        metrics = {f"train/loss/{m}": (sums[i].sum() / counts[i].sum()).item() for i, m in enumerate(MODALITIES)}
+        for t in counts[0].nonzero()[:, 0].tolist():
+            metrics |= {f"train/loss_{TASKS[t]}/{m}": (sums[i, t] / counts[i, t]).item() for i, m in enumerate(MODALITIES)}
+        _log(trainer, metrics | self._link_ratios(module), self.step)
+
+    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, One4DModule)
+        metrics = {f"val/loss/{m}": metric.compute().item() for m, metric in module.val_loss.items()}
+        for metric in module.val_loss.values():
+            metric.reset()
+        _log(trainer, metrics, trainer.global_step)
+        if trainer.is_global_zero:
+            shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+            log.info("step %d: %s", trainer.global_step, shown)
+
+    def _link_ratios(self, module: One4DModule) -> dict[str, float]:
+        ratios = {block: float(link.ratio) for block, link in module.transformer.links.items()}
+        for block, ratio in ratios.items():
+            if ratio > LINK_RATIO_WARNING and block not in self.warned:
+                self.warned.add(block)
+                log.warning(
+                    "control link after block %s adds %.2f of the hidden state's norm; lower optim.lr or "
+                    "optim.link_lr_width", block, ratio,
+                )  # fmt: skip
+        return {f"train/link_ratio/block_{block}": ratio for block, ratio in ratios.items()}
+
+
+def _log(trainer: lightning.Trainer, metrics: dict[str, float], step: int) -> None:
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step)

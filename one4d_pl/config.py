@@ -1,0 +1,414 @@
+"""Every knob of the project: typed dataclasses, filled from yaml files that merge left to right, then `a.b=c`.
+
+omegaconf only, no torch: a login node parses a config in a second. The yaml tree dies in `load_config`; each class
+of the project gets its own node. A default lives here or, where it belongs to a scale or a data mix, in one yaml.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
+
+
+class ConfigError(ValueError):
+    """A mistake of the user; doors print its one line and exit with code 2."""
+
+
+@dataclass
+class TinyWanConfig:
+    """Shape of the seeded tiny Wan that `fit` builds at `base.path` when nothing lies there."""
+
+    seed: int = 0
+    num_layers: int = 10
+    num_heads: int = 4
+    head_dim: int = 48
+    ffn_dim: int = 512
+    vae_dim: int = 16
+    text_dim: int = 64
+    image_tokens: bool = False  # with CLIP image keys and values, as the 14B has them
+
+
+@dataclass
+class BaseConfig:
+    """The frozen Wan, in diffusers layout."""
+
+    path: str = "data/tiny_wan"  # folder, or hub id already in the local cache
+    dtype: str = "float32"  # of the frozen transformer and text encoder; the VAE stays float32
+    max_text_tokens: int = 96  # prompts are cut or zero-padded to this, as Wan does with 512
+    negative_prompt: str = ""  # inference only; training drops captions to the empty prompt
+    tiny: TinyWanConfig | None = None
+
+    def __post_init__(self) -> None:
+        _one_of("base.dtype", self.dtype, ("float32", "bfloat16"))
+        _at_least("base.max_text_tokens", self.max_text_tokens, 1)
+
+
+@dataclass
+class DLCConfig:
+    """Decoupled LoRA Control (One4D, Eq. 5-9)."""
+
+    rank: int = 64  # One4D, sec. 4.1
+    lora_scale: float = 1.0  # alpha / rank; not in the paper, stored with every adapter
+    num_links: int = 5  # One4D, sec. 3.2; 0 leaves the branches independent
+    link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
+    xyz_patch_embedding: bool = True  # own trainable copy; closes the paper's 935.7 exactly (our guess, paper.md sec. 3)
+
+    def __post_init__(self) -> None:
+        _at_least("dlc.rank", self.rank, 1)
+        _at_least("dlc.num_links", self.num_links, 0)
+        if self.link_blocks is not None and len(set(self.link_blocks)) != len(self.link_blocks):
+            raise ConfigError(f"dlc.link_blocks: {self.link_blocks} names a block twice")
+
+
+@dataclass
+class MaskingConfig:
+    """How many frames of a training clip the model is shown (One4D, sec. 4.1; sparse draw: paper.md sec. 8)."""
+
+    text_prob: float = 0.0  # no frame, prompt only; not in the paper's training
+    image_prob: float = 0.35  # only frame 0
+    sparse_prob: float = 0.30  # 2 .. T-1 frames, count log-uniform, frame 0 always, the last with p 0.5
+    video_prob: float = 0.35  # every frame: pure reconstruction
+
+    def __post_init__(self) -> None:
+        probs = (self.text_prob, self.image_prob, self.sparse_prob, self.video_prob)
+        if min(probs) < 0 or abs(sum(probs) - 1) > 1e-6:
+            raise ConfigError(
+                f"masking: text/image/sparse/video_prob must be >= 0 and sum to 1, got {probs} = {sum(probs):.3f}"
+            )
+
+
+@dataclass
+class FlowConfig:
+    """Flow matching in Wan's sign (One4D, Eq. 1-4): sigma 1 = noise, velocity = noise - latents."""
+
+    shift: float = 1.0  # sigma' = k sigma / (1 + (k - 1) sigma); from here, never from the base's scheduler file
+    xyz_weight: float = 1.0  # loss = rgb + xyz_weight * xyz, each a mean
+    caption_dropout: float = 0.1  # one draw for both branches
+
+    def __post_init__(self) -> None:
+        if self.shift <= 0:
+            raise ConfigError(f"flow.shift: must be > 0, got {self.shift}")
+        _share("flow.caption_dropout", self.caption_dropout)
+
+
+@dataclass
+class GuidanceConfig:
+    """Classifier-free guidance per task; 1 switches it off. The paper's own value is 6 for all (Table 6 prefers 4)."""
+
+    text: float = 6.0
+    image: float = 6.0
+    sparse: float = 4.0
+    video: float = 4.0
+
+    def of(self, task: str) -> float:
+        return {"text": self.text, "image": self.image, "sparse": self.sparse, "video": self.video}[task]
+
+
+@dataclass
+class SamplerConfig:
+    """How a trained model is sampled; the sigma shift is flow.shift."""
+
+    steps: int = 50  # One4D, sec. 4.1
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    guidance_xyz: GuidanceConfig | None = None  # None = as rgb
+
+    def __post_init__(self) -> None:
+        _at_least("sampler.steps", self.steps, 1)
+
+
+@dataclass
+class OptimConfig:
+    """AdamW, warm-up then constant (paper.md sec. 8)."""
+
+    lr: float = 1e-4  # One4D, sec. 4.1
+    link_lr_width: int = 1280  # the links' lr is lr * min(1, link_lr_width / D)
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 1e-4
+    warmup_steps: int = 100
+    grad_clip: float = 1.0  # norm over all trainables
+
+    def __post_init__(self) -> None:
+        if self.lr <= 0:
+            raise ConfigError(f"optim.lr: must be > 0, got {self.lr}")
+        _at_least("optim.warmup_steps", self.warmup_steps, 0)
+
+
+@dataclass
+class SourceConfig:
+    """One folder (or URL) of shards and its share of the mixture."""
+
+    path: str = "???"
+    weight: float = 1.0  # relative to the other sources
+
+
+@dataclass
+class ToyConfig:
+    """The procedural world; `fit` writes it as shards at `root`/{train_synthetic,train_real,val} where absent."""
+
+    root: str = "data/toy"
+    train_synthetic: int = 192  # clips
+    train_real: int = 64  # clips with sensor noise, holes and pseudo cameras
+    val: int = 32  # clips, synthetic
+    seed: int = 0
+
+
+@dataclass
+class DataConfig:
+    """What a training sample is made of."""
+
+    sources: list[SourceConfig] = field(default_factory=list)
+    val_sources: list[SourceConfig] = field(default_factory=list)
+    toy: ToyConfig | None = None
+    num_frames: int = 17  # 4k + 1, 17 .. 81; longer clips are cut to their first frames
+    height: int = 64
+    width: int = 96
+    far_limit: float = 10.0  # valid depth ends at far_limit x the clip's median distance (design.md, Normalisation)
+    z_offset: bool = False  # move the normalisation's centre along z
+    block_shards: int = 8  # samples are shuffled inside blocks of this many shards
+    num_workers: int = 2
+    cache_latents: bool = True  # encode clips once and keep the latents beside the shards
+    max_skip_share: float = 0.05  # broken samples beyond this share stop the run
+
+    def __post_init__(self) -> None:
+        if self.num_frames % TEMPORAL_FACTOR != 1 or not 17 <= self.num_frames <= 81:
+            raise ConfigError(f"data.num_frames: {self.num_frames} is not 4k+1 in 17..81 (Wan VAE); try 17, 49 or 81")
+        for name, size in (("height", self.height), ("width", self.width)):
+            if size % 16 or size <= 0:
+                raise ConfigError(
+                    f"data.{name}: {size} is not a multiple of 16 (VAE x patch); try {max(16, 16 * round(size / 16))}"
+                )
+        if self.far_limit <= 1:
+            raise ConfigError(f"data.far_limit: must be > 1 (x median distance), got {self.far_limit}")
+        _share("data.max_skip_share", self.max_skip_share)
+        for source in [*self.sources, *self.val_sources]:
+            if source.weight <= 0:
+                raise ConfigError(f"data.sources: weight of {source.path} must be > 0, got {source.weight}")
+
+
+@dataclass
+class TrainConfig:
+    """One run of `fit`."""
+
+    max_steps: int = 5500  # optimiser steps; One4D, sec. 4.1
+    global_batch_size: int = 32  # clips per optimiser step over all ranks; accumulation is derived
+    micro_batch_size: int = 1  # clips per forward pass of one rank
+    strategy: str = "single"  # single | ddp
+    num_nodes: int = 1
+    devices: int = 1  # processes per node (GPUs where there are any)
+    precision: str = "32-true"  # 32-true | bf16-mixed; trainables and optimiser stay float32
+    activation_checkpointing: bool = False
+    seed: int = 0
+    overfit_clips: int = 0  # train on the first n clips only; 0 = off
+    init_from: str | None = None  # adapter folder to start from, with a fresh optimiser
+    resume: bool = True  # continue from the newest checkpoint in run_dir, if there is one
+    save_every: int = 250
+    keep_last: int = 2  # checkpoints kept besides the final one
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _one_of("train.strategy", self.strategy, ("single", "ddp"))
+        _one_of("train.precision", self.precision, ("32-true", "bf16-mixed"))
+        for name in ("max_steps", "global_batch_size", "micro_batch_size", "num_nodes", "devices", "save_every"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        _at_least("train.keep_last", self.keep_last, 1)
+        if self.strategy == "single" and self.world_size != 1:
+            raise ConfigError(f"train.strategy: single runs one process, asked for {self.world_size}; use ddp")
+        if self.global_batch_size % self.micro_batch_size:
+            raise ConfigError(
+                f"train.micro_batch_size: {self.micro_batch_size} does not divide train.global_batch_size "
+                f"{self.global_batch_size}"
+            )
+        if self.global_batch_size % (self.world_size * self.micro_batch_size):
+            raise ConfigError(
+                f"train.global_batch_size: {self.global_batch_size} cannot be made by {self.world_size} processes x "
+                f"micro batch {self.micro_batch_size}; legal numbers of processes: "
+                f"{legal_worlds(self.global_batch_size, self.micro_batch_size)}"
+            )
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.devices
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes per optimiser step and rank."""
+        return self.global_batch_size // (self.world_size * self.micro_batch_size)
+
+
+@dataclass
+class ValConfig:
+    """`val/loss/*` at fixed sigmas, noise and frame masks, so that curves of different runs compare."""
+
+    every: int = 250  # optimiser steps
+    clips: int = 8
+    sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
+
+    def __post_init__(self) -> None:
+        _at_least("val.every", self.every, 1)
+        _at_least("val.clips", self.clips, 1)
+        if not self.sigmas or min(self.sigmas) <= 0 or max(self.sigmas) > 1:
+            raise ConfigError(f"val.sigmas: need values in (0, 1], got {self.sigmas}")
+
+
+@dataclass
+class Config:
+    """The whole run; configs/dlc.yaml is the method, scale/*.yaml and data/*.yaml the rest."""
+
+    run_dir: str = "runs/dlc"
+    scale: str = "tiny"  # name only: said in the first log line
+    base: BaseConfig = field(default_factory=BaseConfig)
+    dlc: DLCConfig = field(default_factory=DLCConfig)
+    masking: MaskingConfig = field(default_factory=MaskingConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    val: ValConfig = field(default_factory=ValConfig)
+
+    def __post_init__(self) -> None:
+        if self.base.dtype == "bfloat16" and self.train.precision != "bf16-mixed":
+            raise ConfigError("base.dtype: bfloat16 needs train.precision=bf16-mixed (the trainables are float32)")
+
+
+def legal_worlds(global_batch_size: int, micro_batch_size: int) -> list[int]:
+    """Numbers of processes whose micro batches add up to the global batch."""
+    per_world = global_batch_size // micro_batch_size
+    return [world for world in range(1, per_world + 1) if per_world % world == 0]
+
+
+def load_config(paths: list[str], overrides: list[str]) -> Config:
+    """Merge yaml files left to right (each after its own `include`s), then `a.b=c` overrides, into a typed Config."""
+    merged = OmegaConf.structured(Config)
+    for path in paths:
+        for name, node in _read_with_includes(Path(path), ()):
+            merged = _merge(merged, node, name)
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override), f"override {override!r}")
+    missing = sorted(OmegaConf.missing_keys(merged))
+    if missing:
+        raise ConfigError(f"{paths[-1] if paths else 'config'}: no value for {', '.join(missing)}")
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(_one_line(error)) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, in a form that `load_config` reads back to an equal one."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def check_paths(config: Config) -> None:
+    """Fail at once, before torch is imported, if a folder that `fit` cannot make is missing."""
+    base = Path(config.base.path)
+    looks_local = base.exists() or config.base.path.startswith((".", "/")) or config.base.path.count("/") != 1
+    if config.base.tiny is None and not (base / "model_index.json").is_file() and looks_local:
+        raise ConfigError(
+            f"base.path: no diffusers folder at {base}; get it with "
+            f"`hf download <repo of the base in diffusers layout> --local-dir {base}`, or set base.path"
+        )
+    if not config.data.sources:
+        raise ConfigError("data.sources: empty; add `--config configs/data/toy.yaml` or list shard folders")
+    toy_root = Path(config.data.toy.root) if config.data.toy else None
+    for source in [*config.data.sources, *config.data.val_sources]:
+        path = Path(source.path)
+        made_by_fit = toy_root is not None and toy_root in path.parents
+        if "://" not in source.path and not made_by_fit and not (path / "manifest.json").is_file():
+            raise ConfigError(
+                f"data.sources: no shards at {path} (no manifest.json); write them with "
+                f"`python -m data_prep.write_shards --source <dataset> --root <raw folder> --out {path}`"
+            )
+    if config.train.init_from and not (Path(config.train.init_from) / "card.json").is_file():
+        raise ConfigError(f"train.init_from: no adapter at {config.train.init_from} (no card.json)")
+
+
+def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
+    """The file's includes (relative to it), depth first, then the file itself."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: includes itself")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        node = OmegaConf.load(path)
+    except Exception as error:  # yaml has many error classes, all of them the user's
+        raise ConfigError(f"{path}: not valid yaml: {_one_line(error)}") from None
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{path}: the top level must be a mapping of sections")
+    includes = node.pop("include", [])
+    nodes: list[tuple[str, DictConfig]] = []
+    for name in includes:
+        nodes += _read_with_includes(path.parent / name, (*seen, path.resolve()))
+    return [*nodes, (str(path), node)]
+
+
+def _parse_override(override: str) -> DictConfig:
+    if "=" not in override:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # the value is yaml, see above
+        raise ConfigError(f"override {override!r}: {_one_line(error)}") from None
+
+
+def _merge(merged: DictConfig, node: DictConfig, name: str) -> DictConfig:
+    _refuse_unknown_keys(Config, node, name, prefix="")
+    try:
+        result = OmegaConf.merge(merged, node)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{name}: {_one_line(error)}") from None
+    assert isinstance(result, DictConfig)
+    return result
+
+
+def _refuse_unknown_keys(cls: type, node: DictConfig, name: str, prefix: str) -> None:
+    """Name the file, the key and the nearest right one."""
+    hints = get_type_hints(cls)
+    for key in node:
+        key = str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
+            raise ConfigError(f"{name}: unknown key {prefix}{key}; {hint}")
+        child, nested = node._get_node(key), _dataclass_in(hints[key])
+        if nested is not None and isinstance(child, DictConfig) and not child._is_none():
+            _refuse_unknown_keys(nested, child, name, f"{prefix}{key}.")
+
+
+def _dataclass_in(hint: object) -> type | None:
+    """The dataclass in `X`, `X | None`; lists are checked by omegaconf itself."""
+    if get_origin(hint) is list:
+        return None
+    candidates = [hint, *get_args(hint)]
+    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), "")
+    return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0] if lines else type(error).__name__
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+
+
+def _at_least(name: str, value: int, low: int) -> None:
+    if value < low:
+        raise ConfigError(f"{name}: must be >= {low}, got {value}")
+
+
+def _share(name: str, value: float) -> None:
+    if not 0 <= value <= 1:
+        raise ConfigError(f"{name}: must be between 0 and 1, got {value}")

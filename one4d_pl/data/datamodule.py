@@ -1,0 +1,203 @@
+"""The LightningDataModule: toy shards where absent, the encoded cache, and loaders whose only state is the step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Protocol
+
+import lightning
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from tqdm import tqdm
+
+from one4d_pl.config import Config, ConfigError, SourceConfig, ToyConfig
+from one4d_pl.data.decode import ClipStream, Draw, make_sample
+from one4d_pl.data.encoded import EncodedCache, cache_key
+from one4d_pl.data.order import MixtureOrder, rank_positions
+from one4d_pl.data.shards import SampleError, ShardSet, write_shards
+from one4d_pl.data.toy_world import render_clip
+from one4d_pl.types import Encoded, Sample, collate
+
+log = logging.getLogger(__name__)
+
+WORKER_TIMEOUT_S = 600.0  # a batch that takes longer ends the run instead of hanging it
+VAL_SEED_OFFSET = 1_000_000  # toy seeds of the validation split never meet those of the training splits
+REAL_SEED_OFFSET = 2_000_000
+
+
+class ClipEncoder(Protocol):
+    """How the data room reaches the frozen encoders without importing the models room."""
+
+    def encode_sample(self, sample: Sample) -> Encoded: ...
+
+    def encode_prompts(self, prompts: list[str]) -> list[Tensor]: ...  # [n, D] each
+
+
+class StepSampler(Sampler[list[int]]):
+    """The positions of this rank's micro batches, from an optimiser step on; derived from the step, never counted."""
+
+    def __init__(self, start_step: int, max_steps: int, global_batch: int, micro_batch: int, rank: int, world: int):
+        self.start_step, self.max_steps = start_step, max_steps
+        self.global_batch, self.micro_batch, self.rank, self.world = global_batch, micro_batch, rank, world
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for step in range(self.start_step, self.max_steps):
+            positions = rank_positions(step, self.global_batch, self.rank, self.world)
+            for i in range(0, len(positions), self.micro_batch):
+                yield list(positions[i : i + self.micro_batch])
+
+    def __len__(self) -> int:
+        per_step = self.global_batch // self.world // self.micro_batch
+        return max(0, self.max_steps - self.start_step) * per_step
+
+
+class One4DDataModule(lightning.LightningDataModule):
+    """Streams of clips for training and validation.
+
+    Args:
+        config: the whole run's config; its data, masking, flow, train, val and base.max_text_tokens are read.
+        encoder: makes the encoders when (and only when) some clip is not cached yet.
+        encoder_fingerprint: of those encoders; names the cache.
+    """
+
+    def __init__(self, config: Config, encoder: Callable[[], ClipEncoder], encoder_fingerprint: str) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = encoder
+        self.cache_key = cache_key(encoder_fingerprint, config.base.max_text_tokens, config.data)
+        self.start_step = 0  # set on resume, before the loaders are built
+
+    def prepare_data(self) -> None:
+        """Write the toy shards and the encoded cache where absent; one process only."""
+        data = self.config.data
+        if data.toy is not None:
+            write_toy_world(data.toy, data.num_frames, data.height, data.width)
+        if data.cache_latents:
+            self._fill_cache()
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        """This rank's micro batches from `start_step` to the end."""
+        train = self.config.train
+        sampler = StepSampler(
+            self.start_step,
+            train.max_steps,
+            train.global_batch_size,
+            train.micro_batch_size,
+            self.trainer.global_rank if self.trainer else 0,
+            train.world_size,
+        )
+        return self._loader(self._stream(self.config.data.sources, validation=False), sampler)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        """The first val.clips clips of the validation sources, each once, split over the ranks."""
+        stream = self._stream(self.config.data.val_sources, validation=True)
+        rank = self.trainer.global_rank if self.trainer else 0
+        count = min(self.config.val.clips, sum(len(source) for source in stream.sources))
+        return self._loader(stream, [[i] for i in range(rank, count, self.config.train.world_size)])
+
+    def describe_sources(self) -> list[dict[str, str]]:
+        """Name and licence tag of every training source, for the adapter's card."""
+        manifests = [ShardSet.open(source.path).manifest for source in self.config.data.sources]
+        return [{"source": m.source, "domain": m.domain, "licence": m.licence} for m in manifests]
+
+    def _loader(self, stream: ClipStream, batches: StepSampler | list[list[int]]) -> DataLoader[Sample]:
+        workers = self.config.data.num_workers
+        return DataLoader(
+            stream,
+            batch_sampler=batches,
+            num_workers=workers,
+            collate_fn=collate,
+            timeout=WORKER_TIMEOUT_S if workers else 0,
+            worker_init_fn=_one_thread,
+            # forked copies of a process that runs OpenMP or CUDA threads can hang
+            multiprocessing_context="forkserver" if workers else None,
+            persistent_workers=workers > 0,
+            pin_memory=torch.cuda.is_available(),
+        )
+
+    def _stream(self, configs: list[SourceConfig], validation: bool) -> ClipStream:
+        sources = [ShardSet.open(source.path) for source in configs]
+        for source in sources:
+            self._refuse_short(source)
+        caches = [self._cache(source) for source in configs]
+        seed = self.config.train.seed
+        order = MixtureOrder(
+            [source.samples_per_shard for source in sources],
+            [source.weight for source in configs],
+            seed,
+            self.config.data.block_shards,
+        )
+        return ClipStream(
+            sources,
+            caches,
+            order,
+            self.config.data,
+            self.config.masking,
+            self.config.flow.caption_dropout,
+            seed,
+            0 if validation else self.config.train.overfit_clips,
+            validation,
+        )
+
+    def _refuse_short(self, source: ShardSet) -> None:
+        """A whole source of clips that are too short is a mistake in the config, not a broken sample."""
+        lengths = [sample.num_frames for shard in source.manifest.shards for sample in shard.samples]
+        needed = self.config.data.num_frames
+        short = sum(length < needed for length in lengths)
+        if short > self.config.data.max_skip_share * len(lengths):
+            raise ConfigError(
+                f"data.num_frames: {needed}, but {short} of {len(lengths)} clips in {source.location} are shorter "
+                f"(longest {max(lengths)}); lower data.num_frames or write longer clips"
+            )
+
+    def _cache(self, source: SourceConfig) -> EncodedCache | None:
+        """Remote shards have no place beside them: their clips are encoded in the step."""
+        if not self.config.data.cache_latents or "://" in source.path:
+            return None
+        return EncodedCache.beside(source.path, self.cache_key)
+
+    def _fill_cache(self) -> None:
+        missing: list[tuple[ShardSet, EncodedCache, int]] = []
+        for source in [*self.config.data.sources, *self.config.data.val_sources]:
+            cache = self._cache(source)
+            if cache is not None:
+                shards = ShardSet.open(source.path)
+                missing += [(shards, cache, i) for i in range(len(shards)) if not cache.has(shards.key(i))]
+        if not missing:
+            return
+        encoder = self.encoder()
+        for shards, cache, i in tqdm(missing, desc="encoding clips", unit="clip"):
+            cache.write_empty_prompt(lambda: encoder.encode_prompts([""])[0])
+            given = torch.ones(self.config.data.num_frames, dtype=torch.bool)
+            try:
+                sample = make_sample(shards.read(i), 0, Draw("video", given, False), self.config.data, None)
+            except SampleError as error:
+                log.warning("not encoded: %s", error)  # the stream will meet it again, skip and count it
+            except ValueError as error:
+                log.warning("not encoded: %s: %s", shards.key(i), error)
+            else:
+                cache.write(shards.key(i), encoder.encode_sample(sample))
+
+
+def write_toy_world(config: ToyConfig, num_frames: int, height: int, width: int) -> None:
+    """Render and write the toy shards that are absent: train_synthetic, train_real and val below `root`."""
+    splits = (
+        ("train_synthetic", config.train_synthetic, "synthetic", config.seed),
+        ("train_real", config.train_real, "real", config.seed + REAL_SEED_OFFSET),
+        ("val", config.val, "synthetic", config.seed + VAL_SEED_OFFSET),
+    )
+    for split, count, domain, seed in splits:
+        folder = Path(config.root) / split
+        if count == 0 or (folder / "manifest.json").is_file():
+            continue
+        seeds = tqdm(range(seed, seed + count), desc=f"rendering {folder}", unit="clip")
+        clips = (render_clip(s, num_frames, height, width, domain) for s in seeds)
+        write_shards((replace(clip, source=f"toy_{split}") for clip in clips), folder, samples_per_shard=32)
+
+
+def _one_thread(worker: int) -> None:
+    torch.set_num_threads(1)  # the cores belong to the training process

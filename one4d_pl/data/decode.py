@@ -1,0 +1,175 @@
+"""From a raw clip to a training sample, and the stream that reads positions.
+
+1. `ClipStream[position]` asks the order which clip stands there and reads it from its shard.
+2. A broken clip is named, counted and replaced by a deterministic stand-in, the same on every layout.
+3. The clip is cut to its first frames and resized, frames and intrinsics together.
+4. Depth becomes a pointmap in camera-0 coordinates, normalised into the VAE's range.
+5. Task, given frames and caption dropout are drawn from (seed, position), never from generator state.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+
+import torch
+from torch.utils.data import Dataset
+
+from one4d_pl.config import DataConfig, MaskingConfig
+from one4d_pl.data.encoded import EncodedCache
+from one4d_pl.data.masking import draw_frame_mask, draw_task
+from one4d_pl.data.order import MixtureOrder, derived_numpy_generator
+from one4d_pl.data.shards import SampleError, ShardSet
+from one4d_pl.geometry.camera import resize_frames, resize_nearest_valid
+from one4d_pl.geometry.pointmap import normalise_pointmap
+from one4d_pl.geometry.se3 import rebase_to_first
+from one4d_pl.types import TASKS, Clip, Encoded, Sample, Task
+
+log = logging.getLogger(__name__)
+
+MAX_STAND_INS = 20  # broken clips in a row before the stream gives up
+
+
+def resize_clip(clip: Clip, height: int, width: int) -> Clip:
+    """Cover and centre-crop a clip to height x width: frames antialiased, geometry by nearest pixel, intrinsics along."""
+    if clip.frames.shape[1:3] == (height, width):
+        return clip
+    frames, intrinsics = resize_frames(clip.frames, clip.intrinsics, height, width)
+    return replace(
+        clip,
+        frames=frames,
+        intrinsics=intrinsics,
+        depth=resize_nearest_valid(clip.depth, height, width),
+        valid=resize_nearest_valid(clip.valid, height, width),
+        moving=None if clip.moving is None else resize_nearest_valid(clip.moving, height, width),
+    )
+
+
+def cut_clip(clip: Clip, num_frames: int) -> Clip:
+    """The clip's first `num_frames` frames; ValueError where it has fewer."""
+    if clip.num_frames < num_frames:
+        raise ValueError(f"has {clip.num_frames} frames, data.num_frames asks for {num_frames}")
+    cut = slice(num_frames)
+    return replace(
+        clip,
+        frames=clip.frames[cut],
+        depth=clip.depth[cut],
+        intrinsics=clip.intrinsics[cut],
+        cam2world=clip.cam2world[cut],
+        valid=clip.valid[cut],
+        moving=None if clip.moving is None else clip.moving[cut],
+    )
+
+
+@dataclass(frozen=True)
+class Draw:
+    """The random choices of one sample."""
+
+    task: Task
+    frame_mask: torch.Tensor  # [T] bool, 1 = given
+    drop_caption: bool
+
+
+def draw_training(config: MaskingConfig, caption_dropout: float, num_frames: int, seed: int, position: int) -> Draw:
+    """Unified Masked Conditioning's draw for a position of the training stream (One4D, sec. 4.1)."""
+    task = draw_task(config, derived_numpy_generator(seed, position, "task"))
+    given = draw_frame_mask(task, num_frames, derived_numpy_generator(seed, position, "frames"))
+    dropped = bool(derived_numpy_generator(seed, position, "caption").random() < caption_dropout)
+    return Draw(task, given, dropped)
+
+
+def draw_validation(config: MaskingConfig, num_frames: int, seed: int, position: int) -> Draw:
+    """Fixed draws that walk through the tasks which are trained, so that every task is in a small validation set."""
+    probs = (config.text_prob, config.image_prob, config.sparse_prob, config.video_prob)
+    tasks = [task for task, prob in zip(TASKS, probs, strict=True) if prob > 0]
+    task: Task = tasks[position % len(tasks)]  # type: ignore[assignment]
+    given = draw_frame_mask(task, num_frames, derived_numpy_generator(seed, position, "validation frames"))
+    return Draw(task, given, drop_caption=False)
+
+
+def make_sample(clip: Clip, position: int, draw: Draw, config: DataConfig, encoded: Encoded | None) -> Sample:
+    """Steps 3 and 4; ValueError tells why a clip cannot be used."""
+    clip = resize_clip(cut_clip(clip, config.num_frames), config.height, config.width)
+    geometry = normalise_pointmap(
+        clip.depth, clip.valid, clip.intrinsics, clip.cam2world, config.far_limit, config.z_offset
+    )
+    moving = torch.zeros_like(clip.valid) if clip.moving is None else clip.moving
+    return Sample(
+        key=clip.key,
+        position=position,
+        frames=clip.frames.permute(3, 0, 1, 2).float() / 127.5 - 1,
+        pointmap=geometry.points.permute(3, 0, 1, 2).contiguous(),
+        valid=geometry.valid,
+        moving=moving,
+        scale=geometry.scale,
+        intrinsics=clip.intrinsics,
+        cam2world=rebase_to_first(clip.cam2world),
+        frame_mask=draw.frame_mask,
+        task=draw.task,
+        caption=clip.caption,
+        drop_caption=draw.drop_caption,
+        encoded=encoded,
+        skipped=(),
+    )
+
+
+class ClipStream(Dataset[Sample]):
+    """A map from stream position to sample; position is the only state.
+
+    Args:
+        sources: opened shard sets, in the order of the mixture.
+        caches: one per source; None = encode in the training step.
+        order: who stands where.
+        config, masking, caption_dropout, seed: see config.py.
+        overfit_clips: n > 0 walks over the stream's first n clips only; the draws still change with the position.
+        validation: fixed draws instead of random ones.
+    """
+
+    def __init__(
+        self,
+        sources: list[ShardSet],
+        caches: list[EncodedCache | None],
+        order: MixtureOrder,
+        config: DataConfig,
+        masking: MaskingConfig,
+        caption_dropout: float,
+        seed: int,
+        overfit_clips: int,
+        validation: bool,
+    ) -> None:
+        self.sources, self.caches, self.order, self.config = sources, caches, order, config
+        self.masking, self.caption_dropout, self.seed = masking, caption_dropout, seed
+        self.overfit_clips, self.validation = overfit_clips, validation
+
+    def __getitem__(self, position: int) -> Sample:
+        draw = self._draw(position)
+        clip_position = position % self.overfit_clips if self.overfit_clips else position
+        place, skipped = self.order.locate(clip_position), []
+        for attempt in range(MAX_STAND_INS):
+            source = self.sources[place.source]
+            try:
+                sample = self._read(source, self.caches[place.source], place.index, position, draw)
+                return replace(sample, skipped=tuple(skipped))
+            except SampleError as error:
+                log.warning("skipped %s (%s)", error, source.location)
+                skipped.append(str(error))
+            try:
+                place = self.order.replacement(clip_position, attempt)
+            except ValueError:  # a source of one sample
+                break
+        raise SampleError(source.key(place.index), source.location, f"no stand-in after {len(skipped)} broken samples")
+
+    def _draw(self, position: int) -> Draw:
+        num_frames = self.config.num_frames
+        if self.validation:
+            return draw_validation(self.masking, num_frames, self.seed, position)
+        return draw_training(self.masking, self.caption_dropout, num_frames, self.seed, position)
+
+    def _read(self, source: ShardSet, cache: EncodedCache | None, index: int, position: int, draw: Draw) -> Sample:
+        key = source.key(index)
+        encoded = None if cache is None else cache.read(key, draw.drop_caption)
+        clip = source.read(index)
+        try:
+            return make_sample(clip, position, draw, self.config, encoded)
+        except ValueError as error:
+            raise SampleError(key, source.location, str(error)) from error

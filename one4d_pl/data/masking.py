@@ -1,0 +1,46 @@
+"""Which frames are given: the task draw of Unified Masked Conditioning (One4D, sec. 3.3 and 4.1)."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from one4d_pl.config import MaskingConfig
+from one4d_pl.types import TASKS, Task
+
+
+def draw_task(config: MaskingConfig, generator: np.random.Generator) -> Task:
+    """One of the four tasks with the configured probabilities."""
+    probs = [config.text_prob, config.image_prob, config.sparse_prob, config.video_prob]
+    return TASKS[int(generator.choice(len(TASKS), p=np.array(probs) / sum(probs)))]  # type: ignore[return-value]
+
+
+def draw_frame_mask(task: Task, num_frames: int, generator: np.random.Generator) -> Tensor:  # [T] bool, 1 = given
+    """Frames given for a task; sparse: 2..T-1 of them, count log-uniform, frame 0 always, the last with p 0.5."""
+    given = torch.zeros(num_frames, dtype=torch.bool)
+    if task == "video":
+        given[:] = True
+    elif task == "image":
+        given[0] = True
+    elif task == "sparse":
+        # floor of a log-uniform number in [2, T): every count 2..T-1 occurs
+        count = int(math.exp(generator.uniform(math.log(2), math.log(num_frames))))
+        count = min(max(count, 2), num_frames - 1)
+        given[0] = True  # frame 0 defines the world
+        given[-1] = bool(generator.random() < 0.5)
+        inner = generator.permutation(np.arange(1, num_frames - 1))[: count - int(given.sum())]
+        given[torch.from_numpy(inner)] = True
+    return given
+
+
+def task_of(frame_mask: Tensor) -> Task:  # [T] bool
+    """The task a set of given frames amounts to."""
+    count = int(frame_mask.sum())
+    if count == 0:
+        return "text"
+    if count == len(frame_mask):
+        return "video"
+    return "image" if count == 1 and bool(frame_mask[0]) else "sparse"

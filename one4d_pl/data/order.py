@@ -1,0 +1,183 @@
+"""Which sample stands at which position of the training stream: a pure function of (seed, position).
+
+1. The stream of global positions 0, 1, 2 ... is endless and knows neither ranks nor workers nor epochs' ends.
+2. The mixture's weights decide which source has its turn at a position, by a fixed cycle of 1000 turns.
+3. Each source walks its own permutation, a new one per epoch: its shards are permuted, then its samples within
+   consecutive blocks of `block_shards` shards, so reads stay near each other on Lustre and object stores.
+4. An optimiser step takes `global_batch` positions; position n goes to rank n mod world.
+5. Every random draw of a sample (task, noise ...) is seeded by (seed, position, purpose).
+
+So resuming is knowing the step, and a change of the world size loses and repeats nothing. Permutations sort the raw
+words of PCG64, which numpy keeps fixed for ever, unlike `Generator.permutation`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+CYCLE = 1000  # turns: weights hold to 0.1 %
+TURN_BLOCK = 10  # turns shuffled among each other, so that no rank is bound to one source
+KEPT = 2  # permutations remembered per source: the one in use and, at a border, the one before
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a sample lies: the number of its source, its index in that source's ShardSet, and the source's epoch."""
+
+    source: int
+    index: int
+    epoch: int
+
+
+class MixtureOrder:
+    """The endless, seeded order of one or several sources."""
+
+    def __init__(
+        self,
+        sizes_per_source: Sequence[Sequence[int]],  # per source: samples of each shard, in manifest order
+        weights: Sequence[float],  # relative; > 0
+        seed: int,
+        block_shards: int,  # shards whose samples are shuffled together
+    ) -> None:
+        if len(weights) != len(sizes_per_source) or not weights:
+            raise ValueError(f"{len(sizes_per_source)} sources need as many weights, got {len(weights)}")
+        if seed < 0 or block_shards < 1:
+            raise ValueError(f"seed must be >= 0 and block_shards >= 1, got {seed} and {block_shards}")
+        self._turns = _cycle_of_turns(weights, seed)  # [CYCLE], the source at each turn
+        owns = self._turns == np.arange(len(weights))[:, None]  # [sources, CYCLE]
+        self._turns_before = np.cumsum(owns, axis=1) - owns  # [sources, CYCLE], within the cycle
+        self._turns_per_cycle = owns.sum(axis=1)  # [sources]
+        self._walks = [_Walk(sizes, seed, source, block_shards) for source, sizes in enumerate(sizes_per_source)]
+        self._seed = seed
+
+    def locate(self, position: int) -> Place:
+        """The sample at a position of the stream."""
+        if position < 0:
+            raise ValueError(f"position must be >= 0, got {position}")
+        cycle, turn = divmod(position, CYCLE)
+        source = int(self._turns[turn])
+        visit = cycle * int(self._turns_per_cycle[source]) + int(self._turns_before[source, turn])
+        epoch, step = divmod(visit, self._walks[source].num_samples)
+        return Place(source, self._walks[source].index(epoch, step), epoch)
+
+    def replacement(self, position: int, attempt: int) -> Place:
+        """What to read, at attempt 0, 1, ..., when the sample at `position` is broken: others of the same source.
+
+        The first n-1 attempts name each of the source's n-1 other samples once; the same on every layout.
+        """
+        place = self.locate(position)
+        others = self._walks[place.source].num_samples - 1
+        if others < 1:
+            raise ValueError(f"source {place.source} has one sample only, nothing can replace it")
+        start = derived_seed(self._seed, position, "replacement start") % others
+        stride = 1 + derived_seed(self._seed, position, "replacement stride") % others
+        while math.gcd(stride, others) > 1:
+            stride += 1
+        offset = 1 + (start + attempt * stride) % others  # 1 .. n-1
+        return Place(place.source, (place.index + offset) % (others + 1), place.epoch)
+
+
+class _Walk:
+    """One source's permutation of every epoch."""
+
+    def __init__(self, sizes: Sequence[int], seed: int, source: int, block_shards: int) -> None:
+        self._sizes = np.asarray(sizes, dtype=np.int64)
+        if not len(sizes) or self._sizes.min() < 1:
+            raise ValueError(f"source {source}: every shard must hold a sample, got {list(sizes)}")
+        self._starts = np.cumsum(self._sizes) - self._sizes  # index of each shard's first sample
+        self._seed, self._source, self._block_shards = seed, source, block_shards
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # permuted shards, end of each block
+        self._blocks: dict[tuple[int, int], np.ndarray] = {}  # sample indices in the order of the walk
+        self.num_samples = int(self._sizes.sum())
+
+    def index(self, epoch: int, step: int) -> int:
+        """The sample at a step of an epoch."""
+        shards, ends = _remember(self._epochs, epoch, lambda: self._permute_shards(epoch))
+        block = int(np.searchsorted(ends, step, side="right"))
+        samples = _remember(self._blocks, (epoch, block), lambda: self._permute_block(shards, epoch, block))
+        return int(samples[step - int(ends[block]) + len(samples)])
+
+    def _permute_shards(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        shards = permutation(len(self._sizes), (self._seed, self._source, epoch, 0, 0))
+        firsts = np.arange(0, len(shards), self._block_shards)
+        return shards, np.cumsum(np.add.reduceat(self._sizes[shards], firsts))
+
+    def _permute_block(self, shards: np.ndarray, epoch: int, block: int) -> np.ndarray:
+        chosen = shards[block * self._block_shards : (block + 1) * self._block_shards]
+        samples = np.concatenate([self._starts[s] + np.arange(self._sizes[s]) for s in chosen])
+        return samples[permutation(len(samples), (self._seed, self._source, epoch, 1, block))]
+
+
+def _remember(memory: dict[Key, Value], key: Key, compute: Callable[[], Value]) -> Value:
+    if key not in memory:
+        if len(memory) >= KEPT:
+            del memory[next(iter(memory))]  # the oldest
+        memory[key] = compute()
+    return memory[key]
+
+
+def _cycle_of_turns(weights: Sequence[float], seed: int) -> np.ndarray:  # [CYCLE] int64
+    """The source of each turn: evenly interleaved in proportion to the weights, then shuffled in short blocks."""
+    relative = np.asarray(weights, dtype=np.float64)
+    if not np.isfinite(relative).all() or relative.min() <= 0:
+        raise ValueError(f"weights must be finite and > 0, got {list(weights)}; leave a source out instead")
+    exact = relative / relative.sum() * CYCLE
+    quota = np.floor(exact)
+    quota[np.argsort(quota - exact, kind="stable")[: CYCLE - int(quota.sum())]] += 1  # largest remainders
+    if quota.min() < 1:
+        raise ValueError(f"weights {list(weights)}: a source below {100 / CYCLE} % of the mixture never has its turn")
+    turns = np.empty(CYCLE, dtype=np.int64)
+    taken = np.zeros(len(quota))
+    for turn in range(CYCLE):
+        turns[turn] = np.argmax(quota * (turn + 1) / CYCLE - taken)  # who is farthest behind
+        taken[turns[turn]] += 1
+    for block, start in enumerate(range(0, CYCLE, TURN_BLOCK)):
+        shuffled = start + permutation(TURN_BLOCK, (seed, 0, 0, 2, block))
+        turns[start : start + TURN_BLOCK] = turns[shuffled]
+    return turns
+
+
+def permutation(count: int, entropy: tuple[int, int, int, int, int]) -> np.ndarray:  # [count] int64
+    """A permutation of 0 .. count-1, the same for this entropy on every platform and numpy version."""
+    # five numbers, always: SeedSequence takes missing ones for zeros
+    words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count)
+    return np.argsort(words, kind="stable")
+
+
+def rank_positions(step: int, global_batch: int, rank: int, world: int) -> range:
+    """The positions that a rank handles at an optimiser step, in its order; global position n goes to rank n mod world.
+
+    Raises ValueError, naming the legal world sizes, where `world` does not divide `global_batch`.
+    """
+    if global_batch < 1 or world < 1 or global_batch % world:
+        legal = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
+        raise ValueError(f"global batch {global_batch} cannot be split over {world} ranks; possible are {legal}")
+    if not 0 <= rank < world or step < 0:
+        raise ValueError(f"need 0 <= rank < world and step >= 0, got rank {rank} of {world} at step {step}")
+    return range(step * global_batch + rank, (step + 1) * global_batch, world)
+
+
+def derived_seed(seed: int, position: int, purpose: str) -> int:
+    """64 bits that depend on (seed, position, purpose) and on nothing else."""
+    text = f"{seed}/{position}/{purpose}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
+
+
+def derived_generator(seed: int, position: int, purpose: str) -> torch.Generator:
+    """The CPU generator for one random draw of one sample, e.g. purpose "noise"; torch keeps 32 bits of its seed."""
+    return torch.Generator().manual_seed(derived_seed(seed, position, purpose))
+
+
+def derived_numpy_generator(seed: int, position: int, purpose: str) -> np.random.Generator:
+    """The numpy twin of `derived_generator` (another stream)."""
+    return np.random.Generator(np.random.PCG64(derived_seed(seed, position, purpose)))

@@ -1,0 +1,130 @@
+"""python -m one4d_pl.fit --config configs/dlc.yaml: train Decoupled LoRA Control on a frozen Wan."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import warnings
+from pathlib import Path
+
+from one4d_pl.config import Config, ConfigError, check_paths, load_config, to_yaml
+
+log = logging.getLogger("one4d_pl")
+
+LARGE_SCALE = (
+    "python -m one4d_pl.fit --config configs/dlc.yaml --config configs/scale/wan_14b.yaml "
+    "--config configs/data/one4d_mix.yaml"
+)
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, check everything that needs no torch, then train; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m one4d_pl.fit", description=__doc__)
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50")
+    args = parser.parse_args(arguments)
+    try:
+        config = load_config(args.config, args.overrides)
+        if args.print_config:
+            print(to_yaml(config), end="")
+            return 0
+        check_paths(config)
+        fit(config)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def fit(config: Config) -> None:
+    """Prepare the base and the data where absent, resume where a checkpoint lies, and train to train.max_steps."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    log.info("one4d_pl fit: scale %s, run folder %s; the paper's scale: %s", config.scale, config.run_dir, LARGE_SCALE)
+    _quieten()
+
+    import lightning  # heavy imports only after every cheap check
+
+    from one4d_pl.callbacks.losses import LossCurves
+    from one4d_pl.callbacks.throughput import StepBar, Throughput
+    from one4d_pl.data.datamodule import One4DDataModule
+    from one4d_pl.data.shards import SampleError, ShardSetError
+    from one4d_pl.models.transformer import describe_sizes
+    from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
+    from one4d_pl.training.checkpoint import StepCheckpoint, newest_checkpoint, read_step, refuse_other_run
+    from one4d_pl.training.module import One4DModule
+    from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
+
+    limit_threads(config)
+    lightning.seed_everything(config.train.seed, verbose=False)
+    _build_tiny_base(config)
+    resume_from = newest_checkpoint(config.run_dir) if config.train.resume else None
+    start_step = 0
+    if resume_from is not None:
+        refuse_other_run(resume_from, config)
+        start_step = read_step(resume_from)
+        log.info("resuming %s at step %d of %d", resume_from, start_step, config.train.max_steps)
+    if start_step >= config.train.max_steps:
+        log.info("nothing to do: %s has reached train.max_steps", config.run_dir)
+        return
+    _write_config(config)
+
+    base = config.base
+    datamodule = One4DDataModule(
+        config,
+        encoder=lambda: WanEncoders(base.path, base.dtype, base.max_text_tokens),
+        encoder_fingerprint=fingerprint(base.path, ENCODER_PARTS),
+    )
+    datamodule.start_step = start_step
+    init_from = Path(config.train.init_from) if config.train.init_from else None
+    module = One4DModule(config, adapters=resume_from or init_from)
+    callbacks = [
+        Throughput(config.train, config.data.max_skip_share),
+        LossCurves(config.train),
+        StepCheckpoint(config, resume_from),
+        StepBar(),
+    ]
+    trainer = build_trainer(config, callbacks)
+    fast_forward(trainer, start_step, config.train.accumulation)
+    try:
+        trainer.fit(module, datamodule=datamodule)
+    except (SampleError, ShardSetError) as error:
+        raise ConfigError(str(error)) from error
+    log.info("adapter: %s; trainables %s", config.run_dir, describe_sizes(module.transformer.parameter_counts()))
+
+
+def _build_tiny_base(config: Config) -> None:
+    """Seeded tiny weights where base.tiny says so and nothing lies at base.path."""
+    if config.base.tiny is None or (Path(config.base.path) / "model_index.json").is_file():
+        return
+    import torch
+
+    from one4d_pl.data.toy_world import render_clip
+    from one4d_pl.models.tiny import build_tiny_wan
+
+    log.info("building the seeded tiny Wan at %s", config.base.path)
+    clips = [render_clip(seed, 17, 64, 96) for seed in range(4)]
+    frames = torch.stack([clip.frames for clip in clips]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
+    build_tiny_wan(Path(config.base.path), config.base.tiny, frames)
+
+
+def _write_config(config: Config) -> None:
+    """The resolved config beside the run's results."""
+    folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    temporary = folder / ".config.yaml.tmp"
+    temporary.write_text(to_yaml(config))
+    temporary.replace(folder / "config.yaml")
+
+
+def _quieten() -> None:
+    """Silence what other libraries say on every start and no user can act on."""
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "httpx"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)`.*")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,108 @@
+"""Closed-form least-squares alignment of point sets, named by what is free: scale, scale and shift, or a similarity.
+
+All minimise sum_i w_i |s R p_i + t - q_i|² with one set of parameters per leading index and s >= 0 (a mirrored scene is
+not an aligned one). Squared errors let far points count most: for a relative error pass weights such as 1 / depth².
+Rows of weight zero are ignored even if they hold nan. Points are flattened by the caller: a clip is [T·H·W, 3].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from one4d_pl.geometry.se3 import matrix_product, rotate
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """The map x -> scale · rotation · x + translation; what an alignment leaves fixed is the identity."""
+
+    scale: Tensor  # [...]
+    rotation: Tensor  # [..., 3, 3]
+    translation: Tensor  # [..., 3]
+
+    def apply(self, points: Tensor) -> Tensor:  # [..., N, 3] -> [..., N, 3]
+        """Move every point."""
+        rotated = rotate(self.rotation[..., None, :, :], points)
+        return self.scale[..., None, None] * rotated + self.translation[..., None, :]
+
+
+def align_scale(
+    preds: Tensor,  # [..., N, 3]
+    target: Tensor,  # [..., N, 3]
+    valid: Tensor,  # [..., N] bool, or weights >= 0
+) -> Similarity:
+    """The least-squares scale s = sum w p·q / sum w p·p, cut at 0; no weight on a non-zero point raises ValueError."""
+    preds, target, weights = _clean(preds, target, valid)
+    scale = _scale(preds, target, weights, "align_scale: no valid prediction away from the origin")
+    return Similarity(scale, _identity(preds), torch.zeros_like(preds[..., 0, :]))
+
+
+def align_scale_shift(
+    preds: Tensor,  # [..., N, 3]
+    target: Tensor,  # [..., N, 3]
+    valid: Tensor,  # [..., N] bool, or weights >= 0
+) -> Similarity:
+    """The least-squares scale (cut at 0) and 3-D shift; fewer than two distinct valid points raise ValueError."""
+    preds, target, weights = _clean(preds, target, valid)
+    preds_mean, target_mean = _mean(preds, weights), _mean(target, weights)
+    centred, target_centred = preds - preds_mean[..., None, :], target - target_mean[..., None, :]
+    # Equal points leave a spread of rounding errors after centring: that is no spread.
+    size = preds.abs().amax((-2, -1), keepdim=True)
+    centred = torch.where(centred.abs() <= 8 * torch.finfo(preds.dtype).eps * size, 0, centred)
+    scale = _scale(centred, target_centred, weights, "align_scale_shift: fewer than two distinct valid points")
+    return Similarity(scale, _identity(preds), target_mean - scale[..., None] * preds_mean)
+
+
+def align_sim3(
+    preds: Tensor,  # [..., N, 3]
+    target: Tensor,  # [..., N, 3]
+    valid: Tensor,  # [..., N] bool, or weights >= 0
+) -> Similarity:
+    """The least-squares similarity (Umeyama 1991, weighted), never a reflection; collinear points raise ValueError."""
+    preds, target, weights = _clean(preds, target, valid)
+    # 1. Means and variance of the source (Umeyama 1991, eqs. 34-36).
+    preds_mean, target_mean = _mean(preds, weights), _mean(target, weights)
+    centred, target_centred = preds - preds_mean[..., None, :], target - target_mean[..., None, :]
+    variance = (weights[..., None] * centred.square()).sum((-2, -1))
+    # 2. Covariance of target and source (eq. 38), column by column: no matmul, see se3.py.
+    columns = [(weights[..., None] * target_centred * centred[..., j, None]).sum(-2) for j in range(3)]
+    covariance = torch.stack(columns, dim=-1)  # [..., 3, 3]
+    # 3. Its singular value decomposition; below rank 2 the rotation is not determined (text before eq. 39).
+    left, singular, right_t = torch.linalg.svd(covariance)
+    if not bool((singular[..., 1] > 10 * torch.finfo(preds.dtype).eps * singular[..., 0]).all()):
+        raise ValueError("align_sim3: valid points are fewer than three or collinear, the rotation is not determined")
+    # 4. Rotation, with the weakest axis flipped where the best fit is a reflection (eqs. 39, 40, 43).
+    signs = torch.ones_like(singular)
+    signs[..., 2] = (torch.linalg.det(left) * torch.linalg.det(right_t)).sign()
+    rotation = matrix_product(left * signs[..., None, :], right_t)
+    # 5. Scale (eq. 42), then translation (eq. 41).
+    scale = (singular * signs).sum(-1) / variance
+    return Similarity(scale, rotation, target_mean - scale[..., None] * rotate(rotation, preds_mean))
+
+
+def _clean(preds: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Zero the rows without weight and let the weights sum to one; ValueError if none is left."""
+    weights = valid.to(preds.dtype)
+    total = weights.sum(-1, keepdim=True)
+    if not bool((total > 0).all()):
+        raise ValueError("alignment: no valid point; skip the clip or check its valid map")
+    used = weights[..., None] > 0
+    return torch.where(used, preds, 0), torch.where(used, target, 0), weights / total
+
+
+def _mean(points: Tensor, weights: Tensor) -> Tensor:  # [..., N, 3], [..., N] -> [..., 3]
+    return (weights[..., None] * points).sum(-2)
+
+
+def _scale(preds: Tensor, target: Tensor, weights: Tensor, reason: str) -> Tensor:  # -> [...]
+    spread = (weights[..., None] * preds.square()).sum((-2, -1))
+    if not bool((spread > 0).all()):
+        raise ValueError(reason)
+    return ((weights[..., None] * preds * target).sum((-2, -1)) / spread).clamp(min=0)
+
+
+def _identity(points: Tensor) -> Tensor:  # [..., N, 3] -> [..., 3, 3]
+    return torch.eye(3, dtype=points.dtype, device=points.device).expand(*points.shape[:-2], 3, 3)

@@ -1,0 +1,120 @@
+"""Adapters on disk, the only place that reads or writes them.
+
+    rgb/adapter_model.safetensors, rgb/adapter_config.json    PEFT's format and names; alpha stored
+    xyz/...                                                   the same for the other branch
+    links.safetensors, xyz_patch_embedding.safetensors        what PEFT has no name for
+    card.json                                                 base fingerprint, shape of the adapter, how it was trained
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from one4d_pl.config import ConfigError
+from one4d_pl.models.transformer import One4DTransformer
+from one4d_pl.types import MODALITIES
+
+PEFT_PREFIX = "base_model.model."
+CARD = "card.json"
+
+
+@dataclass(frozen=True)
+class AdapterCard:
+    """What a reader must know to use an adapter rightly."""
+
+    base_path: str
+    base_fingerprint: str
+    rank: int
+    lora_scale: float  # alpha / rank
+    link_blocks: list[int]
+    xyz_patch_embedding: bool
+    tasks: list[str]  # trained on
+    shift: float  # sigma shift in training
+    step: int
+    data_sources: list[dict[str, str]]  # name and licence tag of each
+
+    @staticmethod
+    def read(folder: Path) -> AdapterCard:
+        """The card of an adapter folder; ConfigError where there is none or it is broken."""
+        try:
+            return AdapterCard(**json.loads((folder / CARD).read_text()))
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(f"{folder / CARD}: not an adapter of one4d_pl ({error})") from None
+
+
+def adapter_tensors(transformer: One4DTransformer) -> dict[str, dict[str, Tensor]]:
+    """File -> name in the file -> parameter; every trainable occurs exactly once."""
+    files: dict[str, dict[str, Tensor]] = {f"{m}/adapter_model.safetensors": {} for m in MODALITIES}
+    for path in transformer.linear_paths:
+        linear = transformer.base.blocks.get_submodule(path)
+        for modality in MODALITIES:
+            for part in ("lora_A", "lora_B"):
+                name = f"{PEFT_PREFIX}blocks.{path}.{part}.weight"
+                files[f"{modality}/adapter_model.safetensors"][name] = getattr(linear, part)[modality].weight
+    if len(transformer.links):
+        files["links.safetensors"] = dict(transformer.links.named_parameters())
+    if transformer.config.xyz_patch_embedding:
+        files["xyz_patch_embedding.safetensors"] = dict(transformer.base.patch_embedding.xyz.named_parameters())
+    return files
+
+
+def save_adapters(transformer: One4DTransformer, folder: Path, card: AdapterCard) -> None:
+    """Write an adapter into an existing, empty folder; the caller renames it into place."""
+    for file, tensors in adapter_tensors(transformer).items():
+        path = folder / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    config = transformer.config
+    for modality in MODALITIES:
+        LoraConfig(
+            r=config.rank,
+            lora_alpha=config.rank * config.lora_scale,
+            target_modules=[f"blocks.{path}" for path in transformer.linear_paths],
+            base_model_name_or_path=card.base_path,
+            inference_mode=True,
+        ).save_pretrained(str(folder / modality))
+    (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
+
+
+def load_adapters(transformer: One4DTransformer, folder: Path, base_fingerprint: str) -> AdapterCard:
+    """Fill the transformer's trainables from an adapter folder.
+
+    Raises ConfigError where the adapter belongs to another base or has another shape, naming what differs.
+    """
+    card, config = AdapterCard.read(folder), transformer.config
+    if card.base_fingerprint != base_fingerprint:
+        raise ConfigError(
+            f"{folder}: trained on another base ({card.base_path}, {card.base_fingerprint[:12]}), "
+            f"this one is {base_fingerprint[:12]}; set base.path to it"
+        )
+    ours = {
+        "rank": config.rank,
+        "lora_scale": config.lora_scale,
+        "link_blocks": [int(i) for i in transformer.links],
+        "xyz_patch_embedding": config.xyz_patch_embedding,
+    }
+    for key, value in ours.items():
+        if getattr(card, key) != value:
+            raise ConfigError(f"{folder}: adapter has {key} = {getattr(card, key)}, the config asks for {value}")
+    for file, tensors in adapter_tensors(transformer).items():
+        try:
+            stored = load_file(folder / file)
+        except (OSError, SafetensorError) as error:
+            raise ConfigError(f"{folder / file}: cannot be read ({error})") from None
+        differing = sorted(stored.keys() ^ tensors.keys())
+        if differing:
+            raise ConfigError(f"{folder / file}: missing or unexpected tensors, first {differing[0]}")
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                if stored[name].shape != tensor.shape:
+                    raise ConfigError(f"{folder / file}: {name} is {list(stored[name].shape)}, need {list(tensor.shape)}")
+                tensor.copy_(stored[name])
+    return card

@@ -1,0 +1,94 @@
+"""One frozen linear, two LoRAs: the decoupled half of Decoupled LoRA Control (One4D, Eq. 5-8).
+
+The two branches are the two halves of the batch, rgb first. Attention never crosses samples, so stacking decouples
+them for free, every frozen weight is read once for both, and no adapter is ever switched (switching under activation
+checkpointing gives wrong gradients).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Generator, Tensor, nn
+
+from one4d_pl.types import MODALITIES
+
+
+class BranchLinear(nn.Module):
+    """A frozen linear with one LoRA per modality; rgb is the first half of the batch, xyz the second."""
+
+    def __init__(self, base: nn.Linear, rank: int, scale: float, generator: Generator) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.scale = scale  # alpha / rank
+        device = base.weight.device
+        # float32 whatever the base's dtype: the trainables are their own master weights
+        self.lora_A = nn.ModuleDict(
+            {m: nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=torch.float32) for m in MODALITIES}
+        ).to_empty(device=device)
+        self.lora_B = nn.ModuleDict(
+            {m: nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=torch.float32) for m in MODALITIES}
+        ).to_empty(device=device)
+        for modality in MODALITIES:
+            # PEFT's convention: A as nn.Linear starts, B zero, so that at step 0 both branches are plain Wan
+            _kaiming_uniform(self.lora_A[modality].weight, generator)
+            nn.init.zeros_(self.lora_B[modality].weight)
+
+    def forward(self, hidden: Tensor) -> Tensor:  # [2B, L, D] -> [2B, L, D']
+        halves = zip(MODALITIES, hidden.chunk(2), strict=True)
+        delta = torch.cat([self.lora_B[m](self.lora_A[m](half)) for m, half in halves])
+        return self.base(hidden) + self.scale * delta
+
+
+class BranchPatchEmbedding(nn.Module):
+    """The frozen patch embedding for rgb and a trainable copy of it for xyz (our reading of the paper's 250.7 M).
+
+    The xyz copy keeps the base's 36 input channels; the 20 conditioning channels are fed zeros ("zero pad", One4D,
+    Fig. 4) and so never get a gradient.
+    """
+
+    def __init__(self, base: nn.Conv3d) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.xyz = nn.Conv3d(
+            base.in_channels,
+            base.out_channels,
+            base.kernel_size,  # type: ignore[arg-type]
+            base.stride,  # type: ignore[arg-type]
+            device=base.weight.device,
+            dtype=torch.float32,
+        )
+        with torch.no_grad():
+            self.xyz.weight.copy_(base.weight)
+            if base.bias is not None and self.xyz.bias is not None:
+                self.xyz.bias.copy_(base.bias)
+
+    def forward(self, noisy: Tensor) -> Tensor:  # [2B, 36, t, h, w] -> [2B, D, t, h', w']
+        # Each conv sees the whole batch and keeps its half: a kernel may round differently at another batch size, and
+        # at step 0 the rgb half has to equal plain Wan bit for bit. A patch embedding is 1e-3 of a block.
+        rgb, _ = self.base(noisy).chunk(2)
+        _, xyz = self.xyz(noisy).chunk(2)
+        return torch.cat([rgb, xyz.to(rgb.dtype)])
+
+
+def wrap_linears(blocks: nn.Module, rank: int, scale: float, generator: Generator) -> list[str]:
+    """Replace every linear below `blocks` by a BranchLinear, in place; returns their paths in module order."""
+    paths = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
+    for path in paths:
+        parent_path, _, name = path.rpartition(".")
+        parent = blocks.get_submodule(parent_path)
+        base = parent.get_submodule(name)
+        assert isinstance(base, nn.Linear)
+        setattr(parent, name, BranchLinear(base, rank, scale, generator))
+    return paths
+
+
+def _kaiming_uniform(weight: Tensor, generator: Generator) -> None:
+    """nn.Linear's start, drawn on the CPU so that it does not depend on the device; a no-op on meta."""
+    if weight.is_meta:
+        return
+    bound = 1 / math.sqrt(weight.shape[1])
+    drawn = torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
+    with torch.no_grad():
+        weight.copy_(drawn)

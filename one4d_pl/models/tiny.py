@@ -1,0 +1,83 @@
+"""A tiny Wan with seeded weights, in the same diffusers layout as the 14B and opened by the same loader."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from one4d_pl.config import TinyWanConfig
+
+IMAGE_DIM = 32  # width of the tiny CLIP
+
+
+def build_tiny_wan(folder: Path, config: TinyWanConfig, calibration: torch.Tensor) -> None:
+    """Write the bundle to `folder`, atomically; the same seed gives the same bytes.
+
+    Args:
+        folder: created; left alone if it already holds a bundle.
+        config: shape and seed.
+        calibration: [B, 3, T, H, W] in [-1, 1], clips on which the latents' mean and std are measured, so that the
+            diffusion sees unit-variance latents as it does with a trained VAE.
+    """
+    if (folder / "model_index.json").is_file():
+        return
+    staging = folder.with_name(f".{folder.name}.{torch.randint(2**31, ()).item()}.tmp")
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            _save_parts(staging, config, calibration)
+        staging.rename(folder)
+    except OSError:
+        if not (folder / "model_index.json").is_file():  # else another process was faster
+            raise
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _save_parts(folder: Path, config: TinyWanConfig, calibration: torch.Tensor) -> None:
+    vae = AutoencoderKLWan(
+        base_dim=config.vae_dim, z_dim=16, num_res_blocks=1, latents_mean=[0.0] * 16, latents_std=[1.0] * 16
+    )
+    with torch.no_grad():
+        latents = vae.encode(calibration).latent_dist.mode().transpose(0, 1).flatten(1)  # [C, N]
+    vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
+    vae.save_pretrained(folder / "vae")
+    WanTransformer3DModel(
+        num_attention_heads=config.num_heads,
+        attention_head_dim=config.head_dim,
+        in_channels=36,
+        out_channels=16,
+        text_dim=config.text_dim,
+        freq_dim=64,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        image_dim=IMAGE_DIM if config.image_tokens else None,
+        added_kv_proj_dim=config.num_heads * config.head_dim if config.image_tokens else None,
+    ).save_pretrained(folder / "transformer")
+    text_config = UMT5Config(
+        vocab_size=384, d_model=config.text_dim, d_kv=16, d_ff=128, num_layers=2, num_heads=4, tie_word_embeddings=False
+    )
+    UMT5EncoderModel(text_config).save_pretrained(folder / "text_encoder")
+    ByT5Tokenizer().save_pretrained(folder / "tokenizer")
+    FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
+    index = {
+        "_class_name": "WanImageToVideoPipeline",
+        "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+        "text_encoder": ["transformers", "UMT5EncoderModel"],
+        "tokenizer": ["transformers", "ByT5Tokenizer"],
+        "transformer": ["diffusers", "WanTransformer3DModel"],
+        "vae": ["diffusers", "AutoencoderKLWan"],
+    }
+    if config.image_tokens:
+        image_config = CLIPVisionConfig(
+            hidden_size=IMAGE_DIM, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32,
+            patch_size=8,
+        )  # fmt: skip
+        CLIPVisionModel(image_config).save_pretrained(folder / "image_encoder")
+        index["image_encoder"] = ["transformers", "CLIPVisionModel"]
+    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")

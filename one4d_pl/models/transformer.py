@@ -1,0 +1,98 @@
+"""The One4D transformer: an unmodified diffusers Wan on a stacked batch, with BranchLinears and control links."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from diffusers import WanTransformer3DModel
+from torch import Tensor, nn
+
+from one4d_pl.config import DLCConfig
+from one4d_pl.models.control_links import ControlLink, link_positions
+from one4d_pl.models.lora import BranchPatchEmbedding, wrap_linears
+
+
+class One4DTransformer(nn.Module):
+    """Decoupled LoRA Control around a frozen Wan (One4D, Eq. 5-9); the branches are the two halves of the batch.
+
+    Args:
+        base: a 36-channel (inpainting layout) Wan; its block linears and patch embedding are wrapped in place.
+        config: rank, scale, links.
+        seed: of the LoRA A matrices; everything else starts at zero or as a copy.
+    """
+
+    def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False).eval()
+        self.config = config
+        generator = torch.Generator().manual_seed(seed)
+        self.linear_paths = wrap_linears(base.blocks, config.rank, config.lora_scale, generator)
+        if config.xyz_patch_embedding:
+            base.patch_embedding = BranchPatchEmbedding(base.patch_embedding)
+        width = base.config.num_attention_heads * base.config.attention_head_dim
+        positions = link_positions(len(base.blocks), config.num_links, config.link_blocks)
+        device = base.proj_out.weight.device
+        self.links = nn.ModuleDict({str(i): ControlLink(width, device) for i in positions})
+        for i in positions:
+            # after the block and before the next one; inside the checkpointed region, so it is recomputed with it
+            base.blocks[i].register_forward_hook(_LinkHook(self.links[str(i)]))
+
+    def forward(
+        self,
+        noisy_latents: Tensor,  # [2B, C, t, h, w], rgb first
+        condition: Tensor,  # [B, 4 + C, t, h, w], the rgb branch's; xyz is fed zeros
+        sigma: Tensor,  # [2B], in [0, 1], 1 = noise
+        prompt_embeds: Tensor,  # [B, L, D], both branches see the same text
+        image_embeds: Tensor | None,  # [B, N, D], where the base has image tokens
+    ) -> Tensor:  # [2B, C, t, h, w] velocity = noise - latents
+        return self.base(
+            hidden_states=torch.cat([noisy_latents, torch.cat([condition, torch.zeros_like(condition)])], dim=1),
+            timestep=1000 * sigma,
+            encoder_hidden_states=prompt_embeds.repeat(2, 1, 1),
+            encoder_hidden_states_image=None if image_embeds is None else image_embeds.repeat(2, 1, 1),
+            return_dict=False,
+        )[0]
+
+    def enable_activation_checkpointing(self) -> None:
+        """Recompute each block in the backward pass (non-reentrant: everything upstream of the LoRAs is frozen)."""
+        self.base.enable_gradient_checkpointing()
+        # diffusers checkpoints only in training mode or where gradients are on; frozen modules have no dropout
+        self.base.gradient_checkpointing = True
+
+    def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Named trainables in a fixed order: the adapter, nothing of the base."""
+        return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Numbers of trainable parameters: lora (both branches), links, xyz_patch_embedding."""
+        counts = {"lora": 0, "links": 0, "xyz_patch_embedding": 0}
+        for name, parameter in self.trainable_parameters():
+            counts[adapter_part(name)] += parameter.numel()
+        return counts
+
+
+class _LinkHook:
+    """A forward hook that owns no module, so that a link is registered (and saved) once, below `links`."""
+
+    def __init__(self, link: nn.Module) -> None:
+        self.link = link
+
+    def __call__(self, block: nn.Module, inputs: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
+        return self.link(hidden)
+
+
+def adapter_part(name: str) -> str:
+    """Which part of the adapter a trainable belongs to, by its name in One4DTransformer."""
+    if name.startswith("links."):
+        return "links"
+    if ".lora_" in name:
+        return "lora"
+    return "xyz_patch_embedding"
+
+
+def describe_sizes(counts: dict[str, int]) -> str:
+    """The adapter's size the way the paper prints it: LoRA / links + xyz patch embedding / total, in 2^20."""
+    mega = {part: count / 2**20 for part, count in counts.items()}
+    control = mega["links"] + mega["xyz_patch_embedding"]
+    return f"{mega['lora']:.1f} / {control:.1f} / {mega['lora'] + control:.1f} (x 2^20: LoRA / control / total)"

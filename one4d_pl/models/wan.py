@@ -1,0 +1,185 @@
+"""The frozen Wan: one loader for every size, and the encoders around the transformer.
+
+The folder is diffusers' layout (vae, transformer, text_encoder, tokenizer, scheduler, and image_encoder where the
+base has image tokens). The flip between diffusers' normalised latents and pixels lives here alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from huggingface_hub import snapshot_download
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
+
+from one4d_pl.config import ConfigError
+from one4d_pl.types import Encoded, Sample
+
+ENCODER_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder")
+IMAGE_CONTEXT = 512  # diffusers' Wan splits image from text tokens by assuming this many text tokens
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # the image encoder's own input statistics (OpenAI CLIP)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def resolve_base(path: str) -> Path:
+    """A local folder as it is; a hub id through the local hub cache (nothing is downloaded here)."""
+    folder = Path(path)
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(path, local_files_only=True))
+        except Exception:  # the hub client has many error classes for "not there"
+            raise ConfigError(
+                f"base.path: {path} is neither a folder nor a hub id in the local cache; "
+                f"get it with `hf download {path}` or set base.path"
+            ) from None
+    if not (folder / "model_index.json").is_file():
+        raise ConfigError(f"base.path: {folder} is not a diffusers folder (no model_index.json)")
+    return folder
+
+
+def load_transformer(path: str, dtype: str) -> WanTransformer3DModel:
+    """The transformer alone, in `dtype` (diffusers keeps Wan's norms, time embedding and modulation in float32)."""
+    folder = resolve_base(path)
+    transformer = WanTransformer3DModel.from_pretrained(
+        folder, subfolder="transformer", torch_dtype=getattr(torch, dtype), local_files_only=True
+    )
+    vae_config = AutoencoderKLWan.load_config(folder, subfolder="vae")
+    expected = 2 * vae_config["z_dim"] + vae_config.get("scale_factor_temporal", 4)
+    if transformer.config.in_channels != expected:
+        raise ConfigError(
+            f"base.path: {folder} takes {transformer.config.in_channels} input channels, One4D needs an inpainting "
+            f"or image-to-video Wan with {expected} (latents, mask, conditioning latents)"
+        )
+    return transformer
+
+
+def fingerprint(path: str, parts: tuple[str, ...] = ("transformer", *ENCODER_PARTS)) -> str:
+    """Identity of a base: sha256 over every safetensors file's name, size, header and 64 spread samples of 4 KiB.
+
+    Reading 60 GB to hash them in full would cost minutes at every start; another training of the same architecture
+    differs in every sample.
+    """
+    digest = hashlib.sha256()
+    folder = resolve_base(path)
+    files = sorted(file for part in parts for file in (folder / part).glob("*"))
+    for file in (f for f in files if f.suffix == ".safetensors"):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)} {size}".encode())
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+            digest.update(stream.read(min(header, size)))
+            for i in range(64):
+                stream.seek(8 + header + (size - 8 - header) * i // 64)
+                digest.update(stream.read(4096))
+    for file in (f for f in files if f.name.endswith("config.json")):
+        digest.update(json.dumps(json.loads(file.read_text()), sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+class WanEncoders(nn.Module):
+    """VAE, text encoder and (where the base has one) CLIP image encoder, all frozen; the VAE stays float32.
+
+    Args:
+        path: base folder in diffusers layout, or a hub id in the local cache.
+        dtype: of the text and image encoder.
+        max_text_tokens: prompts are cut and their embeddings zero-padded to this length.
+    """
+
+    def __init__(self, path: str, dtype: str, max_text_tokens: int) -> None:
+        super().__init__()
+        folder, torch_dtype = resolve_base(path), getattr(torch, dtype)
+        self.vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
+        self.text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch_dtype)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "tokenizer")
+        self.image_encoder: CLIPVisionModel | None = None
+        if (folder / "image_encoder" / "config.json").is_file():
+            self.image_encoder = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch_dtype)
+            if max_text_tokens != IMAGE_CONTEXT:
+                raise ConfigError(
+                    f"base.max_text_tokens: {max_text_tokens}, but diffusers' Wan with image tokens fixes "
+                    f"{IMAGE_CONTEXT} text tokens; set base.max_text_tokens={IMAGE_CONTEXT}"
+                )
+        self.max_text_tokens = max_text_tokens
+        self.requires_grad_(False).eval()
+        shape = (1, -1, 1, 1, 1)
+        self.register_buffer("latents_mean", torch.tensor(self.vae.config.latents_mean).view(shape), persistent=False)
+        self.register_buffer("latents_std", torch.tensor(self.vae.config.latents_std).view(shape), persistent=False)
+
+    @property
+    def temporal_factor(self) -> int:
+        return self.vae.config.scale_factor_temporal
+
+    @property
+    def spatial_factor(self) -> int:
+        return self.vae.config.scale_factor_spatial
+
+    @property
+    def latent_channels(self) -> int:
+        return self.vae.config.z_dim
+
+    def train(self, mode: bool = True) -> WanEncoders:
+        """Frozen: always in eval mode, whatever Lightning asks."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def encode(self, video: Tensor) -> Tensor:  # [B, 3, T, H, W] in [-1, 1] -> [B, C, t, h, w]
+        """Normalised posterior mode, in float32: bf16 would quantise pointmaps to 2^-8 of the scene."""
+        batch, _, num_frames, height, width = video.shape
+        if num_frames % self.temporal_factor != 1:
+            raise ValueError(f"video: {num_frames} frames, need {self.temporal_factor}k+1; Wan's VAE drops the rest")
+        if height % self.spatial_factor or width % self.spatial_factor:
+            raise ValueError(f"video: {height}x{width} is not a multiple of the VAE's {self.spatial_factor}")
+        with torch.autocast(video.device.type, enabled=False):
+            mode = self.vae.encode(video.float()).latent_dist.mode()
+        return (mode - self.latents_mean) / self.latents_std
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W] in [-1, 1]
+        """Back to pixels or pointmaps, in float32; Wan's VAE clamps at +-1."""
+        with torch.autocast(latents.device.type, enabled=False):
+            return self.vae.decode(latents.float() * self.latents_std + self.latents_mean).sample
+
+    @torch.no_grad()
+    def encode_prompts(self, prompts: list[str]) -> list[Tensor]:  # -> [n, D] each, n <= max_text_tokens
+        """Text embeddings cut to their true length; `pad_prompt_embeds` stacks them."""
+        tokens = self.tokenizer(
+            prompts,
+            padding="longest",
+            max_length=self.max_text_tokens,
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.latents_mean.device)
+        embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        lengths = tokens.attention_mask.sum(dim=1).tolist()
+        return [embed[:length].float() for embed, length in zip(embeds, lengths, strict=True)]
+
+    def pad_prompt_embeds(self, embeds: list[Tensor]) -> Tensor:  # [n_i, D] each -> [B, max_text_tokens, D]
+        """Zero-pad, as Wan was trained; the transformer attends to the zeros too."""
+        padded = embeds[0].new_zeros(len(embeds), self.max_text_tokens, embeds[0].shape[-1])
+        for row, embed in zip(padded, embeds, strict=True):
+            row[: len(embed)] = embed
+        return padded
+
+    @torch.no_grad()
+    def encode_image(self, image: Tensor) -> Tensor | None:  # [B, 3, H, W] in [-1, 1] -> [B, N, D]
+        """CLIP tokens of frame 0 (penultimate layer), squashed to the encoder's square as Fun-InP was trained."""
+        if self.image_encoder is None:
+            return None
+        size = self.image_encoder.config.image_size
+        pixels = interpolate((image.float() + 1) / 2, (size, size), mode="bicubic", align_corners=False)
+        mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        pixels = ((pixels - mean) / std).to(self.image_encoder.dtype)
+        return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2].float()
+
+    def encode_sample(self, sample: Sample) -> Encoded:
+        """What the encoded cache stores of a clip."""
+        frames, pointmap = sample.frames.to(self.latents_mean), sample.pointmap.to(self.latents_mean)
+        image = self.encode_image(frames[None, :, 0])
+        prompt = self.encode_prompts([sample.caption])[0]
+        return Encoded(self.encode(torch.stack([frames, pointmap])), prompt, None if image is None else image[0])

@@ -1,0 +1,145 @@
+"""The LightningModule: the loss and `sample()`; what measures, draws or writes is a callback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+
+from one4d_pl.config import Config
+from one4d_pl.data.order import derived_generator
+from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample, shift_sigma
+from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline, encode_first_frame
+from one4d_pl.models.adapters import load_adapters
+from one4d_pl.models.conditioning import encode_condition, fold_frame_mask
+from one4d_pl.models.transformer import One4DTransformer
+from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
+from one4d_pl.training.optim import build_optimizer, set_learning_rates
+from one4d_pl.types import MODALITIES, Batch
+
+
+class One4DModule(lightning.LightningModule):
+    """Frozen Wan, trainable Decoupled-LoRA-Control adapter, flow matching on both branches (One4D, sec. 3).
+
+    Args:
+        config: the whole run's config.
+        adapters: folder to start from (a checkpoint, or train.init_from); None = a fresh adapter.
+    """
+
+    encoders: WanEncoders
+    transformer: One4DTransformer
+
+    def __init__(self, config: Config, adapters: Path | None) -> None:
+        super().__init__()
+        self.config, self.adapters = config, adapters
+        self.base_fingerprint = fingerprint(config.base.path)
+        self.val_loss = torch.nn.ModuleDict({m: MeanMetric() for m in MODALITIES})
+        self._built = False
+
+    def configure_model(self) -> None:
+        """Open the base and build the adapter; called by Lightning on every rank, once."""
+        if self._built:
+            return
+        config = self.config
+        self.encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens)
+        base = load_transformer(config.base.path, config.base.dtype)
+        self.transformer = One4DTransformer(base, config.dlc, config.train.seed)
+        if config.train.activation_checkpointing:
+            self.transformer.enable_activation_checkpointing()
+        if self.adapters is not None:
+            load_adapters(self.transformer, self.adapters, self.base_fingerprint)
+        self._built = True
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """One micro batch: the loss, and each sample's loss per branch for the callbacks."""
+        seed, positions = self.config.train.seed, batch.position.tolist()
+        uniform = torch.cat([torch.rand(1, generator=derived_generator(seed, p, "sigma")) for p in positions])
+        sigma = shift_sigma(uniform, self.config.flow.shift).to(self.device)
+        rgb, xyz = self.losses(batch, sigma, self.draw_noise(batch, "noise"))
+        return {"loss": rgb.mean() + self.config.flow.xyz_weight * xyz.mean(), "rgb": rgb.detach(), "xyz": xyz.detach()}
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Loss at fixed sigmas, noise and frame masks."""
+        noise = self.draw_noise(batch, "validation noise")
+        for sigma in self.config.val.sigmas:
+            losses = self.losses(batch, torch.full((len(batch),), sigma, device=self.device), noise)
+            for modality, loss in zip(MODALITIES, losses, strict=True):
+                self.val_loss[modality].update(loss)
+
+    def losses(
+        self,
+        batch: Batch,
+        sigma: Tensor,  # [B], shared by both branches (One4D, Eq. 3)
+        noise: Tensor,  # [2B, C, t, h, w], each branch its own
+    ) -> tuple[Tensor, Tensor]:  # rgb [B], xyz [B]
+        """Velocity error of each sample and branch (One4D, Eq. 4)."""
+        latents, prompt_embeds, image_embeds = self.encode(batch)
+        condition = self.condition(batch, latents)
+        sigma = sigma.repeat(2)
+        noisy_latents, velocity = interpolate(latents, noise, sigma)
+        velocity_pred = self.transformer(noisy_latents, condition, sigma, prompt_embeds, image_embeds)
+        return mse_per_sample(velocity_pred, velocity)
+
+    def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Latents [2B, C, t, h, w], prompt embeddings [B, L, D], image tokens [B, N, D]; cached or computed."""
+        encoders = self.encoders
+        if batch.encoded is None:
+            latents = encoders.encode(torch.cat([batch.frames, batch.pointmap]))
+            prompts = encoders.pad_prompt_embeds(encoders.encode_prompts(list(batch.prompts)))
+            return latents, prompts, encode_first_frame(encoders, batch.frames, batch.frame_mask)
+        latents = torch.stack([e.latents for e in batch.encoded], dim=1).flatten(0, 1)
+        prompts = encoders.pad_prompt_embeds([e.prompt_embeds for e in batch.encoded])
+        images = [e.image_embeds for e in batch.encoded if e.image_embeds is not None]
+        if not images:
+            return latents, prompts, None
+        return latents, prompts, torch.where(batch.frame_mask[:, :1, None], torch.stack(images), 0.0)
+
+    def condition(self, batch: Batch, latents: Tensor) -> Tensor:  # [B, 4 + C, t, h, w]
+        """The rgb branch's condition; only clips with both given and hidden frames need the VAE."""
+        factor, given = self.encoders.temporal_factor, batch.frame_mask
+        folded = fold_frame_mask(given, factor)[..., None, None]
+        rgb = latents[: len(batch)]
+        # every frame given: the conditioning video is the video itself
+        everything = torch.cat([folded.expand(*folded.shape[:3], *rgb.shape[-2:]).to(rgb), rgb], dim=1)
+        condition = torch.where(given.all(1).view(-1, 1, 1, 1, 1), everything, 0.0)
+        partly = given.any(1) & ~given.all(1)
+        if bool(partly.any()):
+            condition[partly] = encode_condition(self.encoders.encode, batch.frames[partly], given[partly], factor)
+        return condition
+
+    def draw_noise(self, batch: Batch, purpose: str) -> Tensor:  # [2B, C, t, h, w]
+        """Noise of each sample from (seed, position): the same on every layout and after every resume."""
+        factor, spatial = self.encoders.temporal_factor, self.encoders.spatial_factor
+        num_frames, height, width = batch.frames.shape[2:]
+        shape = (
+            2,
+            self.encoders.latent_channels,
+            (num_frames - 1) // factor + 1,
+            height // spatial,
+            width // spatial,
+        )
+        seed, positions = self.config.train.seed, batch.position.tolist()
+        noise = [torch.randn(shape, generator=derived_generator(seed, p, purpose)) for p in positions]
+        return torch.stack(noise, dim=1).flatten(0, 1).to(self.device)
+
+    def sample(self, batch: Batch) -> GeneratedScene:
+        """Generate the batch's scenes from its given frames and true captions."""
+        config = self.config
+        pipeline = One4DPipeline(
+            self.transformer, self.encoders, config.sampler, config.flow.shift, config.base.negative_prompt
+        )
+        return pipeline(
+            list(batch.captions), batch.frames, batch.frame_mask, self.draw_noise(batch, "sampling noise")
+        )
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return build_optimizer(self.transformer, self.config.optim)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        set_learning_rates(optimizer, self.global_step, self.config.optim.warmup_steps)
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)

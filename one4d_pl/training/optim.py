@@ -1,0 +1,38 @@
+"""AdamW with one group per part of the adapter, and a learning rate that is a pure function of the step."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from one4d_pl.config import OptimConfig
+from one4d_pl.models.transformer import One4DTransformer, adapter_part
+
+
+def build_optimizer(transformer: One4DTransformer, config: OptimConfig) -> torch.optim.AdamW:
+    """Groups lora, links and xyz_patch_embedding, each with its own `base_lr`; empty groups are left out."""
+    width = transformer.base.proj_out.in_features
+    parts: dict[str, list[nn.Parameter]] = {"lora": [], "links": [], "xyz_patch_embedding": []}
+    for name, parameter in transformer.trainable_parameters():
+        parts[adapter_part(name)].append(parameter)
+    groups = []
+    for part, parameters in parts.items():
+        # Adam on a zero D x D matrix moves its output by lr |x|_1 at step 1: scale the links' lr by the width
+        lr = config.lr * min(1.0, config.link_lr_width / width) if part == "links" else config.lr
+        # the patch embedding starts as a copy of the base's and its zero-fed channels get no gradient: decay would
+        # only pull both away from the base
+        decay = 0.0 if part == "xyz_patch_embedding" else config.weight_decay
+        if parameters:
+            groups.append({"params": parameters, "name": part, "base_lr": lr, "lr": lr, "weight_decay": decay})
+    return torch.optim.AdamW(groups, betas=config.betas)
+
+
+def warm_up(step: int, warmup_steps: int) -> float:
+    """Share of the base lr at an optimiser step: linear to 1, then constant."""
+    return min(1.0, (step + 1) / max(1, warmup_steps))
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, warmup_steps: int) -> None:
+    """Derived from the step, so that a resumed run needs no scheduler state."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * warm_up(step, warmup_steps)

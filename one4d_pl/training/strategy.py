@@ -1,0 +1,60 @@
+"""From the config to a Lightning Trainer."""
+
+from __future__ import annotations
+
+import os
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
+
+from one4d_pl.config import Config
+
+
+def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Trainer:
+    """A Trainer that stops at train.max_steps, validates before the first step and every val.every steps."""
+    train = config.train
+    return lightning.Trainer(
+        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        strategy=_strategy(config),
+        num_nodes=train.num_nodes,
+        devices=train.devices,
+        precision="bf16-mixed" if train.precision == "bf16-mixed" else "32-true",
+        max_steps=train.max_steps,
+        accumulate_grad_batches=train.accumulation,
+        gradient_clip_val=config.optim.grad_clip,
+        val_check_interval=config.val.every * train.accumulation,
+        check_val_every_n_epoch=None,
+        num_sanity_val_steps=-1,  # the curve starts at step 0
+        logger=TensorBoardLogger(config.run_dir, name="tensorboard", version=""),
+        callbacks=callbacks,
+        enable_checkpointing=False,  # ours: training/checkpoint.py
+        enable_progress_bar=False,  # ours: callbacks/throughput.py counts optimiser steps
+        enable_model_summary=False,
+        use_distributed_sampler=False,  # Lightning would shuffle our ordered stream a second time
+    )
+
+
+def fast_forward(trainer: lightning.Trainer, step: int, accumulation: int) -> None:
+    """Tell Lightning's counters that `step` optimiser steps are behind it, as its own checkpoints would."""
+    loop = trainer.fit_loop.epoch_loop
+    loop._batches_that_stepped = step
+    optimizer_step = loop.automatic_optimization.optim_progress.optimizer.step.total
+    optimizer_step.ready = optimizer_step.completed = step
+    batches = loop.batch_progress.total
+    batches.ready = batches.started = batches.processed = batches.completed = step * accumulation
+
+
+def limit_threads(config: Config) -> None:
+    """Share this machine's cores between its processes: oversubscribed OpenMP is ten times slower."""
+    if not torch.cuda.is_available():
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.train.devices))
+
+
+def _strategy(config: Config) -> Strategy:
+    if config.train.strategy == "single":
+        return SingleDeviceStrategy(device="cuda:0" if torch.cuda.is_available() else "cpu")
+    # every trainable is used in every step whatever the task draw; the base has no buffers that change
+    return DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)

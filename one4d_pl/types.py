@@ -1,0 +1,143 @@
+"""The dataclasses that cross rooms: a raw clip, a training sample and a batch.
+
+Shapes stand beside each field. Dims: B batch, T frames, H W pixels, t h w latent grid, C latent channels,
+L text tokens, D text width. Geometry side `[..., H, W, 3]`, network side `[B, C, T, H, W]` (diffusers).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+MODALITIES = ("rgb", "xyz")  # the two branches; rgb is the first half of every stacked batch
+TASKS = ("text", "image", "sparse", "video")  # which frames are given: none, the first, some, all
+DOMAINS = ("synthetic", "real")
+
+Task = Literal["text", "image", "sparse", "video"]
+
+
+@dataclass(frozen=True)
+class Clip:
+    """One raw sample, the only schema training knows; every dataset's oddities die in data_prep/sources."""
+
+    key: str  # unique within its source, safe as a file name
+    frames: Tensor  # [T, H, W, 3] uint8, sRGB
+    depth: Tensor  # [T, H, W] float32, z in camera coordinates; +inf = sky, nan = no measurement
+    intrinsics: Tensor  # [T, 3, 3] float32, pixels, pixel centres at +0.5
+    cam2world: Tensor  # [T, 4, 4] float32, OpenCV axes, same unit as depth
+    valid: Tensor  # [T, H, W] bool, geometry known and trusted (implies finite, positive depth)
+    moving: Tensor | None  # [T, H, W] bool, pixel shows something that moves in the world; None = unknown
+    caption: str
+    source: str  # dataset name
+    domain: str  # one of DOMAINS
+    fps: float
+    licence: str  # SPDX id or the dataset's own tag
+
+    @property
+    def num_frames(self) -> int:
+        return self.frames.shape[0]
+
+
+@dataclass(frozen=True)
+class PointmapScale:
+    """The similarity between camera-0 coordinates and the normalised cube: x = (x_cam0 - (0, 0, offset)) / scale."""
+
+    scale: Tensor  # [...], one for all axes, same unit as depth
+    offset: Tensor  # [...], along z only; 0 unless the normalisation's switch is on
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the frozen encoders say of one clip, cached beside its shard."""
+
+    latents: Tensor  # [2, C, t, h, w] normalised posterior modes of frames and pointmap
+    prompt_embeds: Tensor  # [n, D], not padded; of the caption, or of the empty prompt where it was dropped
+    image_embeds: Tensor | None  # [N, D], CLIP tokens of frame 0, where the base has them
+
+    def to(self, device: torch.device) -> Encoded:
+        """The same tensors on `device`."""
+        image = None if self.image_embeds is None else self.image_embeds.to(device)
+        return Encoded(self.latents.to(device), self.prompt_embeds.to(device), image)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample after decode, resize, normalisation and the conditioning draw."""
+
+    key: str
+    position: int  # global stream position: every random draw of this sample derives from (seed, position)
+    frames: Tensor  # [3, T, H, W] float32 in [-1, 1]
+    pointmap: Tensor  # [3, T, H, W] float32 in [-1, 1], camera-0 coordinates, normalised
+    valid: Tensor  # [T, H, W] bool, 1 = geometry known
+    moving: Tensor  # [T, H, W] bool
+    scale: PointmapScale  # scalars
+    intrinsics: Tensor  # [T, 3, 3] of the resized frames
+    cam2world: Tensor  # [T, 4, 4], world = camera 0, unit of the raw depth
+    frame_mask: Tensor  # [T] bool, 1 = given
+    task: Task
+    caption: str  # the true caption, whatever was dropped
+    drop_caption: bool  # train this sample on the empty prompt
+    encoded: Encoded | None  # cached; None = encode in the step
+    skipped: tuple[str, ...]  # "shard: sample key: reason" of broken samples that this one stands in for
+
+
+@dataclass(frozen=True)
+class Batch:
+    """A stack of samples; the branches are stacked later, in the module."""
+
+    keys: tuple[str, ...]
+    position: Tensor  # [B] int64
+    frames: Tensor  # [B, 3, T, H, W]
+    pointmap: Tensor  # [B, 3, T, H, W]
+    valid: Tensor  # [B, T, H, W] bool
+    moving: Tensor  # [B, T, H, W] bool
+    scale: PointmapScale  # [B] each
+    intrinsics: Tensor  # [B, T, 3, 3]
+    cam2world: Tensor  # [B, T, 4, 4]
+    frame_mask: Tensor  # [B, T] bool, 1 = given
+    tasks: tuple[Task, ...]
+    prompts: tuple[str, ...]  # "" where the caption was dropped
+    captions: tuple[str, ...]
+    encoded: tuple[Encoded, ...] | None  # one per sample
+    skipped: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on `device` (strings stay)."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        for name, value in moved.items():
+            if isinstance(value, Tensor):
+                moved[name] = value.to(device, non_blocking=True)
+        moved["scale"] = PointmapScale(self.scale.scale.to(device), self.scale.offset.to(device))
+        if self.encoded is not None:
+            moved["encoded"] = tuple(e.to(device) for e in self.encoded)
+        return replace(self, **moved)
+
+
+def collate(samples: list[Sample]) -> Batch:
+    """Stack samples of one shape; cached encodings are used only if every sample has them."""
+    encoded = tuple(s.encoded for s in samples if s.encoded is not None)
+    return Batch(
+        keys=tuple(s.key for s in samples),
+        position=torch.tensor([s.position for s in samples]),
+        frames=torch.stack([s.frames for s in samples]),
+        pointmap=torch.stack([s.pointmap for s in samples]),
+        valid=torch.stack([s.valid for s in samples]),
+        moving=torch.stack([s.moving for s in samples]),
+        scale=PointmapScale(
+            torch.stack([s.scale.scale for s in samples]), torch.stack([s.scale.offset for s in samples])
+        ),
+        intrinsics=torch.stack([s.intrinsics for s in samples]),
+        cam2world=torch.stack([s.cam2world for s in samples]),
+        frame_mask=torch.stack([s.frame_mask for s in samples]),
+        tasks=tuple(s.task for s in samples),
+        prompts=tuple("" if s.drop_caption else s.caption for s in samples),
+        captions=tuple(s.caption for s in samples),
+        encoded=encoded if len(encoded) == len(samples) else None,
+        skipped=tuple(reason for s in samples for reason in s.skipped),
+    )
