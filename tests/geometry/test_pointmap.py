@@ -245,7 +245,9 @@ def test_the_offset_halves_the_scale_of_a_forward_scene():
 
 def test_the_offset_leaves_equal_room_ahead_and_behind():
     geometry = make_geometry()
-    wide = replace(geometry, cam2world=geometry.cam2world[:1].expand(FRAMES, 4, 4))  # sideways decides the scale
+    static = replace(geometry, cam2world=geometry.cam2world[:1].expand(FRAMES, 4, 4))
+    wide = replace(static, intrinsics=static.intrinsics * torch.tensor([0.5, 0.5, 1.0])[:, None])
+    wide.intrinsics[..., :2, 2] *= 2  # a field of view of 100 degrees: sideways decides the scale
     normalised = wide.normalise(z_offset=True)
     ahead = 0.90 - normalised.points[..., 2].max()
     behind = 0.80 - normalised.scale.offset / normalised.scale.scale  # camera 0 lies at z = -offset / scale

@@ -1,0 +1,76 @@
+"""Laws of the only sampler."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from one4d_pl.config import DLCConfig, GuidanceConfig, SamplerConfig
+from one4d_pl.inference.pipeline import GuidedText, One4DPipeline, encode_first_frame, guided_velocity
+from one4d_pl.models.transformer import One4DTransformer
+
+
+@pytest.fixture
+def perturbed(tiny_base):
+    model = One4DTransformer(tiny_base.transformer(), DLCConfig(rank=4), seed=0)
+    g = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for _, parameter in model.trainable_parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=g)
+    return model
+
+
+def test_stacked_guidance_equals_two_calls_with_its_own_scale_per_task_and_branch(tiny_base, perturbed):
+    inputs = tiny_base.inputs(batch=2)
+    negative = torch.randn_like(inputs.prompt_embeds)
+    scale_rgb, scale_xyz = torch.tensor([6.0, 4.0]), torch.tensor([2.0, 1.0])
+    text = GuidedText(inputs.prompt_embeds, negative, scale_rgb, scale_xyz)
+    with torch.no_grad():
+        stacked = guided_velocity(
+            perturbed, inputs.noisy_latents, inputs.condition, inputs.sigma, text, inputs.image_embeds
+        )
+        rest = (inputs.noisy_latents, inputs.condition, inputs.sigma)
+        conditional = perturbed(*rest, inputs.prompt_embeds, inputs.image_embeds)
+        unconditional = perturbed(*rest, negative, inputs.image_embeds)
+    scale = torch.cat([scale_rgb, scale_xyz]).view(4, 1, 1, 1, 1)
+    expected = unconditional + scale * (conditional - unconditional)
+    torch.testing.assert_close(stacked, expected, rtol=0, atol=1e-5)
+    assert (conditional - unconditional).abs().max() > 1e-3  # else the law would hold for nothing
+
+
+def test_guidance_1_is_a_single_conditional_call(tiny_base, perturbed):
+    inputs = tiny_base.inputs(batch=1)
+    one = torch.ones(1)
+    text = GuidedText(inputs.prompt_embeds, torch.full_like(inputs.prompt_embeds, float("nan")), one, one)
+    rest = (inputs.noisy_latents, inputs.condition, inputs.sigma)
+    with torch.no_grad():
+        expected = perturbed(*rest, inputs.prompt_embeds, inputs.image_embeds)
+        assert torch.equal(guided_velocity(perturbed, *rest, text, inputs.image_embeds), expected)
+
+
+def test_a_scene_has_the_size_of_its_frames_and_follows_task_guidance(tiny_base, perturbed):
+    encoders = tiny_base.encoders()
+    config = SamplerConfig(steps=2, guidance=GuidanceConfig(text=6, image=5, sparse=4, video=3))
+    pipeline = One4DPipeline(perturbed, encoders, config, shift=1.0, negative_prompt="bad")
+    frames = torch.rand(4, 3, 5, 32, 48) * 2 - 1
+    given = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
+    text = pipeline.guided_text(["p"] * 4, given)
+    assert text.scale_rgb.tolist() == text.scale_xyz.tolist() == [6, 5, 4, 3]
+    noise = torch.randn(8, 16, 2, 4, 6)
+    scene = pipeline(["p"] * 4, frames, given, noise)
+    assert scene.frames.shape == scene.pointmap.shape == frames.shape
+    assert scene.frames.abs().max() <= 1
+    hidden = torch.where(given[:, None, :, None, None], frames, float("nan"))
+    again = pipeline(["p"] * 4, hidden.nan_to_num(7.0), given, noise)
+    assert torch.equal(scene.frames, again.frames) and torch.equal(scene.pointmap, again.pointmap)
+
+
+def test_image_tokens_are_zeros_not_absent_where_frame_0_is_hidden(tiny_base):
+    encoders, frames = tiny_base.encoders(), torch.rand(2, 3, 5, 32, 32)
+    given = torch.tensor([[True] * 5, [False] * 5])
+    embeds = encode_first_frame(encoders, frames, given)
+    if not tiny_base.image_tokens:
+        assert embeds is None
+        return
+    assert embeds is not None and embeds.shape == (2, 17, 32)
+    assert embeds[0].abs().max() > 0 and embeds[1].abs().max() == 0
