@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
@@ -34,6 +35,11 @@ class TinyWanConfig:
     vae_dim: int = 16
     text_dim: int = 64
     image_tokens: bool = False  # with CLIP image keys and values, as the 14B has them
+
+    def __post_init__(self) -> None:
+        _at_least("base.tiny.seed", self.seed, 0)
+        for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "vae_dim", "text_dim"):
+            _at_least(f"base.tiny.{name}", getattr(self, name), 1)
 
 
 @dataclass
@@ -59,10 +65,11 @@ class DLCConfig:
     lora_scale: float = 1.0  # alpha / rank; not in the paper, stored with every adapter
     num_links: int = 5  # One4D, sec. 3.2; 0 leaves the branches independent
     link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
-    xyz_patch_embedding: bool = True  # own trainable copy; closes the paper's 935.7 exactly (our guess, paper.md sec. 3)
+    xyz_patch_embedding: bool = True  # own trainable copy; makes the paper's 935.7 exact (our guess, paper.md sec. 3)
 
     def __post_init__(self) -> None:
         _at_least("dlc.rank", self.rank, 1)
+        _positive("dlc.lora_scale", self.lora_scale)
         _at_least("dlc.num_links", self.num_links, 0)
         if self.link_blocks is not None and len(set(self.link_blocks)) != len(self.link_blocks):
             raise ConfigError(f"dlc.link_blocks: {self.link_blocks} names a block twice")
@@ -79,7 +86,7 @@ class MaskingConfig:
 
     def __post_init__(self) -> None:
         probs = (self.text_prob, self.image_prob, self.sparse_prob, self.video_prob)
-        if min(probs) < 0 or abs(sum(probs) - 1) > 1e-6:
+        if not (min(probs) >= 0 and abs(sum(probs) - 1) <= 1e-6):  # so worded that nan fails
             raise ConfigError(
                 f"masking: text/image/sparse/video_prob must be >= 0 and sum to 1, got {probs} = {sum(probs):.3f}"
             )
@@ -94,8 +101,8 @@ class FlowConfig:
     caption_dropout: float = 0.1  # one draw for both branches
 
     def __post_init__(self) -> None:
-        if self.shift <= 0:
-            raise ConfigError(f"flow.shift: must be > 0, got {self.shift}")
+        _positive("flow.shift", self.shift)
+        _at_least("flow.xyz_weight", self.xyz_weight, 0)
         _share("flow.caption_dropout", self.caption_dropout)
 
 
@@ -136,9 +143,12 @@ class OptimConfig:
     grad_clip: float = 1.0  # norm over all trainables
 
     def __post_init__(self) -> None:
-        if self.lr <= 0:
-            raise ConfigError(f"optim.lr: must be > 0, got {self.lr}")
-        _at_least("optim.warmup_steps", self.warmup_steps, 0)
+        _positive("optim.lr", self.lr)
+        _at_least("optim.link_lr_width", self.link_lr_width, 1)
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"optim.betas: need values in [0, 1), got {self.betas}")
+        for name in ("weight_decay", "warmup_steps", "grad_clip"):
+            _at_least(f"optim.{name}", getattr(self, name), 0)
 
 
 @dataclass
@@ -158,6 +168,15 @@ class ToyConfig:
     train_real: int = 64  # clips with sensor noise, holes and pseudo cameras
     val: int = 32  # clips, synthetic
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("train_synthetic", "train_real", "val", "seed"):
+            _at_least(f"data.toy.{name}", getattr(self, name), 0)
+
+    def folders(self) -> list[Path]:
+        """The shard folders that `fit` writes."""
+        counts = {"train_synthetic": self.train_synthetic, "train_real": self.train_real, "val": self.val}
+        return [Path(self.root) / split for split, count in counts.items() if count]
 
 
 @dataclass
@@ -185,12 +204,16 @@ class DataConfig:
                 raise ConfigError(
                     f"data.{name}: {size} is not a multiple of 16 (VAE x patch); try {max(16, 16 * round(size / 16))}"
                 )
-        if self.far_limit <= 1:
+        if not 1 < self.far_limit < math.inf:
             raise ConfigError(f"data.far_limit: must be > 1 (x median distance), got {self.far_limit}")
+        _at_least("data.block_shards", self.block_shards, 1)
+        _at_least("data.num_workers", self.num_workers, 0)
         _share("data.max_skip_share", self.max_skip_share)
-        for source in [*self.sources, *self.val_sources]:
-            if source.weight <= 0:
-                raise ConfigError(f"data.sources: weight of {source.path} must be > 0, got {source.weight}")
+        for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
+            for source in sources:
+                _positive(f"data.{name}: weight of {source.path}", source.weight)
+                if source.weight < 0.001 * (1 - 1e-9) * sum(s.weight for s in sources):
+                    raise ConfigError(f"data.{name}: {source.path} is less than 0.1 % of the mixture; leave it out")
 
 
 @dataclass
@@ -218,7 +241,10 @@ class TrainConfig:
         _one_of("train.precision", self.precision, ("32-true", "bf16-mixed"))
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "num_nodes", "devices", "save_every"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        _at_least("train.keep_last", self.keep_last, 1)
+        for name in ("keep_last", "log_every"):
+            _at_least(f"train.{name}", getattr(self, name), 1)
+        for name in ("seed", "overfit_clips"):
+            _at_least(f"train.{name}", getattr(self, name), 0)
         if self.strategy == "single" and self.world_size != 1:
             raise ConfigError(f"train.strategy: single runs one process, asked for {self.world_size}; use ddp")
         if self.global_batch_size % self.micro_batch_size:
@@ -254,7 +280,7 @@ class ValConfig:
     def __post_init__(self) -> None:
         _at_least("val.every", self.every, 1)
         _at_least("val.clips", self.clips, 1)
-        if not self.sigmas or min(self.sigmas) <= 0 or max(self.sigmas) > 1:
+        if not self.sigmas or not all(0 < sigma <= 1 for sigma in self.sigmas):
             raise ConfigError(f"val.sigmas: need values in (0, 1], got {self.sigmas}")
 
 
@@ -293,12 +319,12 @@ def load_config(paths: list[str], overrides: list[str]) -> Config:
             merged = _merge(merged, node, name)
     for override in overrides:
         merged = _merge(merged, _parse_override(override), f"override {override!r}")
-    missing = sorted(OmegaConf.missing_keys(merged))
-    if missing:
-        raise ConfigError(f"{paths[-1] if paths else 'config'}: no value for {', '.join(missing)}")
     try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{paths[-1] if paths else 'config'}: no value for {', '.join(missing)}")
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
         raise ConfigError(_one_line(error)) from None
     assert isinstance(config, Config)
     return config
@@ -311,26 +337,36 @@ def to_yaml(config: Config) -> str:
 
 def check_paths(config: Config) -> None:
     """Fail at once, before torch is imported, if a folder that `fit` cannot make is missing."""
-    base = Path(config.base.path)
-    looks_local = base.exists() or config.base.path.startswith((".", "/")) or config.base.path.count("/") != 1
-    if config.base.tiny is None and not (base / "model_index.json").is_file() and looks_local:
+    if config.base.tiny is None and not _holds_base(config.base.path):
         raise ConfigError(
-            f"base.path: no diffusers folder at {base}; get it with "
-            f"`hf download <repo of the base in diffusers layout> --local-dir {base}`, or set base.path"
+            f"base.path: no diffusers folder at {config.base.path}; get it with "
+            f"`hf download <repo of the base in diffusers layout> --local-dir {config.base.path}`, or set base.path"
         )
-    if not config.data.sources:
-        raise ConfigError("data.sources: empty; add `--config configs/data/toy.yaml` or list shard folders")
-    toy_root = Path(config.data.toy.root) if config.data.toy else None
-    for source in [*config.data.sources, *config.data.val_sources]:
-        path = Path(source.path)
-        made_by_fit = toy_root is not None and toy_root in path.parents
-        if "://" not in source.path and not made_by_fit and not (path / "manifest.json").is_file():
-            raise ConfigError(
-                f"data.sources: no shards at {path} (no manifest.json); write them with "
-                f"`python -m data_prep.write_shards --source <dataset> --root <raw folder> --out {path}`"
-            )
+    made_by_fit = config.data.toy.folders() if config.data.toy else []
+    for name, sources in (("sources", config.data.sources), ("val_sources", config.data.val_sources)):
+        if not sources:
+            raise ConfigError(f"data.{name}: empty; add `--config configs/data/toy.yaml` or list shard folders")
+        for path in (Path(source.path) for source in sources if "://" not in source.path):
+            if path not in made_by_fit and not (path / "manifest.json").is_file():
+                raise ConfigError(
+                    f"data.{name}: no shards at {path} (no manifest.json); write them with "
+                    f"`python -m data_prep.write_shards --source <dataset> --root <raw folder> --out {path}`"
+                )
     if config.train.init_from and not (Path(config.train.init_from) / "card.json").is_file():
         raise ConfigError(f"train.init_from: no adapter at {config.train.init_from} (no card.json)")
+
+
+def _holds_base(path: str) -> bool:
+    """Whether `path` is a folder in diffusers layout or a hub id in the local cache."""
+    if Path(path).is_dir():
+        return (Path(path) / "model_index.json").is_file()
+    from huggingface_hub import try_to_load_from_cache  # knows where the cache lies, and needs no torch
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return isinstance(try_to_load_from_cache(path, "model_index.json"), str)
+    except HFValidationError:  # no hub id
+        return False
 
 
 def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
@@ -342,10 +378,12 @@ def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, D
     try:
         node = OmegaConf.load(path)
     except Exception as error:  # yaml has many error classes, all of them the user's
-        raise ConfigError(f"{path}: not valid yaml: {_one_line(error)}") from None
+        raise ConfigError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path}: the top level must be a mapping of sections")
     includes = node.pop("include", [])
+    if not isinstance(includes, ListConfig) and includes != []:
+        raise ConfigError(f"{path}: include: need a list of files, e.g. [{includes or 'scale/tiny.yaml'}]")
     nodes: list[tuple[str, DictConfig]] = []
     for name in includes:
         nodes += _read_with_includes(path.parent / name, (*seen, path.resolve()))
@@ -365,7 +403,7 @@ def _merge(merged: DictConfig, node: DictConfig, name: str) -> DictConfig:
     _refuse_unknown_keys(Config, node, name, prefix="")
     try:
         result = OmegaConf.merge(merged, node)
-    except OmegaConfBaseException as error:
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping where a list stands
         raise ConfigError(f"{name}: {_one_line(error)}") from None
     assert isinstance(result, DictConfig)
     return result
@@ -404,8 +442,13 @@ def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
         raise ConfigError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
 
 
-def _at_least(name: str, value: int, low: int) -> None:
-    if value < low:
+def _positive(name: str, value: float) -> None:
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{name}: must be > 0 and finite, got {value}")
+
+
+def _at_least(name: str, value: float, low: int) -> None:
+    if not low <= value < math.inf:
         raise ConfigError(f"{name}: must be >= {low}, got {value}")
 
 

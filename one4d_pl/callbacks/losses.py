@@ -27,12 +27,14 @@ class LossCurves(Callback):
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
-        self.step = -1
         self.warned: set[str] = set()
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
         # [modality, task]: sums and counts in one tensor, so that one all-reduce serves every rank
         self.sums = torch.zeros(2, len(MODALITIES), len(TASKS), dtype=torch.float64)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.step = trainer.global_step
 
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
@@ -65,7 +67,8 @@ class LossCurves(Callback):
         if trainer.global_step == self.step or trainer.global_step % self.config.log_every:
             return
         self.step = trainer.global_step
-        sums, counts = trainer.strategy.reduce(self.sums.to(module.device), reduce_op="sum").cpu()
+        # a copy: on one process reduce() hands back its argument
+        sums, counts = trainer.strategy.reduce(self.sums.clone().to(module.device), reduce_op="sum").cpu()
         self.sums.zero_()
         metrics = {f"train/loss/{m}": (sums[i].sum() / counts[i].sum()).item() for i, m in enumerate(MODALITIES)}
         for t in counts[0].nonzero()[:, 0].tolist():

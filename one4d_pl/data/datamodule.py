@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError, SourceConfig, ToyConfig
-from one4d_pl.data.decode import ClipStream, Draw, make_sample
-from one4d_pl.data.encoded import EncodedCache, cache_key
+from one4d_pl.data.decode import ClipStream, Draw, limit_to_one_thread, make_sample
+from one4d_pl.data.encoded import EMPTY_PROMPT, EncodedCache, cache_key
 from one4d_pl.data.order import MixtureOrder, rank_positions
 from one4d_pl.data.shards import SampleError, ShardSet, write_shards
 from one4d_pl.data.toy_world import render_clip
-from one4d_pl.types import Encoded, Sample, collate
+from one4d_pl.types import Batch, Encoded, Sample, collate
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +93,19 @@ class One4DDataModule(lightning.LightningDataModule):
         return self._loader(self._stream(self.config.data.sources, validation=False), sampler)
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """The first val.clips clips of the validation sources, each once, split over the ranks."""
-        stream = self._stream(self.config.data.val_sources, validation=True)
+        """The first val.clips clips of the validation sources, each once, split over the ranks.
+
+        A run that overfits is validated on the clips that it overfits, as often as it takes to fill val.clips.
+        """
+        overfit = self.config.train.overfit_clips
+        data = self.config.data
+        stream = self._stream(data.sources if overfit else data.val_sources, validation=True)
         rank = self.trainer.global_rank if self.trainer else 0
-        count = min(self.config.val.clips, sum(len(source) for source in stream.sources))
+        count = self.config.val.clips if overfit else min(self.config.val.clips, sum(map(len, stream.sources)))
         return self._loader(stream, [[i] for i in range(rank, count, self.config.train.world_size)])
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        return batch.to(device)
 
     def describe_sources(self) -> list[dict[str, str]]:
         """Name and licence tag of every training source, for the adapter's card."""
@@ -112,7 +120,7 @@ class One4DDataModule(lightning.LightningDataModule):
             num_workers=workers,
             collate_fn=collate,
             timeout=WORKER_TIMEOUT_S if workers else 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=limit_to_one_thread,
             # forked copies of a process that runs OpenMP or CUDA threads can hang
             multiprocessing_context="forkserver" if workers else None,
             persistent_workers=workers > 0,
@@ -139,7 +147,7 @@ class One4DDataModule(lightning.LightningDataModule):
             self.config.masking,
             self.config.flow.caption_dropout,
             seed,
-            0 if validation else self.config.train.overfit_clips,
+            self.config.train.overfit_clips,
             validation,
         )
 
@@ -161,17 +169,20 @@ class One4DDataModule(lightning.LightningDataModule):
         return EncodedCache.beside(source.path, self.cache_key)
 
     def _fill_cache(self) -> None:
+        caches: list[EncodedCache] = []
         missing: list[tuple[ShardSet, EncodedCache, int]] = []
         for source in [*self.config.data.sources, *self.config.data.val_sources]:
             cache = self._cache(source)
             if cache is not None:
+                caches.append(cache)
                 shards = ShardSet.open(source.path)
                 missing += [(shards, cache, i) for i in range(len(shards)) if not cache.has(shards.key(i))]
-        if not missing:
+        if not missing and all(cache.has(EMPTY_PROMPT) for cache in caches):
             return
         encoder = self.encoder()
-        for shards, cache, i in tqdm(missing, desc="encoding clips", unit="clip"):
+        for cache in caches:
             cache.write_empty_prompt(lambda: encoder.encode_prompts([""])[0])
+        for shards, cache, i in tqdm(missing, desc="encoding clips", unit="clip"):
             given = torch.ones(self.config.data.num_frames, dtype=torch.bool)
             try:
                 sample = make_sample(shards.read(i), 0, Draw("video", given, False), self.config.data, None)
@@ -197,7 +208,3 @@ def write_toy_world(config: ToyConfig, num_frames: int, height: int, width: int)
         seeds = tqdm(range(seed, seed + count), desc=f"rendering {folder}", unit="clip")
         clips = (render_clip(s, num_frames, height, width, domain) for s in seeds)
         write_shards((replace(clip, source=f"toy_{split}") for clip in clips), folder, samples_per_shard=32)
-
-
-def _one_thread(worker: int) -> None:
-    torch.set_num_threads(1)  # the cores belong to the training process

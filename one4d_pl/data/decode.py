@@ -27,11 +27,22 @@ from one4d_pl.types import TASKS, Clip, Encoded, Sample, Task
 
 log = logging.getLogger(__name__)
 
-MAX_STAND_INS = 20  # broken clips in a row before the stream gives up
+MAX_BROKEN = 20  # broken clips in a row before the stream gives up
+
+
+class NoStandInError(SampleError):
+    """Nothing can stand at a position; one text, for torch rebuilds a worker's error from its traceback's text."""
+
+    def __init__(self, text: str) -> None:
+        own = text.split(f"{type(self).__name__}: ", 1)[-1]  # a traceback ends with the error's name and text
+        Exception.__init__(self, own.rstrip())
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 def resize_clip(clip: Clip, height: int, width: int) -> Clip:
-    """Cover and centre-crop a clip to height x width: frames antialiased, geometry by nearest pixel, intrinsics along."""
+    """Cover and centre-crop a clip to height x width: frames antialiased, geometry by nearest pixel; intrinsics too."""
     if clip.frames.shape[1:3] == (height, width):
         return clip
     frames, intrinsics = resize_frames(clip.frames, clip.intrinsics, height, width)
@@ -113,6 +124,11 @@ def make_sample(clip: Clip, position: int, draw: Draw, config: DataConfig, encod
     )
 
 
+def limit_to_one_thread(worker: int) -> None:
+    """Leave the cores to the training process; here and not beside the loader, so that no worker imports lightning."""
+    torch.set_num_threads(1)
+
+
 class ClipStream(Dataset[Sample]):
     """A map from stream position to sample; position is the only state.
 
@@ -144,20 +160,20 @@ class ClipStream(Dataset[Sample]):
     def __getitem__(self, position: int) -> Sample:
         draw = self._draw(position)
         clip_position = position % self.overfit_clips if self.overfit_clips else position
-        place, skipped = self.order.locate(clip_position), []
-        for attempt in range(MAX_STAND_INS):
-            source = self.sources[place.source]
+        first = self.order.locate(clip_position)
+        skipped: list[str] = []
+        source, cache = self.sources[first.source], self.caches[first.source]  # stand-ins share the source
+        for attempt in range(min(MAX_BROKEN, len(source))):
+            place = self.order.replacement(clip_position, attempt - 1) if attempt else first
             try:
-                sample = self._read(source, self.caches[place.source], place.index, position, draw)
-                return replace(sample, skipped=tuple(skipped))
+                return replace(self._read(source, cache, place.index, position, draw), skipped=tuple(skipped))
             except SampleError as error:
                 log.warning("skipped %s (%s)", error, source.location)
                 skipped.append(str(error))
-            try:
-                place = self.order.replacement(clip_position, attempt)
-            except ValueError:  # a source of one sample
-                break
-        raise SampleError(source.key(place.index), source.location, f"no stand-in after {len(skipped)} broken samples")
+        raise NoStandInError(
+            f"{source.location}: position {position}: {len(skipped)} of {len(source)} samples tried, all broken; "
+            f"the first: {skipped[0]}"
+        )
 
     def _draw(self, position: int) -> Draw:
         num_frames = self.config.num_frames

@@ -14,8 +14,10 @@ from one4d_pl.types import TASKS, Task
 
 def draw_task(config: MaskingConfig, generator: np.random.Generator) -> Task:
     """One of the four tasks with the configured probabilities."""
-    probs = [config.text_prob, config.image_prob, config.sparse_prob, config.video_prob]
-    return TASKS[int(generator.choice(len(TASKS), p=np.array(probs) / sum(probs)))]  # type: ignore[return-value]
+    bounds = np.cumsum([config.text_prob, config.image_prob, config.sparse_prob, config.video_prob])
+    # uniform numbers alone: numpy may change what choice and permutation make of them, and runs must resume exactly
+    drawn = np.searchsorted(bounds / bounds[-1], generator.random(), side="right")
+    return TASKS[int(drawn)]  # type: ignore[return-value]
 
 
 def draw_frame_mask(task: Task, num_frames: int, generator: np.random.Generator) -> Tensor:  # [T] bool, 1 = given
@@ -31,7 +33,7 @@ def draw_frame_mask(task: Task, num_frames: int, generator: np.random.Generator)
         count = min(max(count, 2), num_frames - 1)
         given[0] = True  # frame 0 defines the world
         given[-1] = bool(generator.random() < 0.5)
-        inner = generator.permutation(np.arange(1, num_frames - 1))[: count - int(given.sum())]
+        inner = 1 + np.argsort(generator.random(num_frames - 2))[: count - int(given.sum())]
         given[torch.from_numpy(inner)] = True
     return given
 

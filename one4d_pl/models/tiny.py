@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from torch import nn
 from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from one4d_pl.config import TinyWanConfig
@@ -47,7 +48,7 @@ def _save_parts(folder: Path, config: TinyWanConfig, calibration: torch.Tensor) 
         latents = vae.encode(calibration).latent_dist.mode().transpose(0, 1).flatten(1)  # [C, N]
     vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
     vae.save_pretrained(folder / "vae")
-    WanTransformer3DModel(
+    transformer = WanTransformer3DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
         in_channels=36,
@@ -58,7 +59,9 @@ def _save_parts(folder: Path, config: TinyWanConfig, calibration: torch.Tensor) 
         num_layers=config.num_layers,
         image_dim=IMAGE_DIM if config.image_tokens else None,
         added_kv_proj_dim=config.num_heads * config.head_dim if config.image_tokens else None,
-    ).save_pretrained(folder / "transformer")
+    )
+    _pass_noise_through(transformer)
+    transformer.save_pretrained(folder / "transformer")
     text_config = UMT5Config(
         vocab_size=384, d_model=config.text_dim, d_kv=16, d_ff=128, num_layers=2, num_heads=4, tie_word_embeddings=False
     )
@@ -81,3 +84,18 @@ def _save_parts(folder: Path, config: TinyWanConfig, calibration: torch.Tensor) 
         CLIPVisionModel(image_config).save_pretrained(folder / "image_encoder")
         index["image_encoder"] = ["transformers", "CLIPVisionModel"]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _pass_noise_through(transformer: WanTransformer3DModel) -> None:
+    """Let the head read back what the patch embedding wrote of the noisy latents, as in any trained denoiser.
+
+    A wholly random Wan loses the noise on its way, and an adapter would spend its training on carrying it.
+    """
+    channels, width = transformer.config.out_channels, transformer.proj_out.in_features
+    kernel = transformer.patch_embedding.weight.data  # [D, 2C + 4, 1, p, p]
+    patch = kernel.shape[-2] * kernel.shape[-1]
+    mixing = nn.init.orthogonal_(torch.empty(width, channels * patch))  # [D, C p p]
+    kernel[:, :channels] = mixing.view(width, channels, *kernel.shape[2:])
+    # unpatchify reads the head's rows as (p, p, C); the final norm makes the hidden state unit variance per channel
+    head = mixing.T.view(channels, patch, width).transpose(0, 1).flatten(0, 1)  # [p p C, D]
+    transformer.proj_out.weight.data.copy_(head * (channels * patch / width) ** 0.5)

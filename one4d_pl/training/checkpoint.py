@@ -193,9 +193,8 @@ def _flush(path: Path) -> None:
 
 
 def _as_dict(config: Config) -> dict[str, object]:
-    tree = OmegaConf.to_container(OmegaConf.structured(config))
-    assert isinstance(tree, dict)
-    return tree  # type: ignore[return-value]
+    """The config as json gives it back (tuples become lists)."""
+    return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(config))))
 
 
 def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:

@@ -140,6 +140,3 @@ class One4DModule(lightning.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         set_learning_rates(optimizer, self.global_step, self.config.optim.warmup_steps)
-
-    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
-        return batch.to(device)

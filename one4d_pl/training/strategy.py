@@ -28,6 +28,7 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
         val_check_interval=config.val.every * train.accumulation,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the curve starts at step 0
+        log_every_n_steps=1,  # our callbacks decide: train.log_every
         logger=TensorBoardLogger(config.run_dir, name="tensorboard", version=""),
         callbacks=callbacks,
         enable_checkpointing=False,  # ours: training/checkpoint.py

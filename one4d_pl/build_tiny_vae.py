@@ -1,0 +1,160 @@
+"""python -m one4d_pl.build_tiny_vae --out FOLDER --minutes N [--resume]: train the tiny Wan's VAE on the toy world."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import shutil
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+    from one4d_pl.training.tiny_vae import ClipPool, Quality, TinyVaeConfig, VaeTraining
+
+log = logging.getLogger("one4d_pl")
+
+SYNTHETIC_CLIPS, REAL_CLIPS, HELD_OUT_CLIPS = 500, 150, 32
+CURVE_CLIPS = 8  # held-out clips of each point of the curve
+STATISTICS_CLIPS = 64  # training clips over which the latents' mean and std are measured
+EVALUATE_SECONDS = 240.0  # of training between two points of the curve
+
+
+def main(arguments: list[str]) -> int:
+    """Parse and train; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m one4d_pl.build_tiny_vae", description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="gets vae/, state.safetensors and metrics.json")
+    parser.add_argument("--minutes", type=float, required=True, help="training time; the schedule is stretched to it")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's state.safetensors")
+    parser.add_argument(
+        "--pointmaps",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="train on pointmaps too, as the shipped one; Wan's own VAE never saw any",
+    )
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    state = args.out / "state.safetensors"
+    if args.resume != state.exists():
+        hint = "is not there to resume; leave --resume away" if args.resume else "exists; pass --resume or remove it"
+        print(f"error: {state} {hint}", file=sys.stderr)
+        return 2
+
+    from one4d_pl.training.tiny_vae import TinyVaeConfig
+
+    try:
+        build(args.out, 60 * args.minutes, args.resume, TinyVaeConfig(pointmaps=args.pointmaps))
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig) -> None:
+    """Render the clips, train for `budget_s` seconds of training steps, and leave the VAE and its figures."""
+    from diffusers import AutoencoderKLWan
+
+    from one4d_pl.training.tiny_vae import VaeTraining, evaluate, load_training, pca_bar
+
+    folder.mkdir(parents=True, exist_ok=True)
+    training = load_training(folder / "state.safetensors", config) if resume else VaeTraining.start(config)
+    train, held_out = render_pools()
+    bars = pca_bar(train, held_out, config.z_dim)
+    _report("PCA", bars)
+    _train(training, train, held_out, config, budget_s, folder)
+    vae = AutoencoderKLWan.from_pretrained(folder / "vae", low_cpu_mem_usage=False)  # float32 from what lies on disk
+    quality = evaluate(vae.eval(), held_out, bfloat16=False)
+    _report("VAE ", quality)
+    figures = {
+        "minutes": training.seconds / 60,
+        "steps": training.step,
+        "config": asdict(config),
+        "vae": {kind: asdict(q) for kind, q in quality.items()},
+        "pca": {kind: asdict(q) for kind, q in bars.items()},
+        "curve": [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()],
+    }
+    staging = folder / ".metrics.json.tmp"
+    staging.write_text(json.dumps(figures, indent=2) + "\n")
+    staging.replace(folder / "metrics.json")
+    log.info("wrote %s", folder / "vae")
+
+
+def render_pools() -> tuple[ClipPool, ClipPool]:
+    """The training and the held-out clips, with the toy world's seeds and the default normalisation."""
+    from one4d_pl.config import DataConfig
+    from one4d_pl.data.datamodule import REAL_SEED_OFFSET, VAL_SEED_OFFSET
+    from one4d_pl.training.tiny_vae import render_pool
+
+    data = DataConfig()
+    shape = (data.num_frames, data.height, data.width, data.far_limit, data.z_offset)
+    # mixed, so that the first clips, whose latents are measured, are of both domains
+    clips = [(seed, "synthetic") for seed in range(SYNTHETIC_CLIPS)]
+    every = SYNTHETIC_CLIPS // REAL_CLIPS
+    for i in range(REAL_CLIPS):
+        clips.insert(i * (every + 1) + every, (REAL_SEED_OFFSET + i, "real"))
+    train = render_pool(clips, *shape)
+    held_out = render_pool([(VAL_SEED_OFFSET + i, "synthetic") for i in range(HELD_OUT_CLIPS)], *shape)
+    return train, held_out
+
+
+def _train(
+    training: VaeTraining, train: ClipPool, held_out: ClipPool, config: TinyVaeConfig, budget_s: float, folder: Path
+) -> None:
+    from tqdm import tqdm
+
+    from one4d_pl.training.tiny_vae import evaluate, save_training, train_step
+
+    few = held_out.first(CURVE_CLIPS)
+    bar = tqdm(total=round(budget_s), initial=round(training.seconds), unit="s", desc="training", mininterval=10)
+    while training.seconds < budget_s:
+        before = time.monotonic()
+        train_step(training, train, config, training.seconds / budget_s)
+        elapsed = time.monotonic() - before
+        due = int((training.seconds + elapsed) / EVALUATE_SECONDS) > int(training.seconds / EVALUATE_SECONDS)
+        training.seconds += elapsed
+        bar.update(round(training.seconds) - bar.n)
+        if due or training.seconds >= budget_s:
+            save_training(training, config, folder / "state.safetensors")
+            vae = export(training, train, folder / "vae", bfloat16=training.seconds < budget_s)
+            quality = evaluate(vae, few, bfloat16=True)
+            point = {"minutes": training.seconds / 60, "step": training.step}
+            point |= {kind: asdict(q) for kind, q in quality.items()}
+            with (folder / "curve.jsonl").open("a") as file:
+                file.write(json.dumps(point) + "\n")
+            _report(f"{training.seconds / 60:5.1f} min, step {training.step}", quality)
+    bar.close()
+
+
+def export(training: VaeTraining, train: ClipPool, folder: Path, bfloat16: bool) -> AutoencoderKLWan:
+    """Write the averaged VAE in half precision, with its latents' statistics, to a diffusers folder."""
+    from one4d_pl.training.tiny_vae import measure_latents
+
+    vae = training.averaged_vae()
+    measure_latents(vae, train, STATISTICS_CLIPS, bfloat16)
+    staging, old = folder.with_name(".vae.tmp"), folder.with_name(".vae.old")
+    shutil.rmtree(staging, ignore_errors=True)
+    vae.half().save_pretrained(staging)
+    if folder.exists():
+        folder.rename(old)
+    staging.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
+    return vae.float()
+
+
+def _report(name: str, quality: dict[str, Quality]) -> None:
+    frames, points = quality["frames"], quality["pointmaps"]
+    log.info(
+        "%s: frames %.2f dB | pointmaps %.2f dB, relative point error %.4f (of sums %.4f) | by frame %s / %s",
+        name, frames.psnr, points.psnr, points.point_error, points.point_error_of_sums,
+        " ".join(f"{frames.psnr_per_frame[t]:.1f}" for t in range(0, len(frames.psnr_per_frame), 4)),
+        " ".join(f"{points.psnr_per_frame[t]:.1f}" for t in range(0, len(points.psnr_per_frame), 4)),
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,250 @@
+"""Laws of the loaders: every layout and every resume sees the same stream, and the cache is filled once."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, TrainConfig, ValConfig
+from one4d_pl.data.datamodule import ClipEncoder, One4DDataModule, StepSampler
+from one4d_pl.data.shards import ShardSet, write_shards
+from one4d_pl.data.toy_world import render_clip
+from one4d_pl.types import Batch, Encoded, Sample
+
+STEPS, GLOBAL_BATCH = 6, 12
+BATCH_OF_24 = 24  # worlds 1 to 4 with micro batches of 1 and 2 make it
+
+
+class PlainEncoder:
+    """A linear stand-in for the frozen encoders, told apart from clip to clip; counts what it is asked."""
+
+    def __init__(self) -> None:
+        self.encoded: list[str] = []
+
+    def encode_sample(self, sample: Sample) -> Encoded:
+        self.encoded.append(sample.key)
+        latents = torch.stack([sample.frames, sample.pointmap])[:, :, ::4, ::8, ::8]
+        return Encoded(latents.clone(), self.encode_prompts([sample.caption])[0], None)
+
+    def encode_prompts(self, prompts: list[str]) -> list[Tensor]:
+        return [torch.tensor([[float(len(prompt))]]) for prompt in prompts]
+
+
+def no_encoder() -> ClipEncoder:
+    raise AssertionError("the encoders were opened")
+
+
+def make_config(folder: Path, num_workers: int = 0, cache_latents: bool = False, devices: int = 1) -> Config:
+    return Config(
+        data=DataConfig(
+            sources=[SourceConfig(str(folder), 1.0)],
+            val_sources=[SourceConfig(str(folder), 1.0)],
+            height=16,
+            width=32,
+            num_workers=num_workers,
+            cache_latents=cache_latents,
+        ),
+        train=TrainConfig(
+            max_steps=STEPS,
+            global_batch_size=GLOBAL_BATCH,
+            micro_batch_size=2,
+            strategy="single" if devices == 1 else "ddp",
+            devices=devices,
+        ),
+        val=ValConfig(clips=5),
+    )
+
+
+def make_module(config: Config, rank: int = 0, encoder: PlainEncoder | None = None) -> One4DDataModule:
+    module = One4DDataModule(config, no_encoder if encoder is None else lambda: encoder, "fingerprint")
+    module.trainer = SimpleNamespace(global_rank=rank)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven clips, one of them broken; not to be changed."""
+    path = tmp_path_factory.mktemp("shards") / "set"
+    write_shards((render_clip(seed, 17, 16, 32) for seed in range(7)), path, samples_per_shard=3)
+    last = path / "shard-000002.tar"  # holds one clip
+    last.write_bytes(last.read_bytes()[:-20_000])
+    return path
+
+
+def assert_same_batches(actual: list[Batch], expected: list[Batch]) -> None:
+    assert len(actual) == len(expected)
+    for a, b in zip(actual, expected, strict=True):
+        for field in dataclasses.fields(Batch):
+            x, y = getattr(a, field.name), getattr(b, field.name)
+            if field.name == "scale":
+                x, y = torch.stack([x.scale, x.offset]), torch.stack([y.scale, y.offset])
+            assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, field.name
+
+
+# --- steps
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+def test_the_ranks_of_a_step_share_its_positions(world, micro_batch):
+    per_step = BATCH_OF_24 // world // micro_batch
+    ranks = [list(StepSampler(0, STEPS, BATCH_OF_24, micro_batch, rank, world)) for rank in range(world)]
+    for micro_batches in ranks:
+        assert len(micro_batches) == STEPS * per_step
+        assert {len(positions) for positions in micro_batches} == {micro_batch}
+    for step in range(STEPS):
+        seen = [n for rank in ranks for n in itertools.chain(*rank[step * per_step : (step + 1) * per_step])]
+        assert sorted(seen) == list(range(step * BATCH_OF_24, (step + 1) * BATCH_OF_24))
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+@pytest.mark.parametrize("micro_batch", [1, 2])
+@pytest.mark.parametrize("start", [0, 1, 4, STEPS, STEPS + 2])
+def test_a_resumed_rank_sees_the_tail_of_the_undisturbed_one(world, micro_batch, start):
+    for rank in range(world):
+        undisturbed = list(StepSampler(0, STEPS, BATCH_OF_24, micro_batch, rank, world))
+        resumed = StepSampler(start, STEPS, BATCH_OF_24, micro_batch, rank, world)
+        assert list(resumed) == undisturbed[start * BATCH_OF_24 // world // micro_batch :]
+        assert list(resumed) == list(resumed)  # asking twice moves nothing
+        assert len(resumed) == len(list(resumed))
+
+
+@pytest.mark.parametrize(("before", "after"), [(4, 3), (1, 4), (3, 2)])
+def test_a_change_of_the_world_loses_and_repeats_nothing(before, after):
+    first = [StepSampler(0, 2, BATCH_OF_24, 1, rank, before) for rank in range(before)]
+    then = [StepSampler(2, STEPS, BATCH_OF_24, 1, rank, after) for rank in range(after)]
+    seen = [n for sampler in (*first, *then) for positions in sampler for n in positions]
+    assert sorted(seen) == list(range(STEPS * BATCH_OF_24))
+
+
+# --- loaders
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create")  # of more workers than cores
+def test_worker_processes_change_nothing_and_resume_is_the_tail(folder):
+    alone = list(make_module(make_config(folder)).train_dataloader())
+    assert [n for batch in alone for n in batch.position.tolist()] == list(range(STEPS * GLOBAL_BATCH))
+    assert any(batch.skipped for batch in alone)  # the broken clip was met
+    module = make_module(make_config(folder, num_workers=2))
+    module.start_step = 2
+    per_step = GLOBAL_BATCH // 2
+    assert_same_batches(list(module.train_dataloader()), alone[2 * per_step :])
+
+
+def test_two_ranks_together_see_what_one_process_sees(folder):
+    alone = {n: key for batch in make_module(make_config(folder)).train_dataloader() for n, key in by_position(batch)}
+    config = make_config(folder, devices=2)
+    ranks = [
+        {n: key for batch in make_module(config, rank).train_dataloader() for n, key in by_position(batch)}
+        for rank in range(2)
+    ]
+    assert not ranks[0].keys() & ranks[1].keys()
+    assert ranks[0] | ranks[1] == alone
+
+
+def by_position(batch: Batch) -> list[tuple[int, tuple[str, str, bool]]]:
+    values = zip(batch.keys, batch.tasks, (prompt == "" for prompt in batch.prompts), strict=True)
+    return list(zip(batch.position.tolist(), values, strict=True))
+
+
+@pytest.mark.parametrize(("devices", "clips"), [(1, 5), (2, 5), (3, 100)])
+def test_validation_shows_each_clip_once_over_all_ranks(folder, devices, clips):
+    config = make_config(folder, devices=devices)
+    config.val.clips = clips
+    batches = [batch for rank in range(devices) for batch in make_module(config, rank).val_dataloader()]
+    assert {len(batch) for batch in batches} == {1}
+    positions = sorted(int(batch.position) for batch in batches)
+    assert positions == list(range(min(clips, 7)))
+    whole = [batch.keys[0] for batch in batches if not batch.skipped]
+    assert len(set(whole)) == len(whole) >= len(positions) - 1
+    assert not any(prompt == "" for batch in batches for prompt in batch.prompts)
+
+
+def test_a_run_that_overfits_is_validated_on_the_clips_that_it_trains_on(folder, tmp_path):
+    config = make_config(folder)
+    config.train.overfit_clips = 2
+    write_shards([render_clip(50, 17, 16, 32)], tmp_path / "val", samples_per_shard=1)
+    config.data.val_sources = [SourceConfig(str(tmp_path / "val"), 1.0)]
+    trained = {key for batch in make_module(config).train_dataloader() for key in batch.keys}
+    validated = [batch.keys[0] for batch in make_module(config).val_dataloader()]
+    assert len(trained) == 2 and len(validated) == config.val.clips == 5 and set(validated) == trained
+
+
+def test_a_source_of_clips_too_short_is_a_mistake_in_the_config(folder):
+    config = make_config(folder)
+    config.data.num_frames = 21
+    with pytest.raises(ConfigError, match=r"data\.num_frames: 21, but 7 of 7 clips .*longest 17"):
+        make_module(config).train_dataloader()
+
+
+def test_the_sources_are_described_for_the_card(folder):
+    card = make_module(make_config(folder)).describe_sources()
+    assert card == [{"source": "toy", "domain": "synthetic", "licence": "CC0-1.0"}]
+
+
+# --- preparation
+
+
+@pytest.fixture
+def toy_config(tmp_path: Path) -> Config:
+    config = make_config(tmp_path / "toy/train_synthetic", cache_latents=True)
+    config.data.toy = ToyConfig(str(tmp_path / "toy"), train_synthetic=3, train_real=2, val=1)
+    config.data.sources.append(SourceConfig(str(tmp_path / "toy/train_real"), 1.0))
+    config.data.val_sources = [SourceConfig(str(tmp_path / "toy/val"), 1.0)]
+    return config
+
+
+def test_toy_shards_and_encodings_are_made_once(toy_config, tmp_path):
+    encoder = PlainEncoder()
+    make_module(toy_config, encoder=encoder).prepare_data()
+    sources = {split: ShardSet.open(tmp_path / "toy" / split) for split in ("train_synthetic", "train_real", "val")}
+    assert [len(source) for source in sources.values()] == [3, 2, 1]
+    assert [source.manifest.domain for source in sources.values()] == ["synthetic", "real", "synthetic"]
+    keys = [source.key(n) for source in sources.values() for n in range(len(source))]
+    assert len(set(keys)) == len(keys)  # no validation clip is trained on
+    assert encoder.encoded == keys
+    make_module(toy_config).prepare_data()  # opens no encoder
+    for batch in make_module(toy_config).train_dataloader():
+        assert batch.encoded is not None and not batch.skipped
+        for frames, pointmap, prompt, encoded in zip(batch.frames, batch.pointmap, batch.prompts, batch.encoded):
+            assert torch.equal(encoded.latents, torch.stack([frames, pointmap])[:, :, ::4, ::8, ::8])
+            assert float(encoded.prompt_embeds) == len(prompt)
+
+
+def test_an_interrupted_encoding_continues(toy_config):
+    encoder = PlainEncoder()
+    make_module(toy_config, encoder=encoder).prepare_data()
+    files = sorted((Path(toy_config.data.sources[0].path) / "encoded").glob("*/toy_*.safetensors"))
+    files[1].unlink()
+    again = PlainEncoder()
+    make_module(toy_config, encoder=again).prepare_data()
+    assert again.encoded == [files[1].stem]
+
+
+def test_a_lost_empty_prompt_is_embedded_again(toy_config):
+    make_module(toy_config, encoder=PlainEncoder()).prepare_data()
+    (path,) = (Path(toy_config.data.sources[0].path) / "encoded").glob("*/_empty_prompt.safetensors")
+    path.unlink()
+    again = PlainEncoder()
+    make_module(toy_config, encoder=again).prepare_data()
+    assert path.is_file() and again.encoded == []
+
+
+def test_a_broken_clip_is_not_encoded_and_the_stream_counts_it(folder, tmp_path):
+    copy = tmp_path / "set"
+    copy.mkdir()
+    for path in folder.iterdir():
+        (copy / path.name).write_bytes(path.read_bytes())
+    encoder = PlainEncoder()
+    config = make_config(copy, cache_latents=True)
+    make_module(config, encoder=encoder).prepare_data()
+    assert len(set(encoder.encoded)) == 6
+    skipped = [reason for batch in make_module(config).train_dataloader() for reason in batch.skipped]
+    broken = ShardSet.open(copy).key(6)
+    assert len(skipped) >= STEPS * GLOBAL_BATCH // 7 and all(broken in reason for reason in skipped)

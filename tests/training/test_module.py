@@ -1,0 +1,125 @@
+"""Laws of the training step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from one4d_pl.data.datamodule import One4DDataModule
+from one4d_pl.inference.pipeline import encode_first_frame
+from one4d_pl.models.conditioning import encode_condition
+from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
+from one4d_pl.training.module import One4DModule
+from one4d_pl.training.optim import build_optimizer, set_learning_rates, warm_up
+from one4d_pl.types import Batch, Encoded, Sample, collate
+
+
+@pytest.fixture
+def module(run_config) -> One4DModule:
+    module = One4DModule(run_config(), adapters=None)
+    module.configure_model()
+    with torch.no_grad():
+        for _, parameter in module.transformer.trainable_parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return module
+
+
+def stream(module: One4DModule, positions: range) -> list[Sample]:
+    config = module.config
+    datamodule = One4DDataModule(
+        config, lambda: module.encoders, fingerprint(config.base.path, ENCODER_PARTS)
+    )
+    datamodule.prepare_data()
+    clips = datamodule.train_dataloader().dataset
+    return [clips[p] for p in positions]
+
+
+def losses(module: One4DModule, batch: Batch) -> torch.Tensor:  # [2, B]
+    with torch.no_grad():
+        step = module.training_step(batch, 0)
+    return torch.stack([step["rgb"], step["xyz"]])
+
+
+def test_cached_and_fresh_encodings_give_the_same_loss(module):
+    samples = stream(module, range(8))
+    assert all(isinstance(s.encoded, Encoded) for s in samples) and len({s.task for s in samples}) >= 3
+    cached = losses(module, collate(samples))
+    fresh = losses(module, collate([replace(s, encoded=None) for s in samples]))
+    torch.testing.assert_close(cached, fresh, rtol=0, atol=1e-5)
+
+
+def test_a_samples_loss_does_not_depend_on_its_neighbours(module):
+    samples = stream(module, range(6))
+    together = losses(module, collate(samples))
+    alone = torch.cat([losses(module, collate([s])) for s in samples], dim=1)
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+
+
+def test_noise_and_sigma_derive_from_the_position_alone(module):
+    first, second = stream(module, range(2))
+    torch.manual_seed(123)
+    before = losses(module, collate([first]))
+    torch.rand(7)
+    assert torch.equal(losses(module, collate([first])), before)
+    moved = replace(first, position=second.position)
+    assert not torch.equal(losses(module, collate([moved])), before)
+    rgb, xyz = module.draw_noise(collate([first]), "noise").chunk(2)
+    assert not torch.equal(rgb, xyz)  # each branch has its own noise (One4D, Eq. 1)
+
+
+def test_the_condition_of_every_task_is_the_plain_one(module):
+    samples = stream(module, range(12))
+    batch = collate(samples)
+    assert {s.task for s in samples} == {"text", "image", "sparse", "video"}
+    latents, _, _ = module.encode(batch)
+    plain = encode_condition(module.encoders.encode, batch.frames, batch.frame_mask, 4)
+    torch.testing.assert_close(module.condition(batch, latents), plain, rtol=0, atol=1e-5)
+
+
+def test_image_tokens_reach_the_step(run_config, tiny_base):
+    if not tiny_base.image_tokens:
+        pytest.skip("the base has no image tokens")
+    module = One4DModule(run_config(f"base.path={tiny_base.path}", "base.max_text_tokens=512"), adapters=None)
+    module.configure_model()
+    samples = stream(module, range(6))
+    batch, fresh = collate(samples), collate([replace(s, encoded=None) for s in samples])
+    _, _, cached_tokens = module.encode(batch)
+    expected = encode_first_frame(module.encoders, batch.frames, batch.frame_mask)
+    torch.testing.assert_close(cached_tokens, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(losses(module, batch), losses(module, fresh), rtol=0, atol=1e-5)
+
+
+def test_sample_generates_scenes_of_the_batchs_size(module):
+    batch = collate(stream(module, range(2)))
+    scene = module.sample(batch)
+    assert scene.frames.shape == scene.pointmap.shape == batch.frames.shape
+    assert torch.equal(scene.frames, module.sample(batch).frames)
+
+
+def test_learning_rates_groups_and_warm_up(module):
+    config = module.config.optim
+    optimizer = build_optimizer(module.transformer, config)
+    groups = {group["name"]: group for group in optimizer.param_groups}
+    assert groups["links"]["base_lr"] == config.lr  # width 24 is below 1280
+    assert groups["xyz_patch_embedding"]["weight_decay"] == 0
+    wide = build_optimizer(module.transformer, replace(config, link_lr_width=12))
+    assert wide.param_groups[1]["base_lr"] == pytest.approx(config.lr / 2)
+    set_learning_rates(optimizer, 0, 10)
+    assert groups["lora"]["lr"] == pytest.approx(config.lr / 10)
+    assert [warm_up(s, 2) for s in range(4)] == [0.5, 1, 1, 1]
+    counted = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
+    assert counted == sum(module.transformer.parameter_counts().values())
+
+
+def test_bfloat16_autocast_trains_float32_trainables(module):
+    batch = collate(stream(module, range(2)))
+    with torch.autocast("cpu", torch.bfloat16):
+        step = module.training_step(batch, 0)
+    step["loss"].backward()
+    full = losses(module, batch)
+    half = torch.stack([step["rgb"], step["xyz"]])
+    assert all(p.dtype == p.grad.dtype == torch.float32 for _, p in module.transformer.trainable_parameters())
+    torch.testing.assert_close(half, full, rtol=0.02, atol=0)
+    assert not torch.equal(half, full)

@@ -1,0 +1,221 @@
+"""Checkpoints: exact resume, whatever the instant of death; refusals; what is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import select
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from one4d_pl.config import Config, ConfigError, load_config, to_yaml
+from one4d_pl.fit import fit
+from one4d_pl.training.checkpoint import checkpoint_folder, newest_checkpoint, read_step
+
+KILLS = 20
+STEPS_UNDER_FIRE = 40
+
+
+def final_hashes(config: Config) -> dict[str, str]:
+    """sha256 of every file of the last checkpoint: adapter, links, optimiser moments."""
+    folder = checkpoint_folder(config.run_dir, config.train.max_steps)
+    return json.loads((folder / "trainer.json").read_text())["sha256"]
+
+
+def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(run_config, tmp_path):
+    undisturbed = run_config(f"run_dir={tmp_path}/a")
+    fit(undisturbed)
+    for max_steps in (2, 4, 6):
+        fit(run_config(f"run_dir={tmp_path}/b", f"train.max_steps={max_steps}"))
+    assert final_hashes(undisturbed) == final_hashes(run_config(f"run_dir={tmp_path}/b"))
+    other_seed = run_config(f"run_dir={tmp_path}/c", "train.seed=1")
+    fit(other_seed)
+    assert final_hashes(other_seed) != final_hashes(undisturbed)
+
+
+def test_loader_workers_micro_batches_and_checkpointing_leave_the_losses_alone(run_config, tmp_path):
+    """Other layouts of the same global batch: float32 sums in another order, nothing else."""
+    weights = []
+    for name, overrides in {
+        "a": ["train.micro_batch_size=4"],
+        "b": ["train.micro_batch_size=1", "data.num_workers=2", "train.activation_checkpointing=true"],
+    }.items():
+        config = run_config(f"run_dir={tmp_path}/{name}", *overrides)
+        fit(config)
+        weights.append(load_file(checkpoint_folder(config.run_dir, 6) / "links.safetensors"))
+    for name, weight in weights[0].items():
+        torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=5e-5)
+
+
+class Nursery:
+    """A process that has imported everything and forks a child per run, so that a kill costs no import."""
+
+    PROGRAM = """
+import os, sys, threading
+import torch
+import one4d_pl.callbacks.losses, one4d_pl.training.checkpoint, one4d_pl.training.strategy, tensorboard
+from one4d_pl.config import load_config
+from one4d_pl.fit import fit
+print("ready", flush=True)
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        fit(load_config([line.strip()], []))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+    def __init__(self, environment: dict[str, str], log: Path) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", self.PROGRAM], env=environment, text=True, bufsize=1,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"),
+        )  # fmt: skip
+        assert self._line(120) == "ready"
+
+    def run(self, config_yaml: Path, seconds: float) -> int | None:
+        """Exit code of the run, or None if it was killed after `seconds`."""
+        print(config_yaml, file=self.process.stdin)
+        child = int(self._line(30))
+        status = self._line(seconds)
+        if status is None:
+            os.kill(child, signal.SIGKILL)
+            status = self._line(30)
+            assert status is not None
+            return None if int(status) == -signal.SIGKILL else int(status)
+        return int(status)
+
+    def _line(self, seconds: float) -> str | None:
+        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
+        return self.process.stdout.readline().strip() if ready else None
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait(timeout=30)
+
+
+def test_killed_at_random_instants_and_resumed_is_bitwise_undisturbed(run_config, fit_environment, tmp_path):
+    """SIGKILL, no warning: steps, saves, renames and start-up are all hit."""
+    steps = (f"train.max_steps={STEPS_UNDER_FIRE}", "train.save_every=1", "val.every=1000", "val.clips=1")
+
+    def prepare(name: str) -> tuple[Config, Path]:
+        config, path = run_config(f"run_dir={tmp_path}/{name}", *steps), tmp_path / f"{name}.yaml"
+        path.write_text(to_yaml(config))
+        return config, path
+
+    log = tmp_path / "nursery.log"
+    nursery = Nursery(fit_environment, log)
+    try:
+        undisturbed, path = prepare("undisturbed")
+        began = time.monotonic()
+        assert nursery.run(path, 200) == 0, log.read_text()[-3000:]
+        duration = time.monotonic() - began
+        expected = final_hashes(undisturbed)
+
+        chance, kills, runs, steps_at_death = random.Random(0), 0, 0, []
+        config, path = prepare("run0")
+        while kills < KILLS:
+            status = nursery.run(path, chance.uniform(0.1, 0.7) * duration)
+            if status is None:
+                kills += 1
+                newest = newest_checkpoint(config.run_dir)
+                steps_at_death.append(read_step(newest) if newest else 0)
+                continue
+            assert status == 0, log.read_text()[-3000:]
+            assert final_hashes(config) == expected
+            runs += 1
+            config, path = prepare(f"run{runs}")
+        assert nursery.run(path, 200) == 0, log.read_text()[-3000:]  # the last run, however far it came
+        assert final_hashes(config) == expected
+        assert len(set(steps_at_death)) >= KILLS // 3  # deaths were spread over the runs, not all at one place
+    finally:
+        nursery.close()
+
+
+def test_a_damaged_checkpoint_is_passed_over_and_named(run_config, tmp_path, caplog):
+    config = run_config("train.save_every=3")
+    fit(config)
+    newest = checkpoint_folder(config.run_dir, 6)
+    expected = final_hashes(config)
+    content = bytearray((newest / "links.safetensors").read_bytes())
+    content[-1] ^= 1
+    (newest / "links.safetensors").write_bytes(content)
+    assert newest_checkpoint(config.run_dir) == checkpoint_folder(config.run_dir, 3)
+    assert "links.safetensors" in caplog.text and newest.name in caplog.text
+    fit(config)  # from step 3, and over the damaged folder
+    assert final_hashes(config) == expected and newest_checkpoint(config.run_dir) == newest
+
+
+def test_resume_refuses_another_config_naming_the_keys(run_config):
+    fit(run_config("train.max_steps=2"))
+    with pytest.raises(ConfigError, match=r"optim\.lr .*flow\.shift|flow\.shift .*optim\.lr"):
+        fit(run_config("optim.lr=5e-4", "flow.shift=2.0"))
+    fit(run_config("train.max_steps=3", "train.log_every=5", "train.micro_batch_size=1"))  # free to change
+
+
+def test_a_checkpoint_holds_trainables_and_moments_only(run_config):
+    config = run_config()
+    fit(config)
+    folder = checkpoint_folder(config.run_dir, 6)
+    files = {str(p.relative_to(folder)): p for p in folder.rglob("*") if p.is_file()}
+    assert set(files) == {
+        "rgb/adapter_model.safetensors", "rgb/adapter_config.json", "xyz/adapter_model.safetensors",
+        "xyz/adapter_config.json", "links.safetensors", "xyz_patch_embedding.safetensors", "card.json",
+        "optimizer.safetensors", "trainer.json", "rgb/README.md", "xyz/README.md",
+    } - {n for n in ("rgb/README.md", "xyz/README.md") if n not in files}  # fmt: skip
+    tensors = [t for n, p in files.items() if n.endswith("model.safetensors") or n.startswith(("links", "xyz_patch"))
+               for t in load_file(p).values()]  # fmt: skip
+    moments = load_file(files["optimizer.safetensors"])
+    assert sum(t.numel() for t in moments.values()) == 2 * sum(t.numel() for t in tensors)
+    assert len(moments) == 2 * len(tensors)
+    kept = sorted(f.name for f in folder.parent.iterdir())
+    assert kept == ["step-00000004", "step-00000006"]  # keep_last, and no leftover of a staging folder
+    assert json.loads(files["card.json"].read_text())["data_sources"][0]["licence"] == "CC0-1.0"
+
+
+def test_init_from_starts_from_the_adapter_with_a_fresh_optimiser(run_config, tmp_path):
+    first = run_config(f"run_dir={tmp_path}/a")
+    fit(first)
+    source = checkpoint_folder(first.run_dir, 6)
+    second = run_config(f"run_dir={tmp_path}/b", f"train.init_from={source}", "train.max_steps=1", "optim.lr=1e-12")
+    fit(second)
+    folder = checkpoint_folder(second.run_dir, 1)
+    for name, tensor in load_file(folder / "links.safetensors").items():
+        torch.testing.assert_close(tensor, load_file(source / "links.safetensors")[name], rtol=0, atol=1e-9)
+
+
+def test_two_processes_equal_one_and_resume(run_config, fit_command, fit_environment, tmp_path):
+    """DDP on gloo from the command line: the same global batch, the same weights, also across a resume."""
+    single = run_config(f"run_dir={tmp_path}/single")
+    fit(single)
+    ddp = ["train.strategy=ddp", "train.devices=2", f"run_dir={tmp_path}/ddp"]
+    for max_steps in (4, 6):
+        command = fit_command(*ddp, f"train.max_steps={max_steps}")
+        done = subprocess.run(command, env=fit_environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
+        assert done.returncode == 0, done.stderr[-3000:]
+    for name in ("links.safetensors", "rgb/adapter_model.safetensors", "xyz/adapter_model.safetensors"):
+        expected = load_file(checkpoint_folder(single.run_dir, 6) / name)
+        for key, tensor in load_file(checkpoint_folder(f"{tmp_path}/ddp", 6) / name).items():
+            torch.testing.assert_close(tensor, expected[key], rtol=0, atol=5e-5, msg=key)
+    assert curve(tmp_path / "ddp", "train/loss/xyz") == pytest.approx(curve(tmp_path / "single", "train/loss/xyz"), abs=1e-6)
+    assert curve(tmp_path / "ddp", "val/loss/xyz")[-1] == pytest.approx(curve(tmp_path / "single", "val/loss/xyz")[-1], abs=1e-5)
+
+
+def curve(run_dir: Path, tag: str) -> list[float]:
+    """The last value logged for every step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    values: dict[int, float] = {}
+    for file in sorted((run_dir / "tensorboard").glob("events*")):
+        events = EventAccumulator(str(file)).Reload()
+        if tag in events.Tags()["scalars"]:
+            values |= {e.step: e.value for e in events.Scalars(tag)}
+    return [values[step] for step in sorted(values)]
