@@ -117,7 +117,7 @@ def _write_config(config: Config) -> None:
     folder = Path(config.run_dir)
     folder.mkdir(parents=True, exist_ok=True)
     temporary = folder / ".config.yaml.tmp"
-    temporary.write_text(to_yaml(config))
+    temporary.write_text(to_yaml(config), encoding="utf-8")
     temporary.replace(folder / "config.yaml")
 
 

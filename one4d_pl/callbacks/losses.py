@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
 
 import lightning
 import torch
@@ -20,7 +19,7 @@ LINK_RATIO_WARNING = 0.5  # a link that adds half of what is there overrides the
 
 
 class LossCurves(Callback):
-    """Logs `train/loss/{rgb,xyz}`, `train/loss_<task>/{rgb,xyz}`, `train/grad_norm/*`, `train/link_ratio/*`, `val/loss/*`.
+    """Logs `train/{loss,loss_<task>}/{rgb,xyz}`, `train/grad_norm/*`, `train/link_ratio/*` and `val/loss/{rgb,xyz}`.
 
     Training losses are means over the samples of all ranks since the last logged step.
     """
@@ -72,7 +71,9 @@ class LossCurves(Callback):
         self.sums.zero_()
         metrics = {f"train/loss/{m}": (sums[i].sum() / counts[i].sum()).item() for i, m in enumerate(MODALITIES)}
         for t in counts[0].nonzero()[:, 0].tolist():
-            metrics |= {f"train/loss_{TASKS[t]}/{m}": (sums[i, t] / counts[i, t]).item() for i, m in enumerate(MODALITIES)}
+            metrics |= {
+                f"train/loss_{TASKS[t]}/{m}": (sums[i, t] / counts[i, t]).item() for i, m in enumerate(MODALITIES)
+            }
         _log(trainer, metrics | self._link_ratios(module), self.step)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

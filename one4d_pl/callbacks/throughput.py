@@ -8,7 +8,7 @@ import lightning
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from one4d_pl.config import TrainConfig
+from one4d_pl.config import ConfigError, TrainConfig
 from one4d_pl.types import Batch
 
 
@@ -31,13 +31,18 @@ class Throughput(Callback):
         self.skipped += len(batch.skipped)
         # the first two batches of a run are too few to judge a share by
         if self.skipped > max(2, self.max_skip_share * self.samples):
-            raise ValueError(
+            raise ConfigError(
                 f"data.max_skip_share: {self.skipped} of the first {self.samples} samples of this process were broken, "
                 f"more than {self.max_skip_share:.0%}; the last was {batch.skipped[-1] if batch.skipped else 'above'}"
             )
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: object, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
         now = time.perf_counter()
         self.waiting_since = now
@@ -63,6 +68,8 @@ class Throughput(Callback):
 class StepBar(Callback):
     """A progress bar over optimiser steps, with an ETA; rank 0 only."""
 
+    bar: tqdm | None = None
+
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.bar = tqdm(
             total=trainer.max_steps,
@@ -73,12 +80,25 @@ class StepBar(Callback):
         )
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: object, batch: Batch, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
     ) -> None:
+        assert self.bar is not None
         if trainer.global_step > self.bar.n:
             shown = {name: f"{value:.3g}" for name, value in trainer.progress_bar_metrics.items()}
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert self.bar is not None
         self.bar.close()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        if self.bar is not None:
+            self.bar.close()  # the error's line must not be glued to the bar

@@ -17,9 +17,9 @@ from tqdm import tqdm
 from one4d_pl.config import Config, ConfigError, SourceConfig, ToyConfig
 from one4d_pl.data.decode import ClipStream, Draw, limit_to_one_thread, make_sample
 from one4d_pl.data.encoded import EMPTY_PROMPT, EncodedCache, cache_key
-from one4d_pl.data.order import MixtureOrder, rank_positions
+from one4d_pl.data.order import EachOnceOrder, MixtureOrder, rank_positions
 from one4d_pl.data.shards import SampleError, ShardSet, write_shards
-from one4d_pl.data.toy_world import render_clip
+from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.types import Batch, Encoded, Sample, collate
 
 log = logging.getLogger(__name__)
@@ -133,12 +133,17 @@ class One4DDataModule(lightning.LightningDataModule):
             self._refuse_short(source)
         caches = [self._cache(source) for source in configs]
         seed = self.config.train.seed
-        order = MixtureOrder(
-            [source.samples_per_shard for source in sources],
-            [source.weight for source in configs],
-            seed,
-            self.config.data.block_shards,
-        )
+        overfit = self.config.train.overfit_clips
+        order: MixtureOrder | EachOnceOrder
+        if validation and not overfit:
+            order = EachOnceOrder([len(source) for source in sources])
+        else:
+            order = MixtureOrder(
+                [source.samples_per_shard for source in sources],
+                [source.weight for source in configs],
+                seed,
+                self.config.data.block_shards,
+            )
         return ClipStream(
             sources,
             caches,
@@ -147,7 +152,7 @@ class One4DDataModule(lightning.LightningDataModule):
             self.config.masking,
             self.config.flow.caption_dropout,
             seed,
-            self.config.train.overfit_clips,
+            overfit,
             validation,
         )
 
@@ -171,7 +176,8 @@ class One4DDataModule(lightning.LightningDataModule):
     def _fill_cache(self) -> None:
         caches: list[EncodedCache] = []
         missing: list[tuple[ShardSet, EncodedCache, int]] = []
-        for source in [*self.config.data.sources, *self.config.data.val_sources]:
+        unique = {source.path: source for source in [*self.config.data.sources, *self.config.data.val_sources]}
+        for source in unique.values():
             cache = self._cache(source)
             if cache is not None:
                 caches.append(cache)
@@ -203,8 +209,23 @@ def write_toy_world(config: ToyConfig, num_frames: int, height: int, width: int)
     )
     for split, count, domain, seed in splits:
         folder = Path(config.root) / split
-        if count == 0 or (folder / "manifest.json").is_file():
+        if count == 0:
+            continue
+        if (folder / "manifest.json").is_file():
+            _refuse_other_world(folder, seed, count, domain, (num_frames, height, width))
             continue
         seeds = tqdm(range(seed, seed + count), desc=f"rendering {folder}", unit="clip")
         clips = (render_clip(s, num_frames, height, width, domain) for s in seeds)
         write_shards((replace(clip, source=f"toy_{split}") for clip in clips), folder, samples_per_shard=32)
+
+
+def _refuse_other_world(folder: Path, seed: int, count: int, domain: str, size: tuple[int, int, int]) -> None:
+    """Old toy shards of another seed, count or size would train something else than the config says."""
+    samples = [sample for shard in ShardSet.open(folder).manifest.shards for sample in shard.samples]
+    keys = [clip_key(s, domain) for s in range(seed, seed + count)]
+    sizes = {(s.num_frames, s.height, s.width) for s in samples}
+    if [s.key for s in samples] != keys or sizes != {size}:
+        raise ConfigError(
+            f"data.toy: {folder} holds another toy world ({len(samples)} clips of {sorted(sizes)[0]} from "
+            f"{samples[0].key}); delete the folder or set another data.toy.root"
+        )

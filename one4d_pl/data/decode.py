@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from one4d_pl.config import DataConfig, MaskingConfig
 from one4d_pl.data.encoded import EncodedCache
 from one4d_pl.data.masking import draw_frame_mask, draw_task
-from one4d_pl.data.order import MixtureOrder, derived_numpy_generator
+from one4d_pl.data.order import EachOnceOrder, MixtureOrder, derived_numpy_generator
 from one4d_pl.data.shards import SampleError, ShardSet
 from one4d_pl.geometry.camera import resize_frames, resize_nearest_valid
 from one4d_pl.geometry.pointmap import normalise_pointmap
@@ -145,7 +145,7 @@ class ClipStream(Dataset[Sample]):
         self,
         sources: list[ShardSet],
         caches: list[EncodedCache | None],
-        order: MixtureOrder,
+        order: MixtureOrder | EachOnceOrder,
         config: DataConfig,
         masking: MaskingConfig,
         caption_dropout: float,

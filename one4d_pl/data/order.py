@@ -87,6 +87,23 @@ class MixtureOrder:
         return Place(place.source, (place.index + offset) % (others + 1), place.epoch)
 
 
+class EachOnceOrder:
+    """Every sample of every source once, the sources taking turns: the order of a validation set."""
+
+    def __init__(self, sizes: Sequence[int]) -> None:  # samples per source
+        self._sizes = sizes
+        self._places = [Place(s, i, 0) for i in range(max(sizes)) for s, size in enumerate(sizes) if i < size]
+
+    def locate(self, position: int) -> Place:
+        """The sample at a position; IndexError past the last."""
+        return self._places[position]
+
+    def replacement(self, position: int, attempt: int) -> Place:
+        """The samples that follow in the same source."""
+        place = self._places[position]
+        return Place(place.source, (place.index + 1 + attempt) % self._sizes[place.source], 0)
+
+
 class _Walk:
     """One source's permutation of every epoch."""
 

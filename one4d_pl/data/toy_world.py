@@ -28,6 +28,11 @@ _WALLS = (0, 1, 4, 5)
 _SENSOR = (1, 1000)  # its own random stream; toy_draw uses (domain, attempt) with few attempts
 
 
+def clip_key(seed: int, domain: str) -> str:
+    """The key that `render_clip` gives its clip."""
+    return f"toy_{domain}_{seed:08d}"
+
+
 def render_clip(seed: int, num_frames: int, height: int, width: int, domain: str = "synthetic") -> Clip:
     """One clip, a pure function of its arguments; the scene of (seed, domain) is the same at every size and length.
 
@@ -58,7 +63,7 @@ def _exact_clip(scene: Scene, seed: int, num_frames: int, height: int, width: in
     colour, depth, code = _look(scene, times, height, width)
     moving = moving_codes([solid for thing in scene.things for solid in solids_at(thing, times[:1])])
     return Clip(
-        key=f"toy_{domain}_{seed:08d}",
+        key=clip_key(seed, domain),
         frames=_to_bytes(torch.from_numpy(colour)),
         depth=torch.from_numpy(depth.astype(np.float32)),
         intrinsics=torch.from_numpy(views.intrinsics.astype(np.float32)),

@@ -1,9 +1,9 @@
 """Adapters on disk, the only place that reads or writes them.
 
-    rgb/adapter_model.safetensors, rgb/adapter_config.json    PEFT's format and names; alpha stored
-    xyz/...                                                   the same for the other branch
-    links.safetensors, xyz_patch_embedding.safetensors        what PEFT has no name for
-    card.json                                                 base fingerprint, shape of the adapter, how it was trained
+rgb/adapter_model.safetensors, rgb/adapter_config.json    PEFT's format and names; alpha stored
+xyz/...                                                   the same for the other branch
+links.safetensors, xyz_patch_embedding.safetensors        what PEFT has no name for
+card.json                                                 base fingerprint, shape of the adapter, how it was trained
 """
 
 from __future__ import annotations
@@ -115,6 +115,8 @@ def load_adapters(transformer: One4DTransformer, folder: Path, base_fingerprint:
         with torch.no_grad():
             for name, tensor in tensors.items():
                 if stored[name].shape != tensor.shape:
-                    raise ConfigError(f"{folder / file}: {name} is {list(stored[name].shape)}, need {list(tensor.shape)}")
+                    raise ConfigError(
+                        f"{folder / file}: {name} is {list(stored[name].shape)}, need {list(tensor.shape)}"
+                    )
                 tensor.copy_(stored[name])
     return card

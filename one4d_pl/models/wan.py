@@ -129,7 +129,7 @@ class WanEncoders(nn.Module):
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:  # [B, 3, T, H, W] in [-1, 1] -> [B, C, t, h, w]
         """Normalised posterior mode, in float32: bf16 would quantise pointmaps to 2^-8 of the scene."""
-        batch, _, num_frames, height, width = video.shape
+        num_frames, height, width = video.shape[2:]
         if num_frames % self.temporal_factor != 1:
             raise ValueError(f"video: {num_frames} frames, need {self.temporal_factor}k+1; Wan's VAE drops the rest")
         if height % self.spatial_factor or width % self.spatial_factor:

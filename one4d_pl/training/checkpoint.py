@@ -112,7 +112,7 @@ def save_checkpoint(
 
 
 class StepCheckpoint(Callback):
-    """Save every `train.save_every` steps and at the end; keep the last `train.keep_last`; load the optimiser on resume."""
+    """Save every `train.save_every` steps and at the end, keep `train.keep_last`; on resume load the optimiser."""
 
     def __init__(self, config: Config, resume_from: Path | None) -> None:
         self.config, self.resume_from = config, resume_from
@@ -124,7 +124,12 @@ class StepCheckpoint(Callback):
         self.saved_step = trainer.global_step
 
     def on_train_batch_end(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, outputs: object, batch: object, batch_idx: int
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
     ) -> None:
         step = trainer.global_step
         due = step % self.config.train.save_every == 0 or step == self.config.train.max_steps

@@ -44,7 +44,7 @@ def test_encoders_stay_frozen_in_eval_mode_and_in_float32_under_autocast(tiny_ba
 
 @pytest.mark.parametrize("shape", [(8, 32, 32), (5, 36, 32)])
 def test_encode_refuses_what_the_vae_would_drop_in_silence(tiny_base_plain, shape):
-    with pytest.raises(ValueError, match="4k\\+1|multiple"):
+    with pytest.raises(ValueError, match=r"4k\+1|multiple"):
         tiny_base_plain.encoders().encode(torch.zeros(1, 3, *shape))
 
 

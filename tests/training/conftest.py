@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from one4d_pl.config import Config, load_config
+from one4d_pl.config import Config, ToyConfig, load_config
 from one4d_pl.data.datamodule import write_toy_world
-from one4d_pl.config import ToyConfig
 
 REPO = Path(__file__).parents[2]
 

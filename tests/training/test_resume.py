@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from one4d_pl.config import Config, ConfigError, load_config, to_yaml
+from one4d_pl.config import Config, ConfigError, to_yaml
 from one4d_pl.fit import fit
 from one4d_pl.training.checkpoint import checkpoint_folder, newest_checkpoint, read_step
 
@@ -205,8 +205,12 @@ def test_two_processes_equal_one_and_resume(run_config, fit_command, fit_environ
         expected = load_file(checkpoint_folder(single.run_dir, 6) / name)
         for key, tensor in load_file(checkpoint_folder(f"{tmp_path}/ddp", 6) / name).items():
             torch.testing.assert_close(tensor, expected[key], rtol=0, atol=5e-5, msg=key)
-    assert curve(tmp_path / "ddp", "train/loss/xyz") == pytest.approx(curve(tmp_path / "single", "train/loss/xyz"), abs=1e-6)
-    assert curve(tmp_path / "ddp", "val/loss/xyz")[-1] == pytest.approx(curve(tmp_path / "single", "val/loss/xyz")[-1], abs=1e-5)
+    assert curve(tmp_path / "ddp", "train/loss/xyz") == pytest.approx(
+        curve(tmp_path / "single", "train/loss/xyz"), abs=1e-6
+    )
+    assert curve(tmp_path / "ddp", "val/loss/xyz")[-1] == pytest.approx(
+        curve(tmp_path / "single", "val/loss/xyz")[-1], abs=1e-5
+    )
 
 
 def curve(run_dir: Path, tag: str) -> list[float]:

@@ -122,6 +122,7 @@ def test_training_decodes_as_diffusers_does_up_to_the_clamp():
 def test_orthogonalise_keeps_the_singular_vectors_and_evens_the_values():
     matrix = torch.randn(6, 20, generator=torch.Generator().manual_seed(0))
     u, _, vt = torch.linalg.svd(matrix, full_matrices=False)
+    matrix = u * torch.logspace(0, -1.7, 6) @ vt
     for given, expected in ((matrix, u @ vt), (matrix.T, (u @ vt).T)):
         result = orthogonalise(given)
         values = torch.linalg.svdvals(result)
@@ -184,6 +185,13 @@ def test_the_door_trains_resumes_and_leaves_its_figures(pool, tmp_path, monkeypa
     monkeypatch.setattr(build_tiny_vae, "render_pools", lambda: (pool, pool))
     monkeypatch.setattr(build_tiny_vae, "EVALUATE_SECONDS", 0.4)
     monkeypatch.setattr(tiny_vae, "TinyVaeConfig", lambda pointmaps: replace(SMALL, pointmaps=pointmaps))
+    seen: list[float] = []
+
+    def watched(training: VaeTraining, pool: ClipPool, config: TinyVaeConfig, progress: float) -> Tensor:
+        seen.append(progress)
+        return train_step(training, pool, config, progress)
+
+    monkeypatch.setattr(tiny_vae, "train_step", watched)
     folder = str(tmp_path / "run")
     assert build_tiny_vae.main(["--out", folder, "--minutes", "0.01", "--no-pointmaps"]) == 0
     first = json.loads((Path(folder) / "metrics.json").read_text())
@@ -191,6 +199,9 @@ def test_the_door_trains_resumes_and_leaves_its_figures(pool, tmp_path, monkeypa
     assert build_tiny_vae.main(["--out", folder, "--minutes", "0.02", "--no-pointmaps", "--resume"]) == 0
     second = json.loads((Path(folder) / "metrics.json").read_text())
     assert second["steps"] > first["steps"]
+    resumed = seen[first["steps"] :]
+    assert seen[0] == 0 and resumed[0] >= 0.5 and max(resumed) < 1  # half of the doubled time was over
+    assert seen[: first["steps"]] == sorted(seen[: first["steps"]]) and resumed == sorted(set(resumed))
     assert second["curve"][: len(first["curve"])] == first["curve"]
     assert second["vae"]["frames"]["psnr"] > 0 and second["pca"]["frames"]["psnr"] > 0
 
