@@ -104,12 +104,12 @@ def _build_tiny_base(config: Config) -> None:
     import torch
 
     from one4d_pl.data.toy_world import render_clip
-    from one4d_pl.models.tiny import build_tiny_wan
+    from one4d_pl.models.tiny import build_tiny_wan, seeded_vae
 
     log.info("building the seeded tiny Wan at %s", config.base.path)
     clips = [render_clip(seed, 17, 64, 96) for seed in range(4)]
     frames = torch.stack([clip.frames for clip in clips]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    build_tiny_wan(Path(config.base.path), config.base.tiny, frames)
+    build_tiny_wan(Path(config.base.path), config.base.tiny, seeded_vae(config.base.tiny, frames))
 
 
 def _write_config(config: Config) -> None:

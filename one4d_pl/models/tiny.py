@@ -16,14 +16,13 @@ from one4d_pl.config import TinyWanConfig
 IMAGE_DIM = 32  # width of the tiny CLIP
 
 
-def build_tiny_wan(folder: Path, config: TinyWanConfig, calibration: torch.Tensor) -> None:
-    """Write the bundle to `folder`, atomically; the same seed gives the same bytes.
+def build_tiny_wan(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -> None:
+    """Write the bundle around a VAE to `folder`, atomically; the same seed and VAE give the same bytes.
 
     Args:
         folder: created; left alone if it already holds a bundle.
         config: shape and seed.
-        calibration: [B, 3, T, H, W] in [-1, 1], clips on which the latents' mean and std are measured, so that the
-            diffusion sees unit-variance latents as it does with a trained VAE.
+        vae: trained, or `seeded_vae`.
     """
     if (folder / "model_index.json").is_file():
         return
@@ -31,7 +30,7 @@ def build_tiny_wan(folder: Path, config: TinyWanConfig, calibration: torch.Tenso
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            _save_parts(staging, config, calibration)
+            _save_parts(staging, config, vae)
         staging.rename(folder)
     except OSError:
         if not (folder / "model_index.json").is_file():  # else another process was faster
@@ -40,19 +39,31 @@ def build_tiny_wan(folder: Path, config: TinyWanConfig, calibration: torch.Tenso
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _save_parts(folder: Path, config: TinyWanConfig, calibration: torch.Tensor) -> None:
-    vae = AutoencoderKLWan(
-        base_dim=config.vae_dim, z_dim=16, num_res_blocks=1, latents_mean=[0.0] * 16, latents_std=[1.0] * 16
-    )
+def seeded_vae(config: TinyWanConfig, calibration: torch.Tensor) -> AutoencoderKLWan:
+    """A VAE with random weights, whose latents' statistics are measured, as a trained one's are.
+
+    Args:
+        config: its width and seed.
+        calibration: [B, 3, T, H, W] in [-1, 1], clips like those it will see: the diffusion needs unit variance.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        vae = AutoencoderKLWan(
+            base_dim=config.vae_dim, z_dim=16, num_res_blocks=1, latents_mean=[0.0] * 16, latents_std=[1.0] * 16
+        )
     with torch.no_grad():
         latents = vae.encode(calibration).latent_dist.mode().transpose(0, 1).flatten(1)  # [C, N]
     vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
+    return vae
+
+
+def _save_parts(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -> None:
     vae.save_pretrained(folder / "vae")
     transformer = WanTransformer3DModel(
         num_attention_heads=config.num_heads,
         attention_head_dim=config.head_dim,
-        in_channels=36,
-        out_channels=16,
+        in_channels=2 * vae.config.z_dim + vae.config.scale_factor_temporal,
+        out_channels=vae.config.z_dim,
         text_dim=config.text_dim,
         freq_dim=64,
         ffn_dim=config.ffn_dim,
