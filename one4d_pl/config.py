@@ -285,6 +285,20 @@ class ValConfig:
 
 
 @dataclass
+class EvalConfig:
+    """Scenes sampled while training: metrics and pictures; `every: 0` switches them off."""
+
+    every: int = 500  # optimiser steps; rounded up to the next validation
+    clips: int = 8  # of the validation set, over all ranks; the tasks take turns
+    steps: int = 20  # of the sampler: a look, not the final quality
+
+    def __post_init__(self) -> None:
+        _at_least("eval.every", self.every, 0)
+        _at_least("eval.clips", self.clips, 1)
+        _at_least("eval.steps", self.steps, 1)
+
+
+@dataclass
 class Config:
     """The whole run; configs/dlc.yaml is the method, scale/*.yaml and data/*.yaml the rest."""
 
@@ -299,6 +313,7 @@ class Config:
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     val: ValConfig = field(default_factory=ValConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
         if self.base.dtype == "bfloat16" and self.train.precision != "bf16-mixed":

@@ -8,8 +8,12 @@ import os
 import sys
 import warnings
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from one4d_pl.config import Config, ConfigError, check_paths, load_config, to_yaml
+from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
+
+if TYPE_CHECKING:
+    from lightning.pytorch.callbacks import Callback
 
 log = logging.getLogger("one4d_pl")
 
@@ -85,6 +89,7 @@ def fit(config: Config) -> None:
     callbacks = [
         Throughput(config.train, config.data.max_skip_share),
         LossCurves(config.train),
+        *scene_callbacks(config.eval),
         StepCheckpoint(config, resume_from),
         StepBar(),
     ]
@@ -95,6 +100,18 @@ def fit(config: Config) -> None:
     except (SampleError, ShardSetError) as error:
         raise ConfigError(str(error)) from error
     log.info("adapter: %s; trainables %s", config.run_dir, describe_sizes(module.transformer.parameter_counts()))
+
+
+def scene_callbacks(config: EvalConfig) -> list[Callback]:
+    """What samples, measures and draws scenes while training; nothing where eval.every is 0."""
+    from one4d_pl.callbacks.geometry_eval import GeometryEval
+    from one4d_pl.callbacks.scene_samples import SceneSamples
+    from one4d_pl.callbacks.visualize import Visualize
+
+    if config.every == 0:
+        return []
+    samples = SceneSamples(config)
+    return [samples, GeometryEval(samples), Visualize(samples)]
 
 
 def _build_tiny_base(config: Config) -> None:

@@ -48,6 +48,10 @@ class PointmapScale:
     scale: Tensor  # [...], one for all axes, same unit as depth
     offset: Tensor  # [...], along z only; 0 unless the normalisation's switch is on
 
+    def to(self, device: torch.device | str) -> PointmapScale:
+        """The same similarity on `device`."""
+        return PointmapScale(self.scale.to(device), self.offset.to(device))
+
 
 @dataclass(frozen=True)
 class Encoded:
@@ -113,7 +117,7 @@ class Batch:
         for name, value in moved.items():
             if isinstance(value, Tensor):
                 moved[name] = value.to(device, non_blocking=True)
-        moved["scale"] = PointmapScale(self.scale.scale.to(device), self.scale.offset.to(device))
+        moved["scale"] = self.scale.to(device)
         if self.encoded is not None:
             moved["encoded"] = tuple(e.to(device) for e in self.encoded)
         return replace(self, **moved)

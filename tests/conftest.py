@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,16 +13,20 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import pytest
 import torch
+import yaml
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from one4d_pl.config import TinyWanConfig
+from one4d_pl.config import Config, TinyWanConfig, ToyConfig, load_config
+from one4d_pl.data.datamodule import write_toy_world
 from one4d_pl.models.tiny import build_tiny_wan, seeded_vae
 from one4d_pl.models.wan import WanEncoders, load_transformer
 
 # One thread: toy sizes gain nothing from more, the order of float additions is the same on every machine, and OpenMP
 # does not stall where another process holds the second core.
 torch.set_num_threads(1)
+
+REPO = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -95,3 +101,63 @@ def _build(folder: Path, image_tokens: bool) -> TinyBase:
     calibration = torch.rand(2, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     build_tiny_wan(folder, config, seeded_vae(config, calibration))
     return TinyBase(str(folder), image_tokens)
+
+
+@pytest.fixture(scope="session")
+def toy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve training clips of two domains and four for validation, 17 frames of 32x48."""
+    root = tmp_path_factory.mktemp("toy")
+    write_toy_world(ToyConfig(str(root), train_synthetic=8, train_real=4, val=4), 17, 32, 48)
+    return root
+
+
+@pytest.fixture
+def run_config(tmp_path: Path, toy_root: Path, tiny_base_plain) -> Callable[..., Config]:
+    """`configs/dlc.yaml` at toy size; takes overrides, and returns a fresh config with its own run folder."""
+    small = {
+        "run_dir": str(tmp_path / "run"),
+        "base": {"path": tiny_base_plain.path, "max_text_tokens": tiny_base_plain.max_text_tokens, "tiny": None},
+        "dlc": {"rank": 4},
+        "sampler": {"steps": 2},
+        "optim": {"warmup_steps": 2},
+        "data": {
+            "sources": [
+                {"path": str(toy_root / "train_synthetic"), "weight": 0.75},
+                {"path": str(toy_root / "train_real"), "weight": 0.25},
+            ],
+            "val_sources": [{"path": str(toy_root / "val")}],
+            "toy": None,
+            "num_frames": 17,
+            "height": 32,
+            "width": 48,
+            "num_workers": 0,
+        },
+        "train": {
+            "max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "save_every": 2, "log_every": 1,
+        },
+        "eval": {"every": 0, "steps": 2},
+        "val": {"every": 3, "clips": 3, "sigmas": [0.3, 0.7]},
+    }  # fmt: skip
+    small_yaml = tmp_path / "small.yaml"
+    small_yaml.write_text(yaml.safe_dump(small))
+
+    def make(*overrides: str) -> Config:
+        return load_config([str(REPO / "configs" / "dlc.yaml"), str(small_yaml)], list(overrides))
+
+    return make
+
+
+@pytest.fixture
+def fit_command(tmp_path: Path, run_config) -> Callable[..., list[str]]:
+    """The command line of the same run, for tests that need a process of their own."""
+
+    def make(*overrides: str) -> list[str]:
+        configs = ["--config", str(REPO / "configs" / "dlc.yaml"), "--config", str(tmp_path / "small.yaml")]
+        return [sys.executable, "-m", "one4d_pl.fit", *configs, *overrides]
+
+    return make
+
+
+@pytest.fixture
+def fit_environment() -> dict[str, str]:
+    return {**os.environ, "PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -125,11 +126,12 @@ class One4DModule(lightning.LightningModule):
         noise = [torch.randn(shape, generator=derived_generator(seed, p, purpose)) for p in positions]
         return torch.stack(noise, dim=1).flatten(0, 1).to(self.device)
 
-    def sample(self, batch: Batch) -> GeneratedScene:
-        """Generate the batch's scenes from its given frames and true captions."""
+    def sample(self, batch: Batch, steps: int | None = None) -> GeneratedScene:
+        """Generate the batch's scenes from its given frames and true captions; `steps` other than sampler.steps."""
         config = self.config
+        sampler = config.sampler if steps is None else replace(config.sampler, steps=steps)
         pipeline = One4DPipeline(
-            self.transformer, self.encoders, config.sampler, config.flow.shift, config.base.negative_prompt
+            self.transformer, self.encoders, sampler, config.flow.shift, config.base.negative_prompt
         )
         return pipeline(list(batch.captions), batch.frames, batch.frame_mask, self.draw_noise(batch, "sampling noise"))
 

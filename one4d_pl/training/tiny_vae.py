@@ -32,6 +32,7 @@ from one4d_pl.geometry.pointmap import normalise_pointmap
 KINDS = ("frames", "pointmaps")  # the videos that a clip gives
 TIME_FACTOR, SPACE_FACTOR = 4, 4
 ADAM_EPS = 1e-10
+NEAR = 0.1  # normalised distance below which relative accuracy is no longer bought
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024: the quintic that sends singular values to about 1
 
 
@@ -62,6 +63,7 @@ class TinyVaeConfig:
     latent_noise: float = 0.02  # std, in std of each latent channel
     latent_weight: float = 1e-3  # of the pull towards mean 0 and std 1
     square_weight: float = 8.0  # of the squared error beside the absolute one
+    near_weight: float = 0.2  # of a pointmap's absolute error over the point's distance: near points count more
     ema: float = 0.998
     seed: int = 0
     stages: tuple[Stage, ...] = (
@@ -216,8 +218,12 @@ def train_step(training: VaeTraining, pool: ClipPool, config: TinyVaeConfig, pro
         noise = torch.randn(latents.shape, generator=generator) * std.detach().view(1, -1, 1, 1, 1)
         decoded = decode_unclamped(vae, latents + config.latent_noise * noise).float()
     error = decoded - videos
+    importance = torch.ones_like(error[:, :1])
+    if config.pointmaps:
+        importance[1::2] += config.near_weight / (videos[1::2].norm(dim=1, keepdim=True) + NEAR)
     spread = (mean.square() + std.clamp_min(1e-4).log().square()).mean()
-    loss = error.abs().mean() + config.square_weight * error.square().mean() + config.latent_weight * spread
+    absolute = (importance * error.abs()).mean()
+    loss = absolute + config.square_weight * error.square().mean() + config.latent_weight * spread
     loss.backward()
     warmth = min(1.0, (training.step + 1) / config.warmup_steps)
     update(training, config, config.lr * warmth * (0.5 + 0.5 * math.cos(math.pi * progress)))

@@ -21,7 +21,7 @@ from one4d_pl.fit import fit
 from one4d_pl.training.checkpoint import checkpoint_folder, newest_checkpoint, read_step
 
 KILLS = 20
-STEPS_UNDER_FIRE = 40
+STEPS_UNDER_FIRE = 24
 
 
 def final_hashes(config: Config) -> dict[str, str]:

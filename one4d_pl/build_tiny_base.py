@@ -1,0 +1,76 @@
+"""python -m one4d_pl.build_tiny_base --vae FOLDER --config configs/tiny_base.yaml: pretrain the tiny Wan on RGB video.
+
+Builds a bundle around a trained VAE (see build_tiny_vae), trains its transformer and text encoder as an RGB inpainting
+video model on the toy world, and leaves the averaged weights as a diffusers folder at run_dir/wan. Run again to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from pathlib import Path
+
+from one4d_pl.config import Config, ConfigError, load_config
+
+log = logging.getLogger("one4d_pl")
+
+
+def main(arguments: list[str]) -> int:
+    """Parse and train; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m one4d_pl.build_tiny_base", description=__doc__)
+    parser.add_argument("--vae", type=Path, required=True, help="diffusers folder of the trained VAE")
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    try:
+        config = load_config(args.config, args.overrides)
+        if not (args.vae / "config.json").is_file():
+            raise ConfigError(f"--vae: no VAE at {args.vae}; make it with `python -m one4d_pl.build_tiny_vae`")
+        build(config, args.vae)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def build(config: Config, vae_folder: Path) -> None:
+    """Pretrain to train.max_steps, from where the run folder's state left off."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
+
+    from diffusers import AutoencoderKLWan
+
+    from one4d_pl.callbacks.throughput import StepBar, Throughput
+    from one4d_pl.data.datamodule import One4DDataModule
+    from one4d_pl.models.tiny import build_tiny_wan
+    from one4d_pl.models.wan import WanEncoders, fingerprint
+    from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
+    from one4d_pl.training.tiny_base import BaseState, TinyBaseModule
+
+    limit_threads(config)
+    base = config.base
+    if base.tiny is None:
+        raise ConfigError("base.tiny: gives the shape of the base to build, and is null")
+    vae = AutoencoderKLWan.from_pretrained(vae_folder, low_cpu_mem_usage=False)
+    build_tiny_wan(Path(base.path), base.tiny, vae)
+    # the latents depend on the VAE alone; the text encoder is being trained
+    datamodule = One4DDataModule(
+        config,
+        encoder=lambda: WanEncoders(base.path, base.dtype, base.max_text_tokens),
+        encoder_fingerprint=fingerprint(base.path, ("vae",)),
+    )
+    state = BaseState(config)
+    datamodule.start_step = state.step()
+    if datamodule.start_step >= config.train.max_steps:
+        log.info("nothing to do: %s has reached train.max_steps", config.run_dir)
+        return
+    callbacks = [Throughput(config.train, config.data.max_skip_share), state, StepBar()]
+    trainer = build_trainer(config, callbacks)
+    fast_forward(trainer, datamodule.start_step, config.train.accumulation)
+    trainer.fit(TinyBaseModule(config), datamodule=datamodule)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,304 @@
+"""Video depth against ground truth by the field's protocols: AbsRel, SqRel, RMSE, log RMSE and δ < 1.25^k.
+
+1. Scored are the pixels with 0 < target < max_depth, whatever was predicted there.
+2. One alignment per sequence, in depth (not disparity), named by what is free; the fit may use fewer pixels.
+3. The aligned prediction may be cut from above (post_clip), never from below: a depth <= 0 counts as 1e-5 in the two
+   logarithmic errors, and its share is reported. A prediction that is not finite counts as 0: no answer is no excuse.
+4. Each error is a mean over the pixels of its sequence; sequences are averaged with their pixel count as weight.
+
+The L1 fits are exact (a convex, piecewise linear problem). Two published protocols stop Adam early instead, so that
+their result depends on the scale of the prediction; they are here to match printed numbers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+Alignment = Literal["none", "median", "scale", "scale_shift", "scale_shift_monst3r", "scale_shift_geo4d"]
+
+ADAM = {  # learning rate and steps of the published fits; both start at the ratio of medians and shift 0
+    "scale_shift_monst3r": (1e-4, 1000),
+    "scale_shift_geo4d": (1e-2, 5000),
+}
+LOWEST = 1e-5  # what a depth counts as in a ratio or a logarithm, at least
+CHUNK = 1 << 20  # pixels lifted to float64 at a time
+COARSE = 1 << 16  # points of the first guess of an exact fit
+
+
+@dataclass(frozen=True)
+class ScaleShift:
+    """The map depth -> scale · depth + shift."""
+
+    scale: Tensor  # scalar, float64
+    shift: Tensor  # scalar, float64, unit of the target
+
+    def apply(self, depth: Tensor) -> Tensor:  # [...] -> [...], dtype kept
+        """Map every depth."""
+        return depth * self.scale.to(depth.dtype) + self.shift.to(depth.dtype)
+
+
+@dataclass(frozen=True)
+class DepthErrors:
+    """Means over the scored pixels of one sequence; all 0 where there is none."""
+
+    abs_rel: Tensor  # |p - g| / g
+    sq_rel: Tensor  # (p - g)² / g, unit of the target
+    rmse: Tensor  # root of the mean (p - g)², unit of the target
+    log_rmse: Tensor  # root of the mean (ln p - ln g)²
+    delta_1: Tensor  # share with max(p / g, g / p) < 1.25
+    delta_2: Tensor  # < 1.25²
+    delta_3: Tensor  # < 1.25³
+    not_positive: Tensor  # share of aligned depths <= 0 or not finite
+    num_valid: Tensor  # scored pixels
+
+
+ERROR_NAMES = tuple(DepthErrors.__dataclass_fields__)[:-1]
+
+
+def align_depth(
+    preds: Tensor,  # [...], one sequence of any shape
+    target: Tensor,  # [...]
+    valid: Tensor,  # [...] bool
+    alignment: Alignment,
+) -> ScaleShift:
+    """Fit target ≈ scale · preds + shift over the valid pixels of a sequence, scale >= 0 in all but the Adam fits.
+
+    none: 1 and 0. median: ratio of the (lower) medians. scale, scale_shift: the least sum of absolute errors. Where
+    nothing can be fitted (no valid pixel with a finite prediction) the result is the identity.
+    """
+    one = torch.ones((), dtype=torch.float64, device=preds.device)
+    usable = valid & preds.isfinite() & target.isfinite()
+    points, depths = preds[usable], target[usable]  # [N]
+    if alignment == "none" or points.numel() == 0:
+        return ScaleShift(one, 0 * one)
+    if alignment in ("scale", "scale_shift"):
+        scale, shift = _fit_l1(points, depths, free_shift=alignment == "scale_shift")
+        return ScaleShift(one * scale, one * shift)
+    middle = points.median().double()
+    ratio = (depths.median() / middle).clamp(min=0) if middle != 0 else 0 * one
+    if alignment == "median":
+        return ScaleShift(ratio, 0 * one)
+    if alignment not in ADAM:
+        raise ValueError(f"depth alignment {alignment!r}, need none, median, scale, scale_shift or one of {list(ADAM)}")
+    return _fit_adam(points, depths, ratio, *ADAM[alignment])
+
+
+def depth_errors(
+    preds: Tensor,  # [...], aligned, one sequence of any shape
+    target: Tensor,  # [...], > 0 where valid
+    valid: Tensor,  # [...] bool
+) -> DepthErrors:
+    """All errors over the valid pixels of one sequence, summed in float64."""
+    identity = align_depth(preds, target, valid, "none")
+    return _mean_errors(preds[valid], target[valid], identity, post_clip=None)
+
+
+def score_depth(
+    preds: Tensor,  # [T, H, W], one sequence, any unit that the alignment frees
+    target: Tensor,  # [T, H, W]
+    valid: Tensor,  # [T, H, W] bool
+    alignment: Alignment,
+    max_depth: float | None = None,  # unit of the target; None = no limit
+    post_clip: float | None = None,  # upper limit of the aligned prediction; None = no limit
+    fit_valid: Tensor | None = None,  # [T, H, W] bool, pixels that the fit may use; None = all scored ones
+) -> DepthErrors:
+    """Align one sequence and score it (steps 1 to 3 of the module's docstring)."""
+    scored = valid & target.isfinite() & (target > 0)
+    if max_depth is not None:
+        scored &= target < max_depth
+    points, depths = preds[scored], target[scored]  # [N]: one sequence is the most that is held
+    everywhere = torch.ones_like(points, dtype=torch.bool)
+    fit = align_depth(points, depths, everywhere if fit_valid is None else fit_valid[scored], alignment)
+    return _mean_errors(points, depths, fit, post_clip)
+
+
+class VideoDepthError(Metric):
+    """Mean over sequences, weighted by scored pixels, of every error of `score_depth`; nan before any pixel."""
+
+    higher_is_better, full_state_update = False, False
+    totals: Tensor
+    num_valid: Tensor
+
+    def __init__(self, alignment: Alignment, max_depth: float | None = None, post_clip: float | None = None) -> None:
+        super().__init__()
+        self.alignment, self.max_depth, self.post_clip = alignment, max_depth, post_clip
+        self.add_state("totals", torch.zeros(len(ERROR_NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor, valid: Tensor, fit_valid: Tensor | None = None) -> None:
+        """Add one sequence, [T, H, W] each."""
+        errors = score_depth(preds, target, valid, self.alignment, self.max_depth, self.post_clip, fit_valid)
+        *means, num_valid = astuple(errors)
+        self.totals += torch.stack(means) * num_valid
+        self.num_valid += num_valid
+
+    def compute(self) -> dict[str, Tensor]:
+        """One scalar per field of `DepthErrors` but the count."""
+        return dict(zip(ERROR_NAMES, self.totals / self.num_valid))
+
+
+def _mean_errors(
+    preds: Tensor,  # [N]
+    target: Tensor,  # [N], > 0
+    fit: ScaleShift,
+    post_clip: float | None,
+) -> DepthErrors:
+    """Steps 2 and 3 of the module's docstring and the means of step 4, piece by piece in float64."""
+    totals = torch.zeros(len(ERROR_NAMES), dtype=torch.float64, device=preds.device)
+    for p, g in zip(preds.split(CHUNK), target.split(CHUNK)):
+        p, g = p.double(), g.double()
+        p = torch.where(p.isfinite(), fit.apply(p), 0)
+        if post_clip is not None:
+            p = p.clamp(max=post_clip)
+        error, positive = p - g, p.clamp(min=LOWEST)
+        ratio = torch.maximum(positive / g, g / positive)
+        within = [(ratio < 1.25**k).double() for k in (1, 2, 3)]
+        squared, squared_log = error.square(), (positive.log() - g.log()).square()
+        per_pixel = [error.abs() / g, squared / g, squared, squared_log, *within, (p <= 0).double()]
+        totals += torch.stack([values.sum() for values in per_pixel])
+    means = totals / max(1, preds.numel())
+    means[2:4] = means[2:4].sqrt()  # rmse, log_rmse
+    return DepthErrors(*means, torch.tensor(preds.numel(), device=preds.device))
+
+
+def _fit_adam(points: Tensor, depths: Tensor, start: Tensor, lr: float, steps: int) -> ScaleShift:
+    """Adam on sum |s p + t - g| over (s, t) from (start, 0), always all steps: the published early stop never fires."""
+    free = torch.stack([start, torch.zeros_like(start)])
+    optimizer = torch.optim.Adam([free], lr=lr)
+    for _ in range(steps):
+        sign = (points * free[0].to(points.dtype) + free[1].to(points.dtype) - depths).sign()
+        free.grad = torch.stack([(sign * points).sum(dtype=torch.float64), sign.sum(dtype=torch.float64)])
+        optimizer.step()
+    return ScaleShift(*free)
+
+
+@dataclass
+class _Residuals:
+    """min over t of sum |g - s p - t| as a function of s, over the points whose sign is still open.
+
+    Once s is known to lie in a bracket, a point on the same side of the line for every s in it adds a constant to the
+    derivative and is dropped: after a few steps almost none are left, whatever N was.
+    """
+
+    points: Tensor  # [N] float64
+    depths: Tensor  # [N] float64
+    free_shift: bool
+    rank: int  # of the median residual among the points left, from 1
+    excess: int = 0  # dropped points above the line minus those below
+    moment: float = 0.0  # sum of sign · p over the dropped points
+
+    def shift(self, scale: float) -> float:
+        """The best t at this scale: the lower median of the residuals."""
+        return self._lowest(self.depths - scale * self.points)
+
+    def derivative(self, scale: float) -> float:
+        """A subgradient at this scale; points on the line share the sign that makes the one in t vanish."""
+        residuals = self.depths - scale * self.points
+        sign = (residuals - self._lowest(residuals)).sign()
+        moment = self.moment + float((sign * self.points).sum())
+        if self.free_shift:
+            on_line = sign == 0
+            unbalanced = self.excess + float(sign.sum())
+            moment -= unbalanced * float(self.points[on_line].mean())
+        return -moment
+
+    def narrow(self, low: float, high: float) -> None:
+        """Drop the points that stay on one side of the line for every scale in [low, high]."""
+        first, last = self.depths - low * self.points, self.depths - high * self.points
+        lower, upper = torch.minimum(first, last), torch.maximum(first, last)
+        below, above = upper < self._lowest(lower), lower > self._lowest(upper)
+        self.moment += float(self.points[above].sum() - self.points[below].sum())
+        self.excess += int(above.sum()) - int(below.sum())
+        self.rank -= int(below.sum())
+        left = ~(below | above)
+        self.points, self.depths = self.points[left], self.depths[left]
+
+    def _lowest(self, residuals: Tensor) -> float:
+        return float(residuals.kthvalue(self.rank).values) if self.free_shift else 0.0
+
+
+def _fit_l1(points: Tensor, depths: Tensor, free_shift: bool) -> tuple[float, float]:  # [N] each, N > 0
+    """The (s, t) of least sum |g - s p - t| with s >= 0, to the last bits of float64.
+
+    Many points: the fit of a regular sample, then a box around it. Inside the box most residuals cannot change sign and
+    become constants of the derivative; the rest is a small problem that equals the large one there. If its minimum lies
+    inside the box, it is the minimum of the whole (the sum is convex); if not, the box was too small.
+    """
+    step = max(1, len(points) // COARSE)
+    sample, sample_depths = points[::step].double(), depths[::step].double()
+    centre = float(sample.median()) if free_shift else 0.0  # centred points let the median residual move least
+    middle = float(sample_depths.median()) if free_shift else 0.0
+    sample = sample - centre
+    size = float(sample.abs().mean()) or 1.0
+    spread = float((sample_depths - middle).abs().mean())
+    residuals = _Residuals(sample, sample_depths, free_shift, rank=(len(sample) + 1) // 2)
+    scale, shift = _minimise(residuals, guess=spread / size)
+    if step > 1:
+        spread = max(float((sample_depths - scale * sample - shift).abs().mean()), 1e-6 * spread)
+        width = 8 / len(sample) ** 0.5  # some eight standard errors of the sample's fit
+        guess, guess_shift, inside = scale, shift, False
+        while not inside:
+            box = (width * spread / size, width * spread if free_shift else 0.0)
+            width *= 8
+            residuals = _undecided(points, depths, centre, (guess, guess_shift), box, free_shift)
+            if free_shift and not 1 <= residuals.rank <= len(residuals.points):
+                continue  # no line of the box has half of the points below
+            scale, shift = _minimise(residuals, guess, box[0])
+            inside = abs(scale - guess) < box[0] and (not free_shift or abs(shift - guess_shift) < box[1])
+    return scale, shift - scale * centre
+
+
+def _undecided(
+    points: Tensor,  # [N]
+    depths: Tensor,  # [N]
+    centre: float,
+    guess: tuple[float, float],  # scale and shift of centred points
+    box: tuple[float, float],  # half-widths in scale and shift
+    free_shift: bool,
+) -> _Residuals:
+    """The points whose residual may vanish for some line in the box, the others summed up; piece by piece in float64."""
+    kept_points, kept_depths = [], []
+    num_below = num_above = 0
+    moment = 0.0
+    for p, g in zip(points.split(CHUNK), depths.split(CHUNK)):
+        p, g = p.double() - centre, g.double()
+        residuals, reach = g - guess[0] * p - guess[1], box[0] * p.abs() + box[1]
+        above, below = residuals > reach, residuals < -reach
+        num_above, num_below = num_above + int(above.sum()), num_below + int(below.sum())
+        moment += float(p[above].sum() - p[below].sum())
+        left = ~(above | below)
+        kept_points.append(p[left])
+        kept_depths.append(g[left])
+    rank = (len(points) + 1) // 2 - num_below
+    excess = num_above - num_below
+    return _Residuals(torch.cat(kept_points), torch.cat(kept_depths), free_shift, rank, excess, moment)
+
+
+def _minimise(residuals: _Residuals, guess: float, reach: float = math.inf) -> tuple[float, float]:
+    """The scale >= 0, within `reach` of the guess, where the derivative changes its sign, and the shift there."""
+    lowest, highest = max(0.0, guess - reach), guess + reach
+    low = high = guess
+    width = 0.01 * guess or 1.0
+    slope = residuals.derivative(guess)
+    while slope > 0:  # the derivative grows with the scale
+        if low == lowest:
+            return low, residuals.shift(low)
+        low, high, width = max(lowest, low - width), low, 8 * width
+        slope = residuals.derivative(low)
+    if low == high:
+        while slope < 0:
+            if high == highest:
+                return high, residuals.shift(high)
+            low, high, width = high, min(highest, high + width), 8 * width
+            slope = residuals.derivative(high)
+    while low < (middle := (low + high) / 2) < high:
+        residuals.narrow(low, high)
+        slope = residuals.derivative(middle)
+        low, high = (low, middle) if slope > 0 else (middle, high)
+    return high, residuals.shift(high)

@@ -1,0 +1,217 @@
+"""Pointmaps against ground truth in camera-0 coordinates: relative point error, inlier share, jitter of static points.
+
+The relative error of a point is |p - g| / |g|: its error after the alignment over the true point's distance from
+camera 0, the origin of the pointmap's world. That is what a decoder error costs (it is uniform in the cube, hence worst
+for near points), it does not change with the unit of the clip, and 1 is what a prediction of nothing but the origin
+gets. A moving camera may see points where camera 0 stood, so distances count as at least a tenth of the clip's median.
+The alignment minimises the squares of the same relative errors. A prediction that is not finite has error 1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from one4d_pl.geometry.alignment import Similarity, align_scale, align_scale_shift, align_sim3
+from one4d_pl.geometry.camera import project, to_camera
+from one4d_pl.geometry.se3 import rebase_to_first
+
+Alignment = Literal["scale", "scale_shift", "sim3"]
+
+ALIGN = {"scale": align_scale, "scale_shift": align_scale_shift, "sim3": align_sim3}
+INLIER = 0.25  # relative error of an inlier, below
+NEAREST = 0.1  # times the median distance: what a distance counts as, at least
+SAME_POINT = 0.05  # relative distance of two frames' true points that show the same place: about a pixel at 48 x 64
+
+
+@dataclass(frozen=True)
+class PointmapErrors:
+    """Means over the points of one clip, all and moving ones alone; 0 where there is no point."""
+
+    rel_error: Tensor
+    inliers: Tensor  # share with relative error < 0.25
+    rel_error_moving: Tensor
+    inliers_moving: Tensor
+    num_valid: Tensor
+    num_moving: Tensor
+    collapsed: Tensor  # bool: the prediction is one point or one line, and less than asked for could be aligned
+
+
+def align_pointmap(
+    preds: Tensor,  # [..., 3], one clip of any shape
+    target: Tensor,  # [..., 3], camera-0 coordinates
+    valid: Tensor,  # [...] bool, at least one
+    alignment: Alignment,
+) -> tuple[Similarity, bool]:
+    """The similarity of least squared relative error over the valid finite points, and whether preds are collapsed.
+
+    A prediction without extent takes the best that is left: sim3 falls back to scale_shift (a line), that to the mean
+    of the target (one point), scale to 0 (the origin).
+    """
+    if alignment not in ALIGN:
+        raise ValueError(f"pointmap alignment {alignment!r}, need one of {list(ALIGN)}")
+    usable = valid & preds.isfinite().all(-1)
+    distance = _distances(target, valid)
+    points, truth, weights = preds[usable], target[usable], distance[usable].square().reciprocal()
+    for attempt in ("sim3", "scale_shift") if alignment == "sim3" else (alignment,):
+        if points.numel() == 0:
+            break
+        try:
+            return ALIGN[attempt](points, truth, weights), attempt != alignment
+        except ValueError:  # documented in geometry/alignment.py: no extent, nothing to solve for
+            continue
+    zero = distance.new_zeros(())
+    centre = (weights[:, None] * truth).sum(0) / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+    rotation = torch.eye(3, dtype=distance.dtype, device=distance.device)
+    return Similarity(zero, rotation, 0 * centre if alignment == "scale" else centre), True
+
+
+def pointmap_errors(
+    preds: Tensor,  # [T, H, W, 3], any frame and unit that the alignment frees
+    target: Tensor,  # [T, H, W, 3], camera-0 coordinates, not normalised with an offset
+    valid: Tensor,  # [T, H, W] bool
+    moving: Tensor | None,  # [T, H, W] bool; None = unknown, nothing is reported as moving
+    alignment: Alignment,
+) -> PointmapErrors:
+    """Align one clip on all its valid points and measure them, and the moving ones alone."""
+    empty = torch.zeros((), dtype=torch.float64, device=preds.device)
+    valid = valid & target.isfinite().all(-1)
+    count = valid.sum()
+    if count == 0:
+        return PointmapErrors(empty, empty, empty, empty, count, count, count > 0)
+    fit, collapsed = align_pointmap(preds, target, valid, alignment)
+    distance = _distances(target, valid)
+    error = torch.linalg.vector_norm(fit.apply(preds[valid]) - target[valid], dim=-1) / distance[valid]  # [N]
+    error = torch.where(preds[valid].isfinite().all(-1), error, 1).double()
+    inlier = (error < INLIER).double()
+    is_moving = torch.zeros_like(inlier) if moving is None else moving[valid].double()
+    num_moving = is_moving.sum()
+    return PointmapErrors(
+        rel_error=error.mean(),
+        inliers=inlier.mean(),
+        rel_error_moving=(is_moving * error).sum() / num_moving.clamp_min(1),
+        inliers_moving=(is_moving * inlier).sum() / num_moving.clamp_min(1),
+        num_valid=count,
+        num_moving=num_moving.long(),
+        collapsed=torch.tensor(collapsed, device=preds.device),
+    )
+
+
+def static_jitter(
+    preds: Tensor,  # [T, H, W, 3], any frame and unit that the alignment frees
+    target: Tensor,  # [T, H, W, 3], camera-0 coordinates, unit of cam2world
+    valid: Tensor,  # [T, H, W] bool
+    moving: Tensor,  # [T, H, W] bool
+    intrinsics: Tensor,  # [T, 3, 3], pixels, the truth
+    cam2world: Tensor,  # [T, 4, 4], any world, the truth
+    alignment: Alignment,
+) -> tuple[Tensor, Tensor]:  # mean jitter, number of pairs
+    """How much static points jump from frame to frame: mean |e' - e| / |g| over points seen in two successive frames.
+
+    e is the aligned prediction minus the truth (in world coordinates) at a static pixel, e' the same at the next
+    frame's pixel onto which the true point falls, where that pixel shows the same place and nothing hides it. A bias
+    that stays is not jitter, and half a pixel of misfit between the two samples cancels.
+    """
+    total = torch.zeros((), dtype=torch.float64, device=preds.device)
+    pairs = torch.zeros((), dtype=torch.int64, device=preds.device)
+    valid = valid & target.isfinite().all(-1)
+    if not bool(valid.any()):
+        return total, pairs
+    fit, _ = align_pointmap(preds, target, valid, alignment)
+    error = fit.apply(preds.flatten(0, 2)).view_as(preds) - target
+    distance = _distances(target, valid)
+    usable = valid & ~moving & error.isfinite().all(-1)
+    cameras = rebase_to_first(cam2world)
+    height, width = target.shape[1:3]
+    for t in range(len(target) - 1):
+        pixels, depth = project(to_camera(target[t], cameras[t + 1]), intrinsics[t + 1])  # [H, W, 2], [H, W]
+        column, row = pixels.floor().unbind(-1)
+        inside = (depth > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        column, row = torch.where(inside, column, 0).long(), torch.where(inside, row, 0).long()
+        apart = torch.linalg.vector_norm(target[t + 1][row, column] - target[t], dim=-1)
+        seen_twice = inside & usable[t] & usable[t + 1][row, column] & (apart < SAME_POINT * distance[t])
+        jump = torch.linalg.vector_norm(error[t + 1][row, column] - error[t], dim=-1) / distance[t]
+        total += jump[seen_twice].sum(dtype=torch.float64)
+        pairs += seen_twice.sum()
+    return total / pairs.clamp_min(1), pairs
+
+
+class PointmapError(Metric):
+    """Means over clips of `pointmap_errors`, the moving part over clips that show motion; nan before any clip."""
+
+    higher_is_better, full_state_update = False, False
+    totals: Tensor
+    moving_totals: Tensor
+    clips: Tensor
+    moving_clips: Tensor
+    collapsed: Tensor
+
+    def __init__(self, alignment: Alignment) -> None:
+        super().__init__()
+        self.alignment: Alignment = alignment
+        self.add_state("totals", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("moving_totals", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
+        for name in ("clips", "moving_clips", "collapsed"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor, valid: Tensor, moving: Tensor | None = None) -> None:
+        """Add clips: [B, T, H, W, 3] twice, [B, T, H, W] bool twice."""
+        for i in range(len(preds)):
+            clip_moving = None if moving is None else moving[i]
+            errors = pointmap_errors(preds[i], target[i], valid[i], clip_moving, self.alignment)
+            self.totals += torch.stack([errors.rel_error, errors.inliers])
+            self.moving_totals += torch.stack([errors.rel_error_moving, errors.inliers_moving])
+            self.clips += errors.num_valid > 0
+            self.moving_clips += errors.num_moving > 0
+            self.collapsed += errors.collapsed
+
+    def compute(self) -> dict[str, Tensor]:
+        """rel_error and inliers, both again on moving points alone, and the share of collapsed predictions."""
+        rel_error, inliers = self.totals / self.clips
+        rel_error_moving, inliers_moving = self.moving_totals / self.moving_clips
+        return {
+            "rel_error": rel_error,
+            "inliers": inliers,
+            "rel_error_moving": rel_error_moving,
+            "inliers_moving": inliers_moving,
+            "collapsed": self.collapsed / self.clips,
+        }
+
+
+class PointmapJitter(Metric):
+    """Mean of `static_jitter` over the clips that have a pair of static points; nan before any."""
+
+    higher_is_better, full_state_update = False, False
+    total: Tensor
+    clips: Tensor
+
+    def __init__(self, alignment: Alignment) -> None:
+        super().__init__()
+        self.alignment: Alignment = alignment
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("clips", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(
+        self, preds: Tensor, target: Tensor, valid: Tensor, moving: Tensor, intrinsics: Tensor, cam2world: Tensor
+    ) -> None:
+        """Add clips: the arguments of `static_jitter`, each with a leading B."""
+        for i in range(len(preds)):
+            jitter, pairs = static_jitter(
+                preds[i], target[i], valid[i], moving[i], intrinsics[i], cam2world[i], self.alignment
+            )
+            self.total += jitter
+            self.clips += pairs > 0
+
+    def compute(self) -> Tensor:
+        """The mean jitter, relative to distance."""
+        return self.total / self.clips
+
+
+def _distances(target: Tensor, valid: Tensor) -> Tensor:  # [..., 3], [...] -> [...]
+    """Distance of every point from camera 0, at least a tenth of the median over the valid points."""
+    distance = torch.linalg.vector_norm(target, dim=-1)
+    return distance.clamp(min=NEAREST * float(distance[valid].median()))

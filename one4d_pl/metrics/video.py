@@ -1,0 +1,104 @@
+"""Fréchet distance between sets of videos, under a name that says whose features it compares.
+
+`fvd` is the distance of the field's I3D features, which come from a local TorchScript file; `fd_vae` that of pooled
+latents of a video VAE, at hand wherever the base model is, and not comparable with any published number. Both are
+torchmetrics' FrechetInceptionDistance: running sums in float64, reduced over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torchmetrics.image.fid import FrechetInceptionDistance
+from torchmetrics.utilities import rank_zero_warn
+
+I3D_SIZE = 224  # pixels
+I3D_FEATURES = 400
+I3D_MIN_FRAMES = 10  # below, its temporal strides leave nothing to pool
+
+
+class I3DFeatures(nn.Module):
+    """Kinetics-400 logits of an I3D network in TorchScript, the features of FVD (Unterthiner et al. 2018).
+
+    The file is the converted original that public FVD code shares (`i3d_torchscript.pt`): called with videos
+    [B, 3, T, 224, 224] in [-1, 1] and rescale=False, resize=False, return_features=True, it returns [B, 400].
+    """
+
+    name = "fvd"
+    num_features = I3D_FEATURES
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__()
+        if not Path(path).is_file():
+            raise ValueError(f"fvd: no I3D TorchScript file at {path}; give its path or use fd_vae")
+        self.network = torch.jit.load(str(path), map_location="cpu").eval()
+
+    def forward(self, videos: Tensor) -> Tensor:  # [B, 3, T, H, W] in [-1, 1] -> [B, 400] float64
+        """Scale the short side to 224, cut the centre square (nothing is squashed) and run the network."""
+        if videos.shape[2] < I3D_MIN_FRAMES:
+            raise ValueError(f"fvd: {videos.shape[2]} frames, I3D needs at least {I3D_MIN_FRAMES}")
+        with torch.no_grad():
+            features = self.network(_square(videos.float()), rescale=False, resize=False, return_features=True)
+        return features.double()
+
+
+class VaeFeatures(nn.Module):
+    """Pooled latents of a video VAE: per channel the mean, the spread, and the mean change from frame to frame.
+
+    The mean alone would not see a blurred video, nor both of them a frozen one.
+    """
+
+    name = "fd_vae"
+
+    def __init__(self, encode: Callable[[Tensor], Tensor], num_channels: int) -> None:
+        """`encode` takes videos [B, 3, T, H, W] in [-1, 1] to posterior modes [B, C, t, h, w]."""
+        super().__init__()
+        self.encode = encode
+        self.num_features = 3 * num_channels
+
+    def forward(self, videos: Tensor) -> Tensor:  # [B, 3, T, H, W] in [-1, 1] -> [B, 3C] float64
+        """Encode and pool over time and space."""
+        with torch.no_grad():
+            latents = self.encode(videos).double()  # [B, C, t, h, w]
+        mean, spread = latents.mean((2, 3, 4)), latents.std((2, 3, 4), correction=0)
+        change = latents.diff(dim=2).abs().sum((2, 3, 4)) / max(1, latents[0, 0, 1:].numel())
+        return torch.cat([mean, spread, change], dim=1)
+
+
+class FrechetVideoDistance(FrechetInceptionDistance):
+    """torchmetrics' Fréchet distance on video features, in float64 on every rank; `name` says which it is.
+
+    update(videos, real) takes [B, 3, T, H, W] in [-1, 1]. With no more videos than features a covariance is singular
+    and the distance biased upwards: compute() warns, and such numbers compare only at equal counts.
+    """
+
+    def __init__(self, features: I3DFeatures | VaeFeatures) -> None:
+        super().__init__(feature=features)
+        self.name = features.name
+        self.num_features = features.num_features
+        self.orig_dtype = torch.float64  # the base class learns it in update(), which a rank without videos never sees
+
+    def compute(self) -> Tensor:
+        """The squared distance (float64); fewer than two videos on either side raise RuntimeError."""
+        fewest = int(min(self.real_features_num_samples, self.fake_features_num_samples))
+        if fewest <= self.num_features:
+            rank_zero_warn(
+                f"{self.name}: {fewest} videos for {self.num_features} features, biased upwards; "
+                "compare only with distances from as many videos"
+            )
+        return super().compute()
+
+
+def _square(videos: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, 3, T, 224, 224]
+    height, width = videos.shape[-2:]
+    scale = I3D_SIZE / min(height, width)
+    size = (max(I3D_SIZE, round(height * scale)), max(I3D_SIZE, round(width * scale)))
+    frames = videos.transpose(1, 2).flatten(0, 1)  # [B·T, 3, H, W]
+    # not antialiased: public FVD code is not, and a distance is only worth something if others compute the same
+    frames = nn.functional.interpolate(frames, size=size, mode="bilinear", align_corners=False)
+    top, left = (size[0] - I3D_SIZE) // 2, (size[1] - I3D_SIZE) // 2
+    frames = frames[..., top : top + I3D_SIZE, left : left + I3D_SIZE]
+    return frames.unflatten(0, (videos.shape[0], videos.shape[2])).transpose(1, 2)

@@ -1,0 +1,255 @@
+"""From a pointmap video to intrinsics, one camera per frame and depth (One4D, Eq. 11-12), in seconds.
+
+1. Some pixels of every frame: medians of 3x3 blocks for the start, a dense even grid for the last steps.
+2. Closed form: a focal vote per frame (DLT) against a ladder of focal lengths, then a pose per frame (SQPnP).
+3. Gauss-Newton on all poses and the focal length, first on the blocks, then on the grid.
+4. A focal length that the points do not determine is replaced by the prior, and the poses are solved again for it.
+5. Depth: each point's projection onto its pixel's ray.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from one4d_pl.geometry.camera import camera_rays
+from one4d_pl.geometry.se3 import invert_se3, se3_matrix, split_se3
+from one4d_pl.postopt.intrinsics import (
+    Samples,
+    focal_candidates,
+    focal_votes,
+    intrinsics_matrix,
+    prior_focal,
+    sample_grid,
+    sample_medians,
+)
+from one4d_pl.postopt.refine import FocalMode, Objective, Refined, refine
+from one4d_pl.postopt.trajectory import (
+    Cameras,
+    best_focal,
+    fill_missing,
+    motion_flags,
+    ray_distance,
+    solvable_frames,
+    solve_poses,
+)
+
+_BLOCKS = 768  # per frame, for the start
+_MIN_FOCAL_CONDITION = 1e-6  # depths that differ by 0.3 % of the distance
+_MAX_FOCAL_DEVIATION = 0.1  # of log focal
+_TRUSTED = 5.0  # noise deviations: inliers of the report
+
+
+@dataclass(frozen=True)
+class RecoverOptions:
+    """What is known of the camera, and the objective's weights (One4D, Eq. 12)."""
+
+    alpha1: float = 1.0  # mean distance of points and recovered points
+    alpha2: float = 0.01  # mean smoothness of the trajectory (MonST3R 0.01, Geo4D 0.015); 0 = off
+    shared_focal: bool = True  # one focal length for the clip; False: zooming cameras, one per frame
+    focal: float | None = None  # known fx in pixels; None = solved for
+    aspect: float = 1.0  # known fy / fx; 1 = square pixels
+    pixels_per_frame: int = 14000  # pixels of the last steps: 88 x 156 whole, every fourth row and column of 352 x 624
+
+    def __post_init__(self) -> None:
+        for name in ("alpha1", "aspect", "pixels_per_frame"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"postopt.{name}: {getattr(self, name)}, need more than 0")
+        if not self.alpha2 >= 0:
+            raise ValueError(f"postopt.alpha2: {self.alpha2}, need 0 (off) or more")
+        if self.focal is not None and not (math.isfinite(self.focal) and self.focal > 0):
+            raise ValueError(
+                f"postopt.focal: {self.focal}, need a finite number of pixels > 0, or null to solve for it"
+            )
+
+
+@dataclass(frozen=True)
+class RecoverReport:
+    """How far to trust a recovery."""
+
+    residual: Tensor  # [T] float64, mean |X - X̂| over sampled pixels with weight, unit of the pointmap; nan = none
+    noise: (
+        Tensor  # [T] float64, robust deviation per axis across the rays, unit of the pointmap; nan = frame not solved
+    )
+    inliers: Tensor  # [T] float64, share of sampled weight within five deviations
+    solved: Tensor  # [T] bool; False = too few or degenerate points, the pose is interpolated
+    behind: Tensor  # [T] float64, share of points behind their camera: their depth is 0
+    iterations: int  # Gauss-Newton steps
+    converged: bool
+    focal_condition: float  # 0 .. 1; 0 = a change of focal length looks like a change of pose; worst frame if per frame
+    focal_deviation: float  # of log focal, as if pixels were independent; 0 = known; inf = not observable
+    flags: tuple[str, ...]  # what is degenerate, in words
+
+
+@dataclass(frozen=True)
+class RecoveredScene:
+    """Cameras and depth of a pointmap video, in the pointmap's frame and unit."""
+
+    intrinsics: Tensor  # [T, 3, 3] float32, pixels, pixel centres at +0.5
+    world2cam: Tensor  # [T, 4, 4] float64, world = frame of the pointmap
+    depth: Tensor  # [T, H, W] float32, z in the frame's own camera; 0 = behind it, nan = no finite point
+    report: RecoverReport
+
+    @property
+    def cam2world(self) -> Tensor:  # [T, 4, 4] float64
+        return invert_se3(self.world2cam)
+
+
+@torch.no_grad()
+def recover_scene(
+    pointmap: Tensor,  # [T, H, W, 3], any similarity frame; not finite = no point
+    valid: Tensor | None = None,  # [T, H, W] bool or weights >= 0; None = every finite point
+    options: RecoverOptions | None = None,
+) -> RecoveredScene:
+    """Cameras and depth whose recovered points are nearest to the pointmap (One4D, Eq. 12).
+
+    Never raises for degenerate geometry: its answers are defined and named in `report.flags`. Wrong shapes raise
+    ValueError. Results turn, shift and scale with the pointmap.
+    """
+    options = options or RecoverOptions()
+    _check(pointmap, valid)
+    num_frames, height, width = pointmap.shape[:3]
+    blocks = sample_medians(pointmap, valid, options.aspect, _BLOCKS)
+    grid = sample_grid(pointmap, valid, options.aspect, options.pixels_per_frame)
+    prior = prior_focal(height, width, options.aspect)
+    known = None if options.focal is None else options.focal / max(height, width)
+
+    centre, unit = _scene_frame(blocks)
+    blocks, grid = blocks.normalised(centre, unit), grid.normalised(centre, unit)
+    solved = solvable_frames(blocks)
+    if bool(solved.any()):
+        refined, flags = _solve(blocks.take(solved), grid.take(solved), prior, known, options)
+        cameras = fill_missing(refined.cameras, solved)
+        flags += motion_flags(cameras, distance=1.0)
+    else:
+        refined, cameras, flags = None, _default_cameras(pointmap, known or prior), ("no geometry",)
+        centre = torch.zeros_like(centre)
+    if refined is not None and not bool(solved.all()):
+        flags += ("interpolated poses",)
+
+    intrinsics = intrinsics_matrix(cameras.log_focal.exp(), height, width, options.aspect)
+    cam2world = se3_matrix(cameras.rotation.mT, centre + unit * cameras.centre)
+    depth, behind = project_depth(pointmap, intrinsics, invert_se3(cam2world))
+    if float(behind.amax()) > 0.5:
+        flags += ("points behind the camera",)
+    report = _report(refined, grid, cameras, solved, behind, float(unit), known is not None, flags)
+    return RecoveredScene(intrinsics.float(), invert_se3(cam2world), depth, report)
+
+
+def project_depth(
+    pointmap: Tensor,  # [T, H, W, 3]
+    intrinsics: Tensor,  # [T, 3, 3]
+    world2cam: Tensor,  # [T, 4, 4]
+) -> tuple[Tensor, Tensor]:  # [T, H, W] float32; share behind the camera [T] float64
+    """The z-depth of each ray's nearest point to the pointmap, cut at 0: the exact minimum of |X - X̂| over depth."""
+    num_frames, height, width = pointmap.shape[:3]
+    depth = torch.empty(num_frames, height, width, dtype=torch.float32, device=pointmap.device)
+    behind = torch.zeros(num_frames, dtype=torch.float64, device=pointmap.device)
+    rotation, translation = split_se3(world2cam)
+    working = torch.promote_types(pointmap.dtype, torch.float32)
+    for t in range(num_frames):  # frame by frame: bounded memory
+        rays = camera_rays(height, width, intrinsics[t].double())
+        rays = rays / rays.square().sum(-1, keepdim=True)
+        # z = ray · (R X + t) / ray · ray = (Rᵀ ray) · X + ray · t
+        towards = (rays.flatten(0, 1) @ rotation[t].double()).to(working)
+        offset = (rays.flatten(0, 1) @ translation[t].double()).to(working)
+        z = ((pointmap[t].reshape(-1, 3) * towards).sum(-1) + offset).view(height, width)
+        finite = z.isfinite()
+        behind[t] = ((z <= 0) & finite).sum() / finite.sum().clamp_min(1)
+        depth[t] = torch.where(finite, z, torch.nan).clamp_min(0)
+    return depth, behind
+
+
+def _check(pointmap: Tensor, valid: Tensor | None) -> None:
+    if pointmap.ndim != 4 or pointmap.shape[-1] != 3 or 0 in pointmap.shape or not pointmap.is_floating_point():
+        raise ValueError(f"pointmap: {pointmap.dtype} {list(pointmap.shape)}, need floating point [T, H, W, 3]")
+    if valid is not None and valid.shape != pointmap.shape[:3]:
+        raise ValueError(f"valid: {list(valid.shape)}, need the pointmap's [T, H, W] = {list(pointmap.shape[:3])}")
+
+
+def _scene_frame(blocks: Samples) -> tuple[Tensor, Tensor]:  # [3], []
+    """A robust centre and size of the scene: rounding and thresholds must not depend on where it lies or its unit."""
+    points = blocks.points[blocks.weights > 0]
+    if len(points) == 0:
+        return blocks.points.new_zeros(3), blocks.points.new_ones(())
+    centre = points.median(0).values
+    unit = torch.linalg.vector_norm(points - centre, dim=-1).median()
+    return centre, unit if float(unit) > 1e-12 * float(centre.abs().amax()) else torch.ones_like(unit)
+
+
+def _default_cameras(pointmap: Tensor, focal: float) -> Cameras:
+    """Where nothing can be solved: every camera at the origin of the pointmap's frame, looking along its z."""
+    shape, device = pointmap.shape[0], pointmap.device
+    eye = torch.eye(3, dtype=torch.float64, device=device).expand(shape, 3, 3)
+    log_focal = torch.full((shape,), math.log(focal), dtype=torch.float64, device=device)
+    return Cameras(log_focal, eye, torch.zeros(shape, 3, dtype=torch.float64, device=device))
+
+
+def _solve(
+    blocks: Samples, grid: Samples, prior: float, known: float | None, options: RecoverOptions
+) -> tuple[Refined, tuple[str, ...]]:
+    """Closed form, refinement, and the prior where the focal length is not observable."""
+    if known is not None:
+        return _solve_with(blocks, grid, blocks.points.new_tensor(known), "fixed", options), ()
+    mode: FocalMode = "shared" if options.shared_focal else "per_frame"
+    focal = best_focal(blocks, focal_candidates(focal_votes(blocks), prior))
+    refined = _solve_with(blocks, grid, focal, mode, options)
+    hidden = (refined.focal_condition < _MIN_FOCAL_CONDITION) | (refined.focal_deviation > _MAX_FOCAL_DEVIATION)
+    if not bool(hidden.any()):
+        return refined, ()
+    if mode == "per_frame" and not bool(hidden.all()):  # the other frames know better than the prior
+        log_focal = refined.cameras.log_focal
+        focals = torch.where(hidden, log_focal[~hidden].median(), log_focal).exp()
+        fixed, flag = _solve_with(blocks, grid, focals, "fixed", options), "focal of some frames from the others"
+    else:
+        fixed, flag = _solve_with(blocks, grid, focal.new_tensor(prior), "fixed", options), "focal from prior"
+    return Refined(
+        fixed.cameras, fixed.noise, fixed.iterations, fixed.converged, refined.focal_condition, refined.focal_deviation
+    ), (flag,)
+
+
+def _solve_with(blocks: Samples, grid: Samples, focal: Tensor, mode: FocalMode, options: RecoverOptions) -> Refined:
+    cameras = solve_poses(blocks, focal.expand(len(blocks.points)))
+    coarse = refine(cameras, blocks, Objective(options.alpha1, options.alpha2, mode, "huber"), rounds=2, steps=10)
+    dense = refine(coarse.cameras, grid, Objective(options.alpha1, options.alpha2, mode, "tukey"), rounds=1, steps=3)
+    return Refined(
+        dense.cameras,
+        dense.noise,
+        coarse.iterations + dense.iterations,
+        dense.converged,
+        dense.focal_condition,
+        dense.focal_deviation,
+    )
+
+
+def _report(
+    refined: Refined | None,
+    grid: Samples,
+    cameras: Cameras,
+    solved: Tensor,
+    behind: Tensor,
+    unit: float,
+    focal_known: bool,
+    flags: tuple[str, ...],
+) -> RecoverReport:
+    weight = grid.weights.sum(-1)
+    distance = ray_distance(grid, cameras)
+    residual = unit * (distance * grid.weights).sum(-1) / weight  # 0 / 0 = nan: no point to measure
+    noise = torch.full_like(residual, torch.nan)
+    inliers = torch.zeros_like(residual)
+    if refined is None:
+        return RecoverReport(residual, noise, inliers, solved, behind, 0, True, 0.0, math.inf, flags)
+    noise[solved] = refined.noise
+    trusted = (distance < _TRUSTED * noise[:, None]) * grid.weights
+    inliers = torch.where(solved, trusted.sum(-1) / weight, 0.0)
+    noise = noise * unit
+    condition = 1.0 if focal_known else float(refined.focal_condition.amin())
+    deviation = 0.0 if focal_known else float(refined.focal_deviation.amax())
+    if not refined.converged:
+        flags += ("not converged",)
+    return RecoverReport(
+        residual, noise, inliers, solved, behind, refined.iterations, refined.converged, condition, deviation, flags
+    )

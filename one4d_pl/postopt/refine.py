@@ -1,0 +1,275 @@
+"""Joint refinement of all poses and the focal length on the paper's objective (One4D, Eq. 12), depth eliminated.
+
+    alpha1 · mean |X - X̂| + alpha2 · mean (‖R_iᵀ R_{i+1} - I‖_F + ‖o_{i+1} - o_i‖)
+
+With the best depth of each pixel put in, |X - X̂| is the distance from the point to its pixel's ray: 6 T + 1 unknowns
+are left, and Gauss-Newton with reweighting (IRLS) finds them in a few steps. Below the noise (the frame's own median
+distance) the tip of |.| is rounded, which makes the sum as accurate as least squares where the noise is Gaussian. The
+last steps also leave out flying points: the weight of 1/|r| is replaced by a redescending one (Tukey's biweight) that
+equals it on average over inliers and is nil beyond five times the noise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from one4d_pl.geometry.se3 import geodesic_angle, matrix_product, rotate, so3_exp, so3_log
+from one4d_pl.postopt.intrinsics import FOCAL_BOUNDS, Samples
+from one4d_pl.postopt.trajectory import Cameras, ray_distance, weighted_median
+
+Loss = Literal["huber", "tukey"]
+FocalMode = Literal["shared", "per_frame", "fixed"]
+
+NOISE_FLOOR = 1e-9  # of the scene's unit: exact pointmaps have no noise to measure
+_RAYLEIGH_MEDIAN = 1.1774  # median length of a 2-D Gaussian vector of unit deviation per axis
+_MEAN_INVERSE = 1.2533  # mean of 1 / length of the same: the average weight that |r| gives to noise
+_GATE = 5.0  # noise deviations; a point farther from its ray is no measurement of it
+_STILL = 1e-3  # of the scene's unit (and radians): shorter camera steps are smoothed quadratically
+_CHUNK = 200_000  # points linearised at once: bounds the memory, fits the cache
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised over which unknowns."""
+
+    alpha1: float  # of the data term
+    alpha2: float  # of the smoothness of the trajectory
+    focal_mode: FocalMode
+    loss: Loss
+
+
+@dataclass(frozen=True)
+class Refined:
+    """Cameras at the minimum and how well the points determine the focal length."""
+
+    cameras: Cameras
+    noise: Tensor  # [T], deviation of the points from their rays, per axis
+    iterations: int
+    converged: bool
+    focal_condition: Tensor  # [] or [T]: share of the focal's effect that no pose explains, less what noise feigns
+    focal_deviation: Tensor  # [] or [T]: standard deviation of log focal if pixels were independent
+
+
+@dataclass(frozen=True)
+class _Normal:
+    """Normal equations of the data term at some cameras; unknowns of a frame: rotation, centre, log focal."""
+
+    cost: Tensor  # [], alpha1 · mean loss
+    matrix: Tensor  # [T, 7, 7]
+    gradient: Tensor  # [T, 7]
+
+
+def noise_level(samples: Samples, cameras: Cameras) -> Tensor:  # [T]
+    """Robust deviation of each frame's points from their rays, per axis."""
+    return weighted_median(ray_distance(samples, cameras), samples.weights) / _RAYLEIGH_MEDIAN + NOISE_FLOOR
+
+
+def refine(
+    cameras: Cameras,  # close: the poses of the closed form
+    samples: Samples,  # in units of the scene, every frame with weight
+    objective: Objective,
+    rounds: int,  # estimates of the noise
+    steps: int,  # most Gauss-Newton steps per round
+) -> Refined:
+    """Minimise the objective over poses and focal length; never returns a worse point than it was given."""
+    iterations, converged = 0, False
+    for _ in range(rounds):
+        noise = noise_level(samples, cameras)
+        cameras, normal, used, converged = _minimise(cameras, samples, noise, objective, steps)
+        iterations += used
+    condition, deviation = _focal_condition(normal, samples, cameras, noise, objective)
+    return Refined(cameras, noise, iterations, converged, condition, deviation)
+
+
+def _minimise(
+    cameras: Cameras, samples: Samples, noise: Tensor, objective: Objective, steps: int
+) -> tuple[Cameras, _Normal, int, bool]:
+    """Levenberg-Marquardt for fixed noise levels: cameras, normal equations there, steps used, whether at rest."""
+    normal = _linearise(cameras, samples, noise, objective)
+    smooth_cost, smooth_matrix, smooth_gradient = _smoothness(cameras, objective)
+    cost, damping = normal.cost + smooth_cost, 1e-9
+    for step in range(1, steps + 1):
+        full, gradient = _assemble(normal, smooth_matrix, smooth_gradient, objective.focal_mode)
+        candidate, length = _move(cameras, _solve(full, gradient, damping), objective.focal_mode)
+        new = _linearise(candidate, samples, noise, objective)
+        new_smooth = _smoothness(candidate, objective)
+        if not bool(new.cost + new_smooth[0] <= cost):
+            if length < 1e-9:
+                return cameras, normal, step, True
+            damping = max(damping * 100, 1e-6)
+            continue
+        gained = float(cost - new.cost - new_smooth[0])
+        cameras, normal, cost = candidate, new, new.cost + new_smooth[0]
+        smooth_matrix, smooth_gradient = new_smooth[1:]
+        damping = max(damping * 0.01, 1e-9)
+        if gained <= 1e-7 * float(cost) or length < 1e-10:
+            return cameras, normal, step, True
+    return cameras, normal, steps, False
+
+
+def _linearise(cameras: Cameras, samples: Samples, noise: Tensor, objective: Objective) -> _Normal:
+    """Data term of all frames, a few frames at a time."""
+    num_frames, num_points = samples.weights.shape
+    total = samples.weights.sum()
+    size = max(1, _CHUNK // num_points)
+    parts = [
+        _linearise_frames(cameras.take(part), samples.take(part), noise[part], objective)
+        for part in torch.arange(num_frames, device=total.device).split(size)
+    ]
+    factor = objective.alpha1 / total
+    cost, matrix, gradient = (torch.cat(field) for field in zip(*parts))
+    return _Normal(factor * cost.sum(), factor * matrix, factor * gradient)
+
+
+def _linearise_frames(
+    cameras: Cameras, samples: Samples, noise: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor, Tensor]:  # cost [t], matrix [t, 7, 7], gradient [t, 7]
+    """Distance to the ray as two coordinates across it, and their derivatives; weights from the loss."""
+    focal = cameras.log_focal.exp()[:, None]  # [t, 1]
+    x, y = samples.x / focal, samples.y / focal  # [t, N]
+    points = (samples.points - cameras.centre[:, None]) @ cameras.rotation.mT  # [t, N, 3], camera frame
+    px, py, pz = points.unbind(-1)
+    # Two unit vectors across the ray (x, y, 1): a ~ (1, 0, -x) and b ~ ray x a = (-xy, 1 + x², -y).
+    square = 1 + x * x
+    length = (square + y * y).sqrt()
+    a_scale, b_scale = square.rsqrt(), (square * (square + y * y)).rsqrt()
+    ax, az = a_scale, -x * a_scale
+    bx, by, bz = -x * y * b_scale, square * b_scale, -y * b_scale
+    residual_a, residual_b = ax * px + az * pz, bx * px + by * py + bz * pz
+    along = (x * px + y * py + pz) / length
+    cost, weights = _loss(residual_a.square() + residual_b.square(), noise[:, None], objective.loss)
+    weights = weights * samples.weights
+
+    zero = torch.zeros_like(ax)
+    across = torch.stack([torch.stack([ax, zero, az], -1), torch.stack([bx, by, bz], -1)], 1)  # [t, 2, N, 3]
+    jacobian = torch.cat(
+        [
+            torch.linalg.cross(points[:, None].expand_as(across), across),  # R <- exp(w) R
+            -across @ cameras.rotation[:, None],  # o <- o + v
+            torch.stack([along * x * a_scale / length, along * y * b_scale * 1.0], 1)[..., None],
+        ],
+        dim=-1,
+    ).flatten(1, 2)  # [t, 2N, 7]
+    weighted = (jacobian * weights.repeat(1, 2)[..., None]).mT
+    residual = torch.cat([residual_a, residual_b], 1)[..., None]
+    return (cost * samples.weights).sum(-1), weighted @ jacobian, (weighted @ residual)[..., 0]
+
+
+def _loss(squared: Tensor, noise: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:  # [t, N], [t, 1] -> rho, rho'/r
+    if loss == "huber":  # |r|, rounded within one deviation
+        distance = squared.sqrt()
+        inside = distance < noise
+        return torch.where(inside, squared / (2 * noise), distance - noise / 2), 1 / torch.maximum(distance, noise)
+    left = (1 - squared / (_GATE * noise).square()).clamp_min(0)
+    scale = _MEAN_INVERSE / noise
+    return scale * (_GATE * noise).square() / 6 * (1 - left**3), scale * left.square()
+
+
+def _smoothness(cameras: Cameras, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """Smoothness term: cost [], matrix [T, 2, 6, 6] (frame with itself, with the next), gradient [T, 6]; IRLS."""
+    num_frames = len(cameras.centre)
+    matrix, gradient = cameras.centre.new_zeros(num_frames, 2, 6, 6), cameras.centre.new_zeros(num_frames, 6)
+    if objective.alpha2 == 0 or num_frames == 1:
+        return gradient.sum(), matrix, gradient
+    factor = objective.alpha2 / (num_frames - 1)
+    turn = matrix_product(cameras.rotation[1:], cameras.rotation[:-1].mT)  # [T-1, 3, 3]
+    vector, shift = so3_log(turn), cameras.centre[1:] - cameras.centre[:-1]
+    # ‖RᵀR' - I‖_F = 2 √2 sin(angle / 2) = √2 · angle for the turns between frames; the tip is rounded like a Huber's.
+    angle = geodesic_angle(cameras.rotation[:-1], cameras.rotation[1:])
+    length = torch.linalg.vector_norm(shift, dim=-1)
+    chord = 8**0.5 * (angle / 2).sin()
+    cost = factor * (_rounded(chord, 2**0.5 * _STILL) + _rounded(length, _STILL)).sum()
+    turn_weight = factor * 2**0.5 / angle.clamp_min(_STILL)[:, None, None]
+    shift_weight = factor / length.clamp_min(_STILL)[:, None, None]
+    eye = torch.eye(3, dtype=turn.dtype, device=turn.device)
+    # Perturbed, the turn's vector is v + w' - Q w (to first order in v), the shift s + u' - u.
+    matrix[1:, 0, :3, :3] += turn_weight * eye
+    matrix[:-1, 0, :3, :3] += turn_weight * eye
+    matrix[:-1, 1, :3, :3] = -turn_weight * turn.mT  # rows: this frame, columns: the next
+    matrix[1:, 0, 3:, 3:] += shift_weight * eye
+    matrix[:-1, 0, 3:, 3:] += shift_weight * eye
+    matrix[:-1, 1, 3:, 3:] = -shift_weight * eye
+    gradient[1:, :3] += turn_weight[..., 0] * vector
+    gradient[:-1, :3] -= turn_weight[..., 0] * rotate(turn.mT, vector)
+    gradient[1:, 3:] += shift_weight[..., 0] * shift
+    gradient[:-1, 3:] -= shift_weight[..., 0] * shift
+    return cost, matrix, gradient
+
+
+def _rounded(length: Tensor, tip: float) -> Tensor:
+    return torch.where(length < tip, length.square() / (2 * tip), length - tip / 2)
+
+
+def _assemble(
+    normal: _Normal, smooth_matrix: Tensor, smooth_gradient: Tensor, focal_mode: FocalMode
+) -> tuple[Tensor, Tensor]:
+    """Dense normal equations: poses frame by frame, then the focal length(s). 81 frames are 487 unknowns: 10 ms."""
+    num_frames = len(normal.matrix)
+    frames = torch.arange(num_frames, device=normal.matrix.device)
+    poses = normal.matrix.new_zeros(num_frames, 6, num_frames, 6)
+    poses[frames, :, frames] = normal.matrix[:, :6, :6] + smooth_matrix[:, 0]
+    poses[frames[:-1], :, frames[1:]] = smooth_matrix[:-1, 1]
+    poses[frames[1:], :, frames[:-1]] = smooth_matrix[:-1, 1].mT
+    full = poses.view(6 * num_frames, 6 * num_frames)
+    gradient = (normal.gradient[:, :6] + smooth_gradient).flatten()
+    if focal_mode == "fixed":
+        return full, gradient
+    border = normal.matrix.new_zeros(num_frames, 6, num_frames)
+    border[frames, :, frames] = normal.matrix[:, :6, 6]
+    corner, focal_gradient = torch.diag(normal.matrix[:, 6, 6]), normal.gradient[:, 6]
+    border = border.view(6 * num_frames, num_frames)
+    if focal_mode == "shared":
+        border, corner = border.sum(1, keepdim=True), corner.sum().view(1, 1)
+        focal_gradient = focal_gradient.sum().view(1)
+    full = torch.cat([torch.cat([full, border], 1), torch.cat([border.mT, corner], 1)])
+    return full, torch.cat([gradient, focal_gradient])
+
+
+def _solve(full: Tensor, gradient: Tensor, damping: float) -> Tensor:
+    """The damped step, in units that give the matrix a unit diagonal: then 1e-9 is far below what the data say."""
+    diagonal = full.diagonal().clamp_min(1e-300)
+    unit = diagonal.rsqrt()
+    scaled = unit[:, None] * full * unit
+    scaled = scaled + damping * torch.eye(len(full), dtype=full.dtype, device=full.device)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if bool(failed):  # rounding made a singular matrix indefinite
+        factor = torch.linalg.cholesky(scaled + 1e-6 * torch.eye(len(full), dtype=full.dtype, device=full.device))
+    return -unit * torch.cholesky_solve((unit * gradient)[:, None], factor)[:, 0]
+
+
+def _move(cameras: Cameras, step: Tensor, focal_mode: FocalMode) -> tuple[Cameras, float]:
+    """Cameras after a step, and the step's largest entry; focal lengths change by at most a third and stay in bounds."""
+    num_frames = len(cameras.centre)
+    pose_step = step[: 6 * num_frames].view(num_frames, 6)
+    log_focal = cameras.log_focal
+    if focal_mode != "fixed":
+        low, high = (torch.tensor(bound).log().item() for bound in FOCAL_BOUNDS)
+        log_focal = (log_focal + step[6 * num_frames :].clamp(-0.3, 0.3)).clamp(low, high)
+    rotation = matrix_product(so3_exp(pose_step[:, :3]), cameras.rotation)
+    return Cameras(log_focal, rotation, cameras.centre + pose_step[:, 3:]), float(step.abs().amax())
+
+
+def _focal_condition(
+    normal: _Normal, samples: Samples, cameras: Cameras, noise: Tensor, objective: Objective
+) -> tuple[Tensor, Tensor]:
+    """Share of the focal's effect that no change of pose explains, less the part that noise in depth feigns; its
+    deviation. On a fronto-parallel plane, or in a field of view so narrow that depths hardly differ, the share is 0."""
+    pose, cross, focal = normal.matrix[:, :6, :6], normal.matrix[:, :6, 6:], normal.matrix[:, 6, 6]
+    unit = pose.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).rsqrt()
+    scaled = unit[..., None] * pose * unit[..., None, :]
+    scaled = scaled + 1e-13 * torch.eye(6, dtype=pose.dtype, device=pose.device)
+    explained = (unit[..., None] * cross).mT @ torch.linalg.solve(scaled, unit[..., None] * cross)
+    left = (focal - explained[:, 0, 0]).clamp_min(0)  # [T]
+    # A depth that is off by the noise e changes the effect, which is proportional to depth, by e / depth.
+    distance = torch.linalg.vector_norm(samples.points - cameras.centre[:, None], dim=-1)
+    feigned = focal * (noise / weighted_median(distance, samples.weights).clamp_min(1e-300)).square()
+    factor = objective.alpha1 / samples.weights.sum()
+    information = left / (factor * _MEAN_INVERSE * noise)
+    if objective.focal_mode == "shared":
+        left, feigned, focal, information = left.sum(), feigned.sum(), focal.sum(), information.sum()
+    share = torch.where(left > 1.25 * feigned, left - feigned, 0) / focal.clamp_min(1e-300)
+    return share, information.clamp_min(1e-300).rsqrt()

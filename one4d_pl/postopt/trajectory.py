@@ -1,0 +1,193 @@
+"""One camera per frame for a known focal length, in closed form, and the frames in between that show nothing.
+
+For a fixed focal length the summed squared distance of the points to their pixels' rays is, once the translation is
+eliminated, a quadratic form rᵀ Ω r in the nine entries of the rotation (Terzakis & Lourakis 2020, "SQPnP"): all pixels
+are read once, then rotations are found from 9x9 matrices. Planar scenes need no special case.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from one4d_pl.geometry.se3 import geodesic_angle, matrix_product, rotate, so3_exp, so3_log
+from one4d_pl.postopt.intrinsics import Samples
+
+_ROUNDS = 4  # reweightings of a pose; the joint refinement does the rest
+_ROTATION_STEPS = 12
+_MIRROR_FACTOR = 4.0  # a fit with its points behind the camera must be this much better to be believed
+
+
+@dataclass(frozen=True)
+class Cameras:
+    """Cameras of T frames."""
+
+    log_focal: Tensor  # [T], of longer sides
+    rotation: Tensor  # [T, 3, 3], world2cam
+    centre: Tensor  # [T, 3], world
+
+    def take(self, frames: Tensor) -> Cameras:  # frames: [T] bool, or indices
+        """The cameras of some frames."""
+        return Cameras(self.log_focal[frames], self.rotation[frames], self.centre[frames])
+
+
+def rays(samples: Samples, focal: Tensor) -> Tensor:  # focal [...] -> [..., N, 3]
+    """Directions (x / f, y / f, 1) of the sampled pixels, camera frame."""
+    x, y = samples.x / focal[..., None], samples.y / focal[..., None]
+    return torch.stack([x, y, torch.ones_like(x)], dim=-1)
+
+
+def ray_distance(samples: Samples, cameras: Cameras) -> Tensor:  # [T, N], unit of the points
+    """Distance of every sampled point from the line through its camera along its pixel's ray: |X - X̂| at best depth."""
+    directions = rays(samples, cameras.log_focal.exp())
+    points = rotate(cameras.rotation[:, None], samples.points - cameras.centre[:, None])
+    off = torch.linalg.cross(points, directions)
+    return torch.linalg.vector_norm(off, dim=-1) / torch.linalg.vector_norm(directions, dim=-1)
+
+
+def solve_poses(
+    samples: Samples,  # every frame with at least three points that do not lie on a line
+    focal: Tensor,  # [T], longer sides
+) -> Cameras:
+    """The robust pose of every frame by itself: SQPnP, then reweighted by the inverse distance (least absolute sum)."""
+    directions = torch.nn.functional.normalize(rays(samples, focal), dim=-1)  # [T, N, 3]
+    weights = samples.weights
+    cameras: Cameras | None = None
+    for _ in range(_ROUNDS):
+        mean = (weights[..., None] * samples.points).sum(1) / weights.sum(-1, keepdim=True)
+        centred = replace(samples, points=samples.points - mean[:, None], weights=weights)
+        omega, to_translation = _quadratic_form(centred, directions)
+        starts = _starts(omega) if cameras is None else cameras.rotation[:, None]
+        rotation, cost = _descend(omega, starts)  # [T, C, 3, 3], [T, C]
+        translation = _times_rotation(to_translation[:, None], rotation)  # [T, C, 3]
+        # Cheirality: the mean point lies in front, unless only a mirrored scene fits.
+        best = (cost * torch.where(translation[..., 2] > 0, 1, _MIRROR_FACTOR)).argmin(-1)
+        frames = torch.arange(len(best), device=best.device)
+        rotation, translation = rotation[frames, best], translation[frames, best]
+        cameras = Cameras(focal.log(), rotation, mean - rotate(rotation.mT, translation))
+        distance = ray_distance(samples, cameras)
+        # Half the median rounds the tip of |r|: sharper weights would not converge in these few rounds.
+        tip = 0.5 * weighted_median(distance, samples.weights)[:, None] + 1e-12
+        weights = samples.weights / distance.clamp_min(tip)
+        weights = weights / weights.sum(-1, keepdim=True)
+    assert cameras is not None
+    return cameras
+
+
+def best_focal(samples: Samples, candidates: Tensor, frames: int = 9) -> Tensor:  # [F] -> scalar
+    """The candidate whose poses bring the points of a few frames nearest to their rays (mean absolute distance)."""
+    chosen = torch.linspace(0, len(samples.points) - 1, min(frames, len(samples.points))).round().long()
+    some = samples.take(chosen.to(candidates.device))
+    # Candidates are stacked as if they were frames: one batch for all.
+    stacked = Samples(
+        some.points.repeat(len(candidates), 1, 1), some.weights.repeat(len(candidates), 1), some.x, some.y
+    )
+    cameras = solve_poses(stacked, candidates.repeat_interleave(len(chosen)))
+    distance = (ray_distance(stacked, cameras) * stacked.weights).sum(-1) / stacked.weights.sum(-1)
+    # The first candidate is the DLT's: on a tie (a fronto-parallel plane fits every focal length) it is kept.
+    return candidates[distance.view(len(candidates), -1).median(-1).values.argmin()]
+
+
+def weighted_median(values: Tensor, weights: Tensor) -> Tensor:  # [T, N] x 2 -> [T]
+    """The lower median of the values that have weight, however much; 0 where none has."""
+    return torch.where(weights > 0, values, torch.nan).nanmedian(-1).values.nan_to_num(0.0)
+
+
+def solvable_frames(samples: Samples, least: int = 8) -> Tensor:  # [T] bool
+    """Frames with at least `least` points that are not all on one line: the others have no pose of their own."""
+    weights = samples.weights / samples.weights.sum(-1, keepdim=True).clamp_min(1e-300)
+    mean = (weights[..., None] * samples.points).sum(1, keepdim=True)
+    centred = (samples.points - mean) * weights[..., None].sqrt()
+    spread = torch.linalg.eigvalsh(centred.mT @ centred)  # ascending
+    size = (weights[..., None] * samples.points.square()).sum((1, 2))  # equal points leave rounding errors, no spread
+    return (
+        ((samples.weights > 0).sum(-1) >= least) & (spread[:, 1] > 1e-8 * spread[:, 2]) & (spread[:, 2] > 1e-14 * size)
+    )
+
+
+def fill_missing(
+    cameras: Cameras,  # of the solved frames
+    solved: Tensor,  # [T] bool
+) -> Cameras:  # of all T frames
+    """Frames without a pose lie on the way between their solved neighbours (constant speed), or stay at the nearest."""
+    index = solved.nonzero()[:, 0]
+    frames = torch.arange(len(solved), device=solved.device)
+    after = torch.searchsorted(index, frames)  # number of the first solved frame at or after
+    before = (torch.searchsorted(index, frames, right=True) - 1).clamp_min(0)
+    after = after.clamp_max(len(index) - 1)
+    gap = (index[after] - index[before]).clamp_min(1)
+    share = ((frames - index[before]) / gap).clamp(0, 1).to(cameras.centre.dtype)[:, None]
+    start, end = cameras.take(before), cameras.take(after)
+    turn = so3_log(matrix_product(end.rotation, start.rotation.mT))
+    return Cameras(
+        torch.lerp(start.log_focal, end.log_focal, share[:, 0]),
+        matrix_product(so3_exp(share * turn), start.rotation),
+        torch.lerp(start.centre, end.centre, share),
+    )
+
+
+def motion_flags(cameras: Cameras, distance: float) -> tuple[str, ...]:
+    """Whether the camera rests or only turns: centres within 1/1000 of the scene's distance, turns within 0.1 degree."""
+    spread = torch.linalg.vector_norm(cameras.centre - cameras.centre.mean(0), dim=-1).amax()
+    turned = geodesic_angle(cameras.rotation[:1], cameras.rotation).amax()
+    if len(cameras.centre) == 1 or float(spread) > 1e-3 * distance:
+        return ()
+    return ("static camera",) if float(turned) < 1.75e-3 else ("pure rotation",)
+
+
+def _quadratic_form(samples: Samples, directions: Tensor) -> tuple[Tensor, Tensor]:
+    """Ω [T, 9, 9] of the cost rᵀ Ω r, and the matrix [T, 3, 9] that gives the best translation from r (row-major)."""
+    points = torch.nn.functional.pad(samples.points, (0, 1), value=1.0)  # [T, N, 4]
+    eye = torch.eye(3, dtype=points.dtype, device=points.device)
+    off_ray = eye - directions[..., :, None] * directions[..., None, :]  # [T, N, 3, 3]
+    outer = (points[..., :, None] * points[..., None, :]).flatten(-2)  # [T, N, 16]
+    moments = ((off_ray.flatten(-2) * samples.weights[..., None]).mT @ outer).unflatten(-1, (4, 4)).unflatten(1, (3, 3))
+    square = moments[..., :3, :3].transpose(2, 3).flatten(3, 4).flatten(1, 2)  # [T, (a c), (b d)]
+    cross = moments[..., :3, 3].flatten(2, 3)  # [T, a, (b d)]
+    to_translation = -torch.linalg.solve(moments[..., 3, 3], cross)
+    omega = square + cross.mT @ to_translation
+    return (omega + omega.mT) / 2, to_translation
+
+
+def _times_rotation(matrix: Tensor, rotation: Tensor) -> Tensor:  # [..., K, 9], [..., 3, 3] -> [..., K]
+    return (matrix @ rotation.flatten(-2)[..., None])[..., 0]
+
+
+def _starts(omega: Tensor) -> Tensor:  # [T, 9, 9] -> [T, 8, 3, 3]
+    """Rotations nearest to the weakest eigenvectors, with either sign."""
+    vectors = torch.linalg.eigh(omega).eigenvectors[..., :4].mT.unflatten(-1, (3, 3))  # [T, 4, 3, 3]
+    left, _, right = torch.linalg.svd(torch.cat([vectors, -vectors], dim=1))
+    sign = torch.linalg.det(left) * torch.linalg.det(right)
+    left = torch.cat([left[..., :2], left[..., 2:] * sign[..., None, None]], dim=-1)
+    return matrix_product(left, right)
+
+
+def _descend(omega: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:  # [T, C, 3, 3] -> the same, cost [T, C]
+    """Levenberg-Marquardt on rotations, every start by itself."""
+    omega = omega[:, None]
+    scale = omega.diagonal(dim1=-2, dim2=-1).sum(-1)  # [T, 1]
+    eye = torch.eye(3, dtype=omega.dtype, device=omega.device)
+    damping = torch.full(rotation.shape[:2], 1e-3, dtype=omega.dtype, device=omega.device)
+
+    def cost_of(candidate: Tensor) -> Tensor:
+        flat = candidate.flatten(-2)
+        return (flat * (omega @ flat[..., None])[..., 0]).sum(-1)
+
+    cost = cost_of(rotation)
+    for _ in range(_ROTATION_STEPS):
+        # d(exp(w) R) = [w]x R, column by column w x R_j
+        tangent = torch.linalg.cross(
+            eye[:, :, None].expand(*rotation.shape[:2], 3, 3, 3), rotation[:, :, None].expand(-1, -1, 3, 3, 3), dim=-2
+        ).flatten(-2)  # [T, C, 3, 9]
+        through = tangent @ omega
+        hessian = through @ tangent.mT + (damping * scale)[..., None, None] * eye
+        step = -torch.linalg.solve(hessian, _times_rotation(through, rotation))
+        candidate = matrix_product(so3_exp(step), rotation)
+        new_cost = cost_of(candidate)
+        better = new_cost < cost
+        rotation = torch.where(better[..., None, None], candidate, rotation)
+        cost = torch.where(better, new_cost, cost)
+        damping = torch.where(better, damping * 0.1, damping * 10).clamp(1e-12, 1e3)
+    return rotation, cost
