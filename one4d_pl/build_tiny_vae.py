@@ -12,9 +12,9 @@ import json
 import logging
 import shutil
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
+from time import monotonic
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -117,9 +117,9 @@ def _train(
     few = held_out.first(CURVE_CLIPS)
     bar = tqdm(total=round(budget_s), initial=round(training.seconds), unit="s", desc="training", mininterval=10)
     while training.seconds < budget_s:
-        before = time.monotonic()
+        before = monotonic()
         train_step(training, train, config, training.seconds / budget_s)
-        elapsed = time.monotonic() - before
+        elapsed = monotonic() - before
         due = int((training.seconds + elapsed) / EVALUATE_SECONDS) > int(training.seconds / EVALUATE_SECONDS)
         training.seconds += elapsed
         bar.update(round(training.seconds) - bar.n)

@@ -47,6 +47,7 @@ class ScaleShift:
 class DepthErrors:
     """Means over the scored pixels of one sequence; all 0 where there is none."""
 
+    num_valid: Tensor  # scored pixels
     abs_rel: Tensor  # |p - g| / g
     sq_rel: Tensor  # (p - g)² / g, unit of the target
     rmse: Tensor  # root of the mean (p - g)², unit of the target
@@ -55,10 +56,9 @@ class DepthErrors:
     delta_2: Tensor  # < 1.25²
     delta_3: Tensor  # < 1.25³
     not_positive: Tensor  # share of aligned depths <= 0 or not finite
-    num_valid: Tensor  # scored pixels
 
 
-ERROR_NAMES = tuple(DepthErrors.__dataclass_fields__)[:-1]
+ERROR_NAMES = tuple(DepthErrors.__dataclass_fields__)[1:]
 
 
 def align_depth(
@@ -134,7 +134,7 @@ class VideoDepthError(Metric):
     def update(self, preds: Tensor, target: Tensor, valid: Tensor, fit_valid: Tensor | None = None) -> None:
         """Add one sequence, [T, H, W] each."""
         errors = score_depth(preds, target, valid, self.alignment, self.max_depth, self.post_clip, fit_valid)
-        *means, num_valid = astuple(errors)
+        num_valid, *means = astuple(errors)
         self.totals += torch.stack(means) * num_valid
         self.num_valid += num_valid
 
@@ -164,7 +164,7 @@ def _mean_errors(
         totals += torch.stack([values.sum() for values in per_pixel])
     means = totals / max(1, preds.numel())
     means[2:4] = means[2:4].sqrt()  # rmse, log_rmse
-    return DepthErrors(*means, torch.tensor(preds.numel(), device=preds.device))
+    return DepthErrors(torch.tensor(preds.numel(), device=preds.device), *means)
 
 
 def _fit_adam(points: Tensor, depths: Tensor, start: Tensor, lr: float, steps: int) -> ScaleShift:
@@ -240,7 +240,7 @@ def _fit_l1(points: Tensor, depths: Tensor, free_shift: bool) -> tuple[float, fl
     residuals = _Residuals(sample, sample_depths, free_shift, rank=(len(sample) + 1) // 2)
     scale, shift = _minimise(residuals, guess=spread / size)
     if step > 1:
-        spread = max(float((sample_depths - scale * sample - shift).abs().mean()), 1e-6 * spread)
+        spread = max(float((sample_depths - scale * sample - shift).abs().mean()), 1e-15 * spread)
         width = 8 / len(sample) ** 0.5  # some eight standard errors of the sample's fit
         guess, guess_shift, inside = scale, shift, False
         while not inside:
@@ -262,7 +262,7 @@ def _undecided(
     box: tuple[float, float],  # half-widths in scale and shift
     free_shift: bool,
 ) -> _Residuals:
-    """The points whose residual may vanish for some line in the box, the others summed up; piece by piece in float64."""
+    """The points whose residual may vanish for some line in the box; the others are summed up, piece by piece."""
     kept_points, kept_depths = [], []
     num_below = num_above = 0
     moment = 0.0

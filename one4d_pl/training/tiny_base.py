@@ -114,9 +114,6 @@ class TinyBaseModule(lightning.LightningModule):
         for group in optimizer.param_groups:
             group["lr"] = self.config.optim.lr * warm * cosine
 
-    def on_train_batch_end(self, outputs: object, batch: Batch, batch_idx: int) -> None:
-        self.average.update_parameters(self.trained)
-
     def export(self, folder: Path) -> None:
         """Write a bundle with the averaged transformer and text encoder, in bfloat16 on disk, atomically."""
         staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
@@ -130,7 +127,7 @@ class TinyBaseModule(lightning.LightningModule):
 
 
 class BaseState(Callback):
-    """Save all of the pretraining's state every `train.save_every` steps and at the end; resume from it."""
+    """Average the weights after every step; save everything every `train.save_every` steps and at the end; resume."""
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(config.run_dir) / "state.safetensors"
@@ -142,6 +139,7 @@ class BaseState(Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, TinyBaseModule)
+        self.averaged_step = trainer.global_step
         if self.step() == 0:
             return
         tensors = load_file(self.path)
@@ -162,9 +160,14 @@ class BaseState(Callback):
         batch: object,
         batch_idx: int,
     ) -> None:
+        assert isinstance(module, TinyBaseModule)
         step = trainer.global_step
+        if step == self.averaged_step:
+            return  # in the middle of an accumulation
+        self.averaged_step = step
+        # here, before the save, and not in the module's own hook, which comes after the callbacks'
+        module.average.update_parameters(module.trained)
         if step % self.config.train.save_every == 0 or step == self.config.train.max_steps:
-            assert isinstance(module, TinyBaseModule)
             self._save(module, trainer.optimizers[0], step)
 
     def _save(self, module: TinyBaseModule, optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -158,8 +158,7 @@ def save_training(training: VaeTraining, config: TinyVaeConfig, path: Path) -> N
     groups = {"weight": weights, "average": training.average, "first": training.first, "second": training.second}
     tensors = {f"{group}.{name}": t.contiguous() for group, named in groups.items() for name, t in named.items()}
     about = {"step": str(training.step), "seconds": repr(training.seconds), "config": json.dumps(asdict(config))}
-    staging = path.with_name(f".{path.name}.tmp")
-    save_file(tensors, staging, metadata=about)
+    save_file(tensors, staging := path.with_name(f".{path.name}.tmp"), metadata=about)
     staging.replace(path)
 
 
@@ -218,16 +217,21 @@ def train_step(training: VaeTraining, pool: ClipPool, config: TinyVaeConfig, pro
         noise = torch.randn(latents.shape, generator=generator) * std.detach().view(1, -1, 1, 1, 1)
         decoded = decode_unclamped(vae, latents + config.latent_noise * noise).float()
     error = decoded - videos
-    importance = torch.ones_like(error[:, :1])
-    if config.pointmaps:
-        importance[1::2] += config.near_weight / (videos[1::2].norm(dim=1, keepdim=True) + NEAR)
     spread = (mean.square() + std.clamp_min(1e-4).log().square()).mean()
-    absolute = (importance * error.abs()).mean()
+    absolute = (importance(videos, config) * error.abs()).mean()
     loss = absolute + config.square_weight * error.square().mean() + config.latent_weight * spread
     loss.backward()
     warmth = min(1.0, (training.step + 1) / config.warmup_steps)
     update(training, config, config.lr * warmth * (0.5 + 0.5 * math.cos(math.pi * progress)))
     return error.detach().square().mean((1, 2, 3, 4))
+
+
+def importance(videos: Tensor, config: TinyVaeConfig) -> Tensor:  # [B, 3, T, H, W] -> [B, 1, T, H, W]
+    """Weight of each pixel's absolute error: 1, and more for the near points of a batch's pointmaps."""
+    weight = torch.ones_like(videos[:, :1])
+    if config.pointmaps:
+        weight[1::2] += config.near_weight / (videos[1::2].norm(dim=1, keepdim=True) + NEAR)
+    return weight
 
 
 def uses_muon(parameter: Tensor) -> bool:
@@ -293,21 +297,20 @@ def measure(decoded: Tensor, pool: ClipPool, kind: str) -> Quality:
         return quality
     valid = pool.valid[: len(decoded)]
     distance, size = squared.sum(1).sqrt()[valid], truth.norm(dim=1)[valid]
-    relative = float((distance / size.clamp_min(1e-6)).mean())
-    return replace(quality, point_error=relative, point_error_of_sums=float(distance.mean() / size.mean()))
+    relative, of_sums = (distance / size.clamp_min(1e-6)).mean(), distance.mean() / size.mean()
+    return replace(quality, point_error=float(relative), point_error_of_sums=float(of_sums))
 
 
 @torch.no_grad()
-def reconstruct(vae: AutoencoderKLWan, pool: ClipPool, kind: str, bfloat16: bool) -> Tensor:  # [N, 3, T, H, W]
-    """Clip by clip through the public encode (posterior mode) and decode."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-        videos = (pool.videos(kind, slice(i, i + 1)) for i in range(len(pool)))
-        return torch.cat([vae.decode(vae.encode(v).latent_dist.mode()).sample.float() for v in videos])
-
-
 def evaluate(vae: AutoencoderKLWan, pool: ClipPool, bfloat16: bool) -> dict[str, Quality]:
-    """Quality of frames and pointmaps, whether or not pointmaps were trained."""
-    return {m: measure(reconstruct(vae, pool, m, bfloat16), pool, m) for m in KINDS}
+    """Quality of frames and pointmaps, clip by clip through the public encode (posterior mode) and decode."""
+    quality = {}
+    for kind in KINDS:
+        videos = (pool.videos(kind, slice(i, i + 1)) for i in range(len(pool)))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+            decoded = [vae.decode(vae.encode(v).latent_dist.mode()).sample.float() for v in videos]
+        quality[kind] = measure(torch.cat(decoded), pool, kind)
+    return quality
 
 
 def pca_bar(train: ClipPool, held_out: ClipPool, components: int) -> dict[str, Quality]:
@@ -336,15 +339,13 @@ def principal_components(rows: Tensor, components: int) -> tuple[Tensor, Tensor]
 
 
 def _blocks(videos: Tensor, length: int) -> Tensor:  # [N, 3, T, H, W] -> [N, t, h, w, D]
-    n, c, t, h, w = videos.shape
-    split = videos.reshape(n, c, t // length, length, h // SPACE_FACTOR, SPACE_FACTOR, w // SPACE_FACTOR, SPACE_FACTOR)
+    split = videos.unflatten(4, (-1, SPACE_FACTOR)).unflatten(3, (-1, SPACE_FACTOR)).unflatten(2, (-1, length))
     return split.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
 
 
 def _unblock(blocks: Tensor, length: int) -> Tensor:  # [N, t, h, w, D] -> [N, 3, T, H, W]
-    n, t, h, w, _ = blocks.shape
-    split = blocks.view(n, t, h, w, 3, length, SPACE_FACTOR, SPACE_FACTOR).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return split.reshape(n, 3, t * length, h * SPACE_FACTOR, w * SPACE_FACTOR)
+    split = blocks.unflatten(4, (3, length, SPACE_FACTOR, SPACE_FACTOR)).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return split.flatten(6, 7).flatten(4, 5).flatten(2, 3)
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def test_checkpointing_changes_no_gradient(tiny_base):
 @checkpointing
 def test_stacked_equals_two_passes_with_two_plain_lora_models(tiny_base, tmp_path, checkpointing):
     """Without links and with the shared patch embedding, the branches are two PEFT models read from our files."""
-    model = build(tiny_base.transformer(), checkpointing, num_links=0, xyz_patch_embedding=False)
+    model = build(tiny_base.transformer(), checkpointing, num_links=0, xyz_patch_embedding=False, lora_scale=0.5)
     inputs = tiny_base.inputs(batch=2)
     perturb(model)
     save_adapters(model, tmp_path, card_of(model))

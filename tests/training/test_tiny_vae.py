@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from one4d_pl.training.tiny_vae import (
     decode_unclamped,
     draw_batch,
     evaluate,
+    importance,
     load_training,
     measure_latents,
     orthogonalise,
@@ -69,8 +71,8 @@ def test_the_pool_holds_what_the_vae_can_hold(pool):
 def test_training_makes_the_error_fall(pool):
     config = replace(SMALL, stages=(Stage(1.0, 5, 16, 16, 2),))
     training = VaeTraining.start(config)
-    errors = run(training, pool, config, range(80), 80)
-    assert sum(errors[-5:]) < 0.4 * sum(errors[:5])
+    errors = run(training, pool, config, range(60), 60)
+    assert sum(errors[-5:]) < 0.6 * sum(errors[:5])
     for name, p in training.vae.named_parameters():
         assert bool(p.isfinite().all()), name
 
@@ -107,6 +109,15 @@ def test_batches_follow_from_the_step_alone_and_alternate_frames_and_pointmaps(p
 
     assert [is_bytes(video) for video in batch] == [True, False, True, False]
     assert all(is_bytes(video) for video in frames_only)
+
+
+def test_near_points_count_more_and_frames_all_the_same():
+    videos = torch.rand(4, 3, 1, 2, 2, generator=torch.Generator().manual_seed(0))
+    videos[1], videos[3] = 0.05, 0.5
+    weight = importance(videos, replace(SMALL, near_weight=0.2))
+    assert weight.shape == (4, 1, 1, 2, 2)
+    assert bool((weight[::2] == 1).all()) and bool((weight[1] > weight[3]).all()) and bool((weight[3] > 1).all())
+    assert bool((importance(videos, replace(SMALL, pointmaps=False)) == 1).all())
 
 
 def test_training_decodes_as_diffusers_does_up_to_the_clamp():
@@ -183,7 +194,9 @@ def test_an_exported_vae_is_the_averaged_one_4x_in_time_and_space(pool, tmp_path
 
 def test_the_door_trains_resumes_and_leaves_its_figures(pool, tmp_path, monkeypatch):
     monkeypatch.setattr(build_tiny_vae, "render_pools", lambda: (pool, pool))
-    monkeypatch.setattr(build_tiny_vae, "EVALUATE_SECONDS", 0.4)
+    monkeypatch.setattr(build_tiny_vae, "EVALUATE_SECONDS", 4.0)
+    ticks = itertools.count()
+    monkeypatch.setattr(build_tiny_vae, "monotonic", lambda: float(next(ticks)))  # every step takes one second
     monkeypatch.setattr(tiny_vae, "TinyVaeConfig", lambda pointmaps: replace(SMALL, pointmaps=pointmaps))
     seen: list[float] = []
 
@@ -193,15 +206,14 @@ def test_the_door_trains_resumes_and_leaves_its_figures(pool, tmp_path, monkeypa
 
     monkeypatch.setattr(tiny_vae, "train_step", watched)
     folder = str(tmp_path / "run")
-    assert build_tiny_vae.main(["--out", folder, "--minutes", "0.01", "--no-pointmaps"]) == 0
+    assert build_tiny_vae.main(["--out", folder, "--minutes", "0.1", "--no-pointmaps"]) == 0
     first = json.loads((Path(folder) / "metrics.json").read_text())
     assert first["config"]["pointmaps"] is False
-    assert build_tiny_vae.main(["--out", folder, "--minutes", "0.02", "--no-pointmaps", "--resume"]) == 0
+    assert build_tiny_vae.main(["--out", folder, "--minutes", "0.2", "--no-pointmaps", "--resume"]) == 0
     second = json.loads((Path(folder) / "metrics.json").read_text())
-    assert second["steps"] > first["steps"]
-    resumed = seen[first["steps"] :]
-    assert seen[0] == 0 and resumed[0] >= 0.5 and max(resumed) < 1  # half of the doubled time was over
-    assert seen[: first["steps"]] == sorted(seen[: first["steps"]]) and resumed == sorted(set(resumed))
+    assert (first["steps"], second["steps"]) == (6, 12)
+    torch.testing.assert_close(seen, [step / 6 for step in range(6)] + [step / 12 for step in range(6, 12)])
+    assert [point["step"] for point in second["curve"]] == [4, 6, 8, 12]
     assert second["curve"][: len(first["curve"])] == first["curve"]
     assert second["vae"]["frames"]["psnr"] > 0 and second["pca"]["frames"]["psnr"] > 0
 
