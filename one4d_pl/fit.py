@@ -52,6 +52,8 @@ def fit(config: Config) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import lightning  # heavy imports only after every cheap check
+    import torch
+    import transformers
 
     from one4d_pl.callbacks.losses import LossCurves
     from one4d_pl.callbacks.throughput import StepBar, Throughput
@@ -63,6 +65,9 @@ def fit(config: Config) -> None:
     from one4d_pl.training.module import One4DModule
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
 
+    if config.scale == "tiny" and torch.cuda.device_count() > 1:
+        log.warning("the tiny scale on %d GPUs: did you mean %s ?", torch.cuda.device_count(), LARGE_SCALE)
+    transformers.utils.logging.disable_progress_bar()  # a bar per file that is opened hides ours
     limit_threads(config)
     lightning.seed_everything(config.train.seed, verbose=False)
     _build_tiny_base(config)
@@ -143,6 +148,7 @@ def _quieten() -> None:
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*treespec.*")
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the frozen base, on purpose
 
 

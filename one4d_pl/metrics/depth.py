@@ -240,7 +240,8 @@ def _fit_l1(points: Tensor, depths: Tensor, free_shift: bool) -> tuple[float, fl
     residuals = _Residuals(sample, sample_depths, free_shift, rank=(len(sample) + 1) // 2)
     scale, shift = _minimise(residuals, guess=spread / size)
     if step > 1:
-        spread = max(float((sample_depths - scale * sample - shift).abs().mean()), 1e-15 * spread)
+        rounding = 1e-15 * (float(sample_depths.abs().mean()) or 1.0)  # a perfect sample still needs a box to grow
+        spread = max(float((sample_depths - scale * sample - shift).abs().mean()), rounding)
         width = 8 / len(sample) ** 0.5  # some eight standard errors of the sample's fit
         guess, guess_shift, inside = scale, shift, False
         while not inside:

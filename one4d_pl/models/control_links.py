@@ -23,8 +23,9 @@ class ControlLink(nn.Module):
     def forward(self, hidden: Tensor) -> Tensor:  # [2B, L, D] -> [2B, L, D]
         rgb, xyz = hidden.chunk(2)
         exchanged = torch.cat([self.xyz_to_rgb(xyz), self.rgb_to_xyz(rgb)])  # both from the values before
-        with torch.no_grad():
-            self.ratio = exchanged.float().norm() / hidden.float().norm().clamp_min(1e-12)
+        with torch.no_grad():  # dtype: sums in float32 without a float32 copy of the hidden state
+            added, present = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (exchanged, hidden))
+            self.ratio = added / present.clamp_min(1e-12)
         return hidden + exchanged.to(hidden.dtype)
 
 

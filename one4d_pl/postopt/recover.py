@@ -111,7 +111,7 @@ def recover_scene(
     """
     options = options or RecoverOptions()
     _check(pointmap, valid)
-    num_frames, height, width = pointmap.shape[:3]
+    height, width = pointmap.shape[1:3]
     blocks = sample_medians(pointmap, valid, options.aspect, _BLOCKS)
     grid = sample_grid(pointmap, valid, options.aspect, options.pixels_per_frame)
     prior = prior_focal(height, width, options.aspect)
@@ -213,8 +213,8 @@ def _solve(
 
 def _solve_with(blocks: Samples, grid: Samples, focal: Tensor, mode: FocalMode, options: RecoverOptions) -> Refined:
     cameras = solve_poses(blocks, focal.expand(len(blocks.points)))
-    coarse = refine(cameras, blocks, Objective(options.alpha1, options.alpha2, mode, "huber"), rounds=2, steps=10)
-    dense = refine(coarse.cameras, grid, Objective(options.alpha1, options.alpha2, mode, "tukey"), rounds=1, steps=3)
+    coarse = refine(cameras, blocks, Objective(options.alpha1, options.alpha2, mode, "huber"), 1e-4)
+    dense = refine(coarse.cameras, grid, Objective(options.alpha1, options.alpha2, mode, "tukey"), 1e-6)
     return Refined(
         dense.cameras,
         dense.noise,

@@ -11,6 +11,7 @@ equals it on average over inliers and is nil beyond five times the noise.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,12 +20,15 @@ from torch import Tensor
 
 from one4d_pl.geometry.se3 import geodesic_angle, matrix_product, rotate, so3_exp, so3_log
 from one4d_pl.postopt.intrinsics import FOCAL_BOUNDS, Samples
-from one4d_pl.postopt.trajectory import Cameras, ray_distance, weighted_median
+from one4d_pl.postopt.trajectory import Cameras, camera_points, ray_distance, weighted_median
 
 Loss = Literal["huber", "tukey"]
 FocalMode = Literal["shared", "per_frame", "fixed"]
 
 NOISE_FLOOR = 1e-9  # of the scene's unit: exact pointmaps have no noise to measure
+EXACT = 1e-8  # of the scene's unit: distances below are rounding (float32 pointmaps: 6e-8), no step can gain
+_ROUNDS, _STEPS = 4, 10  # most estimates of the noise; most Gauss-Newton steps for each
+_DAMPING = 1e-9  # of a unit diagonal: far below what the data say, but a singular matrix is no accident
 _RAYLEIGH_MEDIAN = 1.1774  # median length of a 2-D Gaussian vector of unit deviation per axis
 _MEAN_INVERSE = 1.2533  # mean of 1 / length of the same: the average weight that |r| gives to noise
 _GATE = 5.0  # noise deviations; a point farther from its ray is no measurement of it
@@ -63,6 +67,15 @@ class _Normal:
     gradient: Tensor  # [T, 7]
 
 
+@dataclass(frozen=True)
+class _Smooth:
+    """Normal equations of the smoothness term; unknowns of a frame: rotation, centre."""
+
+    cost: Tensor  # [], alpha2 · mean
+    matrix: Tensor  # [T, 2, 6, 6]: a frame with itself, and with the next
+    gradient: Tensor  # [T, 6]
+
+
 def noise_level(samples: Samples, cameras: Cameras) -> Tensor:  # [T]
     """Robust deviation of each frame's points from their rays, per axis."""
     return weighted_median(ray_distance(samples, cameras), samples.weights) / _RAYLEIGH_MEDIAN + NOISE_FLOOR
@@ -72,43 +85,45 @@ def refine(
     cameras: Cameras,  # close: the poses of the closed form
     samples: Samples,  # in units of the scene, every frame with weight
     objective: Objective,
-    rounds: int,  # estimates of the noise
-    steps: int,  # most Gauss-Newton steps per round
+    tolerance: float,  # gain of a step, relative to the objective, that is not worth another
 ) -> Refined:
-    """Minimise the objective over poses and focal length; never returns a worse point than it was given."""
-    iterations, converged = 0, False
-    for _ in range(rounds):
-        noise = noise_level(samples, cameras)
-        cameras, normal, used, converged = _minimise(cameras, samples, noise, objective, steps)
+    """Minimise the objective over poses and focal length, anew as long as that lowers the measured noise."""
+    iterations, noise = 0, noise_level(samples, cameras)
+    for _ in range(_ROUNDS):
+        cameras, normal, used, converged = _minimise(cameras, samples, noise, objective, tolerance)
         iterations += used
-    condition, deviation = _focal_condition(normal, samples, cameras, noise, objective)
+        before, noise = noise, noise_level(samples, cameras)
+        if bool((noise > 0.8 * before).all()) or bool((noise < EXACT).all()):
+            break
+    condition, deviation = _focal_condition(normal, samples, cameras, before, objective)
     return Refined(cameras, noise, iterations, converged, condition, deviation)
 
 
 def _minimise(
-    cameras: Cameras, samples: Samples, noise: Tensor, objective: Objective, steps: int
+    cameras: Cameras, samples: Samples, noise: Tensor, objective: Objective, tolerance: float
 ) -> tuple[Cameras, _Normal, int, bool]:
     """Levenberg-Marquardt for fixed noise levels: cameras, normal equations there, steps used, whether at rest."""
-    normal = _linearise(cameras, samples, noise, objective)
-    smooth_cost, smooth_matrix, smooth_gradient = _smoothness(cameras, objective)
-    cost, damping = normal.cost + smooth_cost, 1e-9
-    for step in range(1, steps + 1):
-        full, gradient = _assemble(normal, smooth_matrix, smooth_gradient, objective.focal_mode)
-        candidate, length = _move(cameras, _solve(full, gradient, damping), objective.focal_mode)
-        new = _linearise(candidate, samples, noise, objective)
-        new_smooth = _smoothness(candidate, objective)
-        if not bool(new.cost + new_smooth[0] <= cost):
-            if length < 1e-9:
+    normal, smooth = _linearise(cameras, samples, noise, objective), _smoothness(cameras, objective)
+    cost, damping = normal.cost + smooth.cost, _DAMPING
+    for step in range(1, _STEPS + 1):
+        full, gradient = _assemble(normal, smooth, objective.focal_mode)
+        move = _solve(full, gradient, damping)
+        expected = -float(gradient @ move) / 2  # gain of the quadratic model
+        if expected <= 0.1 * tolerance * float(cost) or float(cost) < EXACT * objective.alpha1:
+            return cameras, normal, step - 1, True
+        candidate = _move(cameras, move, objective.focal_mode)
+        new, new_smooth = _linearise(candidate, samples, noise, objective), _smoothness(candidate, objective)
+        gain = float(cost - new.cost - new_smooth.cost)
+        if gain > 0:
+            cameras, normal, smooth, cost = candidate, new, new_smooth, new.cost + new_smooth.cost
+            damping = max(damping * 0.01, _DAMPING)
+            if gain <= tolerance * float(cost):
+                return cameras, normal, step, True
+        else:
+            if expected <= 100 * tolerance * float(cost):  # little was promised, rounding or the tip denies even that
                 return cameras, normal, step, True
             damping = max(damping * 100, 1e-6)
-            continue
-        gained = float(cost - new.cost - new_smooth[0])
-        cameras, normal, cost = candidate, new, new.cost + new_smooth[0]
-        smooth_matrix, smooth_gradient = new_smooth[1:]
-        damping = max(damping * 0.01, 1e-9)
-        if gained <= 1e-7 * float(cost) or length < 1e-10:
-            return cameras, normal, step, True
-    return cameras, normal, steps, False
+    return cameras, normal, _STEPS, False
 
 
 def _linearise(cameras: Cameras, samples: Samples, noise: Tensor, objective: Objective) -> _Normal:
@@ -131,32 +146,32 @@ def _linearise_frames(
     """Distance to the ray as two coordinates across it, and their derivatives; weights from the loss."""
     focal = cameras.log_focal.exp()[:, None]  # [t, 1]
     x, y = samples.x / focal, samples.y / focal  # [t, N]
-    points = (samples.points - cameras.centre[:, None]) @ cameras.rotation.mT  # [t, N, 3], camera frame
-    px, py, pz = points.unbind(-1)
+    px, py, pz = camera_points(samples, cameras).unbind(-1)
     # Two unit vectors across the ray (x, y, 1): a ~ (1, 0, -x) and b ~ ray x a = (-xy, 1 + x², -y).
     square = 1 + x * x
     length = (square + y * y).sqrt()
-    a_scale, b_scale = square.rsqrt(), (square * (square + y * y)).rsqrt()
-    ax, az = a_scale, -x * a_scale
-    bx, by, bz = -x * y * b_scale, square * b_scale, -y * b_scale
+    ax = square.rsqrt()
+    az = -x * ax
+    by = square.sqrt() / length
+    b_scale = ax / length
+    bx, bz = -x * y * b_scale, -y * b_scale
     residual_a, residual_b = ax * px + az * pz, bx * px + by * py + bz * pz
-    along = (x * px + y * py + pz) / length
+    depth = (x * px + y * py + pz) / length.square()  # best depth, z
     cost, weights = _loss(residual_a.square() + residual_b.square(), noise[:, None], objective.loss)
     weights = weights * samples.weights
 
     zero = torch.zeros_like(ax)
-    across = torch.stack([torch.stack([ax, zero, az], -1), torch.stack([bx, by, bz], -1)], 1)  # [t, 2, N, 3]
-    jacobian = torch.cat(
-        [
-            torch.linalg.cross(points[:, None].expand_as(across), across),  # R <- exp(w) R
-            -across @ cameras.rotation[:, None],  # o <- o + v
-            torch.stack([along * x * a_scale / length, along * y * b_scale * 1.0], 1)[..., None],
-        ],
-        dim=-1,
-    ).flatten(1, 2)  # [t, 2N, 7]
-    weighted = (jacobian * weights.repeat(1, 2)[..., None]).mT
-    residual = torch.cat([residual_a, residual_b], 1)[..., None]
-    return (cost * samples.weights).sum(-1), weighted @ jacobian, (weighted @ residual)[..., 0]
+    rows_a = [py * az, pz * ax - px * az, -py * ax, ax, zero, az, depth * x * ax]
+    rows_b = [py * bz - pz * by, pz * bx - px * bz, px * by - py * bx, bx, by, bz, depth * y * b_scale]
+    jacobian = torch.stack([torch.stack(rows_a, 1), torch.stack(rows_b, 1)], 2)  # [t, 7, 2, N]
+    weighted = (jacobian * weights[:, None, None]).flatten(2)
+    matrix = weighted @ jacobian.flatten(2).mT
+    gradient = (weighted @ torch.stack([residual_a, residual_b], 1).flatten(1)[..., None])[..., 0]
+    # So far the columns are: R <- exp(w) R, shift in camera axes, log focal. The unknown is the centre, o <- o + v.
+    change = torch.eye(7, dtype=matrix.dtype, device=matrix.device).repeat(len(matrix), 1, 1)
+    change[:, 3:6, 3:6] = -cameras.rotation
+    gradient = (change.mT @ gradient[..., None])[..., 0]
+    return (cost * samples.weights).sum(-1), change.mT @ matrix @ change, gradient
 
 
 def _loss(squared: Tensor, noise: Tensor, loss: Loss) -> tuple[Tensor, Tensor]:  # [t, N], [t, 1] -> rho, rho'/r
@@ -169,12 +184,12 @@ def _loss(squared: Tensor, noise: Tensor, loss: Loss) -> tuple[Tensor, Tensor]: 
     return scale * (_GATE * noise).square() / 6 * (1 - left**3), scale * left.square()
 
 
-def _smoothness(cameras: Cameras, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """Smoothness term: cost [], matrix [T, 2, 6, 6] (frame with itself, with the next), gradient [T, 6]; IRLS."""
+def _smoothness(cameras: Cameras, objective: Objective) -> _Smooth:
+    """The smoothness term, reweighted like the data term (IRLS)."""
     num_frames = len(cameras.centre)
     matrix, gradient = cameras.centre.new_zeros(num_frames, 2, 6, 6), cameras.centre.new_zeros(num_frames, 6)
     if objective.alpha2 == 0 or num_frames == 1:
-        return gradient.sum(), matrix, gradient
+        return _Smooth(gradient.sum(), matrix, gradient)
     factor = objective.alpha2 / (num_frames - 1)
     turn = matrix_product(cameras.rotation[1:], cameras.rotation[:-1].mT)  # [T-1, 3, 3]
     vector, shift = so3_log(turn), cameras.centre[1:] - cameras.centre[:-1]
@@ -197,7 +212,7 @@ def _smoothness(cameras: Cameras, objective: Objective) -> tuple[Tensor, Tensor,
     gradient[:-1, :3] -= turn_weight[..., 0] * rotate(turn.mT, vector)
     gradient[1:, 3:] += shift_weight[..., 0] * shift
     gradient[:-1, 3:] -= shift_weight[..., 0] * shift
-    return cost, matrix, gradient
+    return _Smooth(cost, matrix, gradient)
 
 
 def _rounded(length: Tensor, tip: float) -> Tensor:
@@ -205,17 +220,17 @@ def _rounded(length: Tensor, tip: float) -> Tensor:
 
 
 def _assemble(
-    normal: _Normal, smooth_matrix: Tensor, smooth_gradient: Tensor, focal_mode: FocalMode
-) -> tuple[Tensor, Tensor]:
+    normal: _Normal, smooth: _Smooth, focal_mode: FocalMode
+) -> tuple[Tensor, Tensor]:  # [6 T + F, 6 T + F], [6 T + F]
     """Dense normal equations: poses frame by frame, then the focal length(s). 81 frames are 487 unknowns: 10 ms."""
     num_frames = len(normal.matrix)
     frames = torch.arange(num_frames, device=normal.matrix.device)
     poses = normal.matrix.new_zeros(num_frames, 6, num_frames, 6)
-    poses[frames, :, frames] = normal.matrix[:, :6, :6] + smooth_matrix[:, 0]
-    poses[frames[:-1], :, frames[1:]] = smooth_matrix[:-1, 1]
-    poses[frames[1:], :, frames[:-1]] = smooth_matrix[:-1, 1].mT
+    poses[frames, :, frames] = normal.matrix[:, :6, :6] + smooth.matrix[:, 0]
+    poses[frames[:-1], :, frames[1:]] = smooth.matrix[:-1, 1]
+    poses[frames[1:], :, frames[:-1]] = smooth.matrix[:-1, 1].mT
     full = poses.view(6 * num_frames, 6 * num_frames)
-    gradient = (normal.gradient[:, :6] + smooth_gradient).flatten()
+    gradient = (normal.gradient[:, :6] + smooth.gradient).flatten()
     if focal_mode == "fixed":
         return full, gradient
     border = normal.matrix.new_zeros(num_frames, 6, num_frames)
@@ -241,16 +256,16 @@ def _solve(full: Tensor, gradient: Tensor, damping: float) -> Tensor:
     return -unit * torch.cholesky_solve((unit * gradient)[:, None], factor)[:, 0]
 
 
-def _move(cameras: Cameras, step: Tensor, focal_mode: FocalMode) -> tuple[Cameras, float]:
-    """Cameras after a step, and the step's largest entry; focal lengths change by at most a third and stay in bounds."""
+def _move(cameras: Cameras, step: Tensor, focal_mode: FocalMode) -> Cameras:
+    """Cameras after a step; focal lengths change by at most a third and stay in bounds."""
     num_frames = len(cameras.centre)
     pose_step = step[: 6 * num_frames].view(num_frames, 6)
     log_focal = cameras.log_focal
     if focal_mode != "fixed":
-        low, high = (torch.tensor(bound).log().item() for bound in FOCAL_BOUNDS)
+        low, high = (math.log(bound) for bound in FOCAL_BOUNDS)
         log_focal = (log_focal + step[6 * num_frames :].clamp(-0.3, 0.3)).clamp(low, high)
     rotation = matrix_product(so3_exp(pose_step[:, :3]), cameras.rotation)
-    return Cameras(log_focal, rotation, cameras.centre + pose_step[:, 3:]), float(step.abs().amax())
+    return Cameras(log_focal, rotation, cameras.centre + pose_step[:, 3:])
 
 
 def _focal_condition(

@@ -39,12 +39,19 @@ def rays(samples: Samples, focal: Tensor) -> Tensor:  # focal [...] -> [..., N, 
     return torch.stack([x, y, torch.ones_like(x)], dim=-1)
 
 
+def camera_points(samples: Samples, cameras: Cameras) -> Tensor:  # [T, N, 3]
+    """The sampled points in their own cameras' frames."""
+    return (samples.points - cameras.centre[:, None]) @ cameras.rotation.mT
+
+
 def ray_distance(samples: Samples, cameras: Cameras) -> Tensor:  # [T, N], unit of the points
     """Distance of every sampled point from the line through its camera along its pixel's ray: |X - X̂| at best depth."""
-    directions = rays(samples, cameras.log_focal.exp())
-    points = rotate(cameras.rotation[:, None], samples.points - cameras.centre[:, None])
-    off = torch.linalg.cross(points, directions)
-    return torch.linalg.vector_norm(off, dim=-1) / torch.linalg.vector_norm(directions, dim=-1)
+    focal = cameras.log_focal.exp()[:, None]
+    x, y = samples.x / focal, samples.y / focal
+    px, py, pz = camera_points(samples, cameras).unbind(-1)
+    # |p x (x, y, 1)| / |(x, y, 1)|: no difference of squares, exact points stay at the level of rounding.
+    across = (py - pz * y).square() + (pz * x - px).square() + (px * y - py * x).square()
+    return (across / (1 + x * x + y * y)).sqrt()
 
 
 def solve_poses(
@@ -129,7 +136,7 @@ def fill_missing(
 
 
 def motion_flags(cameras: Cameras, distance: float) -> tuple[str, ...]:
-    """Whether the camera rests or only turns: centres within 1/1000 of the scene's distance, turns within 0.1 degree."""
+    """Whether the camera rests or only turns: centres within 1/1000 of the distance, turns within 0.1 degree."""
     spread = torch.linalg.vector_norm(cameras.centre - cameras.centre.mean(0), dim=-1).amax()
     turned = geodesic_angle(cameras.rotation[:1], cameras.rotation).amax()
     if len(cameras.centre) == 1 or float(spread) > 1e-3 * distance:

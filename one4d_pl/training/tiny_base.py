@@ -95,7 +95,7 @@ class TinyBaseModule(lightning.LightningModule):
         tokens = self.encoders.tokenizer(
             prompts, padding="longest", max_length=self.config.base.max_text_tokens, truncation=True,
             return_attention_mask=True, return_tensors="pt",
-        )  # fmt: skip
+        ).to(self.device)  # fmt: skip
         embeds = self.trained["text_encoder"](tokens.input_ids, tokens.attention_mask).last_hidden_state
         embeds = embeds * tokens.attention_mask[..., None]
         return nn.functional.pad(embeds, (0, 0, 0, self.config.base.max_text_tokens - embeds.shape[1]))

@@ -90,6 +90,9 @@ def test_logged_training_losses_are_means_over_samples_tasks_and_micro_batches(r
         fit(config)
         curves.append(curve(config.run_dir, "train/loss/rgb"))
     assert curves[0] == pytest.approx(curves[1], abs=1e-5) and len(curves[0]) == 2
+    config = run_config(f"run_dir={tmp_path}/2", "train.log_every=2", "train.max_steps=2")
+    fit(config)
+    assert curve(config.run_dir, "train/loss/rgb") == pytest.approx([sum(curves[0]) / 2], abs=1e-5)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import pytest
@@ -65,6 +66,10 @@ def test_noise_and_sigma_derive_from_the_position_alone(module):
     assert not torch.equal(losses(module, collate([moved])), before)
     rgb, xyz = module.draw_noise(collate([first]), "noise").chunk(2)
     assert not torch.equal(rgb, xyz)  # each branch has its own noise (One4D, Eq. 1)
+    drawn = [
+        module.draw_noise(collate([s]), purpose) for s in (first, moved) for purpose in ("noise", "sampling noise")
+    ]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
 
 
 def test_the_condition_of_every_task_is_the_plain_one(module):

@@ -1,0 +1,238 @@
+"""Videos longer than the model's window: which windows to run, what conditions each, and how their scenes are joined.
+
+Every window has its own world (its first camera) and unit. Frames that two windows share tie them: the ratio of their
+depths gives the scale, their cameras the rotation, their points the shift, and reweighted least squares (Umeyama) over
+points and cameras the final similarity. In shared frames the result passes linearly from one window to the next.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from one4d_pl.geometry.alignment import Similarity, align_sim3
+from one4d_pl.geometry.camera import to_world, unproject
+from one4d_pl.geometry.se3 import invert_se3, matrix_product, rotate, se3_matrix, so3_exp, so3_log, split_se3
+from one4d_pl.postopt.recover import RecoveredScene, RecoverReport
+
+_SEAM_POINTS = 2000  # per shared frame
+_ROUNDS = 20
+_GATE = 5.0  # noise deviations
+
+
+@dataclass(frozen=True)
+class Window:
+    """Frames start .. stop - 1 of a video, run as `length` = 4k+1 frames: the last one is repeated to fill it."""
+
+    start: int
+    stop: int
+    length: int
+
+    @property
+    def padding(self) -> int:
+        return self.length - (self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class WindowCondition:
+    """Which frames the model is shown in a window; a frame is never both."""
+
+    given: Tensor  # [length] bool, frames of the user
+    carried: Tensor  # [length] bool, frames that the window before has generated
+
+    @property
+    def frame_mask(self) -> Tensor:  # [length] bool, 1 = shown
+        return self.given | self.carried
+
+
+@dataclass(frozen=True)
+class Seam:
+    """How well two neighbouring windows agree on the frames that they share."""
+
+    similarity: Similarity  # from the later window's world to the joined world
+    residual: float  # median distance of shared points after it, in median depths
+    inliers: float  # share of shared points within five deviations
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class JoinedScene:
+    """One trajectory and depth, in the first window's world and unit."""
+
+    scene: RecoveredScene
+    seams: tuple[Seam, ...]  # one fewer than windows
+
+
+def plan_windows(num_frames: int, window: int, overlap: int) -> tuple[Window, ...]:
+    """Windows of `window` = 4k+1 frames, neighbours sharing at least `overlap`; the last one is right-aligned.
+
+    A video that fits into one window gets the smallest 4k+1 that holds it. ValueError where nothing works.
+    """
+    if num_frames < 1:
+        raise ValueError(f"windows: a video of {num_frames} frames, need at least 1")
+    if window < 1 or window % 4 != 1:
+        raise ValueError(f"windows: {window} frames per window, need 4k+1 (Wan VAE)")
+    if num_frames <= window:
+        return (Window(0, num_frames, num_frames + -(num_frames - 1) % 4),)
+    if not 1 <= overlap < window:
+        raise ValueError(f"windows: overlap {overlap}, need 1 .. {window - 1} frames of the window's {window}")
+    starts = [*range(0, num_frames - window, window - overlap), num_frames - window]
+    return tuple(Window(start, start + window, window) for start in starts)
+
+
+def window_condition(
+    frame_mask: Tensor,  # [num_frames] bool, 1 = given by the user
+    windows: tuple[Window, ...],
+    index: int,
+) -> WindowCondition:
+    """What window `index` is shown: the frames given in it, and of its hidden ones those that the one before made.
+
+    text: window 0 nothing, later ones the shared frames. image: window 0 frame 0, later ones the shared frames.
+    sparse: the given frames, later windows also the shared ones. video: all frames are given, nothing is carried.
+    So every window after the first begins with a shown frame, which defines its world. Repeated frames at the end of a
+    short video carry the last one's flag.
+    """
+    if len(frame_mask) != windows[-1].stop:
+        raise ValueError(f"windows: frame_mask of {len(frame_mask)} frames, the windows cover {windows[-1].stop}")
+    window = windows[index]
+    given = frame_mask[window.start : window.stop].bool()
+    carried = torch.zeros_like(given)
+    if index > 0:
+        carried[: windows[index - 1].stop - window.start] = True
+    flags = torch.stack([given, carried & ~given])
+    flags = torch.cat([flags, flags[:, -1:].expand(-1, window.padding)], dim=1)
+    return WindowCondition(flags[0], flags[1])
+
+
+def join_windows(
+    scenes: list[RecoveredScene],  # one per window, padded frames already cut
+    windows: tuple[Window, ...],
+) -> JoinedScene:
+    """Join the windows' scenes, first to last, into one; ValueError if scenes and windows do not match."""
+    if [len(scene.depth) for scene in scenes] != [window.stop - window.start for window in windows]:
+        raise ValueError(
+            f"windows: scenes of {[len(scene.depth) for scene in scenes]} frames, the plan says "
+            f"{[window.stop - window.start for window in windows]}; cut the repeated frames first"
+        )
+    joined, seams = scenes[0], []
+    for scene, window in zip(scenes[1:], windows[1:]):
+        shared = len(joined.depth) - window.start
+        seam = _align(_frames(joined, slice(window.start, None)), _frames(scene, slice(shared)))
+        seams.append(seam)
+        joined = _blend(joined, _transform(scene, seam.similarity), shared)
+    return JoinedScene(joined, tuple(seams))
+
+
+def _align(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
+    """The robust similarity from one scene's world to the other's, from the same frames seen in both."""
+    height, width = fixed.depth.shape[1:]
+    step = 1
+    while -(-height // step) * -(-width // step) > _SEAM_POINTS:
+        step += 1
+    grid = (slice(None), slice(step // 2, None, step), slice(step // 2, None, step))
+    depths = fixed.depth[grid].double(), moving.depth[grid].double()
+    seen = (depths[0] > 0) & (depths[1] > 0) & depths[0].isfinite() & depths[1].isfinite()
+    if not bool(seen.any()):
+        return _seam_of_cameras(fixed, moving)
+    target, source = (_world_points(scene)[grid][seen] for scene in (fixed, moving))
+    # 1. Start: a median of depth ratios, of cameras' rotations and of shifts: no outlier moves it far.
+    scale = (depths[0][seen] / depths[1][seen]).median()
+    start = _with_shift(scale, _mean_turn(fixed, moving), source, target)
+    # 2. Cameras join the points: each counts as much as all points of a frame, else far points decide the shift alone.
+    distance = depths[0][seen].median()
+    target_rig, source_rig = _rig(fixed, distance), _rig(moving, distance / scale)
+    both = torch.cat([source, source_rig]), torch.cat([target, target_rig])
+    share = torch.cat([source.new_full((len(part),), 1 / len(part)) for part in (source, source_rig)])
+    similarity, flags = start, ()
+    try:
+        for _ in range(_ROUNDS):
+            error = torch.linalg.vector_norm(similarity.apply(both[0]) - both[1], dim=-1)
+            noise = (error[: len(source)].median() / 1.54).clamp_min(1e-9 * distance)  # 3-D Gaussian
+            weights = share * (1 - (error / (_GATE * noise)).square()).clamp_min(0).square()
+            similarity = align_sim3(both[0], both[1], weights)
+    except ValueError:  # shared points on a line or at one place: the start is the answer
+        similarity, flags = start, ("seam from medians: shared points are degenerate",)
+    error = torch.linalg.vector_norm(similarity.apply(source) - target, dim=-1)
+    residual = error.median()
+    inliers = float((error <= _GATE / 1.54 * residual.clamp_min(1e-9 * distance)).double().mean())
+    return Seam(similarity, float(residual / distance), inliers, flags)
+
+
+def _seam_of_cameras(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
+    """Without a shared point the unit is kept and the cameras alone are laid upon each other."""
+    centres = [split_se3(scene.cam2world)[1] for scene in (moving, fixed)]
+    similarity = _with_shift(centres[0].new_ones(()), _mean_turn(fixed, moving), *centres)
+    return Seam(similarity, float("inf"), 0.0, ("no shared point: scale unknown, taken as 1",))
+
+
+def _with_shift(scale: Tensor, rotation: Tensor, source: Tensor, target: Tensor) -> Similarity:
+    return Similarity(scale, rotation, (target - scale * rotate(rotation, source)).median(0).values)
+
+
+def _mean_turn(fixed: RecoveredScene, moving: RecoveredScene) -> Tensor:  # -> [3, 3]
+    """Rotation from one world to the other: of the shared frames' rotations the one that is nearest to all others."""
+    turns = matrix_product(fixed.cam2world[:, :3, :3], moving.world2cam[:, :3, :3])
+    apart = (turns[:, None] - turns[None]).square().sum((-2, -1)).sqrt().sum(1)
+    return turns[apart.argmin()]
+
+
+def _rig(scene: RecoveredScene, distance: Tensor) -> Tensor:  # -> [4 T, 3]
+    """Each camera as its centre and a point one scene distance along each axis: position and attitude in one unit."""
+    rotation, centre = split_se3(scene.cam2world)
+    axes = centre[:, None] + distance * rotation.mT
+    return torch.cat([centre[:, None], axes], dim=1).flatten(0, 1)
+
+
+def _world_points(scene: RecoveredScene) -> Tensor:  # [T, H, W, 3]
+    return to_world(unproject(scene.depth.double(), scene.intrinsics.double()), scene.cam2world)
+
+
+def _transform(scene: RecoveredScene, similarity: Similarity) -> RecoveredScene:
+    """The scene in another world: cameras move, depth and lengths in the report change their unit."""
+    rotation, centre = split_se3(scene.cam2world)
+    moved = se3_matrix(matrix_product(similarity.rotation, rotation), similarity.apply(centre))
+    report = replace(
+        scene.report, residual=scene.report.residual * similarity.scale, noise=scene.report.noise * similarity.scale
+    )
+    depth = scene.depth * similarity.scale.to(scene.depth.dtype)
+    return RecoveredScene(scene.intrinsics, invert_se3(moved), depth, report)
+
+
+def _frames(scene: RecoveredScene, frames: slice) -> RecoveredScene:
+    return RecoveredScene(scene.intrinsics[frames], scene.world2cam[frames], scene.depth[frames], scene.report)
+
+
+def _blend(first: RecoveredScene, second: RecoveredScene, shared: int) -> RecoveredScene:
+    """All frames of both; in shared ones the second's part grows evenly, strictly between none and all."""
+    share = (torch.arange(shared, device=first.depth.device) + 1.0).double() / (shared + 1)
+    old, new = first.cam2world[-shared:], second.cam2world[:shared]
+    turn = so3_log(matrix_product(new[:, :3, :3], old[:, :3, :3].mT))
+    rotation = matrix_product(so3_exp(share[:, None] * turn), old[:, :3, :3])
+    centre = torch.lerp(old[:, :3, 3], new[:, :3, 3], share[:, None])
+    share = share.to(first.depth.dtype)[:, None, None]
+    depths = first.depth[-shared:], second.depth[:shared]
+    depth = torch.lerp(*depths, share)
+    depth = torch.where(depths[0] > 0, torch.where(depths[1] > 0, depth, depths[0]), depths[1])  # nan > 0 is False
+    intrinsics = torch.lerp(first.intrinsics[-shared:], second.intrinsics[:shared], share)
+    middle = RecoveredScene(intrinsics, invert_se3(se3_matrix(rotation, centre)), depth, first.report)
+    parts = [_frames(first, slice(-shared)), middle, _frames(second, slice(shared, None))]
+    fields = (torch.cat([getattr(part, name) for part in parts]) for name in ("intrinsics", "world2cam", "depth"))
+    return RecoveredScene(*fields, _join_reports(first.report, second.report, shared))
+
+
+def _join_reports(first: RecoverReport, second: RecoverReport, shared: int) -> RecoverReport:
+    """Per frame the first window's word up to the end of the shared frames; of single numbers the worse."""
+    return RecoverReport(
+        residual=torch.cat([first.residual, second.residual[shared:]]),
+        noise=torch.cat([first.noise, second.noise[shared:]]),
+        inliers=torch.cat([first.inliers, second.inliers[shared:]]),
+        solved=torch.cat([first.solved, second.solved[shared:]]),
+        behind=torch.cat([first.behind, second.behind[shared:]]),
+        iterations=first.iterations + second.iterations,
+        converged=first.converged and second.converged,
+        focal_condition=min(first.focal_condition, second.focal_condition),
+        focal_deviation=max(first.focal_deviation, second.focal_deviation),
+        flags=tuple(dict.fromkeys(first.flags + second.flags)),
+    )

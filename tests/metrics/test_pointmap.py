@@ -1,0 +1,204 @@
+"""Laws of the pointmap metrics: known errors come out, alignments free what they name, only frame-to-frame jumps jitter."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from one4d_pl.geometry.alignment import Similarity
+from one4d_pl.geometry.pointmap import depth_to_pointmap
+from one4d_pl.geometry.se3 import se3_matrix, so3_exp
+from one4d_pl.metrics.pointmap import PointmapError, PointmapJitter, align_pointmap, pointmap_errors, static_jitter
+
+
+def clip(seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """A random pointmap [T, H, W, 3] two to eight units away, a valid and a moving map."""
+    generator = torch.Generator().manual_seed(seed)
+    points = torch.rand(3, 8, 10, 3, generator=generator) * torch.tensor([4.0, 4.0, 6.0]) + torch.tensor([-2.0, -2, 2])
+    valid = torch.rand(3, 8, 10, generator=generator) < 0.8
+    return points, valid, torch.rand(3, 8, 10, generator=generator) < 0.2
+
+
+def orbit(frames: int = 4) -> tuple[Tensor, Tensor, Tensor]:
+    """A slanted plane seen by a moving camera: true pointmap, intrinsics, cam2world."""
+    height, width = 24, 32
+    steps = torch.arange(frames)
+    cam2world = se3_matrix(so3_exp(torch.stack([0 * steps, 0.02 * steps, 0 * steps], -1)), torch.zeros(frames, 3))
+    cam2world[:, 0, 3] = 0.11 * steps
+    intrinsics = torch.tensor([[30.0, 0, 16], [0, 30, 12], [0, 0, 1]]).repeat(frames, 1, 1)
+    rays = depth_to_pointmap(torch.ones(frames, height, width), intrinsics, cam2world)
+    centres = cam2world[:, None, None, :3, 3]
+    normal = torch.tensor([0.2, 0.1, 1.0])
+    depth = ((4 - centres @ normal) / ((rays - centres) @ normal)).expand(frames, height, width)
+    return depth_to_pointmap(depth, intrinsics, cam2world), intrinsics, cam2world
+
+
+def test_a_relative_error_is_the_distance_of_the_points_over_the_distance_from_camera_0():
+    target = torch.tensor([[0.0, 0, 1], [0, 0, 2], [3, 0, 4], [0, 0, 2]]).view(1, 1, 4, 3).repeat(1, 5, 1, 1)
+    target, valid = torch.cat([-target, target]), torch.ones(2, 5, 4, dtype=torch.bool)
+    offset = torch.tensor([0.0, 0.01, 0.0])
+    preds = target + torch.stack([offset, -offset]).view(2, 1, 1, 3)  # no scale fits this much better
+    errors = pointmap_errors(preds, target, valid, None, "scale")
+    assert float(errors.rel_error) == pytest.approx((0.01 + 0.005 + 0.002 + 0.005) / 4, rel=1e-3)
+    assert errors.inliers == 1 and errors.num_moving == 0 and not errors.collapsed
+
+
+def test_alignments_free_what_their_name_says():
+    target, valid, moving = clip()
+    eye = torch.eye(3)
+    shift, turn = torch.tensor([0.3, -0.4, 1.0]), so3_exp(torch.tensor([0.2, 0.5, -0.3]))
+    copies = {
+        "scale": Similarity(torch.tensor(0.2), eye, torch.zeros(3)),
+        "scale_shift": Similarity(torch.tensor(0.2), eye, shift),
+        "sim3": Similarity(torch.tensor(0.2), turn, shift),
+    }
+    names = list(copies)
+    for copy, similarity in copies.items():
+        preds = similarity.apply(target.flatten(0, 2)).view_as(target)
+        for alignment in names:
+            errors = pointmap_errors(preds, target, valid, moving, alignment)
+            assert (errors.rel_error < 1e-5) == (names.index(alignment) >= names.index(copy)), (copy, alignment)
+
+
+@pytest.mark.parametrize("alignment", ["scale", "scale_shift", "sim3"])
+def test_no_unit_of_the_clip_changes_the_error(alignment):
+    target, valid, moving = clip()
+    preds = target + 0.3 * torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
+    expected = pointmap_errors(preds, target, valid, moving, alignment)
+    actual = pointmap_errors(7 * preds, 1000 * target, valid, moving, alignment)
+    assert float(actual.rel_error) == pytest.approx(float(expected.rel_error), rel=1e-4)
+    assert 0.01 < expected.rel_error < 0.2
+
+
+@pytest.mark.parametrize("alignment", ["scale", "scale_shift"])
+def test_the_alignment_minimises_squared_relative_errors(alignment):
+    target, valid, _ = clip()
+    preds = target + 0.5 * torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
+    fit, _ = align_pointmap(preds, target, valid, alignment)
+
+    def cost(factor: float) -> float:
+        changed = Similarity(fit.scale * factor, fit.rotation, fit.translation)
+        error = changed.apply(preds[valid].double()) - target[valid]
+        return float((error / target[valid].norm(dim=-1, keepdim=True)).square().sum())
+
+    assert cost(1.0) < min(cost(0.999), cost(1.001))
+
+
+def test_moving_points_are_measured_alone_after_the_alignment_of_all():
+    target, valid, _ = clip()
+    moving = torch.zeros_like(valid)
+    moving[:, 2, 3] = True
+    valid[:, 2, 3] = True
+    preds = target.clone()
+    preds[moving] *= 2
+    errors = pointmap_errors(preds, target, valid, moving, "scale")
+    assert errors.num_moving == 3 and errors.inliers_moving == 0
+    assert 0.8 < errors.rel_error_moving < 1 and errors.rel_error < 0.1
+    assert float(errors.inliers) == pytest.approx(1 - 3 / float(errors.num_valid))
+
+
+def test_invalid_points_do_not_matter_and_missing_predictions_have_error_one():
+    target, valid, moving = clip()
+    preds = 0.5 * target
+    preds[~valid], expected = math.nan, int(valid.sum())
+    errors = pointmap_errors(preds, target, valid, moving, "sim3")
+    assert errors.rel_error < 1e-5 and errors.num_valid == expected
+    target[~valid], preds[0] = math.inf, math.nan
+    errors = pointmap_errors(preds, target, valid, moving, "sim3")
+    missing = float(valid[0].sum() / valid.sum())
+    assert float(errors.rel_error) == pytest.approx(missing, abs=1e-5)
+    assert float(errors.inliers) == pytest.approx(1 - missing)
+
+
+@pytest.mark.parametrize("alignment", ["scale", "scale_shift", "sim3"])
+def test_a_collapsed_prediction_is_told_and_gets_the_best_of_what_is_left(alignment):
+    target, valid, moving = clip()
+    for preds in (torch.zeros_like(target), torch.full_like(target, math.nan)):
+        errors = pointmap_errors(preds, target, valid, moving, alignment)
+        assert errors.collapsed
+        assert errors.rel_error == 1 or (alignment != "scale" and 0.1 < errors.rel_error < 1)
+    line = torch.ones_like(target) * target[..., 2:]
+    errors = pointmap_errors(line, target, valid, moving, alignment)
+    assert bool(errors.collapsed) == (alignment == "sim3") and 0.1 < errors.rel_error < 1
+
+
+def test_a_point_at_camera_0_cannot_outweigh_the_clip():
+    target, valid, moving = clip()
+    valid[0, 0, 0], target[0, 0, 0] = True, torch.tensor([0.0, 0.0, 1e-9])
+    preds = target.clone()
+    preds[0, 0, 0] += 0.1
+    assert pointmap_errors(preds, target, valid, moving, "scale_shift").rel_error < 0.02
+
+
+def test_clips_count_once_each_and_empty_ones_not_at_all():
+    target, valid, moving = clip()
+    targets, valids = torch.stack([target] * 4), torch.stack([valid] * 4)
+    noise = torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))
+    preds, movings = targets + 0.3 * noise, torch.stack([moving] * 4)
+    valids[0] = False
+    valids[1, 1:] = False
+    movings[2] = False
+    metric = PointmapError("scale_shift")
+    metric.update(preds[:1], targets[:1], valids[:1], movings[:1])
+    metric.update(preds[1:], targets[1:], valids[1:], movings[1:])
+    each = [pointmap_errors(preds[i], targets[i], valids[i], movings[i], "scale_shift") for i in range(4)]
+    result = metric.compute()
+    assert float(result["rel_error"]) == pytest.approx(sum(float(e.rel_error) for e in each[1:]) / 3)
+    assert float(result["inliers"]) == pytest.approx(sum(float(e.inliers) for e in each[1:]) / 3)
+    moving_mean = (float(each[1].rel_error_moving) + float(each[3].rel_error_moving)) / 2
+    assert float(result["rel_error_moving"]) == pytest.approx(moving_mean)
+    assert result["collapsed"] == 0
+
+
+def test_true_points_and_a_constant_distortion_of_the_world_do_not_jitter():
+    target, intrinsics, cam2world = orbit()
+    valid, moving = torch.ones(target.shape[:-1], dtype=torch.bool), torch.zeros(target.shape[:-1], dtype=torch.bool)
+    jitter, pairs = static_jitter(target, target, valid, moving, intrinsics, cam2world, "scale")
+    assert jitter < 1e-6 and pairs > 3 * 24 * 20
+    stretched = target * torch.tensor([1.0, 1.1, 1.0])
+    jitter, _ = static_jitter(stretched, target, valid, moving, intrinsics, cam2world, "scale")
+    assert 0 < jitter < 0.002  # pixels of two frames sample the distortion half a pixel apart, no more
+
+
+def test_jitter_is_the_jump_over_the_distance_and_leaves_moving_points_out():
+    target, intrinsics, cam2world = orbit()
+    valid, moving = torch.ones(target.shape[:-1], dtype=torch.bool), torch.zeros(target.shape[:-1], dtype=torch.bool)
+    moving[:, :, :16] = True
+    signs = torch.tensor([1.0, -1, 1, -1]).view(4, 1, 1, 1)
+    preds = target * (1 + 0.01 * signs)  # the scene breathes: |e' - e| = 0.02 |g|
+    for alignment in ("scale", "sim3"):
+        jitter, pairs = static_jitter(preds, target, valid, moving, intrinsics, cam2world, alignment)
+        assert float(jitter) == pytest.approx(0.02, rel=0.03)
+    assert pairs < 3 * 24 * 16
+    wild = torch.where(moving[..., None], preds + 3, preds)
+    fixed, _ = static_jitter(wild, target, valid & ~moving, moving, intrinsics, cam2world, "scale")
+    assert float(fixed) == pytest.approx(0.02, rel=0.03)
+
+
+def test_hidden_points_are_no_pairs():
+    target, intrinsics, cam2world = orbit()
+    valid, moving = torch.ones(target.shape[:-1], dtype=torch.bool), torch.zeros(target.shape[:-1], dtype=torch.bool)
+    occluded = target.clone()
+    occluded[1::2] *= 0.5  # something stands before the plane in every second frame
+    jitter, pairs = static_jitter(target, occluded, valid, moving, intrinsics, cam2world, "scale")
+    assert (jitter, pairs) == (0, 0)
+
+
+def test_jitter_of_clips_without_pairs_counts_for_nothing():
+    target, intrinsics, cam2world = orbit()
+    moving = torch.zeros(target.shape[:-1], dtype=torch.bool)
+    preds = target * torch.tensor([1.01, 0.99, 1.01, 0.99]).view(4, 1, 1, 1)
+    metric = PointmapJitter("scale")
+    for valid in (~moving, moving):
+        metric.update(preds[None], target[None], valid[None], moving[None], intrinsics[None], cam2world[None])
+    expected, _ = static_jitter(preds, target, ~moving, moving, intrinsics, cam2world, "scale")
+    assert metric.compute() == expected > 0.01
+
+
+def test_an_unknown_alignment_is_named():
+    target, valid, _ = clip()
+    with pytest.raises(ValueError, match="'affine', need one of"):
+        align_pointmap(target, target, valid, "affine")

@@ -1,0 +1,95 @@
+"""Laws of the refinement: its derivatives are those of the objective, and its minimum is one."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from one4d_pl.geometry.se3 import so3_exp
+from one4d_pl.postopt.intrinsics import Samples
+from one4d_pl.postopt.refine import Objective, _linearise, _move, _smoothness, noise_level, refine
+from one4d_pl.postopt.trajectory import Cameras, rays, solve_poses
+
+FOCAL = 0.8
+
+
+def random_problem(noise: float, frames: int = 4, points: int = 60) -> tuple[Samples, Cameras]:
+    """Cameras on a curved path and the points that their pixels see."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(*shape, generator=generator, dtype=torch.float64) - 0.5
+
+    time = torch.arange(frames, dtype=torch.float64)[:, None]
+    rotation = so3_exp(0.1 * time * draw(1, 3) + 0.02 * draw(frames, 3))
+    cameras = Cameras(torch.full((frames,), FOCAL).double().log(), rotation, 0.1 * time * draw(1, 3))
+    empty = Samples(
+        torch.zeros(frames, points, 3).double(), 0.5 + draw(frames, points).abs(), draw(points), draw(points)
+    )
+    camera_points = rays(empty, torch.tensor(FOCAL).double()) * (1.5 + draw(frames, points)[..., None])
+    world = camera_points @ rotation + cameras.centre[:, None] + noise * draw(frames, points, 3)
+    return replace(empty, points=world), cameras
+
+
+def total(cameras: Cameras, samples: Samples, noise: torch.Tensor, objective: Objective) -> float:
+    return float(_linearise(cameras, samples, noise, objective).cost + _smoothness(cameras, objective).cost)
+
+
+@pytest.mark.parametrize("loss", ["huber", "tukey"])
+@pytest.mark.parametrize("mode", ["shared", "per_frame", "fixed"])
+def test_the_gradient_is_that_of_the_objective(loss, mode):
+    samples, cameras = random_problem(noise=0.1)
+    cameras = replace(cameras, centre=cameras.centre + 0.02, log_focal=cameras.log_focal + 0.05)
+    objective = Objective(alpha1=1.0, alpha2=0.3, focal_mode=mode, loss=loss)
+    noise = noise_level(samples, cameras)
+    normal, smooth = _linearise(cameras, samples, noise, objective), _smoothness(cameras, objective)
+    poses = (normal.gradient[:, :6] + smooth.gradient).flatten()
+    focal = {"shared": normal.gradient[:, 6].sum()[None], "per_frame": normal.gradient[:, 6], "fixed": poses[:0]}[mode]
+    gradient = torch.cat([poses, focal])
+    step = 1e-6 * torch.eye(len(gradient), dtype=torch.float64)
+    numeric = [
+        (
+            total(_move(cameras, e, mode), samples, noise, objective)
+            - total(_move(cameras, -e, mode), samples, noise, objective)
+        )
+        / 2e-6
+        for e in step
+    ]
+    # Turns are linearised to first order in the angle between frames, 0.1: the only approximation.
+    torch.testing.assert_close(torch.tensor(numeric).double(), gradient, rtol=1e-2, atol=2e-4)
+
+
+def test_the_smoothness_is_the_papers_sum():
+    _, cameras = random_problem(noise=0.0)
+    objective = Objective(alpha1=1.0, alpha2=0.7, focal_mode="shared", loss="huber")
+    turn = cameras.rotation[:-1].mT @ cameras.rotation[1:] - torch.eye(3).double()
+    shift = cameras.centre[1:] - cameras.centre[:-1]
+    expected = 0.7 * (torch.linalg.matrix_norm(turn) + torch.linalg.vector_norm(shift, dim=-1)).mean()
+    # Tips are rounded below 1e-3, which lowers each longer term by half of that.
+    torch.testing.assert_close(_smoothness(cameras, objective).cost, expected, rtol=0, atol=0.7 * 1.3e-3)
+
+
+def test_the_minimum_is_no_higher_than_the_truth_and_its_neighbours():
+    samples, cameras = random_problem(noise=0.1, points=300)
+    objective = Objective(alpha1=1.0, alpha2=0.01, focal_mode="shared", loss="huber")
+    refined = refine(solve_poses(samples, cameras.log_focal.exp()), samples, objective, tolerance=1e-9)
+    assert refined.converged
+    lowest = total(refined.cameras, samples, refined.noise, objective)
+    assert lowest <= total(cameras, samples, refined.noise, objective)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(20):
+        step = 1e-3 * torch.randn(6 * 4 + 1, generator=generator, dtype=torch.float64)
+        assert lowest <= total(_move(refined.cameras, step, "shared"), samples, refined.noise, objective)
+
+
+def test_stronger_smoothing_shortens_the_path():
+    samples, cameras = random_problem(noise=0.1)
+    lengths = []
+    for alpha2 in (0.0, 0.1, 10.0):
+        objective = Objective(alpha1=1.0, alpha2=alpha2, focal_mode="fixed", loss="huber")
+        centre = refine(cameras, samples, objective, tolerance=1e-6).cameras.centre
+        lengths.append(float(torch.linalg.vector_norm(centre[1:] - centre[:-1], dim=-1).sum()))
+    assert lengths[0] > lengths[1] > lengths[2]
+    assert lengths[2] < 0.1 * lengths[0]
