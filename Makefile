@@ -41,10 +41,10 @@ setup-system:  ## install the system libraries that open3d needs (apt-get, as ro
 	else echo "setup-system: needs root; for the 3-D viewer run as root: apt-get install $(SYSTEM_PACKAGES)"; fi
 
 test: $(STAMP)  ## the tests but the slow ones
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m "not slow"
 
 test-long: $(STAMP)  ## the slow tests
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -q -m slow -o faulthandler_timeout=1800
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m slow -o faulthandler_timeout=1800
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .

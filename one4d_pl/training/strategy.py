@@ -49,8 +49,11 @@ def fast_forward(trainer: lightning.Trainer, step: int, accumulation: int) -> No
 
 
 def limit_threads(config: Config) -> None:
-    """Share this machine's cores between its processes: oversubscribed OpenMP is ten times slower."""
-    if not torch.cuda.is_available():
+    """Share this machine's cores between its processes: oversubscribed OpenMP is ten times slower.
+
+    OMP_NUM_THREADS, where the user set it, has been obeyed by torch already.
+    """
+    if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.train.devices))
 
 
