@@ -1,4 +1,4 @@
-"""python -m one4d_pl.build_tiny_base --vae FOLDER --config configs/tiny_base.yaml: pretrain the tiny Wan on RGB video.
+"""python -m one4d_pl.build_tiny_base --config configs/tiny_base.yaml: pretrain the tiny Wan on RGB video.
 
 Builds a bundle around a trained VAE (see build_tiny_vae), trains its transformer and text encoder as an RGB inpainting
 video model on the toy world, and leaves the averaged weights as a diffusers folder at run_dir/wan. Run again to resume.
@@ -16,11 +16,13 @@ from one4d_pl.config import Config, ConfigError, load_config
 
 log = logging.getLogger("one4d_pl")
 
+SHIPPED_VAE = Path(__file__).parent / "assets" / "tiny_vae"
+
 
 def main(arguments: list[str]) -> int:
     """Parse and train; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m one4d_pl.build_tiny_base", description=__doc__)
-    parser.add_argument("--vae", type=Path, required=True, help="diffusers folder of the trained VAE")
+    parser.add_argument("--vae", type=Path, default=SHIPPED_VAE, help="diffusers folder; default: the shipped one")
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
     args = parser.parse_args(arguments)

@@ -52,7 +52,7 @@ def camera_errors(
         raise ValueError(f"camera_errors: {len(preds)} valid cameras, need at least 2")
     if not bool(preds.isfinite().all() & target.isfinite().all()):
         raise ValueError("camera_errors: a valid camera is not finite; mark it as not valid")
-    ate, scale, degenerate = _absolute_error(preds[:, :3, 3], target[:, :3, 3])
+    ate, scale, degenerate = absolute_error(preds[:, :3, 3], target[:, :3, 3])
     rotation, step = split_se3(relative_se3(preds[:-1], preds[1:]))  # [T-1, 3, 3], [T-1, 3]
     rotation_target, step_target = split_se3(relative_se3(target[:-1], target[1:]))
     return CameraErrors(
@@ -66,6 +66,27 @@ def camera_errors(
         total_rotation_target=total_rotation(target),
         degenerate=degenerate,
     )
+
+
+def absolute_error(
+    preds: Tensor,  # [T, 3] camera centres, float64
+    target: Tensor,  # [T, 3] camera centres, float64
+) -> tuple[Tensor, Tensor, Tensor]:  # RMSE, scale, degenerate
+    """The RMSE after the best similarity, that similarity's scale, and whether its rotation is not determined."""
+    centred, target_centred = preds - preds.mean(0), target - target.mean(0)
+    covariance = (target_centred[:, :, None] * centred[:, None, :]).mean(0)  # [3, 3]
+    singular = torch.linalg.svdvals(covariance)
+    eps = torch.finfo(torch.float64).eps
+    refused = singular[1] <= eps  # evo's rule, absolute: whom the published protocols drop
+    if bool(singular[1] > 100 * eps * singular[0]):  # well above the rank test of align_sim3
+        everywhere = torch.ones_like(preds[:, 0], dtype=torch.bool)
+        fit = align_sim3(preds, target, everywhere)
+        return (fit.apply(preds) - target).square().sum(-1).mean().sqrt(), fit.scale, refused
+    # Rank below 2: every best rotation leaves the same residual (Umeyama 1991, eq. 33), no need to choose one.
+    variance = centred.square().sum(-1).mean()
+    scale = singular[0] / variance if bool(variance > 0) else torch.zeros_like(variance)
+    squared = target_centred.square().sum(-1).mean() - scale * singular[0]
+    return squared.clamp(min=0).sqrt(), scale, torch.ones_like(refused)
 
 
 def path_length(cam2world: Tensor) -> Tensor:  # [..., T, 4, 4] -> [...], its unit
@@ -141,21 +162,3 @@ class CameraError(Metric):
         regular = self.regular_totals / (self.sequences - self.degenerate)
         means |= {f"{name}_regular": value for name, value in zip(ERROR_NAMES, regular)}
         return means | {"sequences": self.sequences, "degenerate": self.degenerate, "unscored": self.unscored}
-
-
-def _absolute_error(preds: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [T, 3] -> RMSE, scale, flag
-    """The RMSE after the best similarity and that similarity's scale."""
-    centred, target_centred = preds - preds.mean(0), target - target.mean(0)
-    covariance = (target_centred[:, :, None] * centred[:, None, :]).mean(0)  # [3, 3]
-    singular = torch.linalg.svdvals(covariance)
-    eps = torch.finfo(torch.float64).eps
-    refused = singular[1] <= eps  # evo's rule, absolute: whom the published protocols drop
-    if bool(singular[1] > 100 * eps * singular[0]):  # well above the rank test of align_sim3
-        everywhere = torch.ones_like(preds[:, 0], dtype=torch.bool)
-        fit = align_sim3(preds, target, everywhere)
-        return (fit.apply(preds) - target).square().sum(-1).mean().sqrt(), fit.scale, refused
-    # Rank below 2: every best rotation leaves the same residual (Umeyama 1991, eq. 33), no need to choose one.
-    variance = centred.square().sum(-1).mean()
-    scale = singular[0] / variance if bool(variance > 0) else torch.zeros_like(variance)
-    squared = target_centred.square().sum(-1).mean() - scale * singular[0]
-    return squared.clamp(min=0).sqrt(), scale, torch.ones_like(refused)

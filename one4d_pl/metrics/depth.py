@@ -28,6 +28,7 @@ ADAM = {  # learning rate and steps of the published fits; both start at the rat
 }
 LOWEST = 1e-5  # what a depth counts as in a ratio or a logarithm, at least
 CHUNK = 1 << 20  # pixels lifted to float64 at a time
+ADAM_CHUNK = 1 << 16  # pixels whose temporaries stay in the cache
 COARSE = 1 << 16  # points of the first guess of an exact fit
 
 
@@ -171,9 +172,13 @@ def _fit_adam(points: Tensor, depths: Tensor, start: Tensor, lr: float, steps: i
     """Adam on sum |s p + t - g| over (s, t) from (start, 0), always all steps: the published early stop never fires."""
     free = torch.stack([start, torch.zeros_like(start)])
     optimizer = torch.optim.Adam([free], lr=lr)
+    pieces = list(zip(points.split(ADAM_CHUNK), depths.split(ADAM_CHUNK)))
     for _ in range(steps):
-        sign = (points * free[0].to(points.dtype) + free[1].to(points.dtype) - depths).sign()
-        free.grad = torch.stack([(sign * points).sum(dtype=torch.float64), sign.sum(dtype=torch.float64)])
+        gradient = torch.zeros_like(free)
+        for p, g in pieces:
+            sign = (p * free[0].to(p.dtype) + free[1].to(p.dtype) - g).sign()
+            gradient += torch.stack([(sign * p).sum(), sign.sum()]).double()
+        free.grad = gradient
         optimizer.step()
     return ScaleShift(*free)
 

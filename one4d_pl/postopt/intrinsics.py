@@ -30,6 +30,10 @@ class Samples:
         """The samples of some frames."""
         return Samples(self.points[frames], self.weights[frames], self.x, self.y)
 
+    def pixels(self, chosen: Tensor) -> Samples:  # chosen: [N] bool
+        """The samples at some positions."""
+        return Samples(self.points[:, chosen], self.weights[:, chosen], self.x[chosen], self.y[chosen])
+
     def normalised(self, centre: Tensor, unit: Tensor) -> Samples:  # [3], scalar
         """The points in the frame whose origin is `centre`, measured in `unit`s."""
         points = torch.where(self.weights[..., None] > 0, (self.points - centre) / unit, 0)

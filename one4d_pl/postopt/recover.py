@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from one4d_pl.postopt.intrinsics import (
     sample_grid,
     sample_medians,
 )
-from one4d_pl.postopt.refine import FocalMode, Objective, Refined, refine
+from one4d_pl.postopt.refine import FocalMode, Objective, Refined, credible_alpha2, refine
 from one4d_pl.postopt.trajectory import (
     Cameras,
     best_focal,
@@ -49,6 +49,7 @@ class RecoverOptions:
 
     alpha1: float = 1.0  # mean distance of points and recovered points
     alpha2: float = 0.01  # mean smoothness of the trajectory (MonST3R 0.01, Geo4D 0.015); 0 = off
+    adapt_alpha2: bool = True  # lower alpha2 where left-out pixels show that it costs accuracy; False: Eq. 12 as it is
     shared_focal: bool = True  # one focal length for the clip; False: zooming cameras, one per frame
     focal: float | None = None  # known fx in pixels; None = solved for
     aspect: float = 1.0  # known fy / fx; 1 = square pixels
@@ -79,6 +80,7 @@ class RecoverReport:
     behind: Tensor  # [T] float64, share of points behind their camera: their depth is 0
     iterations: int  # Gauss-Newton steps
     converged: bool
+    alpha2: float  # used: at most the option's
     focal_condition: float  # 0 .. 1; 0 = a change of focal length looks like a change of pose; worst frame if per frame
     focal_deviation: float  # of log focal, as if pixels were independent; 0 = known; inf = not observable
     flags: tuple[str, ...]  # what is degenerate, in words
@@ -206,23 +208,19 @@ def _solve(
         fixed, flag = _solve_with(blocks, grid, focals, "fixed", options), "focal of some frames from the others"
     else:
         fixed, flag = _solve_with(blocks, grid, focal.new_tensor(prior), "fixed", options), "focal from prior"
-    return Refined(
-        fixed.cameras, fixed.noise, fixed.iterations, fixed.converged, refined.focal_condition, refined.focal_deviation
-    ), (flag,)
+    unseen = replace(fixed, focal_condition=refined.focal_condition, focal_deviation=refined.focal_deviation)
+    return unseen, (flag,)
 
 
 def _solve_with(blocks: Samples, grid: Samples, focal: Tensor, mode: FocalMode, options: RecoverOptions) -> Refined:
+    objective = Objective(options.alpha1, options.alpha2, mode, "huber")
     cameras = solve_poses(blocks, focal.expand(len(blocks.points)))
-    coarse = refine(cameras, blocks, Objective(options.alpha1, options.alpha2, mode, "huber"), 1e-4)
-    dense = refine(coarse.cameras, grid, Objective(options.alpha1, options.alpha2, mode, "tukey"), 1e-6)
-    return Refined(
-        dense.cameras,
-        dense.noise,
-        coarse.iterations + dense.iterations,
-        dense.converged,
-        dense.focal_condition,
-        dense.focal_deviation,
-    )
+    coarse = refine(cameras, blocks, replace(objective, alpha2=0.0) if options.adapt_alpha2 else objective, 1e-4)
+    objective = replace(objective, loss="tukey")
+    if options.adapt_alpha2:
+        objective = replace(objective, alpha2=credible_alpha2(coarse.cameras, grid, objective))
+    dense = refine(coarse.cameras, grid, objective, 1e-6)
+    return replace(dense, iterations=coarse.iterations + dense.iterations)
 
 
 def _report(
@@ -241,7 +239,7 @@ def _report(
     noise = torch.full_like(residual, torch.nan)
     inliers = torch.zeros_like(residual)
     if refined is None:
-        return RecoverReport(residual, noise, inliers, solved, behind, 0, True, 0.0, math.inf, flags)
+        return RecoverReport(residual, noise, inliers, solved, behind, 0, True, 0.0, 0.0, math.inf, flags)
     noise[solved] = refined.noise
     trusted = (distance < _TRUSTED * noise[:, None]) * grid.weights
     inliers = torch.where(solved, trusted.sum(-1) / weight, 0.0)
@@ -251,5 +249,15 @@ def _report(
     if not refined.converged:
         flags += ("not converged",)
     return RecoverReport(
-        residual, noise, inliers, solved, behind, refined.iterations, refined.converged, condition, deviation, flags
+        residual,
+        noise,
+        inliers,
+        solved,
+        behind,
+        refined.iterations,
+        refined.converged,
+        refined.alpha2,
+        condition,
+        deviation,
+        flags,
     )

@@ -12,7 +12,7 @@ equals it on average over inliers and is nil beyond five times the noise.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -25,14 +25,17 @@ from one4d_pl.postopt.trajectory import Cameras, camera_points, ray_distance, we
 Loss = Literal["huber", "tukey"]
 FocalMode = Literal["shared", "per_frame", "fixed"]
 
-NOISE_FLOOR = 1e-9  # of the scene's unit: exact pointmaps have no noise to measure
-EXACT = 1e-8  # of the scene's unit: distances below are rounding (float32 pointmaps: 6e-8), no step can gain
+NOISE_FLOOR = 1e-7  # of the scene's unit: the rounding of float32 pointmaps
+EXACT = 1e-8  # of the scene's unit: a lower cost is rounding, no step can gain
 _ROUNDS, _STEPS = 4, 10  # most estimates of the noise; most Gauss-Newton steps for each
 _DAMPING = 1e-9  # of a unit diagonal: far below what the data say, but a singular matrix is no accident
 _RAYLEIGH_MEDIAN = 1.1774  # median length of a 2-D Gaussian vector of unit deviation per axis
 _MEAN_INVERSE = 1.2533  # mean of 1 / length of the same: the average weight that |r| gives to noise
 _GATE = 5.0  # noise deviations; a point farther from its ray is no measurement of it
 _STILL = 1e-3  # of the scene's unit (and radians): shorter camera steps are smoothed quadratically
+_TILES = 8  # along each side of the picture
+_CREDIBLE = 0.9  # a smaller gain on left-out pixels is chance
+_ALPHA2_PARTS = (1.0, 0.3, 0.1, 0.03, 0.0)
 _CHUNK = 200_000  # points linearised at once: bounds the memory, fits the cache
 
 
@@ -54,6 +57,7 @@ class Refined:
     noise: Tensor  # [T], deviation of the points from their rays, per axis
     iterations: int
     converged: bool
+    alpha2: float  # the objective's
     focal_condition: Tensor  # [] or [T]: share of the focal's effect that no pose explains, less what noise feigns
     focal_deviation: Tensor  # [] or [T]: standard deviation of log focal if pixels were independent
 
@@ -93,10 +97,48 @@ def refine(
         cameras, normal, used, converged = _minimise(cameras, samples, noise, objective, tolerance)
         iterations += used
         before, noise = noise, noise_level(samples, cameras)
-        if bool((noise > 0.8 * before).all()) or bool((noise < EXACT).all()):
+        if bool((noise > 0.8 * before).all()) or bool((noise < 3 * NOISE_FLOOR).all()):
             break
     condition, deviation = _focal_condition(normal, samples, cameras, before, objective)
-    return Refined(cameras, noise, iterations, converged, condition, deviation)
+    return Refined(cameras, noise, iterations, converged, objective.alpha2, condition, deviation)
+
+
+def credible_alpha2(cameras: Cameras, samples: Samples, objective: Objective) -> float:
+    """The largest part of alpha2, down to none, that pixels left out of the fit confirm.
+
+    The smoothness of Eq. 12 has a fixed weight, so many pixels or much tremble make it a bias rather than a help. The
+    picture is cut into tiles (errors of neighbouring pixels are alike) of four sorts. Three sorts are fitted by one
+    step from the same cameras with parts of alpha2, and the data term of the fourth is the judge, each sort once.
+    """
+    if objective.alpha2 == 0 or len(cameras.centre) == 1:
+        return objective.alpha2
+    noise = noise_level(samples, cameras)
+    tile = [((p - p.amin()) / (p.amax() - p.amin()).clamp_min(1e-12) * _TILES).long() for p in (samples.x, samples.y)]
+    sort = (tile[0] + 2 * tile[1]) % 4
+    used = [samples.pixels(sort == number) for number in range(4)]
+    normals = [_linearise(cameras, part, noise, objective) for part in used if bool((part.weights > 0).any())]
+    if len(normals) < 2:
+        return objective.alpha2
+    nothing = _smoothness(cameras, replace(objective, alpha2=0.0))
+    judges = [_assemble(normal, nothing, objective.focal_mode) for normal in normals]
+    scores = []
+    for part in _ALPHA2_PARTS:
+        smooth = _smoothness(cameras, replace(objective, alpha2=part * objective.alpha2))
+        score = 0.0
+        for number, (matrix, gradient) in enumerate(judges):
+            others = _mean_normal(normals[:number] + normals[number + 1 :])
+            step = _solve(*_assemble(others, smooth, objective.focal_mode), _DAMPING)
+            score += float(gradient @ step + step @ matrix @ step / 2)
+        scores.append(score)
+    best = min(range(len(scores)), key=scores.__getitem__)
+    # scores[-1] > 0 is what a fit without smoothing loses on pixels that it has not seen.
+    return _ALPHA2_PARTS[best] * objective.alpha2 if scores[best] < _CREDIBLE * scores[-1] else 0.0
+
+
+def _mean_normal(normals: list[_Normal]) -> _Normal:
+    return _Normal(
+        *(torch.stack([getattr(n, name) for n in normals]).mean(0) for name in ("cost", "matrix", "gradient"))
+    )
 
 
 def _minimise(

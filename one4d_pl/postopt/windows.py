@@ -20,6 +20,7 @@ from one4d_pl.postopt.recover import RecoveredScene, RecoverReport
 _SEAM_POINTS = 2000  # per shared frame
 _ROUNDS = 20
 _GATE = 5.0  # noise deviations
+_ROUNDING = 1e-6  # of the distance: depth is float32
 
 
 @dataclass(frozen=True)
@@ -149,14 +150,14 @@ def _align(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
     try:
         for _ in range(_ROUNDS):
             error = torch.linalg.vector_norm(similarity.apply(both[0]) - both[1], dim=-1)
-            noise = (error[: len(source)].median() / 1.54).clamp_min(1e-9 * distance)  # 3-D Gaussian
+            noise = (error[: len(source)].median() / 1.54).clamp_min(_ROUNDING * distance)  # 3-D Gaussian
             weights = share * (1 - (error / (_GATE * noise)).square()).clamp_min(0).square()
             similarity = align_sim3(both[0], both[1], weights)
     except ValueError:  # shared points on a line or at one place: the start is the answer
         similarity, flags = start, ("seam from medians: shared points are degenerate",)
     error = torch.linalg.vector_norm(similarity.apply(source) - target, dim=-1)
     residual = error.median()
-    inliers = float((error <= _GATE / 1.54 * residual.clamp_min(1e-9 * distance)).double().mean())
+    inliers = float((error <= _GATE / 1.54 * residual.clamp_min(_ROUNDING * distance)).double().mean())
     return Seam(similarity, float(residual / distance), inliers, flags)
 
 
@@ -232,6 +233,7 @@ def _join_reports(first: RecoverReport, second: RecoverReport, shared: int) -> R
         behind=torch.cat([first.behind, second.behind[shared:]]),
         iterations=first.iterations + second.iterations,
         converged=first.converged and second.converged,
+        alpha2=min(first.alpha2, second.alpha2),
         focal_condition=min(first.focal_condition, second.focal_condition),
         focal_deviation=max(first.focal_deviation, second.focal_deviation),
         flags=tuple(dict.fromkeys(first.flags + second.flags)),

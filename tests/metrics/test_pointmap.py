@@ -1,4 +1,4 @@
-"""Laws of the pointmap metrics: known errors come out, alignments free what they name, only frame-to-frame jumps jitter."""
+"""Laws of the pointmap metrics: known errors come out, alignments free what they name, only jumps jitter."""
 
 from __future__ import annotations
 

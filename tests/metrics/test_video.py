@@ -10,6 +10,9 @@ from torch import Tensor, nn
 
 from one4d_pl.metrics.video import FrechetVideoDistance, I3DFeatures, VaeFeatures
 
+# TorchScript is the format of the shared I3D file, whatever torch recommends for new ones
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:fvd:UserWarning")
+
 
 def encode(videos: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, 3, ceil(T / 4), H / 2, W / 2]
     return nn.functional.avg_pool3d(videos, (1, 2, 2))[:, :, ::4]
