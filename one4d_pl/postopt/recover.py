@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from one4d_pl.geometry.camera import camera_rays
-from one4d_pl.geometry.se3 import invert_se3, se3_matrix, split_se3
+from one4d_pl.geometry.se3 import invert_se3, se3_matrix
 from one4d_pl.postopt.intrinsics import (
     Samples,
     focal_candidates,
@@ -123,7 +123,8 @@ def recover_scene(
     blocks, grid = blocks.normalised(centre, unit), grid.normalised(centre, unit)
     solved = solvable_frames(blocks)
     if bool(solved.any()):
-        refined, flags = _solve(blocks.take(solved), grid.take(solved), prior, known, options)
+        some = (blocks, grid) if bool(solved.all()) else (blocks.take(solved), grid.take(solved))  # no copy of all
+        refined, flags = _solve(*some, prior, known, options)
         cameras = fill_missing(refined.cameras, solved)
         flags += motion_flags(cameras, distance=1.0)
     else:
@@ -150,15 +151,17 @@ def project_depth(
     num_frames, height, width = pointmap.shape[:3]
     depth = torch.empty(num_frames, height, width, dtype=torch.float32, device=pointmap.device)
     behind = torch.zeros(num_frames, dtype=torch.float64, device=pointmap.device)
-    rotation, translation = split_se3(world2cam)
-    working = torch.promote_types(pointmap.dtype, torch.float32)
-    for t in range(num_frames):  # frame by frame: bounded memory
-        rays = camera_rays(height, width, intrinsics[t].double())
-        rays = rays / rays.square().sum(-1, keepdim=True)
-        # z = ray · (R X + t) / ray · ray = (Rᵀ ray) · X + ray · t
-        towards = (rays.flatten(0, 1) @ rotation[t].double()).to(working)
-        offset = (rays.flatten(0, 1) @ translation[t].double()).to(working)
-        z = ((pointmap[t].reshape(-1, 3) * towards).sum(-1) + offset).view(height, width)
+    rows = world2cam[:, :3].double().tolist()
+    last = None
+    for t in range(num_frames):  # frame by frame: bounded memory, and what is read twice is still in the cache
+        points = pointmap[t].to(torch.promote_types(pointmap.dtype, torch.float32)).unbind(-1)
+        if last is None or not torch.equal(intrinsics[t], last):
+            last = intrinsics[t]
+            rays = camera_rays(height, width, last.double())
+            shares = (rays / rays.square().sum(-1, keepdim=True)).to(points[0].dtype).unbind(-1)
+        z = torch.zeros_like(points[0])  # ray · (R X + t) / ray · ray, added up row by row
+        for share, (a, b, c, shift) in zip(shares, rows[t]):
+            z.addcmul_(share, (points[0] * a).add_(points[1], alpha=b).add_(points[2], alpha=c).add_(shift))
         finite = z.isfinite()
         behind[t] = ((z <= 0) & finite).sum() / finite.sum().clamp_min(1)
         depth[t] = torch.where(finite, z, torch.nan).clamp_min(0)
@@ -213,7 +216,7 @@ def _solve(
 
 
 def _solve_with(blocks: Samples, grid: Samples, focal: Tensor, mode: FocalMode, options: RecoverOptions) -> Refined:
-    objective = Objective(options.alpha1, options.alpha2, mode, "huber")
+    objective = Objective(options.alpha1, options.alpha2, mode, "tukey")
     cameras = solve_poses(blocks, focal.expand(len(blocks.points)))
     coarse = refine(cameras, blocks, replace(objective, alpha2=0.0) if options.adapt_alpha2 else objective, 1e-4)
     objective = replace(objective, loss="tukey")

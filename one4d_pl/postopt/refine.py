@@ -36,7 +36,7 @@ _STILL = 1e-3  # of the scene's unit (and radians): shorter camera steps are smo
 _TILES = 8  # along each side of the picture
 _CREDIBLE = 0.9  # a smaller gain on left-out pixels is chance
 _ALPHA2_PARTS = (1.0, 0.3, 0.1, 0.03, 0.0)
-_CHUNK = 200_000  # points linearised at once: bounds the memory, fits the cache
+_CHUNK = 60_000  # points linearised at once: bounds the memory, fits the cache
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,12 @@ from one4d_pl.postopt.intrinsics import Samples
 
 _ROUNDS = 4  # reweightings of a pose; the joint refinement does the rest
 _ROTATION_STEPS = 12
+_TAIL = 5.0  # median distances; of Gaussian noise nothing lies beyond
+_TAIL_SHARE = 0.05  # of points beyond: more are no accident
+_DRAWS, _DRAW_SIZE = 48, 6  # with 30 % of outliers all 48 draws of 6 hold one with a chance of 0.3 %
+_PROBE = 24  # every so many frames one is solved again without a doubt
+_CLEARLY = 0.8  # of the median distance before
+_JUDGES = 250  # points that judge a drawn pose
 _MIRROR_FACTOR = 4.0  # a fit with its points behind the camera must be this much better to be believed
 
 
@@ -58,33 +64,98 @@ def solve_poses(
     samples: Samples,  # every frame with at least three points that do not lie on a line
     focal: Tensor,  # [T], longer sides
 ) -> Cameras:
-    """The robust pose of every frame by itself: SQPnP, then reweighted by the inverse distance (least absolute sum)."""
+    """The robust pose of every frame by itself: SQPnP, then reweighted by the inverse distance (least absolute sum).
+
+    Frames whose distances have a long tail are solved again from the best of some poses of six pixels each, which
+    stands up to flying points that lean all one way; of both answers the one with the lower median distance is kept.
+    """
+    cameras = _reweight(samples, focal, None)
+    distance = ray_distance(samples, cameras)
+    tail = _TAIL * weighted_median(distance, samples.weights)[:, None] + 1e-9 * _size(samples)[:, None]
+    doubted = ((distance > tail) * (samples.weights > 0)).double().mean(-1) > _TAIL_SHARE
+    probe = doubted | (torch.arange(len(focal), device=focal.device) % _PROBE == 0)
+    cameras, improved = _try_again(samples, cameras, probe)
+    if bool((improved & ~doubted).any()):  # a compromise between two groups of points has no tail: doubt all frames
+        cameras, _ = _try_again(samples, cameras, ~probe)
+    return cameras
+
+
+def _try_again(samples: Samples, cameras: Cameras, frames: Tensor) -> tuple[Cameras, Tensor]:
+    """Solve some frames [T] bool from drawn poses; keep what lowers the median distance clearly, and say where [T]."""
+    improved = torch.zeros_like(frames)
+    if not bool(frames.any()):
+        return cameras, improved
+    some, old = samples.take(frames), cameras.take(frames)
+    new = _reweight(some, old.log_focal.exp(), _consensus(some, old.log_focal.exp()))
+    before, after = (weighted_median(ray_distance(some, c), some.weights) for c in (old, new))
+    better = after < _CLEARLY * before - 1e-9 * _size(some)
+    improved[frames.nonzero()[better, 0]] = True
+    rotation, centre = cameras.rotation.clone(), cameras.centre.clone()
+    rotation[improved], centre[improved] = new.rotation[better], new.centre[better]
+    return Cameras(cameras.log_focal, rotation, centre), improved
+
+
+def _reweight(samples: Samples, focal: Tensor, cameras: Cameras | None) -> Cameras:
+    """Poses by reweighted SQPnP; from given cameras on, points far beyond the median distance have no weight."""
     directions = torch.nn.functional.normalize(rays(samples, focal), dim=-1)  # [T, N, 3]
-    weights = samples.weights
-    cameras: Cameras | None = None
+    gated, weights = cameras is not None, samples.weights
     for _ in range(_ROUNDS):
-        mean = (weights[..., None] * samples.points).sum(1) / weights.sum(-1, keepdim=True)
-        centred = replace(samples, points=samples.points - mean[:, None], weights=weights)
-        omega, to_translation = _quadratic_form(centred, directions)
-        starts = _starts(omega) if cameras is None else cameras.rotation[:, None]
-        rotation, cost = _descend(omega, starts)  # [T, C, 3, 3], [T, C]
-        translation = _times_rotation(to_translation[:, None], rotation)  # [T, C, 3]
-        # Cheirality: the mean point lies in front, unless only a mirrored scene fits.
-        best = (cost * torch.where(translation[..., 2] > 0, 1, _MIRROR_FACTOR)).argmin(-1)
-        frames = torch.arange(len(best), device=best.device)
-        rotation, translation = rotation[frames, best], translation[frames, best]
-        cameras = Cameras(focal.log(), rotation, mean - rotate(rotation.mT, translation))
-        distance = ray_distance(samples, cameras)
-        # Half the median rounds the tip of |r|: sharper weights would not converge in these few rounds.
-        tip = 0.5 * weighted_median(distance, samples.weights)[:, None] + 1e-12
-        weights = samples.weights / distance.clamp_min(tip)
-        weights = weights / weights.sum(-1, keepdim=True)
+        if cameras is not None:
+            distance = ray_distance(samples, cameras)
+            # Half the median rounds the tip of |r|: sharper weights would not converge in these few rounds.
+            middle = weighted_median(distance, samples.weights)[:, None] + 1e-12
+            weights = samples.weights / torch.maximum(distance, middle / 2)
+            weights = weights * (distance <= _TAIL * middle) if gated else weights
+        rotation = None if cameras is None else cameras.rotation[:, None]
+        cameras = _solve_weighted(replace(samples, weights=weights), focal, directions, rotation)
     assert cameras is not None
     return cameras
 
 
+def _solve_weighted(samples: Samples, focal: Tensor, directions: Tensor, starts: Tensor | None) -> Cameras:
+    """SQPnP (weighted least squares) from given rotations [T, C, 3, 3], or from the form's own."""
+    weights = samples.weights / samples.weights.sum(-1, keepdim=True)
+    mean = (weights[..., None] * samples.points).sum(1)
+    omega, to_translation = _quadratic_form(
+        Samples(samples.points - mean[:, None], weights, samples.x, samples.y), directions
+    )
+    rotation, cost = _descend(omega, _starts(omega) if starts is None else starts)  # [T, C, 3, 3], [T, C]
+    translation = _times_rotation(to_translation[:, None], rotation)  # [T, C, 3]
+    # Cheirality: the mean point lies in front, unless only a mirrored scene fits.
+    best = (cost * torch.where(translation[..., 2] > 0, 1, _MIRROR_FACTOR)).argmin(-1)
+    frames = torch.arange(len(best), device=best.device)
+    rotation, translation = rotation[frames, best], translation[frames, best]
+    return Cameras(focal.log(), rotation, mean - rotate(rotation.mT, translation))
+
+
+def _consensus(samples: Samples, focal: Tensor) -> Cameras:
+    """Per frame the pose, of some from six random points each, that has the lowest median distance (least median)."""
+    num_frames = len(focal)
+    generator = torch.Generator().manual_seed(0)  # the same answer every time
+    chances = (samples.weights > 0).double().cpu().repeat_interleave(_DRAWS, 0)
+    drawn = torch.multinomial(chances, _DRAW_SIZE, generator=generator).to(focal.device)  # [T · draws, 6]
+    frame = torch.arange(num_frames, device=focal.device).repeat_interleave(_DRAWS)
+    drawn_focal = focal[frame]
+    points = samples.points[frame[:, None], drawn]
+    directions = torch.stack([samples.x[drawn], samples.y[drawn], drawn_focal[:, None].expand(drawn.shape)], -1)
+    few = Samples(points, torch.ones_like(points[..., 0]), samples.x, samples.y)
+    cameras = _solve_weighted(few, drawn_focal, torch.nn.functional.normalize(directions, dim=-1), None)
+    judges = samples.pixels(torch.arange(len(samples.x), device=focal.device) % max(1, len(samples.x) // _JUDGES) == 0)
+    parts = [
+        weighted_median(ray_distance(judges.take(frame[part]), cameras.take(part)), judges.weights[frame[part]])
+        for part in torch.arange(len(frame), device=focal.device).split(4 * _DRAWS)  # bounds the memory
+    ]
+    best = torch.cat(parts).view(num_frames, _DRAWS).argmin(-1)
+    return cameras.take(torch.arange(num_frames, device=focal.device) * _DRAWS + best)
+
+
+def _size(samples: Samples) -> Tensor:  # [T]
+    """Largest coordinate of a frame's points: what rounding is relative to."""
+    return (samples.points.abs().amax(-1) * (samples.weights > 0)).amax(-1)
+
+
 def best_focal(samples: Samples, candidates: Tensor, frames: int = 9) -> Tensor:  # [F] -> scalar
-    """The candidate whose poses bring the points of a few frames nearest to their rays (mean absolute distance)."""
+    """The candidate whose poses bring the points of a few frames nearest to their rays (median distance)."""
     chosen = torch.linspace(0, len(samples.points) - 1, min(frames, len(samples.points))).round().long()
     some = samples.take(chosen.to(candidates.device))
     # Candidates are stacked as if they were frames: one batch for all.
@@ -92,7 +163,7 @@ def best_focal(samples: Samples, candidates: Tensor, frames: int = 9) -> Tensor:
         some.points.repeat(len(candidates), 1, 1), some.weights.repeat(len(candidates), 1), some.x, some.y
     )
     cameras = solve_poses(stacked, candidates.repeat_interleave(len(chosen)))
-    distance = (ray_distance(stacked, cameras) * stacked.weights).sum(-1) / stacked.weights.sum(-1)
+    distance = weighted_median(ray_distance(stacked, cameras), stacked.weights)
     # The first candidate is the DLT's: on a tie (a fronto-parallel plane fits every focal length) it is kept.
     return candidates[distance.view(len(candidates), -1).median(-1).values.argmin()]
 
@@ -189,7 +260,7 @@ def _descend(omega: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:  # [T, C
             eye[:, :, None].expand(*rotation.shape[:2], 3, 3, 3), rotation[:, :, None].expand(-1, -1, 3, 3, 3), dim=-2
         ).flatten(-2)  # [T, C, 3, 9]
         through = tangent @ omega
-        hessian = through @ tangent.mT + (damping * scale)[..., None, None] * eye
+        hessian = through @ tangent.mT + (damping * scale + 1e-30)[..., None, None] * eye  # equal points: all zero
         step = -torch.linalg.solve(hessian, _times_rotation(through, rotation))
         candidate = matrix_product(so3_exp(step), rotation)
         new_cost = cost_of(candidate)

@@ -142,6 +142,20 @@ def test_unflagged_outliers_do_not_move_exact_cameras(world: World) -> None:
     assert bool((share > 0.6).all() & (share < 0.8).all())
 
 
+@pytest.mark.parametrize("kind", ["far to one side", "a moved quarter", "a moved third"])
+def test_outliers_that_agree_with_each_other_do_not_win(hand_held: World, kind: str) -> None:
+    pointmap = disturb(hand_held, noise=0.01, outliers=0.0)
+    if kind == "far to one side":
+        flying = torch.rand(pointmap.shape[:3], generator=torch.Generator().manual_seed(0)) < 0.3
+        pointmap = torch.where(flying[..., None], 30 * pointmap + 50, pointmap)
+    else:
+        rows, columns = (22, 10) if kind == "a moved quarter" else (12, 22)
+        pointmap[:, -rows:, -columns:] += 0.3 * hand_held.distance * torch.tensor([1.0, 0.5, -0.5])
+    scene = recover_scene(pointmap, hand_held.valid)
+    clean = recover_scene(disturb(hand_held, noise=0.01, outliers=0.0), hand_held.valid)
+    assert centre_error(scene, hand_held.cam2world) <= 3 * centre_error(clean, hand_held.cam2world)
+
+
 @pytest.mark.parametrize("filler", [math.nan, math.inf, 1e6])
 def test_invalid_pixels_count_for_nothing(hand_held: World, filler: float) -> None:
     valid = hand_held.valid.clone()
