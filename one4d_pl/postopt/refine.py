@@ -6,7 +6,7 @@ With the best depth of each pixel put in, |X - X̂| is the distance from the poi
 are left, and Gauss-Newton with reweighting (IRLS) finds them in a few steps. Below the noise (the frame's own median
 distance) the tip of |.| is rounded, which makes the sum as accurate as least squares where the noise is Gaussian. The
 last steps also leave out flying points: the weight of 1/|r| is replaced by a redescending one (Tukey's biweight) that
-equals it on average over inliers and is nil beyond five times the noise.
+equals it on average over inliers and is nil beyond six times the noise.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _ROUNDS, _STEPS = 4, 10  # most estimates of the noise; most Gauss-Newton steps 
 _DAMPING = 1e-9  # of a unit diagonal: far below what the data say, but a singular matrix is no accident
 _RAYLEIGH_MEDIAN = 1.1774  # median length of a 2-D Gaussian vector of unit deviation per axis
 _MEAN_INVERSE = 1.2533  # mean of 1 / length of the same: the average weight that |r| gives to noise
-_GATE = 5.0  # noise deviations; a point farther from its ray is no measurement of it
+_GATE = 6.0  # noise deviations; a point farther from its ray is no measurement of it
 _STILL = 1e-3  # of the scene's unit (and radians): shorter camera steps are smoothed quadratically
 _TILES = 8  # along each side of the picture
-_CREDIBLE = 0.9  # a smaller gain on left-out pixels is chance
+_CREDIBLE = 0.2  # of the errors of a fit without smoothing: a smaller gain on left-out pixels is chance
 _ALPHA2_PARTS = (1.0, 0.3, 0.1, 0.03, 0.0)
 _CHUNK = 60_000  # points linearised at once: bounds the memory, fits the cache
 
@@ -115,7 +115,7 @@ def credible_alpha2(cameras: Cameras, samples: Samples, objective: Objective) ->
     noise = noise_level(samples, cameras)
     tile = [((p - p.amin()) / (p.amax() - p.amin()).clamp_min(1e-12) * _TILES).long() for p in (samples.x, samples.y)]
     sort = (tile[0] + 2 * tile[1]) % 4
-    used = [samples.pixels(sort == number) for number in range(4)]
+    used = (samples.pixels(sort == number) for number in range(4))  # one at a time: bounds the memory
     normals = [_linearise(cameras, part, noise, objective) for part in used if bool((part.weights > 0).any())]
     if len(normals) < 2:
         return objective.alpha2
@@ -125,14 +125,20 @@ def credible_alpha2(cameras: Cameras, samples: Samples, objective: Objective) ->
     for part in _ALPHA2_PARTS:
         smooth = _smoothness(cameras, replace(objective, alpha2=part * objective.alpha2))
         score = 0.0
-        for number, (matrix, gradient) in enumerate(judges):
+        for number, judge in enumerate(judges):
             others = _mean_normal(normals[:number] + normals[number + 1 :])
-            step = _solve(*_assemble(others, smooth, objective.focal_mode), _DAMPING)
-            score += float(gradient @ step + step @ matrix @ step / 2)
+            score += _model_cost(*judge, _solve(*_assemble(others, smooth, objective.focal_mode), _DAMPING))
         scores.append(score)
     best = min(range(len(scores)), key=scores.__getitem__)
-    # scores[-1] > 0 is what a fit without smoothing loses on pixels that it has not seen.
-    return _ALPHA2_PARTS[best] * objective.alpha2 if scores[best] < _CREDIBLE * scores[-1] else 0.0
+    # What a fit without smoothing loses against the judge's own best: one part its own errors, the others the judge's.
+    own = sum(_model_cost(*judge, _solve(*judge, _DAMPING)) for judge in judges)
+    loss = (scores[-1] - own) / len(judges)
+    return _ALPHA2_PARTS[best] * objective.alpha2 if scores[-1] - scores[best] > _CREDIBLE * loss else 0.0
+
+
+def _model_cost(matrix: Tensor, gradient: Tensor, step: Tensor) -> float:
+    """Change of a quadratic model by a step."""
+    return float(gradient @ step + step @ matrix @ step / 2)
 
 
 def _mean_normal(normals: list[_Normal]) -> _Normal:

@@ -146,7 +146,8 @@ def _align(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
     target_rig, source_rig = _rig(fixed, distance), _rig(moving, distance / scale)
     both = torch.cat([source, source_rig]), torch.cat([target, target_rig])
     share = torch.cat([source.new_full((len(part),), 1 / len(part)) for part in (source, source_rig)])
-    similarity, flags = start, ()
+    similarity = start
+    flags: tuple[str, ...] = ()
     try:
         for _ in range(_ROUNDS):
             error = torch.linalg.vector_norm(similarity.apply(both[0]) - both[1], dim=-1)
@@ -219,8 +220,12 @@ def _blend(first: RecoveredScene, second: RecoveredScene, shared: int) -> Recove
     intrinsics = torch.lerp(first.intrinsics[-shared:], second.intrinsics[:shared], share)
     middle = RecoveredScene(intrinsics, invert_se3(se3_matrix(rotation, centre)), depth, first.report)
     parts = [_frames(first, slice(-shared)), middle, _frames(second, slice(shared, None))]
-    fields = (torch.cat([getattr(part, name) for part in parts]) for name in ("intrinsics", "world2cam", "depth"))
-    return RecoveredScene(*fields, _join_reports(first.report, second.report, shared))
+    return RecoveredScene(
+        torch.cat([part.intrinsics for part in parts]),
+        torch.cat([part.world2cam for part in parts]),
+        torch.cat([part.depth for part in parts]),
+        _join_reports(first.report, second.report, shared),
+    )
 
 
 def _join_reports(first: RecoverReport, second: RecoverReport, shared: int) -> RecoverReport:
