@@ -37,27 +37,29 @@ class GeometryEval(Callback):
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if not self.samples.due:
             return
+        for metric in (self.depth, *self.pointmap.values()):
+            metric.to(module.device)  # NCCL cannot reduce what lies on the CPU
         for batch, scene in self.samples.scenes:
             self._update(batch, scene)
         metrics = {f"val/depth_true_cameras/{k}": v for k, v in _finite(self.depth).items()}
-        for task, metric in self.pointmap.items():
+        for task, errors in self.pointmap.items():
             where = "val/pointmap" if task == "all" else f"val/pointmap_{task}"
-            metrics |= {f"{where}/{k}": v for k, v in _finite(metric).items()}
+            metrics |= {f"{where}/{k}": v for k, v in _finite(errors).items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
         if trainer.is_global_zero and "val/pointmap/rel_error" in metrics:
             log.info("step %d: val/pointmap/rel_error %.4f", trainer.global_step, metrics["val/pointmap/rel_error"])
 
     def _update(self, batch: Batch, scene: GeneratedScene) -> None:
-        preds = scene.pointmap.movedim(1, -1).double().cpu()  # [B, T, H, W, 3]
-        target = denormalise(batch.pointmap.movedim(1, -1).cpu(), batch.scale.to("cpu")).double()
-        valid, moving = batch.valid.cpu(), batch.moving.cpu()
+        preds = scene.pointmap.movedim(1, -1).double()  # [B, T, H, W, 3]
+        target = denormalise(batch.pointmap.movedim(1, -1), batch.scale).double()
+        valid, moving = batch.valid, batch.moving
         for i, task in enumerate(batch.tasks):
             one = slice(i, i + 1)
             for name in ("all", task):
                 self.pointmap[name].update(preds[one], target[one], valid[one], moving[one])
             fit, _ = align_pointmap(preds[i], target[i], valid[i], "scale_shift")
-            cam2world = batch.cam2world[i].double().cpu()
+            cam2world = batch.cam2world[i].double()
             depth = [pointmap_to_depth(points, cam2world) for points in (fit.apply(preds[i]), target[i])]
             self.depth.update(*depth, valid[i])
 

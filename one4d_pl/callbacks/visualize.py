@@ -67,9 +67,8 @@ def distance_range(points: Tensor) -> tuple[float, float]:  # [T, H, W, 3]
     distance = points.norm(dim=-1)[~is_sky(points)]
     if len(distance) == 0:
         return 0.01, 1.0
-    near, far = torch.quantile(
-        distance.float()[:: max(1, len(distance) // 100_000)], torch.tensor([0.02, 0.98])
-    ).tolist()
+    some = distance.float()[:: max(1, len(distance) // 100_000)]
+    near, far = torch.quantile(some, some.new_tensor([0.02, 0.98])).tolist()
     return max(near, 1e-3), max(far, near + 1e-3)
 
 
