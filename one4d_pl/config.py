@@ -186,7 +186,7 @@ class DataConfig:
     sources: list[SourceConfig] = field(default_factory=list)
     val_sources: list[SourceConfig] = field(default_factory=list)
     toy: ToyConfig | None = None
-    num_frames: int = 17  # 4k + 1, 17 .. 81; longer clips are cut to their first frames
+    num_frames: int = 17  # 4k + 1, 9 .. 81; longer clips are cut to their first frames
     height: int = 64
     width: int = 96
     far_limit: float = 10.0  # valid depth ends at far_limit x the clip's median distance (design.md, Normalisation)
@@ -197,8 +197,8 @@ class DataConfig:
     max_skip_share: float = 0.05  # broken samples beyond this share stop the run
 
     def __post_init__(self) -> None:
-        if self.num_frames % TEMPORAL_FACTOR != 1 or not 17 <= self.num_frames <= 81:
-            raise ConfigError(f"data.num_frames: {self.num_frames} is not 4k+1 in 17..81 (Wan VAE); try 17, 49 or 81")
+        if self.num_frames % TEMPORAL_FACTOR != 1 or not 9 <= self.num_frames <= 81:
+            raise ConfigError(f"data.num_frames: {self.num_frames} is not 4k+1 in 9..81 (Wan VAE); try 17, 49 or 81")
         for name, size in (("height", self.height), ("width", self.width)):
             if size % 16 or size <= 0:
                 raise ConfigError(

@@ -25,7 +25,7 @@ from torch import Tensor
 from one4d_pl.types import DOMAINS, Clip
 
 SCHEMA_VERSION = 1
-MIN_FRAMES, MAX_FRAMES = 17, 81  # One4D trains on clips of 17 to 81 frames; 4k+1 for the Wan VAE
+MIN_FRAMES, MAX_FRAMES = 9, 81  # One4D trains on up to 81, the embedded base on 9; 4k+1 for the Wan VAE
 MAX_STACKED_PIXELS = 89_000_000  # T*H*W; Pillow takes larger images for decompression bombs
 MAX_DEPTH_ERROR = 2e-4  # relative, of the depth code
 NO_MEASUREMENT, SKY = 0, 65535  # depth codes
