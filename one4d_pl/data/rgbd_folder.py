@@ -116,7 +116,7 @@ def open_sequence(root: str | Path) -> RGBDSequence:
         for i, image in enumerate(images)
         if i in depth_of and i in camera_of
     )
-    return RGBDSequence(root, layout, _intrinsics(camera), frames)
+    return RGBDSequence(root, layout, camera_intrinsics(camera), frames)
 
 
 def list_files(
@@ -243,6 +243,7 @@ def _camera_of(name: str) -> str:
     raise ValueError(f"{name}: the folder's name tells the camera, need one of {', '.join(INTRINSICS)} in it")
 
 
-def _intrinsics(camera: str) -> Tensor:  # [3, 3] float32
+def camera_intrinsics(camera: str) -> Tensor:  # [3, 3] float32, pixels
+    """The published intrinsics of a key of `INTRINSICS`, moved to pixel centres at +0.5."""
     fx, fy, cx, cy = INTRINSICS[camera]
     return torch.tensor([[fx, 0.0, cx + 0.5], [0.0, fy, cy + 0.5], [0.0, 0.0, 1.0]])
