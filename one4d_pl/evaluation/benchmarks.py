@@ -73,6 +73,11 @@ class EvalSequence(ABC):
     scores: tuple[str, ...]  # of "depth" and "cameras"
     fps: float
 
+    @property
+    def zooms(self) -> bool:
+        """Whether the focal length changes within the video, so that every frame needs its own."""
+        return False
+
     def caption(self) -> str:
         """What the model is told; real benchmarks have no text."""
         return ""
@@ -156,6 +161,10 @@ class ToySequence(EvalSequence):
     def clip(self) -> Clip:
         """The scene, a pure function of the seed."""
         return render_clip(self.seed, *TOY_SHAPE)
+
+    @property
+    def zooms(self) -> bool:
+        return True
 
     def caption(self) -> str:
         return self.clip().caption
