@@ -11,7 +11,7 @@ SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libx11-6
 APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends $(SYSTEM_PACKAGES)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system test test-long lint types clean
+.PHONY: help setup setup-system eval test test-long lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,13 @@ setup-system:  ## install the system libraries that open3d needs (apt-get, as ro
 	elif [ "$$(id -u)" -eq 0 ]; then $(APT); \
 	elif sudo -n true 2>/dev/null; then sudo -n sh -c '$(APT)'; \
 	else echo "setup-system: needs root; for the 3-D viewer run as root: apt-get install $(SYSTEM_PACKAGES)"; fi
+
+BENCH ?= toy
+ROOT ?=
+CKPT ?=
+EVAL_ARGS ?=
+eval: $(STAMP)  ## BENCH=sintel ROOT=<its folder> CKPT=<adapter folder>; with nothing: the demo adapters on the toy scenes
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl.evaluate --bench $(BENCH) $(if $(ROOT),--root $(ROOT)) $(if $(CKPT),--ckpt $(CKPT)) $(EVAL_ARGS)
 
 test: $(STAMP)  ## the tests but the slow ones
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m "not slow"

@@ -77,10 +77,8 @@ def path_plot(cam2world: Tensor, target: Tensor) -> Image.Image:  # [T, 4, 4] x 
     draw.text((8, 20), "prediction after Sim(3)", fill=PREDICTED)
     draw.text((8, SIZE - 18), f"half width {reach:.3g} (unit of the truth); dot: first frame", fill=(90, 90, 90))
     for path, colour in ((flat_true, TRUTH), (flat, PREDICTED)):
-        pixels = [
-            (SIZE / 2 + (SIZE / 2 - MARGIN) * x / reach, SIZE / 2 - (SIZE / 2 - MARGIN) * y / reach)
-            for x, y in path.tolist()
-        ]
+        placed = path * (SIZE / 2 - MARGIN) / reach
+        pixels = [(SIZE / 2 + x, SIZE / 2 - y) for x, y in placed.tolist()]
         draw.line(pixels, fill=colour, width=2)
         x, y = pixels[0]
         draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)

@@ -86,7 +86,7 @@ def predict_sequence(
     for index, window in enumerate(windows):
         condition = window_condition(frame_mask, windows, index)
         clip = _fill(shown[:, window.start : window.stop], window, dim=1).to(device)
-        noise = _noise(pipeline.encoders, clip, sequence.name, index, options.seed)
+        noise = draw_noise(pipeline.encoders, clip, sequence.name, index, options.seed)
         scene = pipeline([sequence.caption()], clip[None], condition.frame_mask[None].to(device), noise, on_step)
         count = window.stop - window.start
         points = framing.cut(scene.pointmap[0, :, :count].cpu()).permute(1, 2, 3, 0)  # [T, h, w, 3]
@@ -191,7 +191,7 @@ def _fill(frames: Tensor, window: Window, dim: int) -> Tensor:
     return torch.cat([frames, *[last] * window.padding], dim=dim)
 
 
-def _noise(encoders: WanEncoders, clip: Tensor, name: str, window: int, seed: int) -> Tensor:  # [2, C, t, h, w]
+def draw_noise(encoders: WanEncoders, clip: Tensor, name: str, window: int, seed: int) -> Tensor:  # [2, C, t, h, w]
     """Noise from (seed, sequence, window) alone, whatever ran before."""
     factor, spatial = encoders.temporal_factor, encoders.spatial_factor
     num_frames, height, width = clip.shape[1:]
