@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -160,7 +161,7 @@ class ToySequence(EvalSequence):
 
     def clip(self) -> Clip:
         """The scene, a pure function of the seed."""
-        return render_clip(self.seed, *TOY_SHAPE)
+        return _render(self.seed, TOY_SHAPE)
 
     @property
     def zooms(self) -> bool:
@@ -211,6 +212,11 @@ def sequence_names(name: str) -> list[str]:
     if name == "bonn":
         return list(BONN)
     return [f"toy_{seed}" for seed in TOY_SEEDS] if name == "toy" else list(TUM)
+
+
+@lru_cache(maxsize=1)  # frames, depth and cameras of one scene are asked for one after the other
+def _render(seed: int, shape: tuple[int, int, int]) -> Clip:
+    return render_clip(seed, *shape)
 
 
 def _toy(sequence: str) -> ToySequence:

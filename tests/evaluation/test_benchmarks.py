@@ -16,6 +16,7 @@ from one4d_pl.evaluation import benchmarks
 from one4d_pl.evaluation.benchmarks import BenchmarkError, open_benchmark, sequence_names
 
 TAG = struct.pack("<f", 202021.25)
+REAL_TUM = Path(__file__).resolve().parents[3] / "shared/data/tum/rgbd_dataset_freiburg3_sitting_xyz"
 
 
 def make_sintel(root: Path, sequence: str, count: int) -> None:
@@ -133,3 +134,21 @@ def test_missing_data_say_what_to_get_and_where(tmp_path):
         open_benchmark("sintel", tmp_path, ("alley_9",))
     with pytest.raises(BenchmarkError, match="need one of toy, sintel"):
         open_benchmark("kitti", tmp_path)
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not REAL_TUM.is_dir(), reason="no TUM files in shared/data")
+def test_the_real_text_files_of_a_tum_sequence_give_its_90_frames(tmp_path):
+    folder = tmp_path / REAL_TUM.name
+    (folder / "rgb").mkdir(parents=True)
+    for name in ("rgb.txt", "depth.txt", "groundtruth.txt"):
+        (folder / name).write_bytes((REAL_TUM / name).read_bytes())
+    with pytest.raises(BenchmarkError, match=r"tum: .*no .*rgb/1341845820\.\d+\.png, need 90 images"):
+        open_benchmark("tum", tmp_path, ("sitting_xyz",))
+    for line in (folder / "rgb.txt").read_text().splitlines()[3:]:
+        (folder / line.split()[1]).touch()
+    (long,), (short,) = (open_benchmark(name, tmp_path, ("sitting_xyz",)) for name in ("tum", "tum_30"))
+    steps = long.timestamps.diff()
+    assert 8.5 < float(long.timestamps[-1] - long.timestamps[0]) < 10  # every third of 30 images a second
+    assert float(steps.min()) > 0.05 and float(steps.median()) == pytest.approx(0.1, abs=0.01)
+    assert torch.equal(short.timestamps, long.timestamps[:30])
