@@ -49,7 +49,7 @@ def arguments(tmp_path, run_config, adapters) -> list[str]:
     """A run of the door on one toy scene."""
     (tmp_path / "run.yaml").write_text(to_yaml(run_config("data.num_frames=9", "data.height=48", "data.width=64")))
     common = ["--ckpt", str(adapters), "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]
-    return [*common, "--sequences", ONE, "--processes", "1"]
+    return [*common, "--sequences", ONE]
 
 
 def failure(capsys, door, arguments: list[str]) -> str:
@@ -83,7 +83,7 @@ def test_an_adapter_and_its_ceilings_are_predicted_stored_and_scored(tmp_path, a
     assert "holds predictions of other settings" in failure(capsys, evaluate, [*arguments, "--seed", "1"])
     # what is stored can be scored as anyone's
     anyone = ["--predictions", str(stored.parent), "--sequences", ONE, "--out", str(tmp_path / "again")]
-    assert evaluate.main([*anyone, "--processes", "1", "--no-pictures"]) == 0
+    assert evaluate.main([*anyone, "--no-pictures"]) == 0
     again = json.loads((tmp_path / "again/results.json").read_text())[0]
     assert again["depth_mean"] == results["model"]["depth_mean"]
     assert again["camera_mean"] == results["model"]["camera_mean"]
@@ -100,7 +100,8 @@ def test_a_sparsity_sweep_measures_shown_and_hidden_frames_apart(tmp_path, argum
 
 def test_windows_cover_a_video_longer_than_the_model(tmp_path, arguments, monkeypatch):
     monkeypatch.setattr(benchmarks, "TOY_SHAPE", (14, 48, 64))
-    assert evaluate.main([*arguments, "--passes", "windows", "--overlap", "3", "--shape", "letterbox"]) == 0
+    windows = ["--passes", "windows", "--overlap", "3", "--shape", "letterbox", "--no-pictures", "sampler.steps=1"]
+    assert evaluate.main([*arguments, *windows]) == 0
     content = json.loads((tmp_path / "out/predictions/model" / ONE / "cameras.json").read_text())
     assert len(content["frames"]) == 14 and content["report"]["windows"] == [[0, 9, 9], [5, 14, 9]]
     solver = json.loads((tmp_path / "out/results.json").read_text())[2]
@@ -130,9 +131,10 @@ def test_sparse_frames_are_first_last_and_evenly_between():
 
 def test_what_is_missing_is_said_in_one_line_with_exit_code_2(tmp_path, arguments, capsys):
     assert "the demo adapters are not at" in failure(capsys, evaluate, []) or evaluate.DEMO_ADAPTERS.is_dir()
+    assert "configs/demo.yaml" in failure(capsys, evaluate, ["--rows", "ceiling"]) or evaluate.DEMO_CONFIG.is_file()
     assert "no adapter (card.json)" in failure(capsys, evaluate, ["--ckpt", str(tmp_path)])
     assert "get MPI Sintel" in failure(
-        capsys, evaluate, [*arguments[:-4], "--bench", "sintel", "--root", str(tmp_path)]
+        capsys, evaluate, [*arguments[:-2], "--bench", "sintel", "--root", str(tmp_path)]
     )
     empty = ["--predictions", str(tmp_path), "--out", str(tmp_path / "out")]
     assert "no prediction of toy_3000000" in failure(capsys, evaluate, empty)
@@ -227,6 +229,6 @@ def test_a_stored_truth_scores_full_marks_through_the_door(tmp_path):
     depth = sequence.read_depth()
     write_prediction(tmp_path / "p" / ONE, Prediction(depth.where(depth.isfinite(), 99.0), cam2world, intrinsics), {})
     arguments = ["--predictions", str(tmp_path / "p"), "--sequences", ONE, "--out", str(tmp_path / "out")]
-    assert evaluate.main([*arguments, "--processes", "1"]) == 0
+    assert evaluate.main(arguments) == 0
     (row,) = json.loads((tmp_path / "out/results.json").read_text())
     assert row["depth_mean"]["all"]["abs_rel"] < 1e-12 and row["camera_mean"]["protocol"]["ate"] < 1e-12
