@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from one4d_pl import cameras, evaluate
-from one4d_pl.config import DLCConfig, to_yaml
+from one4d_pl.config import DLCConfig, load_config, to_yaml
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation import benchmarks, predict
 from one4d_pl.evaluation.benchmarks import open_benchmark
@@ -27,6 +27,7 @@ from one4d_pl.models.adapters import AdapterCard, save_adapters
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import fingerprint
 
+REPO = Path(__file__).parents[2]
 ONE = "toy_3000000"  # its geometry fits the cube whole
 
 
@@ -45,9 +46,12 @@ def adapters(tmp_path_factory, tiny_base_plain) -> Path:
 
 
 @pytest.fixture
-def arguments(tmp_path, run_config, adapters) -> list[str]:
+def arguments(tmp_path, tiny_base_plain, adapters) -> list[str]:
     """A run of the door on one toy scene."""
-    (tmp_path / "run.yaml").write_text(to_yaml(run_config("data.num_frames=9", "data.height=48", "data.width=64")))
+    base = [f"base.path={tiny_base_plain.path}", f"base.max_text_tokens={tiny_base_plain.max_text_tokens}"]
+    size = ["data.num_frames=9", "data.height=48", "data.width=64", "sampler.steps=2"]
+    config = load_config([str(REPO / "configs/dlc.yaml")], [*base, "base.tiny=null", *size])
+    (tmp_path / "run.yaml").write_text(to_yaml(config))
     common = ["--ckpt", str(adapters), "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]
     return [*common, "--sequences", ONE]
 
@@ -149,7 +153,7 @@ def test_what_is_missing_is_said_in_one_line_with_exit_code_2(tmp_path, argument
 @pytest.mark.parametrize("door", ["evaluate", "cameras"])
 def test_help_is_there_without_torch(door):
     code = f"import sys; sys.modules['torch'] = None; from one4d_pl.{door} import main; main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
     assert done.returncode == 0 and f"python -m one4d_pl.{door}" in done.stdout
 
 
