@@ -11,7 +11,7 @@ SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libx11-6
 APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends $(SYSTEM_PACKAGES)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system eval test test-long lint types clean
+.PHONY: help setup setup-system demo eval test test-long lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -39,6 +39,11 @@ setup-system:  ## install the system libraries that open3d needs (apt-get, as ro
 	elif [ "$$(id -u)" -eq 0 ]; then $(APT); \
 	elif sudo -n true 2>/dev/null; then sudo -n sh -c '$(APT)'; \
 	else echo "setup-system: needs root; for the 3-D viewer run as root: apt-get install $(SYSTEM_PACKAGES)"; fi
+
+# the first line is the command of every scale; it goes on from the shipped adapters, so that training is seen to work
+demo: $(STAMP)  ## train on a little from the shipped adapters, then sample, measure and draw held-out scenes into demo/
+	$(VENV)/bin/python -m one4d_pl.fit --config configs/demo.yaml
+	$(VENV)/bin/python -m one4d_pl.demo --out demo
 
 BENCH ?= toy
 ROOT ?=

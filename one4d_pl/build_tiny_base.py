@@ -12,11 +12,11 @@ import os
 import sys
 from pathlib import Path
 
-from one4d_pl.config import Config, ConfigError, load_config
+from one4d_pl.config import EMBEDDED_BASE, Config, ConfigError, base_folder, load_config
 
 log = logging.getLogger("one4d_pl")
 
-SHIPPED_VAE = Path(__file__).parent / "assets" / "tiny_vae"
+SHIPPED_VAE = base_folder(EMBEDDED_BASE) / "vae"
 
 
 def main(arguments: list[str]) -> int:

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
+EMBEDDED_BASE = "embedded"  # base.path's word for the tiny Wan inside the package
 
 
 class ConfigError(ValueError):
@@ -25,7 +26,7 @@ class ConfigError(ValueError):
 
 @dataclass
 class TinyWanConfig:
-    """Shape of the seeded tiny Wan that `fit` builds at `base.path` when nothing lies there."""
+    """Shape of the seeded tiny Wan that `build_tiny_base` pretrains."""
 
     seed: int = 0
     num_layers: int = 10
@@ -46,11 +47,11 @@ class TinyWanConfig:
 class BaseConfig:
     """The frozen Wan, in diffusers layout."""
 
-    path: str = "data/tiny_wan"  # folder, or hub id already in the local cache
+    path: str = EMBEDDED_BASE  # folder, or hub id already in the local cache; the name stands for the shipped one
     dtype: str = "float32"  # of the frozen transformer and text encoder; the VAE stays float32
-    max_text_tokens: int = 96  # prompts are cut or zero-padded to this, as Wan does with 512
+    max_text_tokens: int = 192  # prompts are cut or zero-padded to this, as Wan does with 512
     negative_prompt: str = ""  # inference only; training drops captions to the empty prompt
-    tiny: TinyWanConfig | None = None
+    tiny: TinyWanConfig | None = None  # for build_tiny_base alone
 
     def __post_init__(self) -> None:
         _one_of("base.dtype", self.dtype, ("float32", "bfloat16"))
@@ -353,7 +354,7 @@ def to_yaml(config: Config) -> str:
 
 def check_paths(config: Config) -> None:
     """Fail at once, before torch is imported, if a folder that `fit` cannot make is missing."""
-    if config.base.tiny is None and not _holds_base(config.base.path):
+    if not _holds_base(config.base.path):
         raise ConfigError(
             f"base.path: no diffusers folder at {config.base.path}; get it with "
             f"`hf download <repo of the base in diffusers layout> --local-dir {config.base.path}`, or set base.path"
@@ -372,10 +373,15 @@ def check_paths(config: Config) -> None:
         raise ConfigError(f"train.init_from: no adapter at {config.train.init_from} (no card.json)")
 
 
+def base_folder(path: str) -> Path:
+    """Where a base that is no hub id lies."""
+    return Path(__file__).parent / "assets" / "tiny_wan" if path == EMBEDDED_BASE else Path(path)
+
+
 def _holds_base(path: str) -> bool:
     """Whether `path` is a folder in diffusers layout or a hub id in the local cache."""
-    if Path(path).is_dir():
-        return (Path(path) / "model_index.json").is_file()
+    if base_folder(path).is_dir():
+        return (base_folder(path) / "model_index.json").is_file()
     from huggingface_hub import try_to_load_from_cache  # knows where the cache lies, and needs no torch
     from huggingface_hub.errors import HFValidationError
 

@@ -44,7 +44,7 @@ def main(arguments: list[str]) -> int:
 
 
 def fit(config: Config) -> None:
-    """Prepare the base and the data where absent, resume where a checkpoint lies, and train to train.max_steps."""
+    """Prepare the data where absent, resume where a checkpoint lies, and train to train.max_steps."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     log.info("one4d_pl fit: scale %s, run folder %s; the paper's scale: %s", config.scale, config.run_dir, LARGE_SCALE)
     _quieten()
@@ -70,7 +70,6 @@ def fit(config: Config) -> None:
     transformers.utils.logging.disable_progress_bar()  # a bar per file that is opened hides ours
     limit_threads(config)
     lightning.seed_everything(config.train.seed, verbose=False)
-    _build_tiny_base(config)
     resume_from = newest_checkpoint(config.run_dir) if config.train.resume else None
     start_step = 0
     if resume_from is not None:
@@ -117,21 +116,6 @@ def scene_callbacks(config: EvalConfig) -> list[Callback]:
         return []
     samples = SceneSamples(config)
     return [samples, GeometryEval(samples), Visualize(samples)]
-
-
-def _build_tiny_base(config: Config) -> None:
-    """Seeded tiny weights where base.tiny says so and nothing lies at base.path."""
-    if config.base.tiny is None or (Path(config.base.path) / "model_index.json").is_file():
-        return
-    import torch
-
-    from one4d_pl.data.toy_world import render_clip
-    from one4d_pl.models.tiny import build_tiny_wan, seeded_vae
-
-    log.info("building the seeded tiny Wan at %s", config.base.path)
-    clips = [render_clip(seed, 17, 64, 96) for seed in range(4)]
-    frames = torch.stack([clip.frames for clip in clips]).permute(0, 4, 1, 2, 3).float() / 127.5 - 1
-    build_tiny_wan(Path(config.base.path), config.base.tiny, seeded_vae(config.base.tiny, frames))
 
 
 def _write_config(config: Config) -> None:

@@ -134,6 +134,7 @@ def run_config(tmp_path: Path, toy_root: Path, tiny_base_plain) -> Callable[...,
         },
         "train": {
             "max_steps": 6, "global_batch_size": 4, "micro_batch_size": 2, "save_every": 2, "log_every": 1,
+            "precision": "32-true",
         },
         "eval": {"every": 0, "steps": 2},
         "val": {"every": 3, "clips": 3, "sigmas": [0.3, 0.7]},

@@ -18,7 +18,7 @@ ASSETS = Path(__file__).parents[1] / "one4d_pl" / "assets"
 
 def test_the_tiny_vae_keeps_held_out_frames_and_pointmaps():
     """Over six held-out clips of 17 x 64 x 96: frames >= 28 dB, pointmaps >= 34 dB (peak to peak 2)."""
-    vae = AutoencoderKLWan.from_pretrained(ASSETS / "tiny_vae", low_cpu_mem_usage=False).eval()
+    vae = AutoencoderKLWan.from_pretrained(ASSETS / "tiny_wan" / "vae", low_cpu_mem_usage=False).eval()
     assert (vae.config.scale_factor_temporal, vae.config.scale_factor_spatial, vae.config.z_dim) == (4, 4, 16)
     given, errors = torch.ones(17, dtype=torch.bool), []
     for seed in range(VAL_SEED_OFFSET, VAL_SEED_OFFSET + 6):

@@ -452,7 +452,7 @@ def touch(path: Path) -> str:
 
 
 def test_check_paths_asks_only_for_what_fit_cannot_make(tmp_path):
-    check_paths(load_config([DLC], [f"base.path={tmp_path}/wan", f"data.toy.root={tmp_path}/toy", *toy(tmp_path)]))
+    check_paths(load_config([DLC], [f"data.toy.root={tmp_path}/toy", *toy(tmp_path)]))  # the base is shipped
     base, shards = touch(tmp_path / "base/model_index.json"), touch(tmp_path / "shards/manifest.json")
     adapter = touch(tmp_path / "adapter/card.json")
     sources = [f"data.sources=[{{path: {shards}}}]", "data.val_sources=[{path: 's3://bucket/shards'}]"]
@@ -473,9 +473,9 @@ def toy(root: Path) -> list[str]:
         (["data.val_sources=[{path: nowhere/val}]"], ["data.val_sources", "nowhere/val"]),
         (["data.sources=[{path: data/toy/trian_real}]"], ["data/toy/trian_real"]),  # below toy.root, yet not fit's
         (["data.toy.val=0", "data.val_sources=[{path: data/toy/val}]"], ["data.val_sources", "data/toy/val"]),
-        (["base.tiny=null", "base.path=weights/Wan2.1"], ["base.path", "weights/Wan2.1", "hf download"]),
-        (["base.tiny=null", "base.path=nobody/such-a-model"], ["base.path", "nobody/such-a-model"]),
-        (["base.tiny=null", "base.path=/no/such/folder"], ["base.path", "/no/such/folder"]),
+        (["base.path=weights/Wan2.1"], ["base.path", "weights/Wan2.1", "hf download"]),
+        (["base.path=nobody/such-a-model"], ["base.path", "nobody/such-a-model"]),
+        (["base.path=/no/such/folder"], ["base.path", "/no/such/folder"]),
         (["train.init_from=nowhere/adapter"], ["train.init_from", "nowhere/adapter", "card.json"]),
     ],
     ids=lambda value: " ".join(value),
@@ -494,6 +494,6 @@ def test_a_hub_id_in_the_local_cache_is_accepted(tmp_path, monkeypatch):
     touch(snapshot / "snapshots/0123/model_index.json")
     (snapshot / "refs").mkdir()
     (snapshot / "refs/main").write_text("0123")
-    check_paths(load_config([DLC], ["base.tiny=null", "base.path=nobody/wan"]))
+    check_paths(load_config([DLC], ["base.path=nobody/wan"]))
     with pytest.raises(ConfigError, match=r"base\.path"):
-        check_paths(load_config([DLC], ["base.tiny=null", "base.path=nobody/other"]))
+        check_paths(load_config([DLC], ["base.path=nobody/other"]))

@@ -23,7 +23,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # arguments, words of the 
     "bad value": ([*DLC, "train.max_steps=many"], ["train.max_steps", "many", "Integer"]),
     "impossible value": ([*DLC, "data.num_frames=16"], ["data.num_frames", "16", "try 17, 49 or 81"]),
     "no override": ([*DLC, "max_steps"], ["max_steps", "section.key=value"]),
-    "missing weights": ([*DLC, "base.tiny=null"], ["base.path", "data/tiny_wan", "hf download"]),
+    "missing weights": ([*DLC, "base.path=data/tiny_wan"], ["base.path", "data/tiny_wan", "hf download"]),
     "missing weights of the paper's scale": (
         PAPER,
         ["base.path", "weights/Wan2.1-Fun-V1.1-14B-InP", "hf download", "--local-dir"],
@@ -39,7 +39,7 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # arguments, words of the 
     "no sources": ([*DLC, "data.sources=[]"], ["data.sources", "--config configs/data/toy.yaml"]),
     "world that does not divide the batch": (
         [*DLC, "train.strategy=ddp", "train.devices=3", "train.micro_batch_size=1"],
-        ["train.global_batch_size", "8", "3 processes", "legal numbers of processes: [1, 2, 4, 8]"],
+        ["train.global_batch_size", "16", "3 processes", "legal numbers of processes: [1, 2, 4, 8, 16]"],
     ),
     "many processes without a strategy": ([*DLC, "train.devices=2"], ["train.strategy", "use ddp"]),
     "missing adapter": (

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import torch
 
-from one4d_pl.config import Config, ConfigError
+from one4d_pl.config import Config
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.models.adapters import AdapterCard, load_adapters
-from one4d_pl.models.transformer import One4DTransformer
-from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
+from one4d_pl.models.adapters import AdapterCard
+from one4d_pl.models.wan import WanEncoders, fingerprint
 
 
 def open_encoders(config: Config, device: torch.device) -> WanEncoders:
@@ -20,14 +19,9 @@ def open_encoders(config: Config, device: torch.device) -> WanEncoders:
     return WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens).to(device)
 
 
-def open_pipeline(config: Config, adapters: Path, encoders: WanEncoders) -> tuple[One4DPipeline, AdapterCard]:
+def open_pipeline(config: Config, adapters: Path, device: torch.device) -> tuple[One4DPipeline, AdapterCard]:
     """The base with an adapter. Its shape and sigma shift are the card's: the config says only where the base lies."""
     card = AdapterCard.read(adapters)
-    if card.base_fingerprint != (found := fingerprint(config.base.path)):
-        raise ConfigError(
-            f"{adapters}: trained on another base ({card.base_path}, {card.base_fingerprint[:12]}) than the one at "
-            f"{config.base.path} ({found[:12]}); set base.path to it"
-        )
     dlc = replace(
         config.dlc,
         rank=card.rank,
@@ -36,10 +30,10 @@ def open_pipeline(config: Config, adapters: Path, encoders: WanEncoders) -> tupl
         link_blocks=card.link_blocks,
         xyz_patch_embedding=card.xyz_patch_embedding,
     )
-    transformer = One4DTransformer(load_transformer(config.base.path, config.base.dtype), dlc, config.train.seed)
-    load_adapters(transformer, adapters, card.base_fingerprint)
-    transformer.to(encoders.latents_mean.device).eval().requires_grad_(False)
-    return One4DPipeline(transformer, encoders, config.sampler, card.shift, config.base.negative_prompt), card
+    pipeline = One4DPipeline.open(replace(config, dlc=dlc, flow=replace(config.flow, shift=card.shift)), adapters)
+    pipeline.transformer.to(device).eval().requires_grad_(False)
+    pipeline.encoders.to(device)
+    return pipeline, card
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:

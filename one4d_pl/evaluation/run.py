@@ -30,7 +30,6 @@ from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.tables import Row, write_report
 from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.models.wan import WanEncoders
 
 VBENCH_DIMENSIONS = ("i2v_subject", "i2v_background", "dynamic_degree", "aesthetic_quality")
 
@@ -106,10 +105,11 @@ def _predict(
     request: Request, config: Config, adapters: tuple[Path, ...], sequences: list[EvalSequence]
 ) -> list[_Stored]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoders, options = open_encoders(config, device), request.options(config)
+    encoders, options = None, request.options(config)
     stored = []
     for folder in adapters:
-        pipeline, card = open_pipeline(config, folder, encoders)
+        pipeline, card = open_pipeline(config, folder, device)
+        encoders = pipeline.encoders
         model = describe(config, folder, card)
         for label, variant, shown in _variants(request, pipeline, options, card.step):
             settings = model | {"sampler": asdict(variant.config), "options": asdict(shown)}
@@ -125,6 +125,7 @@ def _predict(
             _fill_folder(row, sequences, predict)
             stored.append(row)
     if "ceiling" in request.rows and request.sweep is None:
+        encoders = encoders or open_encoders(config, device)
         for label, used in (("ceiling with VAE", encoders), ("ceiling without VAE", None)):
             settings = describe(config, None, None) | {"options": asdict(options)}
             row = _Stored(label, request.out / "predictions" / label.replace(" ", "_"), settings)
@@ -184,8 +185,7 @@ def generate_vbench(request: Request, config: Config, adapters: Path, ratio: str
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    encoders: WanEncoders = open_encoders(config, device)
-    pipeline, _ = open_pipeline(config, adapters, encoders)
+    pipeline, _ = open_pipeline(config, adapters, device)
     with autocast(config, device):
         generate_videos(
             pipeline, prompts, request.options(config), request.out / "videos", fps, lambda p: tqdm(p, unit="prompt")

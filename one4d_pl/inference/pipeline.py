@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from one4d_pl.config import SamplerConfig
+from one4d_pl.config import Config, SamplerConfig
 from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
+from one4d_pl.models.adapters import load_adapters
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.transformer import One4DTransformer
-from one4d_pl.models.wan import WanEncoders
+from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,19 @@ class One4DPipeline:
     ) -> None:
         self.transformer, self.encoders, self.config = transformer, encoders, config
         self.shift, self.negative_prompt = shift, negative_prompt
+
+    @staticmethod
+    def open(config: Config, adapters: Path | None) -> One4DPipeline:
+        """The base at `base.path` with an adapter folder; None leaves the base as it is, both branches alike.
+
+        Raises ConfigError where the adapter is not of this base or not of the config's shape.
+        """
+        base = config.base
+        encoders = WanEncoders(base.path, base.dtype, base.max_text_tokens)
+        transformer = One4DTransformer(load_transformer(base.path, base.dtype), config.dlc, config.train.seed)
+        if adapters is not None:
+            load_adapters(transformer, adapters, fingerprint(base.path))
+        return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, base.negative_prompt)
 
     @torch.no_grad()
     def __call__(

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
-from one4d_pl.config import ConfigError
+from one4d_pl.config import ConfigError, base_folder
 from one4d_pl.types import Encoded, Sample
 
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder")
@@ -28,7 +28,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 def resolve_base(path: str) -> Path:
     """A local folder as it is; a hub id through the local hub cache (nothing is downloaded here)."""
-    folder = Path(path)
+    folder = base_folder(path)
     if not folder.is_dir():
         try:
             folder = Path(snapshot_download(path, local_files_only=True))

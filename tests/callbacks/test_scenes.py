@@ -10,11 +10,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from one4d_pl.callbacks.geometry_eval import GeometryEval
 from one4d_pl.callbacks.scene_samples import SceneSamples
-from one4d_pl.callbacks.visualize import COLUMNS, GAP, distance_colours, distance_range, scene_panel
 from one4d_pl.config import DataConfig, EvalConfig
 from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.fit import fit
+from one4d_pl.inference.panels import COLUMNS, GAP, distance_colours, distance_range, scene_panel
 from one4d_pl.inference.pipeline import GeneratedScene
 from one4d_pl.types import Batch, collate
 

@@ -50,7 +50,7 @@ def arguments(tmp_path, tiny_base_plain, adapters) -> list[str]:
     """A run of the door on one toy scene."""
     base = [f"base.path={tiny_base_plain.path}", f"base.max_text_tokens={tiny_base_plain.max_text_tokens}"]
     size = ["data.num_frames=9", "data.height=48", "data.width=64", "sampler.steps=2"]
-    config = load_config([str(REPO / "configs/dlc.yaml")], [*base, "base.tiny=null", *size])
+    config = load_config([str(REPO / "configs/dlc.yaml")], [*base, "base.tiny=null", "train.precision=32-true", *size])
     (tmp_path / "run.yaml").write_text(to_yaml(config))
     common = ["--ckpt", str(adapters), "--config", str(tmp_path / "run.yaml"), "--out", str(tmp_path / "out")]
     return [*common, "--sequences", ONE]

@@ -1,0 +1,242 @@
+"""Does an adapter do what One4D is for? Every task on held-out clips, between what knows nothing and the VAE's ceiling.
+
+Rows are `PointmapErrors` after one scale and shift per clip, means over the clips:
+
+- below: `constant` (every point alike), `mean_pointmap` (of the training clips), `first_frame` (the prediction's own
+  frame 0 repeated: a scene that does not move);
+- the adapter: `video`, `sparse`, `image`; and two that must fail, `video_other_clip` (another clip's frames and caption
+  as the condition) and `video_no_links` (the control links zeroed: pointmaps cannot follow the frames);
+- above: `ceiling`, the true pointmaps through the VAE and back.
+
+Frames are measured in dB against the true ones, given and hidden apart, beside the VAE's round trip and the base's own
+inpainting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torchmetrics.functional.image import peak_signal_noise_ratio
+
+from one4d_pl.data.masking import draw_frame_mask
+from one4d_pl.data.order import derived_generator, derived_numpy_generator
+from one4d_pl.geometry.camera import project, to_camera
+from one4d_pl.geometry.pointmap import denormalise, is_sky
+from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
+from one4d_pl.metrics.camera import path_length
+from one4d_pl.metrics.pointmap import pointmap_errors
+from one4d_pl.postopt.recover import RecoveredScene, recover_scene
+from one4d_pl.types import Sample, Task, collate
+
+BATCH = 8  # clips that are sampled together
+SEEN_TWICE = 0.1  # relative depth difference below which two frames show the same place
+TASKS_WITH_TRUTH: tuple[Task, ...] = ("video", "sparse", "image")
+
+
+@dataclass(frozen=True)
+class FitQuality:
+    """What `measure_fit` found, ready for json."""
+
+    pointmaps: dict[str, dict[str, float]]  # row -> rel_error, inliers, rel_error_moving, inliers_moving
+    frames_db: dict[str, dict[str, float]]  # row -> given, hidden; where there are any
+    image_to_4d: dict[str, float]
+    scenes: dict[Task, GeneratedScene]  # [N, ...] each, for the pictures
+    masks: dict[Task, Tensor]  # [N, T] bool
+
+
+def measure_fit(
+    pipeline: One4DPipeline,
+    base: One4DPipeline,
+    clips: list[Sample],
+    mean_pointmap: Tensor,  # [3, T, H, W] of the training clips, normalised
+    train_path: float,  # median camera path of the training clips, in median distances
+    seed: int,
+    on_clip: Callable[[int], None] = lambda count: None,
+) -> FitQuality:
+    """Sample every task on `clips` and measure; the same arguments give the same numbers.
+
+    Args:
+        pipeline: base plus adapter.
+        base: the same base without one.
+        clips: held out; with their true frames, pointmaps and cameras.
+        on_clip: called with the number of clips just sampled; `sampled_clips` in all.
+    """
+    batch = collate(clips)
+    masks = {task: _frame_masks(task, len(clips), batch.frames.shape[2], seed) for task in TASKS_WITH_TRUTH}
+    sampler = _Sampler(clips, seed, on_clip)
+    scenes = {task: sampler(pipeline, masks[task]) for task in TASKS_WITH_TRUTH}
+    base_scenes = {task: sampler(base, masks[task]) for task in TASKS_WITH_TRUTH}
+    with _links_zeroed(pipeline):
+        no_links = sampler(pipeline, masks["video"])
+    other = sampler(pipeline, masks["video"], shift=1)
+    frames_rt, pointmaps_rt = (_round_trip(pipeline, videos) for videos in (batch.frames, batch.pointmap))
+
+    first = scenes["video"].pointmap
+    rows = {
+        "constant": torch.zeros_like(batch.pointmap),
+        "mean_pointmap": mean_pointmap.expand_as(batch.pointmap),
+        "first_frame": first[:, :, :1].expand_as(first),
+        **{task: scenes[task].pointmap for task in TASKS_WITH_TRUTH},
+        "video_other_clip": other.pointmap,
+        "video_no_links": no_links.pointmap,
+        "ceiling": pointmaps_rt,
+    }
+    return FitQuality(
+        pointmaps={name: _mean_errors(preds, clips) for name, preds in rows.items()},
+        frames_db={
+            "vae_round_trip": _decibels(frames_rt, batch.frames, masks["video"]),
+            **{task: _decibels(scenes[task].frames, batch.frames, masks[task]) for task in TASKS_WITH_TRUTH},
+            **{f"{t}_base_alone": _decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_TRUTH},
+        },
+        image_to_4d=_self_consistency(scenes["image"], clips, train_path),
+        scenes=scenes,
+        masks=masks,
+    )
+
+
+def sampled_clips(clips: int) -> int:
+    """How many clips `measure_fit` samples for `clips` held-out ones."""
+    return clips * (2 * len(TASKS_WITH_TRUTH) + 2)
+
+
+def sample_scenes(pipeline: One4DPipeline, clips: list[Sample], masks: Tensor, seed: int) -> GeneratedScene:
+    """Scenes of all clips under their frame masks [N, T], with the noise of `measure_fit`."""
+    return _Sampler(clips, seed, lambda count: None)(pipeline, masks)
+
+
+class _Sampler:
+    """Samples all clips in batches, each clip's noise from (seed, its number)."""
+
+    def __init__(self, clips: list[Sample], seed: int, on_clip: Callable[[int], None]) -> None:
+        self.clips, self.seed, self.on_clip = clips, seed, on_clip
+
+    def __call__(self, pipeline: One4DPipeline, masks: Tensor, shift: int = 0) -> GeneratedScene:
+        """Scenes of every clip; `shift` takes frames and caption of the clip so many places on."""
+        scenes = []
+        for start in range(0, len(self.clips), BATCH):
+            numbers = list(range(start, min(start + BATCH, len(self.clips))))
+            shown = collate([self.clips[(n + shift) % len(self.clips)] for n in numbers])
+            noise = torch.stack([self._noise(pipeline, n, shown.frames.shape[2:]) for n in numbers], dim=1)
+            scenes.append(pipeline(list(shown.captions), shown.frames, masks[numbers], noise.flatten(0, 1)))
+            self.on_clip(len(numbers))
+        return GeneratedScene(torch.cat([s.frames for s in scenes]), torch.cat([s.pointmap for s in scenes]))
+
+    def _noise(self, pipeline: One4DPipeline, number: int, size: torch.Size) -> Tensor:  # [2, C, t, h, w]
+        encoders = pipeline.encoders
+        grid = (size[0] - 1) // encoders.temporal_factor + 1, *(s // encoders.spatial_factor for s in size[1:])
+        generator = derived_generator(self.seed, number, "evaluation noise")
+        return torch.randn(2, encoders.latent_channels, *grid, generator=generator)
+
+
+class _links_zeroed:
+    """Within: the control links add nothing."""
+
+    def __init__(self, pipeline: One4DPipeline) -> None:
+        self.weights = list(pipeline.transformer.links.parameters())
+
+    def __enter__(self) -> None:
+        self.kept = [weight.detach().clone() for weight in self.weights]
+        for weight in self.weights:
+            weight.data.zero_()
+
+    def __exit__(self, *error: object) -> None:
+        for weight, kept in zip(self.weights, self.kept, strict=True):
+            weight.data.copy_(kept)
+
+
+def _frame_masks(task: Task, count: int, num_frames: int, seed: int) -> Tensor:  # [N, T] bool
+    generators = (derived_numpy_generator(seed, number, "evaluation frames") for number in range(count))
+    return torch.stack([draw_frame_mask(task, num_frames, generator) for generator in generators])
+
+
+@torch.no_grad()
+def _round_trip(pipeline: One4DPipeline, videos: Tensor) -> Tensor:  # [N, 3, T, H, W] -> the same through the VAE
+    encoders = pipeline.encoders
+    return torch.cat([encoders.decode(encoders.encode(some)) for some in videos.split(BATCH)])
+
+
+def _mean_errors(preds: Tensor, clips: list[Sample]) -> dict[str, float]:  # preds [N, 3, T, H, W]
+    """Means over clips; over those that show motion where only moving pixels count."""
+    errors = []
+    for points, clip in zip(preds, clips, strict=True):
+        target = denormalise(clip.pointmap.movedim(0, -1), clip.scale).double()
+        errors.append(pointmap_errors(points.movedim(0, -1).double(), target, clip.valid, clip.moving, "scale_shift"))
+    moving = [e for e in errors if int(e.num_moving)]
+    return {
+        "rel_error": float(torch.stack([e.rel_error for e in errors]).mean()),
+        "inliers": float(torch.stack([e.inliers for e in errors]).mean()),
+        "rel_error_moving": float(torch.stack([e.rel_error_moving for e in moving]).mean()) if moving else float("nan"),
+        "inliers_moving": float(torch.stack([e.inliers_moving for e in moving]).mean()) if moving else float("nan"),
+    }
+
+
+def _decibels(preds: Tensor, target: Tensor, given: Tensor) -> dict[str, float]:
+    """Mean over clips of the PSNR of given and of hidden frames; [N, 3, T, H, W] x 2 in [-1, 1], [N, T]."""
+    found: dict[str, list[Tensor]] = {"given": [], "hidden": []}
+    for ours, truth, shown in zip(preds, target, given, strict=True):
+        for name, frames in (("given", shown), ("hidden", ~shown)):
+            if bool(frames.any()):
+                found[name].append(peak_signal_noise_ratio(ours[:, frames], truth[:, frames], data_range=2.0))
+    return {name: float(torch.stack(values).mean()) for name, values in found.items() if values}
+
+
+def _self_consistency(scenes: GeneratedScene, clips: list[Sample], train_path: float) -> dict[str, float]:
+    """Generated scenes have no truth: does the camera move, and do their own frames agree with their own geometry?"""
+    paths, ours, true = [], [], []
+    for i, clip in enumerate(clips):
+        points, frames = scenes.pointmap[i].movedim(0, -1), scenes.frames[i].movedim(0, -1)
+        scene = recover_scene(points, ~is_sky(points))
+        paths.append(camera_path(scene.cam2world, points, ~is_sky(points)))
+        ours.append(photometric_error(frames, points, scene, ~is_sky(points)))
+        truth = clip.pointmap.movedim(0, -1)
+        true_scene = recover_scene(truth, clip.valid)
+        true.append(photometric_error(clip.frames.movedim(0, -1), truth, true_scene, clip.valid))
+    ours_error, true_error = (float(torch.stack(errors).nanmedian()) for errors in (ours, true))
+    return {
+        "camera_path": float(torch.stack(paths).median()),
+        "camera_path_training": train_path,
+        "camera_path_ratio": float(torch.stack(paths).median()) / train_path,
+        "photometric_error": ours_error,
+        "photometric_error_truth": true_error,
+        "photometric_ratio": ours_error / true_error,
+    }
+
+
+def camera_path(cam2world: Tensor, points: Tensor, valid: Tensor) -> Tensor:
+    """Length of a camera path [T, 4, 4] in median distances of the clip's valid points [T, H, W, 3] from camera 0."""
+    distance = points[valid].norm(dim=-1).median() if bool(valid.any()) else points.new_tensor(float("nan"))
+    return path_length(cam2world).double() / distance.double()
+
+
+def photometric_error(
+    frames: Tensor,  # [T, H, W, 3] in [-1, 1]
+    points: Tensor,  # [T, H, W, 3], camera-0 coordinates
+    scene: RecoveredScene,
+    valid: Tensor,  # [T, H, W] bool
+) -> Tensor:
+    """Median colour difference (of a range of 2) between frame 0's points and where they fall in each later frame.
+
+    Over pixels whose point the later frame shows too: its own depth there agrees within `SEEN_TWICE`. A median, because
+    moving things, a minority, break the premise that the world stands still; from frame 0, because between neighbours
+    a camera that stands would do nearly as well. nan where nothing is seen twice.
+    """
+    height, width = points.shape[1:3]
+    differences = []
+    for t in range(1, len(points)):
+        pixels, depth = project(to_camera(points[0].double(), scene.cam2world[t]), scene.intrinsics[t].double())
+        column, row = pixels.nan_to_num(-1).floor().unbind(-1)
+        inside = (depth > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height) & valid[0]
+        column, row = torch.where(inside, column, 0).long(), torch.where(inside, row, 0).long()
+        there = scene.depth[t].double()[row, column]
+        seen = inside & valid[t][row, column] & ((there - depth).abs() < SEEN_TWICE * depth)
+        # bilinear at the exact position: half a pixel of rounding would drown what is measured
+        grid = torch.stack([2 * pixels[..., 0] / width - 1, 2 * pixels[..., 1] / height - 1], -1)[None].float()
+        sampled = torch.nn.functional.grid_sample(
+            frames[t].movedim(-1, 0)[None].float(), grid.nan_to_num(2), align_corners=False
+        )[0].movedim(0, -1)
+        differences.append((sampled - frames[0]).abs().mean(-1)[seen])
+    found = torch.cat(differences)
+    return found.median() if len(found) else found.new_tensor(float("nan"))

@@ -1,0 +1,68 @@
+"""Pictures of a scene: frames and pointmaps as rows of a panel, and distance as colours."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+from one4d_pl.geometry.pointmap import is_sky
+
+COLUMNS = 5  # frames shown of a clip, evenly spaced, the first and the last among them
+GAP = 2  # pixels between the pictures of a panel
+# near to far; lightness falls with distance, so that it reads in grey too
+DISTANCE_COLOURS = ((0.99, 0.91, 0.62), (0.96, 0.55, 0.25), (0.75, 0.22, 0.42), (0.35, 0.12, 0.48), (0.05, 0.03, 0.20))
+SKY_COLOUR = (0.62, 0.80, 0.95)
+
+
+def scene_panel(
+    given: Tensor,  # [3, T, H, W] in [-1, 1], hidden frames grey
+    frames: Tensor,  # [3, T, H, W] in [-1, 1], generated
+    pointmap: Tensor,  # [3, T, H, W], generated, normalised
+    true_pointmap: Tensor,  # [3, T, H, W], normalised
+    zoom: int = 1,  # pixels of the panel per pixel of a frame
+) -> Tensor:  # [h, w, 3] uint8
+    """Rows: given, generated, pointmap as colours, distance from camera 0, true distance; columns: frames."""
+    points, true_points = pointmap.movedim(0, -1), true_pointmap.movedim(0, -1)  # [T, H, W, 3]
+    near, far = distance_range(true_points)
+    rows = [  # [T, H, W, 3] each
+        (given.movedim(0, -1) + 1) / 2,
+        (frames.movedim(0, -1) + 1) / 2,
+        (points + 1) / 2,
+        distance_colours(points, near, far),
+        distance_colours(true_points, near, far),
+    ]
+    chosen = torch.linspace(0, frames.shape[1] - 1, COLUMNS).round().long()
+    gap = [0, 0, 0, GAP, 0, GAP]
+    pictures = [torch.cat([pad(frame, gap, value=1.0) for frame in enlarge(row[chosen], zoom)], dim=1) for row in rows]
+    return to_bytes(torch.cat(pictures))
+
+
+def enlarge(pictures: Tensor, zoom: int) -> Tensor:  # [T, H, W, 3] -> [T, zoom H, zoom W, 3]
+    """Every pixel as a square: what the model made, not what a filter makes of it."""
+    return interpolate(pictures.movedim(-1, 1).float(), scale_factor=zoom, mode="nearest").movedim(1, -1)
+
+
+def to_bytes(pictures: Tensor) -> Tensor:  # [..., 3] in [0, 1] -> [..., 3] uint8 on the CPU
+    return (pictures.clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def distance_range(points: Tensor) -> tuple[float, float]:  # [T, H, W, 3]
+    """2nd and 98th percentile of the distance from camera 0, sky left out."""
+    distance = points.norm(dim=-1)[~is_sky(points)]
+    if len(distance) == 0:
+        return 0.01, 1.0
+    some = distance.float()[:: max(1, len(distance) // 100_000)]
+    near, far = torch.quantile(some, some.new_tensor([0.02, 0.98])).tolist()
+    return max(near, 1e-3), max(far, near + 1e-3)
+
+
+def distance_colours(points: Tensor, near: float, far: float) -> Tensor:  # [T, H, W, 3] -> [T, H, W, 3] in [0, 1]
+    """Log distance from camera 0 as colours, nearer = lighter; sky blue."""
+    distance = points.norm(dim=-1).clamp(near, far)
+    position = torch.log(distance / near) / torch.log(torch.tensor(far / near)) * (len(DISTANCE_COLOURS) - 1)
+    table = points.new_tensor(DISTANCE_COLOURS)
+    low = position.floor().long().clamp(0, len(DISTANCE_COLOURS) - 2)
+    weight = (position - low)[..., None]
+    colours = (1 - weight) * table[low] + weight * table[low + 1]
+    return torch.where(is_sky(points)[..., None], points.new_tensor(SKY_COLOUR), colours)

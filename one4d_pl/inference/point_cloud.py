@@ -1,0 +1,88 @@
+"""Coloured points of a scene: which pixels are surfaces, and pictures of them from anywhere."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from one4d_pl.geometry.pointmap import is_sky
+from one4d_pl.geometry.se3 import se3_matrix, so3_exp
+from one4d_pl.postopt.recover import RecoveredScene
+
+FLYING = 0.15  # of the disparity: a pixel whose neighbours' disparities bend by more lies between two surfaces
+SWING = math.radians(25)  # of the turntable's camera to either side
+STEP_BACK = 0.15  # of the distance to the scene's middle, so that its borders are in the picture
+
+
+def solid_pixels(
+    pointmap: Tensor,  # [T, H, W, 3], normalised
+    depth: Tensor,  # [T, H, W], z in each frame's own camera; not finite or 0 = unknown
+) -> Tensor:  # [T, H, W] bool
+    """Pixels that show a surface: no sky, and no flying point between a near and a far one.
+
+    Disparity is linear along every plane, however slanted, so what bends it by more than `FLYING` is an edge.
+    """
+    known = ~is_sky(pointmap) & depth.isfinite() & (depth > 0)
+    disparity = torch.where(known, 1 / depth.clamp_min(1e-6), 0.0)
+    flat = torch.nn.functional.pad(disparity[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    here = flat[:, 1:-1, 1:-1]
+    bend_u = (flat[:, 1:-1, 2:] + flat[:, 1:-1, :-2] - 2 * here).abs()
+    bend_v = (flat[:, 2:, 1:-1] + flat[:, :-2, 1:-1] - 2 * here).abs()
+    return known & (torch.maximum(bend_u, bend_v) <= FLYING * here)
+
+
+def draw_points(
+    points: Tensor,  # [N, 3], world
+    colours: Tensor,  # [N, 3] uint8
+    intrinsics: Tensor,  # [3, 3], pixels of the picture
+    cam2world: Tensor,  # [4, 4]
+    height: int,
+    width: int,
+    size: Tensor,  # [N], edge of each point's square, world units
+) -> Tensor:  # [H, W, 3] uint8
+    """The picture of a point cloud: each point a square that faces the camera, nearer ones in front, white behind."""
+    local = (points - cam2world[:3, 3]) @ cam2world[:3, :3]
+    picture = np.full((height, width, 3), 255, np.uint8)
+    x, y, z = local.double().numpy().T
+    ahead = np.flatnonzero(z > 1e-3)
+    ahead = ahead[np.argsort(-z[ahead])]  # far to near: the last one drawn stays
+    focal, shift = intrinsics[0, 0].item(), intrinsics[:2, 2].tolist()
+    half = 0.5 * focal * size.double().numpy()[ahead] / z[ahead]
+    u, v = focal * x[ahead] / z[ahead] + shift[0], focal * y[ahead] / z[ahead] + shift[1]
+    for i, colour in enumerate(colours.numpy()[ahead]):
+        left, right = int(max(0, u[i] - half[i])), int(min(width, u[i] + half[i] + 1))
+        top, bottom = int(max(0, v[i] - half[i])), int(min(height, v[i] + half[i] + 1))
+        picture[top:bottom, left:right] = colour
+    return torch.from_numpy(picture)
+
+
+def turntable(
+    pointmap: Tensor,  # [T, H, W, 3], normalised
+    frames: Tensor,  # [T, H, W, 3] uint8
+    scene: RecoveredScene,
+    height: int,
+    width: int,
+    turns: int = 48,
+) -> Tensor:  # [turns, height, width, 3] uint8
+    """The scene from a camera that swings about its middle while time runs to the end and back."""
+    num_frames = len(pointmap)
+    solid = solid_pixels(pointmap, scene.depth)
+    shown = solid[0] if bool(solid[0].any()) else torch.ones_like(solid[0])
+    middle = pointmap[0][shown].double().median(0).values * torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
+    intrinsics = scene.intrinsics[0].double() * height / pointmap.shape[1]
+    intrinsics[:2, 2] = torch.tensor([width / 2, height / 2])
+    pictures = []
+    for k in range(turns):
+        phase = 2 * math.pi * k / turns
+        rotation = so3_exp(torch.tensor([0.3 * SWING * math.cos(phase), SWING * math.sin(phase), 0.0]).double())
+        cam2world = se3_matrix(rotation, middle - (1 + STEP_BACK) * rotation @ middle)
+        t = round((num_frames - 1) * (1 - abs(1 - 2 * k / turns)))
+        size = scene.depth[t] / scene.intrinsics[t, 0, 0] * 1.25  # a pixel's footprint, a little overlapping
+        keep = solid[t]
+        pictures.append(
+            draw_points(pointmap[t][keep].double(), frames[t][keep], intrinsics, cam2world, height, width, size[keep])
+        )
+    return torch.stack(pictures)
