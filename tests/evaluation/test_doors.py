@@ -133,9 +133,11 @@ def test_sparse_frames_are_first_last_and_evenly_between():
         sparse_indices(9, 0.0)
 
 
-def test_what_is_missing_is_said_in_one_line_with_exit_code_2(tmp_path, arguments, capsys):
-    assert "the demo adapters are not at" in failure(capsys, evaluate, []) or evaluate.DEMO_ADAPTERS.is_dir()
-    assert "configs/demo.yaml" in failure(capsys, evaluate, ["--rows", "ceiling"]) or evaluate.DEMO_CONFIG.is_file()
+def test_what_is_missing_is_said_in_one_line_with_exit_code_2(tmp_path, arguments, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "DEMO_ADAPTERS", tmp_path / "demo_adapters")
+    monkeypatch.setattr(evaluate, "DEMO_CONFIG", tmp_path / "demo.yaml")
+    assert "the demo adapters are not at" in failure(capsys, evaluate, [])
+    assert "demo.yaml: no such config file" in failure(capsys, evaluate, ["--rows", "ceiling"])
     assert "no adapter (card.json)" in failure(capsys, evaluate, ["--ckpt", str(tmp_path)])
     assert "get MPI Sintel" in failure(
         capsys, evaluate, [*arguments[:-2], "--bench", "sintel", "--root", str(tmp_path)]
