@@ -11,7 +11,7 @@ SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libx11-6
 APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends $(SYSTEM_PACKAGES)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system demo test test-long lint types clean
+.PHONY: help setup setup-system demo eval test test-long lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -44,6 +44,13 @@ setup-system:  ## install the system libraries that open3d needs (apt-get, as ro
 demo: $(STAMP)  ## train on a little from the shipped adapters, then sample, measure and draw held-out scenes into demo/
 	$(VENV)/bin/python -m one4d_pl.fit --config configs/demo.yaml
 	$(VENV)/bin/python -m one4d_pl.demo --out demo
+
+BENCH ?= toy
+ROOT ?=
+CKPT ?=
+EVAL_ARGS ?=
+eval: $(STAMP)  ## BENCH=sintel ROOT=<its folder> CKPT=<adapter folder>; with nothing: the demo adapters on the toy scenes
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl.evaluate --bench $(BENCH) $(if $(ROOT),--root $(ROOT)) $(if $(CKPT),--ckpt $(CKPT)) $(EVAL_ARGS)
 
 test: $(STAMP)  ## the tests but the slow ones
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m "not slow"

@@ -1,0 +1,294 @@
+"""What is scored: MPI Sintel, Bonn, TUM-dynamics and a fixed procedural split, opened from their original folders.
+
+sintel  training/{final,depth,camdata_left}/<sequence>: depth of 23 sequences (1064 frames), cameras of 14 (643 frames)
+bonn    rgbd_bonn_<sequence>: depth of 5 sequences, rgb and depth each sorted by name, entries [30:140], paired by rank;
+        its cameras are associated by time and never scored: the published preparation pairs them with nothing
+tum     rgbd_dataset_freiburg3_<sequence>: cameras of 8 sequences; images and ground truth paired by time, every third
+        pair, the first 90 of those ("tum_30": the first 30, One4D's count)
+toy     synthetic scenes of `data.toy_world`, seeds 3000000 .. 3000015, 9 frames of 48x64: depth and cameras
+
+A sequence reads its files when it is asked, so one sequence is all that need be in memory.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from one4d_pl.data.rgbd_folder import (
+    StampedFile,
+    associate,
+    bonn_cam2world,
+    camera_intrinsics,
+    list_files,
+    read_depth_png,
+    read_rgb_png,
+    read_trajectory,
+)
+from one4d_pl.data.toy_world import FPS, render_clip
+from one4d_pl.evaluation.formats import read_cam, read_dpt
+from one4d_pl.types import Clip
+
+SINTEL_CAMERAS = (
+    *("alley_2", "ambush_4", "ambush_5", "ambush_6", "cave_2", "cave_4", "market_2", "market_5", "market_6"),
+    *("shaman_3", "sleeping_1", "sleeping_2", "temple_2", "temple_3"),
+)
+SINTEL_DEPTH_ONLY = (
+    *("alley_1", "ambush_2", "ambush_7", "bamboo_1", "bamboo_2", "bandage_1", "bandage_2", "mountain_1", "shaman_2"),
+)
+SINTEL_FRAMES = {"ambush_2": 21, "ambush_4": 33, "ambush_6": 20, "market_6": 40}  # all others have 50
+BONN = ("balloon2", "crowd2", "crowd3", "person_tracking2", "synchronous")
+BONN_SLICE = slice(30, 140)
+BONN_MAX_DIFFERENCE = 0.05  # seconds between an image and its camera: the ground truth has the images' rate
+TUM = tuple(f"{who}_{motion}" for who in ("sitting", "walking") for motion in ("static", "xyz", "halfsphere", "rpy"))
+TUM_STRIDE = 3
+TUM_FRAMES = {"tum": 90, "tum_30": 30}
+TOY_SEEDS = range(3_000_000, 3_000_016)  # training uses seeds below
+TOY_SHAPE = (9, 48, 64)  # the embedded base's own
+NAMES = ("toy", "sintel", "bonn", "tum", "tum_30")
+
+GET = {
+    "sintel": "get MPI Sintel's complete training set and its depth and camera archive, and unpack both into one "
+    "folder that holds training/{final,depth,camdata_left}",
+    "bonn": "get Bonn RGB-D Dynamic's sequences " + ", ".join(BONN) + " and unpack them side by side",
+    "tum": "get TUM RGB-D's freiburg3 sitting and walking sequences (static, xyz, halfsphere, rpy) and unpack them "
+    "side by side",
+}
+
+
+class BenchmarkError(ValueError):
+    """The data are not where they should be; one line that says what to get and where to put it."""
+
+
+@dataclass(frozen=True)
+class EvalSequence(ABC):
+    """One video with its ground truth."""
+
+    name: str
+    num_frames: int
+    scores: tuple[str, ...]  # of "depth" and "cameras"
+    fps: float
+
+    @property
+    def zooms(self) -> bool:
+        """Whether the focal length changes within the video, so that every frame needs its own."""
+        return False
+
+    def caption(self) -> str:
+        """What the model is told; real benchmarks have no text."""
+        return ""
+
+    @abstractmethod
+    def read_frames(self) -> Tensor:  # [T, H, W, 3] uint8
+        """The images."""
+
+    @abstractmethod
+    def read_depth(self) -> Tensor:  # [T, H, W] float32
+        """True z-depth; not finite or <= 0 = unknown."""
+
+    @abstractmethod
+    def read_cameras(self) -> tuple[Tensor, Tensor]:  # intrinsics [T, 3, 3] float64, cam2world [T, 4, 4] float64
+        """True cameras: OpenCV axes, pixels with centres at +0.5."""
+
+    @property
+    @abstractmethod
+    def timestamps(self) -> Tensor:  # [T] float64
+        """Of the ground truth, as the benchmark counts time."""
+
+
+@dataclass(frozen=True)
+class SintelSequence(EvalSequence):
+    """One of Sintel's training sequences, final pass."""
+
+    training: Path
+
+    def _paths(self, kind: str, suffix: str) -> list[Path]:
+        return sorted((self.training / kind / self.name).glob(f"frame_*{suffix}"))
+
+    def read_frames(self) -> Tensor:
+        return torch.stack([read_rgb_png(path) for path in self._paths("final", ".png")])
+
+    def read_depth(self) -> Tensor:
+        return torch.stack([read_dpt(path) for path in self._paths("depth", ".dpt")])
+
+    def read_cameras(self) -> tuple[Tensor, Tensor]:
+        intrinsics, cam2world = zip(*(read_cam(path) for path in self._paths("camdata_left", ".cam")))
+        return torch.stack(intrinsics), torch.stack(cam2world)
+
+    @property
+    def timestamps(self) -> Tensor:
+        return torch.tensor([float(path.stem.split("_")[-1]) for path in self._paths("final", ".png")]).double()
+
+
+@dataclass(frozen=True)
+class RGBDFolderSequence(EvalSequence):
+    """Chosen frames of a TUM or Bonn folder."""
+
+    images: tuple[StampedFile, ...]
+    depths: tuple[StampedFile | None, ...]  # None = no depth map for this image
+    camera: str  # whose intrinsics
+    cam2world: Tensor  # [T, 4, 4] float64
+    camera_times: Tensor  # [T] float64
+
+    def read_frames(self) -> Tensor:
+        return torch.stack([read_rgb_png(image.path) for image in self.images])
+
+    def read_depth(self) -> Tensor:
+        maps = [None if depth is None else read_depth_png(depth.path) for depth in self.depths]
+        known = next((depth for depth in maps if depth is not None), None)
+        if known is None:
+            raise ValueError(f"{self.name}: no depth map belongs to any of its images")
+        return torch.stack([torch.full_like(known, torch.nan) if depth is None else depth for depth in maps])
+
+    def read_cameras(self) -> tuple[Tensor, Tensor]:
+        return camera_intrinsics(self.camera).double().expand(self.num_frames, 3, 3), self.cam2world
+
+    @property
+    def timestamps(self) -> Tensor:
+        return self.camera_times
+
+
+@dataclass(frozen=True)
+class ToySequence(EvalSequence):
+    """A rendered scene."""
+
+    seed: int
+
+    def clip(self) -> Clip:
+        """The scene, a pure function of the seed."""
+        return _render(self.seed, TOY_SHAPE)
+
+    @property
+    def zooms(self) -> bool:
+        return True
+
+    def caption(self) -> str:
+        return self.clip().caption
+
+    def read_frames(self) -> Tensor:
+        return self.clip().frames
+
+    def read_depth(self) -> Tensor:
+        return self.clip().depth
+
+    def read_cameras(self) -> tuple[Tensor, Tensor]:
+        clip = self.clip()
+        return clip.intrinsics.double(), clip.cam2world.double()
+
+    @property
+    def timestamps(self) -> Tensor:
+        return torch.arange(self.num_frames, dtype=torch.float64)
+
+
+def open_benchmark(name: str, root: Path | None, only: tuple[str, ...] = ()) -> list[EvalSequence]:
+    """The sequences of a benchmark, all or those named in `only`, checked to be complete before anything is read.
+
+    BenchmarkError says in one line what is missing.
+    """
+    if name not in NAMES:
+        raise BenchmarkError(f"benchmark {name!r}, need one of {', '.join(NAMES)}")
+    listed = sequence_names(name)
+    if unknown := sorted(set(only) - set(listed)):
+        raise BenchmarkError(f"{name}: no sequence {unknown[0]}; it has {', '.join(listed)}")
+    wanted = [sequence for sequence in listed if not only or sequence in only]
+    if name == "toy":
+        return [_toy(sequence) for sequence in wanted]
+    family = name.split("_")[0]
+    if root is None or not root.is_dir():
+        raise BenchmarkError(f"{name}: no folder at {root}; {GET[family]}, then say where with --root")
+    opened = {"sintel": _sintel, "bonn": _bonn, "tum": lambda r, s: _tum(r, s, TUM_FRAMES[name])}[family]
+    return [opened(root, sequence) for sequence in wanted]
+
+
+def sequence_names(name: str) -> list[str]:
+    """All sequences of a benchmark, in the order of its tables."""
+    if name == "sintel":
+        return sorted(SINTEL_CAMERAS + SINTEL_DEPTH_ONLY)
+    if name == "bonn":
+        return list(BONN)
+    return [f"toy_{seed}" for seed in TOY_SEEDS] if name == "toy" else list(TUM)
+
+
+@lru_cache(maxsize=1)  # frames, depth and cameras of one scene are asked for one after the other
+def _render(seed: int, shape: tuple[int, int, int]) -> Clip:
+    return render_clip(seed, *shape)
+
+
+def _toy(sequence: str) -> ToySequence:
+    seed = int(sequence.removeprefix("toy_"))
+    return ToySequence(sequence, TOY_SHAPE[0], ("depth", "cameras"), FPS, seed)
+
+
+def _sintel(root: Path, sequence: str) -> SintelSequence:
+    training = root / "training" if (root / "training").is_dir() else root
+    count = SINTEL_FRAMES.get(sequence, 50)
+    scores = ("depth", "cameras") if sequence in SINTEL_CAMERAS else ("depth",)
+    for kind, suffix in (("final", "png"), ("depth", "dpt"), ("camdata_left", "cam")):
+        found = len(list((training / kind / sequence).glob(f"frame_*.{suffix}")))
+        if found != count:
+            raise BenchmarkError(
+                f"sintel: {found} .{suffix} files in {training / kind / sequence}, need {count}; {GET['sintel']}"
+            )
+    return SintelSequence(sequence, count, scores, 24.0, training)
+
+
+def _bonn(root: Path, sequence: str) -> RGBDFolderSequence:
+    folder = _folder(root, f"rgbd_bonn_{sequence}", "bonn")
+    images, depths = (sorted(_pngs(folder, kind), key=lambda f: f.path.name)[BONN_SLICE] for kind in ("rgb", "depth"))
+    count = BONN_SLICE.stop - BONN_SLICE.start
+    if len(images) != count or len(depths) != count:
+        raise BenchmarkError(
+            f"bonn: {folder} gives {len(images)} images and {len(depths)} depth maps at [30:140], need {count} of "
+            f"each; {GET['bonn']}"
+        )
+    trajectory = read_trajectory(folder / "groundtruth.txt")
+    times = torch.tensor([image.timestamp for image in images], dtype=torch.float64)
+    pairs = associate(times, trajectory.timestamps, BONN_MAX_DIFFERENCE)
+    if len(pairs) != count:
+        raise BenchmarkError(f"bonn: {count - len(pairs)} images of {folder} have no camera in groundtruth.txt")
+    rows = torch.tensor([row for _, row in pairs])
+    cam2world = bonn_cam2world(trajectory.cam2world[rows])
+    return RGBDFolderSequence(sequence, count, ("depth",), 30.0, tuple(images), tuple(depths), "bonn", cam2world, times)
+
+
+def _tum(root: Path, sequence: str, count: int) -> RGBDFolderSequence:
+    folder = _folder(root, f"rgbd_dataset_freiburg3_{sequence}", "tum")
+    images, trajectory = list_files(folder, "rgb"), read_trajectory(folder / "groundtruth.txt")
+    times = torch.tensor([image.timestamp for image in images], dtype=torch.float64)
+    pairs = associate(times, trajectory.timestamps)[::TUM_STRIDE][:count]
+    absent = [images[i].path for i, _ in pairs if not images[i].path.is_file()]
+    if len(pairs) != count or absent:
+        missing = f"no {absent[0]}" if absent else f"{len(pairs)} images at stride {TUM_STRIDE} have a camera"
+        raise BenchmarkError(f"tum: {folder}: {missing}, need {count} images; {GET['tum']}")
+    depths = list_files(folder, "depth")
+    depth_of = dict(associate(times, torch.tensor([d.timestamp for d in depths], dtype=torch.float64)))
+    rows = torch.tensor([row for _, row in pairs])
+    return RGBDFolderSequence(
+        sequence,
+        count,
+        ("cameras",),
+        30.0 / TUM_STRIDE,
+        tuple(images[i] for i, _ in pairs),
+        tuple(depths[depth_of[i]] if i in depth_of else None for i, _ in pairs),
+        "freiburg3",
+        trajectory.cam2world[rows],
+        trajectory.timestamps[rows],
+    )
+
+
+def _folder(root: Path, name: str, benchmark: str) -> Path:
+    """The sequence's folder below root, also inside the archive's own top folder."""
+    for folder in (root / name, *sorted(root.glob(f"*/{name}"))):
+        if (folder / "groundtruth.txt").is_file():
+            return folder
+    raise BenchmarkError(f"{benchmark}: no {name}/groundtruth.txt under {root}; {GET[benchmark]}")
+
+
+def _pngs(folder: Path, kind: str) -> list[StampedFile]:
+    """What lies in the folder, whatever its text file lists: the published preparation sorts file names."""
+    return [StampedFile(float(path.stem), path) for path in (folder / kind).glob("*.png")]

@@ -1,0 +1,150 @@
+"""How a benchmark's image lies in the model's frame, and how its predictions come back to the image's own pixels.
+
+Square pixels stay square. `no_squash` takes the multiple-of-16 size that is nearest to the image's shape and to the
+model's number of tokens, covers it and cuts what hangs over (a few pixels). `letterbox` keeps the model's own size,
+fits the whole image in and leaves black bars; the bars are cut from every prediction before anything is read from it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from one4d_pl.geometry.camera import resize_crop_plan, resize_frames, resize_nearest_valid
+
+Shape = Literal["no_squash", "letterbox"]
+
+MULTIPLE = 16  # VAE x patch
+BLACK = 0
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a map lies on its image: position (u, v) of the map shows ((u + left) / scale, (v + top) / scale)."""
+
+    scale: float  # map pixels per image pixel, the same for both axes
+    top: float
+    left: float
+
+
+@dataclass(frozen=True)
+class Framing:
+    """The model's frame for images of one size."""
+
+    height: int  # of the model's frame, as width a multiple of 16
+    width: int
+    inner_height: int  # of the image in it; the rest are bars
+    inner_width: int
+    placement: Placement  # of the inner part on the image
+
+    @property
+    def bars(self) -> tuple[int, int]:
+        """Rows above and columns left of the image."""
+        return (self.height - self.inner_height) // 2, (self.width - self.inner_width) // 2
+
+    def place_frames(
+        self,
+        frames: Tensor,  # [T, H, W, 3] uint8
+        intrinsics: Tensor,  # [T, 3, 3], pixels
+    ) -> tuple[Tensor, Tensor]:  # [T, height, width, 3] uint8 with bars; [T, 3, 3] of the inner part
+        """Images as the model sees them."""
+        resized, intrinsics = resize_frames(frames, intrinsics, self.inner_height, self.inner_width)
+        return self._with_bars(resized.movedim(-1, 1)).movedim(1, -1), intrinsics
+
+    def place_map(self, maps: Tensor) -> Tensor:  # [T, H, W] -> [T, inner_height, inner_width]
+        """Geometry by nearest pixel, without bars."""
+        return resize_nearest_valid(maps, self.inner_height, self.inner_width)
+
+    def cut(self, maps: Tensor) -> Tensor:  # [..., height, width] -> [..., inner_height, inner_width]
+        """Take the bars off."""
+        top, left = self.bars
+        return maps[..., top : top + self.inner_height, left : left + self.inner_width]
+
+    def _with_bars(self, maps: Tensor) -> Tensor:  # [..., inner_height, inner_width] -> [..., height, width]
+        top, left = self.bars
+        right, bottom = self.width - self.inner_width - left, self.height - self.inner_height - top
+        return functional.pad(maps, (left, right, top, bottom), value=BLACK)
+
+
+def frame_images(
+    from_height: int,
+    from_width: int,
+    height: int,  # the size the model was trained at
+    width: int,
+    shape: Shape,
+) -> Framing:
+    """The model's frame for images of from_height x from_width."""
+    if shape == "letterbox":
+        scale = min(height / from_height, width / from_width)
+        inner = min(height, max(1, round(from_height * scale))), min(width, max(1, round(from_width * scale)))
+    else:
+        height, width = inner = nearest_size(from_height / from_width, height * width // MULTIPLE**2)
+    plan = resize_crop_plan(from_height, from_width, *inner)
+    return Framing(height, width, *inner, Placement(plan.scale, plan.top, plan.left))
+
+
+def nearest_size(
+    aspect: float,  # height / width
+    tokens: int,  # 16x16 blocks
+) -> tuple[int, int]:  # height, width
+    """The multiple-of-16 size of least |log| of both ratios, shape's and token count's."""
+
+    def cost(size: tuple[int, int]) -> float:
+        rows, columns = size
+        return abs(math.log(rows / columns / aspect)) + abs(math.log(rows * columns / tokens))
+
+    sizes = (
+        (r, c) for r in range(1, tokens + 1) for c in {max(1, tokens // r), tokens // r + 1, round(r / aspect)} if c
+    )
+    rows, columns = min(sorted(sizes), key=cost)
+    return MULTIPLE * rows, MULTIPLE * columns
+
+
+def to_image(
+    maps: Tensor,  # [T, h, w] float, a prediction
+    height: int,  # of the image
+    width: int,
+    placement: Placement | None,  # None = the map shows the whole image, stretched if need be
+) -> Tensor:  # [T, height, width]
+    """Maps in the image's pixels, bicubic as the published protocols; beyond the map its edge is repeated.
+
+    A pixel whose nearest prediction is not finite gets nan.
+    """
+    rows, columns = maps.shape[1:]
+    if (rows, columns) == (height, width) and placement in (None, Placement(1.0, 0.0, 0.0)):
+        return maps  # the same grid: not even rounding changes
+    y = torch.arange(height, dtype=torch.float64) + 0.5
+    x = torch.arange(width, dtype=torch.float64) + 0.5
+    if placement is None:
+        y, x = y * rows / height, x * columns / width
+    else:
+        y, x = y * placement.scale - placement.top, x * placement.scale - placement.left
+    weights_y, weights_x = cubic_weights(y, rows), cubic_weights(x, columns)  # [height, rows], [width, columns]
+    finite = maps.isfinite()
+    whole = bool(finite.all())
+    result = weights_y @ (maps if whole else torch.where(finite, maps, 0)).float() @ weights_x.T
+    if whole:
+        return result
+    nearest = finite[:, y.long().clamp(0, rows - 1)[:, None], x.long().clamp(0, columns - 1)]
+    return torch.where(nearest, result, torch.nan)
+
+
+def cubic_weights(positions: Tensor, size: int) -> Tensor:  # [N] float64 in pixels, centres at +0.5 -> [N, size]
+    """Keys' cubic with a = -0.75 (OpenCV's and torch's) as a matrix; taps beyond the edge fall on it."""
+    centre = positions - 0.5
+    first = centre.floor()
+    weights = torch.zeros(len(positions), size, dtype=torch.float64)
+    a = -0.75
+    for tap in (-1, 0, 1, 2):
+        d = (centre - first - tap).abs()
+        near = (a + 2) * d**3 - (a + 3) * d**2 + 1
+        far = a * d**3 - 5 * a * d**2 + 8 * a * d - 4 * a
+        weight = torch.where(d <= 1, near, torch.where(d < 2, far, 0.0))
+        index = (first + tap).long().clamp(0, size - 1)
+        weights.scatter_add_(1, index[:, None], weight[:, None])
+    return weights.float()

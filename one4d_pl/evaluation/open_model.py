@@ -1,0 +1,50 @@
+"""From a config and an adapter folder to something that can be sampled."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+
+from one4d_pl.config import Config
+from one4d_pl.inference.pipeline import One4DPipeline
+from one4d_pl.models.adapters import AdapterCard
+from one4d_pl.models.wan import WanEncoders, fingerprint
+
+
+def open_encoders(config: Config, device: torch.device) -> WanEncoders:
+    """The base's frozen VAE, text and image encoder."""
+    return WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens).to(device)
+
+
+def open_pipeline(config: Config, adapters: Path, device: torch.device) -> tuple[One4DPipeline, AdapterCard]:
+    """The base with an adapter. Its shape and sigma shift are the card's: the config says only where the base lies."""
+    card = AdapterCard.read(adapters)
+    dlc = replace(
+        config.dlc,
+        rank=card.rank,
+        lora_scale=card.lora_scale,
+        num_links=len(card.link_blocks),
+        link_blocks=card.link_blocks,
+        xyz_patch_embedding=card.xyz_patch_embedding,
+    )
+    pipeline = One4DPipeline.open(replace(config, dlc=dlc, flow=replace(config.flow, shift=card.shift)), adapters)
+    pipeline.transformer.to(device).eval().requires_grad_(False)
+    pipeline.encoders.to(device)
+    return pipeline, card
+
+
+def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
+    """The precision of training, for sampling too."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16-mixed")
+
+
+def describe(config: Config, adapters: Path | None, card: AdapterCard | None) -> dict[str, object]:
+    """What must be equal for stored predictions to be of the same model."""
+    model: dict[str, object] = {"base": config.base.path, "base_fingerprint": fingerprint(config.base.path)}
+    if card is not None:
+        model |= {"adapters": str(adapters), "step": card.step, "shift": card.shift}
+        model |= {"sampler": asdict(config.sampler), "precision": config.train.precision}
+    return model

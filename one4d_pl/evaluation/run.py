@@ -1,0 +1,192 @@
+"""The whole evaluation: predictions of every row, their scores, the report."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from one4d_pl.config import Config, ConfigError
+from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark, sequence_names
+from one4d_pl.evaluation.framing import Shape
+from one4d_pl.evaluation.open_model import autocast, describe, open_encoders, open_pipeline
+from one4d_pl.evaluation.pictures import save_pictures
+from one4d_pl.evaluation.predict import (
+    PredictOptions,
+    ceiling_sequence,
+    predict_sequence,
+    with_guidance,
+    with_steps,
+)
+from one4d_pl.evaluation.predictions import find_prediction, read_prediction, write_text
+from one4d_pl.evaluation.protocols import Protocol
+from one4d_pl.evaluation.score import SequenceScore, score_benchmark
+from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
+from one4d_pl.evaluation.tables import Row, write_report
+from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
+from one4d_pl.inference.pipeline import One4DPipeline
+
+VBENCH_DIMENSIONS = ("i2v_subject", "i2v_background", "dynamic_degree", "aesthetic_quality")
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is evaluated and how."""
+
+    bench: str
+    root: Path | None
+    out: Path
+    protocol: Protocol
+    sequences: tuple[str, ...] = ()  # none = all
+    predictions: Path | None = None  # someone's, instead of a model
+    rows: tuple[str, ...] = ("model", "ceiling")
+    shape: Shape = "no_squash"
+    one_pass: bool = True
+    overlap: int = 5
+    sparsity: float = 1.0
+    sweep: str | None = None
+    seed: int = 0
+    processes: int = 2
+    pictures: bool = True
+
+    def options(self, config: Config) -> PredictOptions:
+        """How the model is shown the benchmark."""
+        data = config.data
+        return PredictOptions(
+            data.height,
+            data.width,
+            data.num_frames,
+            self.shape,
+            self.one_pass,
+            self.overlap,
+            self.sparsity,
+            self.seed,
+            data.far_limit,
+            data.z_offset,
+        )
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """One row's predictions on disk."""
+
+    label: str
+    folder: Path
+    settings: dict[str, object]
+
+
+def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]) -> str:
+    """Predict (unless predictions are given), score, write the report; returns the table.
+
+    BenchmarkError, PredictionError or ConfigError say in one line what is missing or broken.
+    """
+    sequences = open_benchmark(request.bench, request.root, request.sequences)
+    if request.predictions is not None:
+        stored = [_Stored(request.predictions.name, request.predictions, {"predictions": str(request.predictions)})]
+    else:
+        assert config is not None
+        stored = _predict(request, config, adapters, sequences)
+    rows = []
+    for row in stored:
+        bar = partial(tqdm, desc=f"scoring {row.label}", total=len(sequences), unit="sequence")
+        score = score_benchmark(request.bench, sequences, row.folder, request.protocol, request.processes, bar)
+        rows.append(Row(row.label, score, row.settings))
+        if request.pictures:
+            _draw(request.out / "pictures" / row.folder.name, sequences, row.folder, score.sequences)
+    return write_report(request.out, rows, len(sequence_names(request.bench)), request.sweep)
+
+
+def _predict(
+    request: Request, config: Config, adapters: tuple[Path, ...], sequences: list[EvalSequence]
+) -> list[_Stored]:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    encoders, options = None, request.options(config)
+    stored = []
+    for folder in adapters:
+        pipeline, card = open_pipeline(config, folder, device)
+        encoders = pipeline.encoders
+        model = describe(config, folder, card)
+        for label, variant, shown in _variants(request, pipeline, options, card.step):
+            settings = model | {"sampler": asdict(variant.config), "options": asdict(shown)}
+            settings |= {
+                "given": {str(n): sparse_indices(n, shown.sparsity) for n in {s.num_frames for s in sequences}}
+            }
+            row = _Stored(label, request.out / "predictions" / label.replace(" ", "_"), settings)
+
+            def predict(sequence: EvalSequence, target: Path, variant=variant, shown=shown) -> None:
+                with autocast(config, device):
+                    predict_sequence(variant, sequence, shown, target)
+
+            _fill_folder(row, sequences, predict)
+            stored.append(row)
+    if "ceiling" in request.rows and request.sweep is None:
+        encoders = encoders or open_encoders(config, device)
+        for label, used in (("ceiling with VAE", encoders), ("ceiling without VAE", None)):
+            settings = describe(config, None, None) | {"options": asdict(options)}
+            row = _Stored(label, request.out / "predictions" / label.replace(" ", "_"), settings)
+            _fill_folder(row, sequences, lambda s, target, used=used: ceiling_sequence(used, s, options, target))
+            stored.append(row)
+    return stored
+
+
+def _variants(
+    request: Request, pipeline: One4DPipeline, options: PredictOptions, step: int
+) -> Iterable[tuple[str, One4DPipeline, PredictOptions]]:
+    """The rows of one adapter: itself, or one per swept value."""
+    if request.sweep is None:
+        yield "model", pipeline, options
+    elif request.sweep == "checkpoint":
+        yield f"checkpoint {step}", pipeline, options
+    else:
+        for value in SWEEPS[request.sweep]:
+            label = f"{request.sweep} {value:g}"
+            if request.sweep == "sparsity":
+                yield label, pipeline, replace(options, sparsity=value)
+            elif request.sweep == "guidance":
+                yield label, with_guidance(pipeline, value), options
+            else:
+                yield label, with_steps(pipeline, int(value)), options
+
+
+def _fill_folder(row: _Stored, sequences: list[EvalSequence], predict: Callable[[EvalSequence, Path], None]) -> None:
+    """Predict what is not stored yet; a folder of other settings is refused."""
+    path, text = row.folder / "settings.json", json.dumps(row.settings, indent=1, sort_keys=True) + "\n"
+    if path.is_file() and path.read_text(encoding="utf-8") != text:
+        raise ConfigError(f"{row.folder}: holds predictions of other settings; delete it or set another --out")
+    write_text(path, text)
+    missing = [s for s in sequences if not (row.folder / s.name / "cameras.json").is_file()]
+    for sequence in tqdm(missing, desc=row.label, unit="sequence", disable=not missing):
+        predict(sequence, row.folder / sequence.name)
+
+
+def _draw(folder: Path, sequences: list[EvalSequence], stored: Path, scores: tuple[SequenceScore, ...]) -> None:
+    for sequence, score in zip(tqdm(sequences, desc="drawing", unit="sequence"), scores):
+        path = find_prediction(stored, sequence.name)
+        assert path is not None
+        save_pictures(folder, sequence, read_prediction(path), score)
+
+
+def generate_vbench(request: Request, config: Config, adapters: Path, ratio: str, fps: float) -> None:
+    """Write the videos of VBench's I2V suite; ConfigError where its list or images are missing."""
+    root = request.root or Path()
+    path, images = root / "vbench2_i2v_full_info.json", root / "data" / "crop" / ratio
+    if not path.is_file() or not images.is_dir():
+        raise ConfigError(
+            f"--root: need {path} and {images}; clone VBench, run its vbench2_beta_i2v/download_data.sh and name the "
+            "folder vbench2_beta_i2v"
+        )
+    try:
+        prompts = read_i2v_prompts(json.loads(path.read_text(encoding="utf-8")), images, VBENCH_DIMENSIONS)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline, _ = open_pipeline(config, adapters, device)
+    with autocast(config, device):
+        generate_videos(
+            pipeline, prompts, request.options(config), request.out / "videos", fps, lambda p: tqdm(p, unit="prompt")
+        )

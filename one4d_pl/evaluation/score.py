@@ -1,0 +1,183 @@
+"""Score stored predictions: one sequence in memory at a time, several processes if asked.
+
+Depth maps are brought to the image's pixels, aligned once per sequence over all its frames, and measured on all frames
+and, where the prediction says which frames the model was shown, on those and on the others apart. A prediction must
+have as many frames as the sequence: cameras are paired by rank.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from one4d_pl.evaluation.benchmarks import EvalSequence
+from one4d_pl.evaluation.framing import to_image
+from one4d_pl.evaluation.predictions import Prediction, PredictionError, find_prediction, read_prediction
+from one4d_pl.evaluation.protocols import Protocol
+from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
+from one4d_pl.metrics.camera import camera_errors
+from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
+from one4d_pl.metrics.depth import DepthErrors, ScaleShift, align_depth, depth_errors
+
+PARTS = ("all", "observed", "hidden")  # frames that depth is measured on
+
+
+@dataclass(frozen=True)
+class DepthScore:
+    """Errors of one sequence's depth on some of its frames."""
+
+    num_valid: int  # scored pixels
+    errors: dict[str, float]  # by metrics.depth.ERROR_NAMES
+
+
+@dataclass(frozen=True)
+class SequenceScore:
+    """Everything measured of one sequence."""
+
+    name: str
+    num_frames: int
+    depth: dict[str, DepthScore]  # by part; empty where depth is not scored
+    fit: tuple[float, float] | None  # scale and shift of the depth alignment
+    cameras: dict[str, float] | None  # by metrics.camera.ERROR_NAMES
+    degenerate: bool  # evo would refuse to align the cameras
+    notes: tuple[str, ...]  # what is odd, in words
+
+
+@dataclass(frozen=True)
+class BenchmarkScore:
+    """All sequences under one protocol, and their means."""
+
+    benchmark: str
+    protocol: Protocol
+    sequences: tuple[SequenceScore, ...]
+
+    def depth_mean(self, part: str) -> dict[str, float] | None:
+        """Mean of each depth error, sequences weighted by their scored pixels; None where there are none."""
+        scores = [s.depth[part] for s in self.sequences if part in s.depth and s.depth[part].num_valid]
+        weight = sum(score.num_valid for score in scores)
+        if not weight:
+            return None
+        return {n: sum(s.errors[n] * s.num_valid for s in scores) / weight for n in DEPTH_ERRORS}
+
+    def camera_mean(self, with_degenerate: bool) -> dict[str, float] | None:
+        """Unweighted mean of each camera error, over all sequences or over those that evo can align."""
+        scores = [s.cameras for s in self.sequences if s.cameras is not None and (with_degenerate or not s.degenerate)]
+        return {name: sum(s[name] for s in scores) / len(scores) for name in CAMERA_ERRORS} if scores else None
+
+    @property
+    def degenerate(self) -> list[str]:
+        """Sequences that the published protocols would drop."""
+        return [s.name for s in self.sequences if s.cameras is not None and s.degenerate]
+
+
+def score_benchmark(
+    benchmark: str,
+    sequences: list[EvalSequence],
+    folder: Path,  # of the predictions
+    protocol: Protocol,
+    processes: int = 1,
+    progress: Callable[[Iterable[SequenceScore]], Iterable[SequenceScore]] = iter,
+) -> BenchmarkScore:
+    """Score every sequence; PredictionError names the first whose prediction is missing or broken."""
+    absent = [s.name for s in sequences if find_prediction(folder, s.name) is None]
+    if absent:
+        raise PredictionError(
+            f"{folder}: no prediction of {', '.join(absent)}; need a folder <sequence>/ with cameras.json or "
+            "frame_%04d.npy and pred_traj.txt, or <sequence>.npz"
+        )
+    work = partial(_score_stored, benchmark, folder, protocol)
+    return BenchmarkScore(benchmark, protocol, tuple(progress(_run(work, sequences, processes))))
+
+
+def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Prediction, protocol: Protocol) -> SequenceScore:
+    """Compare one prediction with its sequence's ground truth; PredictionError where they cannot be paired."""
+    if prediction.num_frames != sequence.num_frames:
+        raise PredictionError(
+            f"{sequence.name}: {prediction.num_frames} predicted frames, the sequence has {sequence.num_frames}"
+        )
+    notes = list(prediction.flags)
+    depth, fit, cameras, degenerate = {}, None, None, False
+    if "depth" in sequence.scores:
+        if prediction.depth is None:
+            notes.append("no depth predicted")
+        else:
+            depth, scale_shift = _score_depth(benchmark, sequence, prediction, protocol)
+            fit = float(scale_shift.scale), float(scale_shift.shift)
+    if "cameras" in sequence.scores:
+        if prediction.cam2world is None:
+            notes.append("no cameras predicted")
+        else:
+            target = sequence.read_cameras()[1]
+            errors = camera_errors(prediction.cam2world, target, torch.ones(len(target), dtype=torch.bool))
+            cameras = {name: float(getattr(errors, name)) for name in CAMERA_ERRORS}
+            degenerate = bool(errors.degenerate)
+    return SequenceScore(sequence.name, sequence.num_frames, depth, fit, cameras, degenerate, tuple(notes))
+
+
+def _score_depth(
+    benchmark: str, sequence: EvalSequence, prediction: Prediction, protocol: Protocol
+) -> tuple[dict[str, DepthScore], ScaleShift]:
+    target = sequence.read_depth()  # [T, H, W]
+    scored = target.isfinite() & (target > 0) & (target < protocol.max_depth.get(benchmark, math.inf))
+    height, width = target.shape[1:]
+    assert prediction.depth is not None
+    preds = to_image(prediction.depth, height, width, prediction.placement)
+    fit_valid = None
+    if protocol.use_fit_valid and prediction.valid is not None:
+        # the published align mask: a resized 0/1 map above 0.8
+        fit_valid = (to_image(prediction.valid.float(), height, width, prediction.placement) > 0.8)[scored]
+        if not bool(fit_valid.any()):
+            fit_valid = None
+    counts = scored.sum((1, 2)).tolist()  # pixels of each frame
+    preds, target = preds[scored], target[scored]  # [N]: frame after frame
+    del scored
+    everywhere = torch.ones(1, dtype=torch.bool).expand(len(target))
+    fit = align_depth(preds, target, everywhere if fit_valid is None else fit_valid, protocol.alignment)
+    preds = torch.where(preds.isfinite(), fit.apply(preds.double()), 0)  # float64: as exact as the alignment
+    if (clip := protocol.post_clip.get(benchmark)) is not None:
+        preds.clamp_(max=clip)
+    observed = None if prediction.given is None else set(prediction.given)
+    partly = observed is not None and 0 < len(observed) < sequence.num_frames
+    scores = {}
+    for part in PARTS if partly else PARTS[:1]:
+        frames = [part == "all" or (t in (observed or ())) == (part == "observed") for t in range(sequence.num_frames)]
+        scores[part] = _depth_score(_errors_of(preds, target, counts, frames))
+    return scores, fit
+
+
+def _errors_of(preds: Tensor, target: Tensor, counts: list[int], frames: list[bool]) -> DepthErrors:
+    """Errors over the pixels of some frames; all tensors hold frame after frame."""
+    if not all(frames):
+        chosen = torch.repeat_interleave(torch.tensor(frames), torch.tensor(counts))
+        preds, target = preds[chosen], target[chosen]
+    return depth_errors(preds, target, torch.ones(len(target), dtype=torch.bool))
+
+
+def _depth_score(errors: DepthErrors) -> DepthScore:
+    return DepthScore(int(errors.num_valid), {name: float(getattr(errors, name)) for name in DEPTH_ERRORS})
+
+
+def _score_stored(benchmark: str, folder: Path, protocol: Protocol, sequence: EvalSequence) -> SequenceScore:
+    path = find_prediction(folder, sequence.name)
+    assert path is not None
+    return score_sequence(benchmark, sequence, read_prediction(path), protocol)
+
+
+def _run(
+    work: Callable[[EvalSequence], SequenceScore], sequences: list[EvalSequence], processes: int
+) -> Iterator[SequenceScore]:
+    """In order; forked copies of a process that runs OpenMP or CUDA threads can hang, so workers start afresh."""
+    if processes <= 1 or len(sequences) <= 1:
+        yield from map(work, sequences)
+        return
+    context = multiprocessing.get_context("forkserver")
+    with ProcessPoolExecutor(processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(work, sequences)

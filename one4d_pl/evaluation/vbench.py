@@ -1,0 +1,113 @@
+"""Generated videos in the names, folder and frame rate that the VBench tool reads.
+
+VBench and VBench-I2V look for `<prompt>-<index>.mp4`, index 0 .. 4, all in one folder; prompts are VBench's own, to the
+letter. dynamic_degree samples frames by the rate in the file's header, so it must be true. H.264, crf 10, 4:2:0, as the
+tool's own sampling example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from one4d_pl.evaluation.predict import PredictOptions, draw_noise
+from one4d_pl.inference.pipeline import One4DPipeline
+
+SAMPLES = 5  # videos per prompt
+MAX_NAME = 255  # bytes of a file name
+
+
+@dataclass(frozen=True)
+class VBenchPrompt:
+    """One entry of vbench2_i2v_full_info.json: what is generated from what."""
+
+    prompt: str
+    image: Path  # crop/<ratio>/<image_name>
+
+
+def video_name(prompt: str, index: int) -> str:
+    """The file name VBench asks for; ValueError where a file system could not hold it."""
+    name = f"{prompt}-{index}.mp4"
+    if not prompt.strip() or "/" in prompt or "\0" in prompt or len(name.encode()) > MAX_NAME:
+        raise ValueError(f"prompt {prompt!r}: empty, with a slash, or too long for a file name")
+    if not 0 <= index < SAMPLES:
+        raise ValueError(f"prompt {prompt!r}: index {index}, VBench reads 0 .. {SAMPLES - 1}")
+    return name
+
+
+def read_i2v_prompts(info: object, images: Path, dimensions: tuple[str, ...]) -> list[VBenchPrompt]:
+    """The entries of VBench-I2V's list (parsed json) that some dimension needs; ValueError where it is another list."""
+    if not isinstance(info, list) or not all(
+        isinstance(e, dict) and {"prompt_en", "image_name", "dimension"} <= e.keys() for e in info
+    ):
+        raise ValueError("need vbench2_i2v_full_info.json: a list of prompt_en, image_name, dimension")
+    wanted = [entry for entry in info if set(dimensions) & set(entry["dimension"])]
+    unique = {entry["prompt_en"]: VBenchPrompt(entry["prompt_en"], images / entry["image_name"]) for entry in wanted}
+    return list(unique.values())
+
+
+def generate_videos(
+    pipeline: One4DPipeline,
+    prompts: list[VBenchPrompt],
+    options: PredictOptions,
+    folder: Path,
+    fps: float,
+    progress: Callable[[Iterable[VBenchPrompt]], Iterable[VBenchPrompt]] = iter,
+) -> None:
+    """Image to 4D for every prompt, five samples each; videos that are there already are kept."""
+    encoders = pipeline.encoders
+    for entry in progress(prompts):
+        picture = read_picture(entry.image)
+        framing = options.framing((picture.shape[1], picture.shape[2]))
+        placed, _ = framing.place_frames(picture, torch.eye(3)[None])
+        frame = placed.permute(3, 0, 1, 2).float() / 127.5 - 1  # [3, 1, h, w]
+        clip = frame.expand(-1, options.num_frames, -1, -1).to(encoders.latents_mean.device)
+        given = torch.zeros(1, options.num_frames, dtype=torch.bool, device=clip.device)
+        given[:, 0] = True
+        for index in range(SAMPLES):
+            if (folder / video_name(entry.prompt, index)).is_file():
+                continue
+            noise = draw_noise(encoders, clip, entry.prompt, index, options.seed)
+            scene = pipeline([entry.prompt], clip[None], given, noise)
+            write_video(folder, entry.prompt, index, framing.cut(scene.frames[0].cpu()), fps)
+
+
+def read_picture(path: Path) -> Tensor:  # [1, H, W, 3] uint8
+    """An image file; ValueError names a broken one."""
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(np.array(image.convert("RGB")))[None]
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
+
+
+def write_video(
+    folder: Path,
+    prompt: str,
+    index: int,
+    frames: Tensor,  # [3, T, H, W] in [-1, 1]; an odd last row or column is cut
+    fps: float,
+) -> Path:
+    """Write one video under its VBench name, by temporary file and rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / video_name(prompt, index)
+    temporary = folder / f".writing-{index}.mp4"
+    height, width = frames.shape[2] // 2 * 2, frames.shape[3] // 2 * 2  # 4:2:0 needs even sides
+    frames = frames[:, :, :height, :width]
+    pixels = ((frames.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
+    with av.open(str(temporary), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "10"})
+        stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "yuv420p"
+        for picture in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
+        container.mux(stream.encode(None))
+    temporary.replace(path)
+    return path
