@@ -14,15 +14,15 @@ A trajectory folder holds `image_left/%06d_left.png`, `depth_left/%06d_left_dept
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units
 from one4d_pl.types import Clip
 
 HEIGHT, WIDTH = 480, 640
@@ -31,58 +31,35 @@ SKY_DEPTH = 1000.0  # metres; the sky is rendered as 10000 m and more
 NOMINAL_FPS = 10.0
 LICENCE = "CC-BY-4.0"
 CV_FROM_NED = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+PATTERNS = {"image_left": r"(\d{6})_left\.png", "depth_left": r"(\d{6})_left_depth\.npy"}
 
-logger = logging.getLogger(__name__)
 
-
-def iter_clips(root: str | Path, num_frames: int = 17, stride: int = 1) -> Iterator[Clip]:
+def iter_clips(
+    root: str | Path, num_frames: int = 17, stride: int = 1, units: Sequence[str] | None = None
+) -> Iterator[Clip]:
     """Clips of `num_frames` frames, every `stride`-th, of each trajectory at or below `root`; they do not overlap.
 
     A clip with a broken or missing file or camera row is dropped with one logged line. Raises ValueError where `root`
-    holds no trajectory.
+    holds no trajectory or `units` names one that does not exist.
     """
     root = Path(root)
-    trajectories = find_trajectories(root)
-    if not trajectories:
-        raise ValueError(
-            f"{root}: no TartanAir v1 trajectory (image_left/, depth_left/ and pose_left.txt) at or below it"
-        )
-    if num_frames < 1 or stride < 1:
-        raise ValueError(f"num_frames and stride must be at least 1, got {num_frames} and {stride}")
-    num_clips = num_dropped = 0
-    for trajectory in trajectories:
-        windows = clip_windows(_frame_numbers(trajectory), num_frames, stride)
-        if not windows:
-            logger.warning("%s: no run of %d frames at stride %d, no clip", trajectory, num_frames, stride)
-        for window in windows:
-            num_clips += 1
-            try:
-                clip = read_clip(trajectory, window, _key(root, trajectory, window[0]), NOMINAL_FPS / stride)
-            except (OSError, ValueError) as error:
-                num_dropped += 1
-                logger.warning("dropped a clip: %s", " ".join(str(error).split()))
-            else:
-                yield clip
-    if num_dropped:
-        logger.warning("%s: %d of %d clips dropped", root, num_dropped, num_clips)
+    layout = "TartanAir v1 trajectory (image_left/, depth_left/ and pose_left.txt)"
+    chosen = chosen_units(list_units(root), units, root, layout)
+
+    def open_unit(unit: str) -> list[Track]:
+        trajectory = root / unit
+
+        def read(window: range) -> Clip:
+            return read_clip(trajectory, window, clip_key(root, unit, f"{window[0]:06d}"), NOMINAL_FPS / stride)
+
+        return [Track(str(trajectory), _frame_numbers(trajectory), read)]
+
+    return clips_of_units(root, chosen, open_unit, num_frames, stride)
 
 
-def find_trajectories(root: Path) -> list[Path]:
-    """The folders at or below `root` that hold a trajectory, sorted."""
-    folders = {path.parent for path in root.rglob("pose_left.txt")}
-    return sorted(path for path in folders if (path / "image_left").is_dir() and (path / "depth_left").is_dir())
-
-
-def clip_windows(numbers: list[int], num_frames: int, stride: int) -> list[range]:
-    """Disjoint runs of frame numbers; where a frame is absent, the next run starts behind the gap."""
-    present, windows = set(numbers), []
-    free = 0  # the first frame number that no window has used
-    for first in numbers:
-        window = range(first, first + num_frames * stride, stride)
-        if first >= free and present.issuperset(window):
-            windows.append(window)
-            free = window.stop
-    return windows
+def list_units(root: Path) -> list[str]:
+    """The trajectories at or below `root`, relative to it."""
+    return find_units(root, lambda names: {"pose_left.txt", *PATTERNS} <= names)
 
 
 def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
@@ -108,14 +85,8 @@ def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
 
 def _frame_numbers(trajectory: Path) -> list[int]:
     """Every frame number that has an image or a depth file: one without the other is an error, not a gap."""
-    patterns = {"image_left": r"(\d{6})_left\.png", "depth_left": r"(\d{6})_left_depth\.npy"}
-    found = [re.fullmatch(p, path.name) for folder, p in patterns.items() for path in (trajectory / folder).iterdir()]
+    found = [re.fullmatch(p, path.name) for folder, p in PATTERNS.items() for path in (trajectory / folder).iterdir()]
     return sorted({int(match[1]) for match in found if match})
-
-
-def _key(root: Path, trajectory: Path, first: int) -> str:
-    parts = trajectory.relative_to(root).parts or (root.resolve().name,)
-    return re.sub(r"[^A-Za-z0-9_-]", "-", "-".join((*parts, f"{first:06d}")))
 
 
 def _read_image(path: Path) -> np.ndarray:  # [H, W, 3] uint8

@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.sources.tartanair import clip_windows, iter_clips
+from data_prep.sources.tartanair import iter_clips
+from data_prep.sources.tracks import clip_windows
 from data_prep.write_shards import main
 from one4d_pl.data.shards import ShardSet, write_shards
 
