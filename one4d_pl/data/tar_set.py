@@ -18,6 +18,7 @@ import os
 import re
 import tarfile
 import time
+import uuid
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
@@ -274,7 +275,7 @@ def write_tar(
 @contextlib.contextmanager
 def atomic(path: Path, scratch: Path | None = None) -> Iterator[io.BufferedRandom]:
     """A file that appears under its name whole and flushed to disk, or not at all."""
-    temporary = (scratch or path.parent) / f".{path.name}.{os.getpid()}.tmp"
+    temporary = (scratch or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
     try:
         with temporary.open("w+b") as file:
             yield file
