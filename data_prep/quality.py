@@ -11,9 +11,9 @@ from one4d_pl.types import Clip
 GRID = 24  # cells per side of the small pictures that are compared
 FROZEN_STEP = 0.5  # levels (of 255): no cell changes by more between two frozen frames
 FROZEN_SHARE = 0.5  # of a clip's steps
-CUT_STEP = 12.0  # levels: a cut changes the mean cell by at least this ...
-CUT_RATIO = 5.0  # ... and by this many times the clip's median step
-CUT_HISTOGRAM = 0.2  # ... and moves at least this share of the pixels to other grey levels
+CUT_STEP = 8.0  # levels: a cut changes the mean cell by at least this ...
+CUT_RATIO = 3.5  # ... and by this many times the clip's median step
+CUT_HISTOGRAM = 0.1  # ... and moves at least this share of the pixels to other grey levels
 MIN_VALID = 0.02  # share of a clip's pixels with known depth
 
 

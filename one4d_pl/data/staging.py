@@ -69,7 +69,9 @@ def is_finished(folder: Path, kind: str, recipe: Recipe) -> bool:
     except ValueError as error:
         raise ShardSetError(f"{folder}: holds another {MANIFEST_NAME} ({one_line(error)}); choose another") from error
     if manifest.recipe != recipe:
-        raise ShardSetError(f"{folder}: already holds shards of other settings ({_difference(manifest.recipe, recipe)})")
+        raise ShardSetError(
+            f"{folder}: already holds shards of other settings ({_difference(manifest.recipe, recipe)})"
+        )
     shutil.rmtree(folder / STAGING_NAME, ignore_errors=True)  # of a run that was killed after its manifest
     return True
 
@@ -211,7 +213,9 @@ class Staging:
             raise ShardSetError(f"{self.folder}: not one clip to write{why}")
         (origin,) = self._origins
         plan = self.plan
-        manifest = Manifest(**asdict(origin), shards=tuple(self._shards), kind=plan.kind, split=plan.split, recipe=plan.recipe)
+        manifest = Manifest(
+            **asdict(origin), shards=tuple(self._shards), kind=plan.kind, split=plan.split, recipe=plan.recipe
+        )
         with atomic(self.folder / MANIFEST_NAME, self.path) as file:
             file.write(manifest.to_json().encode())
         shutil.rmtree(self.path)
