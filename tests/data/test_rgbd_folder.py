@@ -93,8 +93,9 @@ def test_without_a_list_the_file_names_are_the_timestamps(folder):
 
 
 def test_nearest_pairs_are_made_first_and_each_once():
-    first, second = torch.tensor([0.0, 0.011, 5.0]).double(), torch.tensor([0.012, 0.031, 4.98 - 1e-9]).double()
-    assert associate(first, second) == [(1, 0)]  # 0.0 lost its partner; 0.02 s apart is too far
+    first = torch.tensor([0.0, 0.011, 5.0], dtype=torch.float64)
+    second = torch.tensor([0.012, 0.032, 4.979], dtype=torch.float64)
+    assert associate(first, second) == [(1, 0)]  # 0.0 lost its partner; 0.021 s apart is too far
     assert associate(first, second, 0.05) == [(0, 1), (1, 0), (2, 2)]
 
 
