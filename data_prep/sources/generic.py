@@ -77,7 +77,9 @@ def iter_clips(
         texts = _read_texts(path)
         moving = arrays.get("moving")
         if moving is not None and (moving.dtype != bool or moving.shape != geometry.depth.shape):
-            raise ValueError(f"{path}: moving is {moving.dtype} {moving.shape}, need bool {tuple(geometry.depth.shape)}")
+            raise ValueError(
+                f"{path}: moving is {moving.dtype} {moving.shape}, need bool {tuple(geometry.depth.shape)}"
+            )
 
         def read(window: range) -> Clip:
             frames = _read_frames(path, arrays, window, geometry.num_frames)

@@ -43,7 +43,9 @@ class Geometry:
         assert values is not None
         axes = 3 if "depth" in arrays else 4
         if values.dtype.kind != "f" or values.ndim != axes or 0 in values.shape or (axes == 4 and values.shape[3] != 3):
-            raise ValueError(f"{name}: geometry is {values.dtype} {values.shape}, need floats [T, h, w] or [T, h, w, 3]")
+            raise ValueError(
+                f"{name}: geometry is {values.dtype} {values.shape}, need floats [T, h, w] or [T, h, w, 3]"
+            )
         with np.errstate(over="ignore"):
             geometry = torch.from_numpy(values.astype(np.float32))
         trusted = _trusted(arrays, values.shape[:3], name, min_confidence)
@@ -59,7 +61,9 @@ class Geometry:
         depth = _within_range(depth, name)
         valid = trusted & depth.isfinite()
         if float(valid.float().mean()) < LEAST_TRUSTED:
-            raise ValueError(f"{name}: {float(valid.float().mean()):.1%} of the pixels are valid, need {LEAST_TRUSTED:.0%}")
+            raise ValueError(
+                f"{name}: {float(valid.float().mean()):.1%} of the pixels are valid, need {LEAST_TRUSTED:.0%}"
+            )
         return Geometry(depth, intrinsics, cam2world.float(), valid)
 
     def at(self, frames: Sequence[int]) -> Geometry:

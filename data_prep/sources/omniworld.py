@@ -94,7 +94,9 @@ def _split_track(root: Path, unit: str, k: int, numbers: list[int], stride: int)
         focals = json_numbers(tree, "focals", path, total)[rows]
         centre = [float(json_numbers(tree, name, path)) for name in ("cx", "cy")]
         quats = json_numbers(tree, "quats", path, total, 4)[rows]
-        world2cam = rigid_transforms(quats[:, [1, 2, 3, 0]], json_numbers(tree, "trans", path, total, 3)[rows], str(path))
+        world2cam = rigid_transforms(
+            quats[:, [1, 2, 3, 0]], json_numbers(tree, "trans", path, total, 3)[rows], str(path)
+        )
         depth_paths = [scene / "depth" / f"{n:06d}.png" for n in window]
         depth = depth_from_codes(stack_alike([read_depth_codes(p) for p in depth_paths], depth_paths))
         return Clip(

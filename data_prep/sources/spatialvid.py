@@ -167,7 +167,9 @@ def _read_own(root: Path, unit: str, window: range, height: int, width: int) -> 
         raise ValueError(f"{archive}: {len(pictures)} pictures for {len(cam2world)} cameras")
     wanted = [pictures[row] for row in window]
     contents = read_zip(archive, wanted)
-    inverse = stack_alike([read_exr(contents[name], f"{archive}: {name!r}", "Z") for name in wanted], [archive] * len(wanted))
+    inverse = stack_alike(
+        [read_exr(contents[name], f"{archive}: {name!r}", "Z") for name in wanted], [archive] * len(wanted)
+    )
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         depth = 1 / inverse
     depth = np.where((inverse > 0) & (depth < FARTHEST), np.maximum(depth, 1e-3), np.nan)
