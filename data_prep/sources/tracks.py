@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+from one4d_pl.data.clip_codec import MAX_FRAMES, MIN_FRAMES, clip_fault
 from one4d_pl.types import Clip
 
 MAX_KEY = 80  # characters; what clip_codec.SAFE_KEY allows
@@ -57,7 +58,7 @@ def clips_of_units(
             for window in windows:
                 num_clips += 1
                 try:
-                    clip = track.read(window)
+                    clip = _checked(track.read(window))
                 except (OSError, ValueError) as error:
                     num_dropped += 1
                     logger.warning("dropped a clip: %s", one_line(error))
@@ -65,6 +66,14 @@ def clips_of_units(
                     yield clip
     if num_dropped:
         logger.warning("%s: %d of %d clips dropped", root, num_dropped, num_clips)
+
+
+def _checked(clip: Clip) -> Clip:
+    """The clip; ValueError where it breaks the schema. A length that shards cannot hold is the writer's to refuse."""
+    can_be_stored = MIN_FRAMES <= clip.num_frames <= MAX_FRAMES and clip.num_frames % 4 == 1
+    if can_be_stored and (fault := clip_fault(clip)):
+        raise ValueError(f"{clip.key}: {fault}")
+    return clip
 
 
 def clip_windows(numbers: Sequence[int], num_frames: int, stride: int) -> list[range]:

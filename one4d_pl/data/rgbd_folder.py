@@ -1,0 +1,248 @@
+"""Sequence folders of the TUM RGB-D benchmark (Sturm et al., 2012) and of Bonn RGB-D Dynamic (Palazzolo et al., 2019).
+
+A folder holds `rgb/` and `depth/` (pngs whose names are timestamps in seconds), `rgb.txt` and `depth.txt` (lines
+`timestamp file`; without them the file names are taken) and `groundtruth.txt` (lines `timestamp tx ty tz qx qy qz qw`,
+metres). Depth is 16-bit z-depth, 5000 per metre, 0 = no measurement.
+
+- TUM's ground truth is camera to world in OpenCV axes, as it stands.
+- Bonn's is not the camera: cam2world = T_ros · T_gt · T_ros · T_m, with both matrices as the dataset's page publishes
+  them. T_m's 3x3 block is a rotation times 1.0593; the rotation alone is kept here.
+- The published intrinsics count pixel centres at integers (ROS); here they lie at +0.5, so half a pixel is added to the
+  principal point. Lens distortion (none in TUM's freiburg3) is left in the images.
+
+Nothing is decoded before a frame is asked for it.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from one4d_pl.geometry.se3 import invert_se3, se3_matrix, xyzw_to_matrix
+
+Layout = Literal["tum", "bonn"]
+
+DEPTH_PER_METRE = 5000.0
+MAX_DIFFERENCE = 0.02  # seconds between an image and its depth or camera, as TUM's own association
+INTRINSICS = {  # fx fy cx cy in pixels, integer centres; TUM's differ by the camera in the sequence's name
+    "freiburg1": (517.3, 516.5, 318.6, 255.3),
+    "freiburg2": (520.9, 521.0, 325.1, 249.7),
+    "freiburg3": (535.4, 539.2, 320.1, 247.6),
+    "bonn": (542.822841, 542.576870, 315.593520, 237.756098),
+}
+BONN_ROS = ((-1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
+BONN_MARKER = (
+    (1.0157, 0.1828, -0.2389, 0.0113),
+    (0.0009, -0.8431, -0.6413, -0.0098),
+    (-0.3009, 0.6147, -0.8085, 0.0111),
+    (0.0, 0.0, 0.0, 1.0),
+)
+
+
+@dataclass(frozen=True)
+class StampedFile:
+    """One line of rgb.txt or depth.txt."""
+
+    timestamp: float  # seconds
+    path: Path
+
+
+@dataclass(frozen=True)
+class Trajectory:
+    """Timed cameras."""
+
+    timestamps: Tensor  # [N] float64, seconds
+    cam2world: Tensor  # [N, 4, 4] float64, OpenCV axes, metres
+
+
+@dataclass(frozen=True)
+class RGBDFrame:
+    """One image with the depth map and the camera nearest in time; files are read when asked for."""
+
+    timestamp: float  # of the image, seconds
+    rgb_path: Path
+    depth_path: Path
+    cam2world: Tensor  # [4, 4] float64, OpenCV axes, metres
+
+    @property
+    def present(self) -> bool:
+        """Whether both files are on disk."""
+        return self.rgb_path.is_file() and self.depth_path.is_file()
+
+    def read_rgb(self) -> Tensor:  # [H, W, 3] uint8
+        """The image; ValueError names a broken or missing file."""
+        return read_rgb_png(self.rgb_path)
+
+    def read_depth(self) -> Tensor:  # [H, W] float32, metres; nan = no measurement
+        """The depth map; ValueError names a broken or missing file."""
+        return read_depth_png(self.depth_path)
+
+
+@dataclass(frozen=True)
+class RGBDSequence:
+    """An opened folder."""
+
+    root: Path
+    layout: Layout
+    intrinsics: Tensor  # [3, 3] float32, pixels, centres at +0.5; of every frame
+    frames: tuple[RGBDFrame, ...]  # by time; images without a depth map or camera within 0.02 s are left out
+
+
+def open_sequence(root: str | Path) -> RGBDSequence:
+    """List a folder's frames; the folder's name tells the layout and the camera (…freiburg1…, …bonn…).
+
+    Each image is paired with a depth map and with a camera, nearest pairs first, each used once. ValueError names what
+    is missing. Files are not opened, and need not all be there: see `RGBDFrame.present`.
+    """
+    root = Path(root)
+    camera = _camera_of(root.resolve().name)
+    layout: Layout = "bonn" if camera == "bonn" else "tum"
+    images, depths = list_files(root, "rgb"), list_files(root, "depth")
+    trajectory = read_trajectory(root / "groundtruth.txt")
+    if layout == "bonn":
+        trajectory = Trajectory(trajectory.timestamps, bonn_cam2world(trajectory.cam2world))
+    times = torch.tensor([image.timestamp for image in images], dtype=torch.float64)
+    depth_of = dict(associate(times, torch.tensor([d.timestamp for d in depths], dtype=torch.float64)))
+    camera_of = dict(associate(times, trajectory.timestamps))
+    frames = tuple(
+        RGBDFrame(image.timestamp, image.path, depths[depth_of[i]].path, trajectory.cam2world[camera_of[i]])
+        for i, image in enumerate(images)
+        if i in depth_of and i in camera_of
+    )
+    return RGBDSequence(root, layout, _intrinsics(camera), frames)
+
+
+def list_files(
+    root: Path,
+    kind: str,  # "rgb" or "depth"
+) -> list[StampedFile]:  # by time
+    """The files that `kind`.txt lists or, without it, the pngs in `kind`/; ValueError where there is neither."""
+    text, folder = root / f"{kind}.txt", root / kind
+    if text.is_file():
+        rows = _rows(text, 2)
+        files = [StampedFile(_number(text, i, row[0]), root / row[1]) for i, row in rows]
+    elif folder.is_dir():
+        files = [StampedFile(_number(path, 0, path.stem), path) for path in folder.glob("*.png")]
+    else:
+        raise ValueError(f"{root}: neither {kind}.txt nor {kind}/, need a TUM or Bonn RGB-D sequence folder")
+    if not files:
+        raise ValueError(f"{root}: no {kind} image is listed")
+    return sorted(files, key=lambda file: file.timestamp)
+
+
+def read_trajectory(path: Path) -> Trajectory:
+    """Rows `timestamp tx ty tz qx qy qz qw` as they stand; ValueError names the file and line that is broken."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file, need TUM's trajectory text")
+    rows = _rows(path, 8)
+    if not rows:
+        raise ValueError(f"{path}: no camera in it")
+    numbers = torch.tensor([[_number(path, i, word) for word in row] for i, row in rows], dtype=torch.float64)
+    norm = torch.linalg.vector_norm(numbers[:, 4:], dim=1)
+    for (i, _), length in zip(rows, norm.tolist()):
+        if not abs(length - 1) < 1e-2:
+            raise ValueError(f"{path}: line {i}: the quaternion's norm is {length:.4f}, need 1")
+    return Trajectory(numbers[:, 0], se3_matrix(xyzw_to_matrix(numbers[:, 4:]), numbers[:, 1:4]))
+
+
+def associate(
+    first: Tensor,  # [N] float64, seconds
+    second: Tensor,  # [M] float64, seconds
+    max_difference: float = MAX_DIFFERENCE,  # seconds
+) -> list[tuple[int, int]]:  # indices into both, by the first
+    """Pair timestamps less than `max_difference` apart, nearest pairs first, each used once (TUM's own rule)."""
+    order = torch.argsort(second)
+    ranked = second[order]
+    low = torch.searchsorted(ranked, first - max_difference, right=True).tolist()
+    high = torch.searchsorted(ranked, first + max_difference).tolist()
+    candidates = sorted(
+        (abs(float(first[i] - ranked[k])), i, int(order[k])) for i in range(len(first)) for k in range(low[i], high[i])
+    )
+    pairs: dict[int, int] = {}
+    used: set[int] = set()
+    for _, i, j in candidates:
+        if i not in pairs and j not in used:
+            pairs[i] = j
+            used.add(j)
+    return sorted(pairs.items())
+
+
+def bonn_cam2world(groundtruth: Tensor) -> Tensor:  # [..., 4, 4] float64 -> [..., 4, 4]
+    """The camera behind Bonn's ground-truth rows: T_ros · T_gt · T_ros · T_m, its 3x3 block made a rotation."""
+    ros, marker = groundtruth.new_tensor(BONN_ROS), groundtruth.new_tensor(BONN_MARKER)
+    left, _, right = torch.linalg.svd(marker[:3, :3])
+    marker[:3, :3] = left @ right
+    return ros @ groundtruth @ ros @ marker
+
+
+def bonn_groundtruth(cam2world: Tensor) -> Tensor:  # [..., 4, 4] float64 -> [..., 4, 4]
+    """The inverse of `bonn_cam2world`: the row that Bonn's file would hold for a camera."""
+    ros = cam2world.new_tensor(BONN_ROS)
+    marker = bonn_cam2world(torch.eye(4, dtype=cam2world.dtype))  # ros · ros = 1
+    return ros @ cam2world @ invert_se3(marker) @ ros
+
+
+def read_rgb_png(path: Path) -> Tensor:  # [H, W, 3] uint8
+    """A colour png; ValueError names a broken or missing file."""
+    return torch.from_numpy(_decode(path, "RGB"))
+
+
+def read_depth_png(
+    path: Path,
+    per_metre: float = DEPTH_PER_METRE,
+) -> Tensor:  # [H, W] float32, metres; nan = no measurement
+    """A 16-bit depth png; ValueError names a broken or missing file."""
+    codes = _decode(path, "I;16").astype(np.float32)
+    return torch.from_numpy(np.where(codes == 0, np.float32(np.nan), codes / np.float32(per_metre)))
+
+
+def _decode(path: Path, mode: str) -> np.ndarray:
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            if mode == "I;16" and image.mode != "I;16":
+                raise ValueError(f"{path}: {image.mode} picture, need 16-bit grey")
+            return np.array(image if mode == "I;16" else image.convert(mode))
+    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+        raise ValueError(f"{path}: cannot be decoded ({error})") from None
+
+
+def _rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
+    """Line numbers and words of the lines that are neither empty nor comments."""
+    rows = []
+    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+        words = line.split("#")[0].split()
+        if not words:
+            continue
+        if len(words) < columns:
+            raise ValueError(f"{path}: line {i}: {len(words)} columns, need {columns}")
+        rows.append((i, words[:columns]))
+    return rows
+
+
+def _number(path: Path, line: int, word: str) -> float:
+    try:
+        value = float(word)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"{path}: line {line}: {word!r} is no finite number") from None
+    return value
+
+
+def _camera_of(name: str) -> str:
+    for camera in INTRINSICS:
+        if camera in name:
+            return camera
+    raise ValueError(f"{name}: the folder's name tells the camera, need one of {', '.join(INTRINSICS)} in it")
+
+
+def _intrinsics(camera: str) -> Tensor:  # [3, 3] float32
+    fx, fy, cx, cy = INTRINSICS[camera]
+    return torch.tensor([[fx, 0.0, cx + 0.5], [0.0, fy, cy + 0.5], [0.0, 0.0, 1.0]])
