@@ -132,4 +132,4 @@ class One4DModule(lightning.LightningModule):
         return build_optimizer(self.transformer, self.config.optim)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        set_learning_rates(optimizer, self.global_step, self.config.optim.warmup_steps)
+        set_learning_rates(optimizer, self.global_step, self.config.train.max_steps, self.config.optim)
