@@ -46,8 +46,9 @@ def pack_clip(clip: Clip, scene: str = "", benchmark: str = "") -> tuple[SampleE
         content = tar_bytes(clip.key, encode_clip(clip))
     except ValueError as error:
         raise ValueError(f"{clip.key}: {error}") from error
-    shape = clip.depth.shape
-    return SampleEntry(clip.key, 0, len(content), zlib.crc32(content), *shape, scene, benchmark), content
+    num_frames, height, width = clip.depth.shape
+    place = (0, len(content), zlib.crc32(content))  # write_tar sets the offset
+    return SampleEntry(clip.key, *place, num_frames, height, width, scene, benchmark), content
 
 
 def write_shards(clips: Iterable[Clip], folder: str | Path, samples_per_shard: int) -> ShardSet:

@@ -63,7 +63,7 @@ class Plan:
 def is_finished(folder: Path, kind: str, recipe: Recipe) -> bool:
     """Whether the set is whole already; ShardSetError where it was made with other settings."""
     try:
-        manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(), kind)
+        manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(), (kind,))
     except FileNotFoundError:
         return False
     except ValueError as error:

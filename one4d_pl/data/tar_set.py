@@ -126,15 +126,15 @@ class Manifest:
         return json.dumps({"version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
 
     @staticmethod
-    def from_json(text: str, kind: str = "raw") -> Manifest:
+    def from_json(text: str, kinds: tuple[str, ...] = ("raw",)) -> Manifest:
         """Parse and check the text of the file; ValueError tells what is wrong with it."""
         tree = json.loads(text)
-        if not isinstance(tree, dict) or (tree.get("version"), tree.get("kind")) != (SCHEMA_VERSION, kind):
-            raise ValueError(f'expected "version": {SCHEMA_VERSION} and "kind": "{kind}"')
+        if not isinstance(tree, dict) or tree.get("version") != SCHEMA_VERSION or tree.get("kind") not in kinds:
+            raise ValueError(f'expected "version": {SCHEMA_VERSION} and "kind": "{" or ".join(kinds)}"')
         try:
             shards = tuple(ShardEntry.from_tree(shard) for shard in tree["shards"])
             split, recipe = tree.get("split", "all"), tree.get("recipe", {})
-            manifest = Manifest(tree["source"], tree["domain"], tree["licence"], shards, kind, split, recipe)
+            manifest = Manifest(tree["source"], tree["domain"], tree["licence"], shards, tree["kind"], split, recipe)
         except (KeyError, TypeError) as error:
             raise ValueError(f"a field is missing or of the wrong type ({error})") from error
         if split not in SPLITS or not isinstance(recipe, dict):
@@ -160,14 +160,11 @@ class TarSet:
     def open(cls, location: str | Path) -> Self:
         """Read the manifest of a folder or fsspec URL; ShardSetError tells how to make a missing or broken one."""
         folder = str(location).rstrip("/")
-        remedy = cls.remedy.format(folder=folder)
-        try:
-            filesystem, path = fsspec.core.url_to_fs(f"{folder}/{MANIFEST_NAME}")
-            manifest = Manifest.from_json(filesystem.cat_file(path).decode(), cls.kind)
-        except FileNotFoundError as error:
-            raise ShardSetError(f"{folder}: no {MANIFEST_NAME}; {remedy}") from error
-        except Exception as error:  # each remote backend raises types of its own
-            raise ShardSetError(f"{folder}: cannot read {MANIFEST_NAME} ({one_line(error)}); {remedy}") from error
+        return cls.of(folder, read_manifest(folder, (cls.kind,), cls.remedy.format(folder=folder)))
+
+    @classmethod
+    def of(cls, folder: str, manifest: Manifest) -> Self:
+        """The set of a manifest that was read."""
         sizes = [len(shard.samples) for shard in manifest.shards]
         return cls(folder, manifest, tuple(itertools.accumulate(sizes[:-1], initial=0)))
 
@@ -236,6 +233,17 @@ class TarSet:
                     different.append(f"{shard.name} differs ({size} bytes, written {shard.bytes})")
         if different:
             raise ShardSetError(f"{self.location}: {'; '.join(different)}")
+
+
+def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str) -> Manifest:
+    """The manifest of a folder or fsspec URL; ShardSetError, with the remedy, where it is missing or broken."""
+    try:
+        filesystem, path = fsspec.core.url_to_fs(f"{folder}/{MANIFEST_NAME}")
+        return Manifest.from_json(filesystem.cat_file(path).decode(), kinds)
+    except FileNotFoundError as error:
+        raise ShardSetError(f"{folder}: no {MANIFEST_NAME}; {remedy}") from error
+    except Exception as error:  # each remote backend raises types of its own
+        raise ShardSetError(f"{folder}: cannot read {MANIFEST_NAME} ({one_line(error)}); {remedy}") from error
 
 
 def one_line(error: Exception) -> str:

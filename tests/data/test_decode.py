@@ -66,7 +66,7 @@ def open_stream(*folders: Path, config: DataConfig = CONFIG, overfit_clips: int 
 def break_clip(folder: Path, index: int) -> str:
     """Flip one byte in the middle of a clip; returns its key."""
     source = ShardSet.open(folder)
-    shard, entry = source._locate(index)
+    shard, entry = source.locate(index)
     path = folder / shard.name
     content = bytearray(path.read_bytes())
     content[entry.offset + entry.size // 2] ^= 1
