@@ -62,9 +62,9 @@ def test_omniworld_camera_row_is_world_to_camera_with_the_scalar_first(tmp_path)
 
 
 def test_bedlam_row_of_unreals_page():
-    """Row of seq_000000_0000.png as the page prints it; yaw 1.468127 (to the right), pitch -2.905068 (down)...
+    """Row of seq_000000_0000.png as the page prints it: the camera turns right, then looks down, then rolls clockwise.
 
-    sin yaw 0.0256208 cos yaw 0.9996717, sin pitch -0.0506815 cos pitch 0.9987149, sin roll 0.0490944 cos roll 0.9987941.
+    Sines of yaw, pitch, roll 0.0256208 -0.0506815 0.0490944, cosines 0.9996717 0.9987149 0.9987941.
     """
     row = {"x": 5.058579, "y": -9.743741, "z": 168.953232, "yaw": 1.468127, "pitch": -2.905068, "roll": 2.813995}
     camera = bedlam.camera_from_row(row)
