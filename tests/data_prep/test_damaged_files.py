@@ -117,7 +117,7 @@ def wrong_array(content: bytes, rng: random.Random) -> bytes:
     elif kind == 1:
         array = array.reshape(-1)
     elif kind == 2:
-        array = array.astype(rng.choice(["f8", "f2", "i4", "u1", "c16", "?", "U3", "S4", ">f4"]))
+        array = np.zeros(array.shape, rng.choice(["f8", "f2", "i4", "u1", "c16", "?", "U3", "S4", ">f4"]))
     elif kind == 3:
         array = np.full(array.shape, rng.choice([np.nan, np.inf, -np.inf, 0.0, -1.0, 1e38, 1e-38]))
     elif kind == 4 and array.size and array.dtype.kind == "f":
