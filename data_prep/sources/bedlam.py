@@ -19,6 +19,7 @@ pixelite1201/BEDLAM:data_processing/df_full_body.py @ 099ab0e.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,7 +53,7 @@ def list_units(root: Path) -> list[str]:
 def iter_clips(
     root: str | Path, num_frames: int = 17, stride: int = 1, units: Sequence[str] | None = None
 ) -> Iterator[Clip]:
-    """Clips of `num_frames` frames, every `stride`-th that has depth, of each sequence; broken ones are dropped, logged.
+    """Clips of `num_frames` frames, every `stride`-th with depth, of each sequence; broken ones are dropped, logged.
 
     Raises ValueError where `root` holds no sequence or `units` names one that does not exist.
     """
@@ -62,7 +63,7 @@ def iter_clips(
 
     def open_unit(unit: str) -> list[Track]:
         numbers = _depth_numbers(root / unit)
-        step = min((b - a for a, b in zip(numbers, numbers[1:])), default=1)  # 5 as published
+        step = min((b - a for a, b in itertools.pairwise(numbers)), default=1)  # 5 as published
         start = numbers[0] % step if numbers else 0
 
         def read(window: range) -> Clip:

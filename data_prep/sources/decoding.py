@@ -26,6 +26,7 @@ from torch import Tensor
 
 from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
 
+MAX_PIXELS = 89_000_000  # of one picture, as in clip_codec
 MAX_BYTES = 4 << 30  # of one array or archive member: 81 pointmaps of 1280x720 take 0.9 GB
 NPY_HEADER = re.compile(
     r"\{'descr': ?'([<>|=]?[a-zA-Z]\d+)', ?'fortran_order': ?(True|False), ?'shape': ?\(([\d, ]*)\),? ?\}\s*"
@@ -142,7 +143,7 @@ def read_exr(
     try:
         header = OpenEXR.File(io.BytesIO(content), header_only=True).header()
         low, high = header["dataWindow"]
-        if not 0 < math.prod(int(b) - int(a) + 1 for a, b in zip(low, high)) <= Image.MAX_IMAGE_PIXELS:
+        if not 0 < math.prod(int(b) - int(a) + 1 for a, b in zip(low, high)) <= MAX_PIXELS:
             raise ValueError(f"data window {low} .. {high}")
         channels = OpenEXR.File(io.BytesIO(content), separate_channels=True, num_threads=0).channels()
         pixels = np.array(channels[channel].pixels, np.float32)

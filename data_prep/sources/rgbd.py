@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -43,7 +44,7 @@ def iter_clips(
         frames = [frame for frame in sequence.frames if frame.present]
         if len(frames) < 2:
             raise ValueError(f"{root / unit}: {len(frames)} frames with image, depth and camera")
-        usual = statistics.median(b.timestamp - a.timestamp for a, b in zip(frames, frames[1:]))
+        usual = statistics.median(b.timestamp - a.timestamp for a, b in itertools.pairwise(frames))
 
         def read(window: range) -> Clip:
             chosen_frames = [frames[n] for n in window]
@@ -58,7 +59,7 @@ def iter_clips(
 def _runs(frames: Sequence[RGBDFrame], longest: float) -> list[list[int]]:
     """Indices of frames without a break in time between them."""
     runs = [[0]]
-    for n, (before, after) in enumerate(zip(frames, frames[1:]), start=1):
+    for n, (before, after) in enumerate(itertools.pairwise(frames), start=1):
         if after.timestamp - before.timestamp > longest:
             runs.append([])
         runs[-1].append(n)

@@ -1,7 +1,7 @@
 """SpatialVID and SpatialVID-HQ (Wang et al., 2025): real videos with MegaSaM's cameras and depth -> clips.
 
 The root holds `videos/group_%04d/<id>.mp4`, `annotations/group_%04d/<id>/` (poses.npy, intrinsics.npy, caption.json,
-dyn_masks.npz, indexes.txt) and `depths/group_%04d/<id>.zip`. Facts: NJU-3DV/SpatialVID @ 5228326, and measured on a clip.
+dyn_masks.npz, indexes.txt) and `depths/group_%04d/<id>.zip`. Facts: NJU-3DV/SpatialVID @ 5228326.
 
 - Annotations are sub-sampled: row k of every array is of one video frame, which the second column of indexes.txt
   names [utils/pack_clip_assets.py:L30-34]; without that file it is frame k * int(0.2 * fps). A stride counts rows.
