@@ -3,7 +3,7 @@
 1. A unit (a trajectory, a scene's sequence, a toy seed) is read by its source as clips.
 2. A clip that is excluded, cut, frozen or broken is dropped, with its reason.
 3. The others are resized, frames and geometry together, and packed.
-A scene is the first part of a unit's path (behind a dataset's own train/val/test folder): no split divides it.
+No split divides a scene.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from one4d_pl.data.tar_set import Origin, SampleEntry
 from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.types import Clip
 
-DATASET_SPLITS = ("train", "val", "test", "sample")  # folders of a dataset that are no scenes
 # Sequences that published evaluations use (protocol.md, sec. 1.1): all of Sintel's training set, Bonn's five and
 # TUM-dynamics' eight.
 BENCHMARKS = {
@@ -89,17 +88,16 @@ def read_exclusions(path: str | None) -> set[str]:
     return {name for name in names if name}
 
 
-def scene_of(unit: str) -> str:
-    """The scene that a unit shows."""
-    parts = unit.split("/")
-    return "/".join(parts[:2]) if parts[0] in DATASET_SPLITS else parts[0]
+def scene_of(source: str, unit: str) -> str:
+    """The scene that a unit shows; every toy clip is one of its own."""
+    return unit if source == "toy" else registry.scene_of(source, unit)
 
 
-def split_units(units: Sequence[str], split: str, val_share: float) -> list[str]:
+def split_units(source: str, units: Sequence[str], split: str, val_share: float) -> list[str]:
     """The units of a split: a scene's name alone decides, so that more data moves no scene to the other side."""
     if split == "all":
         return list(units)
-    return [unit for unit in units if (_draw_scene(scene_of(unit)) < val_share) == (split == "val")]
+    return [unit for unit in units if (_draw_scene(scene_of(source, unit)) < val_share) == (split == "val")]
 
 
 def _draw_scene(scene: str) -> float:  # [0, 1)
@@ -123,7 +121,7 @@ def convert_unit(task: UnitTask) -> UnitResult:
 
 
 def _packed_clips(task: UnitTask, dropped: list[Dropped]) -> Iterator[tuple[Origin, SampleEntry, bytes]]:
-    scene, benchmark = scene_of(task.unit), benchmark_of(task.root, task.unit)
+    scene, benchmark = scene_of(task.source, task.unit), benchmark_of(task.root, task.unit)
     for raw in iter_unit(task):
         clip = resize_clip(raw, task.height, task.width)
         reason = "excluded by the list" if clip.key in task.exclusions else reject_reason(clip)

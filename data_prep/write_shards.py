@@ -137,7 +137,9 @@ def write(arguments: Arguments) -> ShardSet | None:
         return ShardSet.open(out)
     exclusions = read_exclusions(arguments.exclude)
     units = list_source_units(arguments.source, arguments.root, arguments.seed, arguments.count, arguments.domain)
-    units = [u for u in split_units(units, arguments.split, arguments.val_share) if u not in exclusions]
+    units = [
+        u for u in split_units(arguments.source, units, arguments.split, arguments.val_share) if u not in exclusions
+    ]
     if not units:
         raise ValueError(f"{arguments.root or arguments.source}: no scene left for --split {arguments.split}")
     plan = Plan(units, arguments.samples_per_shard, arguments.limit, "raw", arguments.split, recipe)

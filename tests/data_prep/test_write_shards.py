@@ -227,20 +227,18 @@ def test_what_is_dropped_is_written_down_with_its_reason(dataset, tmp_path):
 
 
 def test_splits_part_the_scenes_and_a_scenes_side_depends_on_its_name_alone():
-    found = [f"scene{n}/take{k}" for n in range(400) for k in range(3)]
-    train, val = split_units(found, "train", 0.05), split_units(found, "val", 0.05)
-    assert sorted(train + val) == sorted(found) and split_units(found, "all", 0.05) == found
-    assert not {scene_of(u) for u in train} & {scene_of(u) for u in val}
-    assert 8 <= len({scene_of(u) for u in val}) <= 35  # of 20 expected
-    assert split_units(found[:30], "val", 0.05) == [u for u in val if u in found[:30]]
+    def parts(found: list[str], split: str) -> list[str]:
+        return split_units("tartanair", found, split, 0.05)
 
+    def scenes(found: list[str]) -> set[str]:
+        return {scene_of("tartanair", unit) for unit in found}
 
-@pytest.mark.parametrize(
-    ("unit", "scene"),
-    [("office/Easy/P001", "office"), ("train/ani/x", "train/ani"), ("a", "a"), (".", ".")],
-)
-def test_a_scene_is_the_first_folder_behind_a_datasets_own_splits(unit, scene):
-    assert scene_of(unit) == scene
+    found = [f"scene{n}/Easy/P{k:03d}" for n in range(400) for k in range(3)]
+    train, val = parts(found, "train"), parts(found, "val")
+    assert sorted(train + val) == sorted(found) and parts(found, "all") == found
+    assert not scenes(train) & scenes(val) and scenes(train) | scenes(val) == {f"scene{n}" for n in range(400)}
+    assert 8 <= len(scenes(val)) <= 35  # of 20 expected
+    assert parts(found[:30], "val") == [unit for unit in val if unit in found[:30]]
 
 
 def test_the_manifest_says_which_split_it_is(dataset, tmp_path):
