@@ -133,13 +133,14 @@ class SamplerConfig:
 
 @dataclass
 class OptimConfig:
-    """AdamW, warm-up then constant (paper.md sec. 8)."""
+    """AdamW, warm-up, then constant (paper.md sec. 8) with a linear cooldown at the end where asked for."""
 
     lr: float = 1e-4  # One4D, sec. 4.1
     link_lr_width: int = 1280  # the links' lr is lr * min(1, link_lr_width / D)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 1e-4
     warmup_steps: int = 100
+    cooldown_steps: int = 0  # the lr falls to 0 over the last so many steps; 0 = constant, as the paper
     grad_clip: float = 1.0  # norm over all trainables
 
     def __post_init__(self) -> None:
@@ -147,7 +148,7 @@ class OptimConfig:
         _at_least("optim.link_lr_width", self.link_lr_width, 1)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas: need values in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "warmup_steps", "grad_clip"):
+        for name in ("weight_decay", "warmup_steps", "cooldown_steps", "grad_clip"):
             _at_least(f"optim.{name}", getattr(self, name), 0)
 
 

@@ -66,6 +66,13 @@ def adapter_tensors(transformer: One4DTransformer) -> dict[str, dict[str, Tensor
     return files
 
 
+def adapter_files(folder: Path) -> list[Path]:
+    """The files of the adapter inside a checkpoint or adapter folder, relative to it; the optional ones where there."""
+    names = [f"{m}/{file}" for m in MODALITIES for file in ("adapter_model.safetensors", "adapter_config.json")]
+    optional = ["links.safetensors", "xyz_patch_embedding.safetensors"]
+    return [Path(name) for name in [*names, *(o for o in optional if (folder / o).is_file()), CARD]]
+
+
 def save_adapters(transformer: One4DTransformer, folder: Path, card: AdapterCard) -> None:
     """Write an adapter into an existing, empty folder; the caller renames it into place."""
     for file, tensors in adapter_tensors(transformer).items():

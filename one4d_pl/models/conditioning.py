@@ -37,9 +37,16 @@ def encode_condition(
     frames: Tensor,  # [B, 3, T, H, W] in [-1, 1]; hidden frames are never read
     frame_mask: Tensor,  # [B, T] bool, 1 = given
     factor: int,  # the VAE's temporal compression
+    latents: Tensor | None = None,  # [B, C, t, h, w] of all frames, where known: spares encoding clips given whole
 ) -> Tensor:  # [B, r + C, t, h, w] = [mask | conditioning latents]
     """The rgb branch's condition; literal zeros (not the encoding of a grey video) where no frame is given."""
-    latents = encode(blank_hidden_frames(frames, frame_mask))
+    if latents is None:
+        latents = encode(blank_hidden_frames(frames, frame_mask))
+    else:
+        partly = frame_mask.any(1) & ~frame_mask.all(1)
+        if bool(partly.any()):
+            latents = latents.clone()
+            latents[partly] = encode(blank_hidden_frames(frames[partly], frame_mask[partly]))
     folded = fold_frame_mask(frame_mask, factor).to(latents)  # [B, r, t]
     folded = folded[..., None, None].expand(*folded.shape, *latents.shape[-2:])
     any_given = frame_mask.any(dim=1)[:, None, None, None, None]

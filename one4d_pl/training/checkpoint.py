@@ -41,7 +41,11 @@ FREE_KEYS = (
     "data.val_sources", "data.num_workers", "data.cache_latents", "data.max_skip_share", "train.max_steps",
     "train.micro_batch_size", "train.strategy", "train.num_nodes", "train.devices", "train.activation_checkpointing",
     "train.init_from", "train.resume", "train.save_every", "train.keep_last", "train.log_every",
+    "optim.cooldown_steps",  # with train.max_steps, as long as no cooldown has begun: see refuse_other_run
 )  # fmt: skip
+
+
+COOLDOWN_KEYS = ("optim.cooldown_steps", "train.max_steps")
 
 
 def checkpoint_folder(run_dir: str, step: int) -> Path:
@@ -68,11 +72,18 @@ def refuse_other_run(folder: Path, config: Config) -> None:
     """ConfigError naming the keys, if resuming would continue a different sequence of updates."""
     stored = _flatten(json.loads((folder / "trainer.json").read_text())["config"])
     ours = _flatten(_as_dict(config))
+    cooling = _cooldown_start(stored) < read_step(folder)
     differing = sorted(
         key
         for key in stored.keys() | ours.keys()
-        if stored.get(key) != ours.get(key) and not any(key == f or key.startswith(f"{f}.") for f in FREE_KEYS)
+        if stored.get(key) != ours.get(key)
+        and ((cooling and key in COOLDOWN_KEYS) or not any(key == f or key.startswith(f"{f}.") for f in FREE_KEYS))
     )
+    if not differing and config.optim.cooldown_steps and not cooling and _cooldown_start(ours) < read_step(folder):
+        raise ConfigError(
+            f"optim.cooldown_steps: {config.optim.cooldown_steps} before train.max_steps={config.train.max_steps} "
+            f"begin before step {read_step(folder)}, where {folder.parent.parent} resumes; raise train.max_steps"
+        )
     if differing:
         shown = ", ".join(f"{key} ({stored.get(key)} -> {ours.get(key)})" for key in differing)
         raise ConfigError(
@@ -168,6 +179,12 @@ def _card(module: One4DModule, step: int, data_sources: list[dict[str, str]]) ->
         step=step,
         data_sources=data_sources,
     )
+
+
+def _cooldown_start(flat_config: dict[str, object]) -> int:
+    """The first step whose learning rate a cooldown lowers; of checkpoints before there was one: never."""
+    cooldown, max_steps = (int(str(flat_config.get(key, 0))) for key in COOLDOWN_KEYS)
+    return max_steps - cooldown + 1
 
 
 def _fault(folder: Path) -> str | None:

@@ -15,7 +15,7 @@ from one4d_pl.data.order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample, shift_sigma
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline, encode_first_frame
 from one4d_pl.models.adapters import load_adapters
-from one4d_pl.models.conditioning import encode_condition, fold_frame_mask
+from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
 from one4d_pl.training.optim import build_optimizer, set_learning_rates
@@ -78,7 +78,13 @@ class One4DModule(lightning.LightningModule):
     ) -> tuple[Tensor, Tensor]:  # rgb [B], xyz [B]
         """Velocity error of each sample and branch (One4D, Eq. 4)."""
         latents, prompt_embeds, image_embeds = self.encode(batch)
-        condition = self.condition(batch, latents)
+        condition = encode_condition(
+            self.encoders.encode,
+            batch.frames,
+            batch.frame_mask,
+            self.encoders.temporal_factor,
+            latents[: len(batch)],
+        )
         sigma = sigma.repeat(2)
         noisy_latents, velocity = interpolate(latents, noise, sigma)
         velocity_pred = self.transformer(noisy_latents, condition, sigma, prompt_embeds, image_embeds)
@@ -97,19 +103,6 @@ class One4DModule(lightning.LightningModule):
         if not images:
             return latents, prompts, None
         return latents, prompts, torch.where(batch.frame_mask[:, :1, None], torch.stack(images), 0.0)
-
-    def condition(self, batch: Batch, latents: Tensor) -> Tensor:  # [B, 4 + C, t, h, w]
-        """The rgb branch's condition; only clips with both given and hidden frames need the VAE."""
-        factor, given = self.encoders.temporal_factor, batch.frame_mask
-        folded = fold_frame_mask(given, factor)[..., None, None]
-        rgb = latents[: len(batch)]
-        # every frame given: the conditioning video is the video itself
-        everything = torch.cat([folded.expand(*folded.shape[:3], *rgb.shape[-2:]).to(rgb), rgb], dim=1)
-        condition = torch.where(given.all(1).view(-1, 1, 1, 1, 1), everything, 0.0)
-        partly = given.any(1) & ~given.all(1)
-        if bool(partly.any()):
-            condition[partly] = encode_condition(self.encoders.encode, batch.frames[partly], given[partly], factor)
-        return condition
 
     def draw_noise(self, batch: Batch, purpose: str) -> Tensor:  # [2B, C, t, h, w]
         """Noise of each sample from (seed, position): the same on every layout and after every resume."""
@@ -139,4 +132,4 @@ class One4DModule(lightning.LightningModule):
         return build_optimizer(self.transformer, self.config.optim)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        set_learning_rates(optimizer, self.global_step, self.config.optim.warmup_steps)
+        set_learning_rates(optimizer, self.global_step, self.config.train.max_steps, self.config.optim)

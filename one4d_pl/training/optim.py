@@ -27,12 +27,14 @@ def build_optimizer(transformer: One4DTransformer, config: OptimConfig) -> torch
     return torch.optim.AdamW(groups, betas=config.betas)
 
 
-def warm_up(step: int, warmup_steps: int) -> float:
-    """Share of the base lr at an optimiser step: linear to 1, then constant."""
-    return min(1.0, (step + 1) / max(1, warmup_steps))
+def lr_share(step: int, max_steps: int, config: OptimConfig) -> float:
+    """Share of the base lr at an optimiser step: linear to 1, constant, then linear towards 0 at max_steps."""
+    warm = (step + 1) / max(1, config.warmup_steps)
+    left = (max_steps - step) / max(1, config.cooldown_steps)
+    return min(1.0, warm, left)
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, warmup_steps: int) -> None:
+def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, max_steps: int, config: OptimConfig) -> None:
     """Derived from the step, so that a resumed run needs no scheduler state."""
     for group in optimizer.param_groups:
-        group["lr"] = group["base_lr"] * warm_up(step, warmup_steps)
+        group["lr"] = group["base_lr"] * lr_share(step, max_steps, config)

@@ -85,7 +85,8 @@ class TinyBaseModule(lightning.LightningModule):
         for i, (key, task) in enumerate(zip(batch.keys, batch.tasks, strict=True)):
             row = self._conditions.get(key) if task == "image" else None
             if row is None:
-                row = encode_condition(self.encoders.encode, batch.frames[i : i + 1], given[i : i + 1], factor)
+                one = slice(i, i + 1)
+                row = encode_condition(self.encoders.encode, batch.frames[one], given[one], factor, latents[one])
                 if task == "image":
                     self._conditions[key] = row
             rows.append(row)
@@ -168,7 +169,9 @@ class BaseState(Callback):
         # here, before the save, and not in the module's own hook, which comes after the callbacks'
         module.average.update_parameters(module.trained)
         if step % self.config.train.save_every == 0 or step == self.config.train.max_steps:
-            self._save(module, trainer.optimizers[0], step)
+            if trainer.is_global_zero:
+                self._save(module, trainer.optimizers[0], step)
+            trainer.strategy.barrier()
 
     def _save(self, module: TinyBaseModule, optimizer: torch.optim.Optimizer, step: int) -> None:
         tensors = {"step": torch.tensor(step)} | {k: v.detach().clone() for k, v in _weights(module).items()}

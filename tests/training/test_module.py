@@ -13,7 +13,7 @@ from one4d_pl.inference.pipeline import encode_first_frame
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 from one4d_pl.training.module import One4DModule
-from one4d_pl.training.optim import build_optimizer, set_learning_rates, warm_up
+from one4d_pl.training.optim import build_optimizer, lr_share, set_learning_rates
 from one4d_pl.types import Batch, Encoded, Sample, collate
 
 
@@ -78,7 +78,8 @@ def test_the_condition_of_every_task_is_the_plain_one(module):
     assert {s.task for s in samples} == {"text", "image", "sparse", "video"}
     latents, _, _ = module.encode(batch)
     plain = encode_condition(module.encoders.encode, batch.frames, batch.frame_mask, 4)
-    torch.testing.assert_close(module.condition(batch, latents), plain, rtol=0, atol=1e-5)
+    spared = encode_condition(module.encoders.encode, batch.frames, batch.frame_mask, 4, latents[: len(batch)])
+    torch.testing.assert_close(spared, plain, rtol=0, atol=1e-5)
 
 
 def test_image_tokens_reach_the_step(run_config, tiny_base):
@@ -109,9 +110,11 @@ def test_learning_rates_groups_and_warm_up(module):
     assert groups["xyz_patch_embedding"]["weight_decay"] == 0
     wide = build_optimizer(module.transformer, replace(config, link_lr_width=12))
     assert wide.param_groups[1]["base_lr"] == pytest.approx(config.lr / 2)
-    set_learning_rates(optimizer, 0, 10)
+    set_learning_rates(optimizer, 0, 100, replace(config, warmup_steps=10))
     assert groups["lora"]["lr"] == pytest.approx(config.lr / 10)
-    assert [warm_up(s, 2) for s in range(4)] == [0.5, 1, 1, 1]
+    constant = replace(config, warmup_steps=2, cooldown_steps=0)
+    assert [lr_share(s, 6, constant) for s in range(6)] == [0.5, 1, 1, 1, 1, 1]
+    assert [lr_share(s, 6, replace(constant, cooldown_steps=4)) for s in range(6)] == [0.5, 1, 1, 0.75, 0.5, 0.25]
     counted = sum(p.numel() for group in optimizer.param_groups for p in group["params"])
     assert counted == sum(module.transformer.parameter_counts().values())
 

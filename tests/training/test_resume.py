@@ -161,6 +161,15 @@ def test_resume_refuses_another_config_naming_the_keys(run_config):
     fit(run_config("train.max_steps=3", "train.log_every=5", "train.micro_batch_size=1"))  # free to change
 
 
+def test_a_cooldown_is_decided_before_it_begins_and_not_after(run_config):
+    fit(run_config("train.max_steps=3"))
+    with pytest.raises(ConfigError, match=r"optim\.cooldown_steps: 5 .*raise train\.max_steps"):
+        fit(run_config("train.max_steps=6", "optim.cooldown_steps=5"))  # the third step would have been lowered
+    fit(run_config("train.max_steps=6", "optim.cooldown_steps=3"))
+    with pytest.raises(ConfigError, match=r"train\.max_steps"):
+        fit(run_config("train.max_steps=8", "optim.cooldown_steps=3"))
+
+
 def test_a_checkpoint_holds_trainables_and_moments_only(run_config):
     config = run_config()
     fit(config)

@@ -1,0 +1,49 @@
+"""The export door: an adapter without optimiser state, as it was or in half the bytes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from one4d_pl import export
+from one4d_pl.fit import fit
+from one4d_pl.models.adapters import AdapterCard, load_adapters
+from one4d_pl.models.transformer import One4DTransformer
+from one4d_pl.models.wan import load_transformer
+from one4d_pl.training.checkpoint import newest_checkpoint
+
+
+@pytest.mark.parametrize("dtype", export.DTYPES)
+def test_an_exported_adapter_is_the_checkpoints(run_config, tmp_path, dtype):
+    config = run_config("train.max_steps=2")
+    fit(config)
+    assert export.main([config.run_dir, "--out", str(tmp_path / "adapter"), "--dtype", dtype]) == 0
+    checkpoint = newest_checkpoint(config.run_dir)
+    transformers = []
+    for folder in (checkpoint, tmp_path / "adapter"):
+        transformer = One4DTransformer(load_transformer(config.base.path, "float32"), config.dlc, seed=1)
+        load_adapters(transformer, folder, AdapterCard.read(checkpoint).base_fingerprint)
+        transformers.append(dict(transformer.trainable_parameters()))
+    for name, parameter in transformers[0].items():
+        assert torch.equal(parameter.to(getattr(torch, dtype)).float(), transformers[1][name])
+    assert not (tmp_path / "adapter" / "optimizer.safetensors").exists()
+    stored = load_file(tmp_path / "adapter" / "links.safetensors")
+    assert {tensor.dtype for tensor in stored.values()} == {getattr(torch, dtype)}
+
+
+def test_bad_arguments_are_one_line_and_leave_nothing(capsys, tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "card.json").write_text("{")
+    for checkpoint, out, word in (
+        (tmp_path / "none", tmp_path / "a", "neither a checkpoint"),
+        (tmp_path / "broken", tmp_path / "a", "not an adapter"),
+        (tmp_path, tmp_path / "there", "neither a checkpoint"),
+    ):
+        assert export.main([str(checkpoint), "--out", str(out)]) == 2
+        error = capsys.readouterr().err
+        assert word in error and error.count("\n") == 1
+    assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["broken", "there"]
