@@ -16,6 +16,7 @@ from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions, project_dep
 from one4d_pl.types import Clip
 
 DEPTH_RANGE = 1e4  # of a clip's median depth, either way: beyond lie outliers that 16-bit log codes cannot hold
+LARGEST_GROWTH = 6.0  # 512x320 labels of 1920x1080 videos grow 3.4 times; the frames shrink again for training
 LEAST_TRUSTED = 0.01  # share of pixels
 
 
@@ -111,8 +112,8 @@ def fit_to_frames(
     grow = min(height / h, width / w)
     if grow < 1:
         raise ValueError(f"{name}: geometry is {w}x{h}, larger than the frames' {width}x{height}")
-    if h * 3 < height or w * 3 < width:
-        raise ValueError(f"{name}: geometry is {w}x{h}, less than a third of the frames' {width}x{height}")
+    if grow > LARGEST_GROWTH:
+        raise ValueError(f"{name}: geometry is {w}x{h}, too coarse for frames of {width}x{height}")
     target = round(h * grow), round(w * grow)
     grown = Geometry(
         depth=resize_nearest_valid(geometry.depth, *target),
@@ -144,7 +145,8 @@ def _trusted(
         values = arrays[field]
         if values.shape != shape or values.dtype.kind not in kinds:
             raise ValueError(f"{name}: {field} is {values.dtype} {values.shape}, need {shape}")
-        trusted &= torch.from_numpy(values >= min_confidence if field == "confidence" else values.copy())
+        if field == "valid" or min_confidence > 0:  # confidences may be logits: 0 is no threshold
+            trusted &= torch.from_numpy(values >= min_confidence if field == "confidence" else values.copy())
     return trusted
 
 

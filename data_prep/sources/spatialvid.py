@@ -70,7 +70,7 @@ def iter_clips(
     root = Path(root)
     if geometry is not None and not Path(geometry).is_dir():
         raise ValueError(f"{geometry}: no folder of pseudo geometry")
-    chosen = chosen_units(list_units(root), units, root, "SpatialVID video (videos/group_*/*.mp4)")
+    chosen = chosen_units(list_units(root), units, root, "SpatialVID video (videos/group_*/*.mp4)", "directly in it")
     pseudo = None if geometry is None else Path(geometry)
 
     def open_unit(unit: str) -> list[Track]:

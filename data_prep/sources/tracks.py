@@ -101,10 +101,12 @@ def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
     return sorted(found)
 
 
-def chosen_units(found: list[str], units: Sequence[str] | None, root: Path, layout: str) -> list[str]:
+def chosen_units(
+    found: list[str], units: Sequence[str] | None, root: Path, layout: str, where: str = "at or below it"
+) -> list[str]:
     """All units, or the given ones; ValueError where there is none, or a given one does not exist."""
     if not found:
-        raise ValueError(f"{root}: no {layout} at or below it")
+        raise ValueError(f"{root}: no {layout} {where}")
     if units is None:
         return found
     if unknown := sorted(set(units) - set(found)):

@@ -181,6 +181,8 @@ def test_confidence_and_valid_make_pixels_invalid(tmp_path, shot):
     np.save(root / "scene_one" / "valid.npy", valid)
     clip = only("generic", root, min_confidence=3.0)
     np.testing.assert_array_equal(clip.valid, np.isfinite(shot.depth) & valid & (confidence >= 3))
+    np.save(root / "scene_one" / "confidence.npy", confidence - 10)  # logits, and no threshold
+    np.testing.assert_array_equal(only("generic", root).valid, np.isfinite(shot.depth) & valid)
 
 
 def test_geometry_that_is_smaller_than_the_frames_is_fitted_to_their_centre(tmp_path):
@@ -223,7 +225,7 @@ def test_units_of_one_place_share_a_scene(source, unit, scene):
 
 @pytest.mark.parametrize("source", registry.SOURCES)
 def test_a_folder_without_the_dataset_is_refused_in_one_line(tmp_path, source):
-    with pytest.raises(ValueError, match=f"{tmp_path.name}: no .* at or below it") as caught:
+    with pytest.raises(ValueError, match=f"{tmp_path.name}: no .* (at or below|directly in) it") as caught:
         registry.iter_clips(source, tmp_path)
     assert "\n" not in str(caught.value)
 
