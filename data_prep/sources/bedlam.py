@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from data_prep.sources.decoding import pinhole, read_csv, read_exr, read_frames, stack_alike
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
 from one4d_pl.types import Clip
 
 FPS = 30.0  # of the images' numbers
@@ -45,9 +45,18 @@ LYING_FROM_UPRIGHT = torch.tensor([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], 
 
 def list_units(root: Path) -> list[str]:
     """The sequences at or below `root` as <scene>/png/<sequence>."""
-    scenes = find_units(root, lambda names: {"png", "depth", "ground_truth"} <= names)
+    scenes = find_units(root, _is_scene)
     folders = [folder for scene in scenes for folder in (root / scene / "png").iterdir() if folder.is_dir()]
     return sorted(folder.relative_to(root).as_posix() for folder in folders)
+
+
+def _is_scene(names: set[str]) -> bool:
+    return {"png", "depth", "ground_truth"} <= names
+
+
+def _holds(root: Path, unit: str) -> bool:
+    sequence = root / unit
+    return sequence.is_dir() and sequence.parent.name == "png" and _is_scene(names_in(sequence.parent.parent))
 
 
 def iter_clips(
@@ -59,7 +68,7 @@ def iter_clips(
     """
     root = Path(root)
     layout = "BEDLAM scene (png/, depth/ and ground_truth/)"
-    chosen = chosen_units(list_units(root), units, root, layout)
+    chosen = chosen_units(list_units, _holds, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         numbers = _depth_numbers(root / unit)
@@ -94,7 +103,7 @@ def _depth_numbers(sequence: Path) -> list[int]:
     """Numbers of the images that have depth."""
     folder = sequence.parent.parent / "depth" / sequence.name
     pattern = re.compile(re.escape(sequence.name) + r"_(\d{4,6})_depth\.exr")
-    return sorted(int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name)))
+    return sorted({int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))})
 
 
 def _read_clip(sequence: Path, numbers: list[int], key: str, fps: float) -> Clip:

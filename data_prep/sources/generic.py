@@ -56,6 +56,10 @@ def list_units(root: Path) -> list[str]:
     return sorted(found)
 
 
+def _holds(root: Path, unit: str) -> bool:
+    return (root / unit / "clip.json").is_file() or (unit.endswith(".npz") and (root / unit).is_file())
+
+
 def iter_clips(
     root: str | Path,
     num_frames: int = 81,
@@ -68,7 +72,7 @@ def iter_clips(
     Raises ValueError where `root` holds no clip or `units` names one that does not exist.
     """
     root = Path(root)
-    chosen = chosen_units(list_units(root), units, root, "generic clip (<name>/clip.json or <name>.npz)")
+    chosen = chosen_units(list_units, _holds, units, root, "generic clip (<name>/clip.json or <name>.npz)")
 
     def open_unit(unit: str) -> list[Track]:
         path = root / unit

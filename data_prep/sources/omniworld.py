@@ -30,7 +30,7 @@ from data_prep.sources.decoding import (
     rigid_transforms,
     stack_alike,
 )
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.types import Clip
 
@@ -42,7 +42,15 @@ LAST_CODE = 65500  # above: sky
 
 def list_units(root: Path) -> list[str]:
     """The scene folders at or below `root`, relative to it."""
-    return find_units(root, lambda names: {"color", "depth", "camera", "split_info.json"} <= names)
+    return find_units(root, _is_unit)
+
+
+def _is_unit(names: set[str]) -> bool:
+    return {"color", "depth", "camera", "split_info.json"} <= names
+
+
+def _holds(root: Path, unit: str) -> bool:
+    return _is_unit(names_in(root / unit))
 
 
 def iter_clips(
@@ -54,7 +62,7 @@ def iter_clips(
     """
     root = Path(root)
     layout = "OmniWorld-Game scene (color/, depth/, camera/ and split_info.json)"
-    chosen = chosen_units(list_units(root), units, root, layout)
+    chosen = chosen_units(list_units, _holds, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         return [_split_track(root, unit, k, numbers, stride) for k, numbers in enumerate(_read_splits(root / unit))]

@@ -29,7 +29,7 @@ from data_prep.sources.decoding import (
     read_npz,
     stack_alike,
 )
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.types import Clip
 
@@ -40,7 +40,15 @@ PATTERNS = {"rgbs": r"rgb_(\d{5})\.jpg", "depths": r"depth_(\d{5})\.png"}
 
 def list_units(root: Path) -> list[str]:
     """The sequence folders at or below `root`, relative to it."""
-    return find_units(root, lambda names: {"anno.npz", *PATTERNS} <= names)
+    return find_units(root, _is_unit)
+
+
+def _is_unit(names: set[str]) -> bool:
+    return {"anno.npz", *PATTERNS} <= names
+
+
+def _holds(root: Path, unit: str) -> bool:
+    return _is_unit(names_in(root / unit))
 
 
 def iter_clips(
@@ -52,7 +60,7 @@ def iter_clips(
     """
     root = Path(root)
     layout = "PointOdyssey v1.2 sequence (rgbs/, depths/ and anno.npz)"
-    chosen = chosen_units(list_units(root), units, root, layout)
+    chosen = chosen_units(list_units, _holds, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         def read(window: range) -> Clip:

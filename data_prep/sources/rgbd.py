@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from data_prep.sources.decoding import read_frames, stack_alike
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
 from one4d_pl.data.rgbd_folder import INTRINSICS, RGBDFrame, RGBDSequence, open_sequence
 from one4d_pl.types import Clip
 
@@ -25,7 +25,15 @@ LONGEST_INTERVAL = 1.5  # of the median one
 
 def list_units(root: Path) -> list[str]:
     """The sequence folders at or below `root`, relative to it."""
-    return find_units(root, lambda names: {"rgb", "depth", "groundtruth.txt"} <= names)
+    return find_units(root, _is_unit)
+
+
+def _is_unit(names: set[str]) -> bool:
+    return {"rgb", "depth", "groundtruth.txt"} <= names
+
+
+def _holds(root: Path, unit: str) -> bool:
+    return _is_unit(names_in(root / unit))
 
 
 def iter_clips(
@@ -37,7 +45,7 @@ def iter_clips(
     """
     root = Path(root)
     layout = f"RGB-D sequence (rgb/, depth/ and groundtruth.txt in a folder named ...{'..., ...'.join(INTRINSICS)}...)"
-    chosen = chosen_units(list_units(root), units, root, layout)
+    chosen = chosen_units(list_units, _holds, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         sequence = open_sequence(root / unit)

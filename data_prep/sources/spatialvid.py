@@ -55,6 +55,10 @@ def list_units(root: Path) -> list[str]:
     return sorted(f"{path.parent.name}/{path.stem}" for path in (root / "videos").glob("group_*/*.mp4"))
 
 
+def _holds(root: Path, unit: str) -> bool:
+    return (root / "videos" / f"{unit}.mp4").is_file()
+
+
 def iter_clips(
     root: str | Path,
     num_frames: int = 81,
@@ -70,7 +74,8 @@ def iter_clips(
     root = Path(root)
     if geometry is not None and not Path(geometry).is_dir():
         raise ValueError(f"{geometry}: no folder of pseudo geometry")
-    chosen = chosen_units(list_units(root), units, root, "SpatialVID video (videos/group_*/*.mp4)", "directly in it")
+    layout = "SpatialVID video (videos/group_*/*.mp4)"
+    chosen = chosen_units(list_units, _holds, units, root, layout, "directly in it")
     pseudo = None if geometry is None else Path(geometry)
 
     def open_unit(unit: str) -> list[Track]:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.sources.decoding import read_image, read_npy
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
 from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
 from one4d_pl.types import Clip
 
@@ -48,7 +48,7 @@ def iter_clips(
     """
     root = Path(root)
     layout = "TartanAir v1 trajectory (image_left/, depth_left/ and pose_left.txt)"
-    chosen = chosen_units(list_units(root), units, root, layout)
+    chosen = chosen_units(list_units, _holds, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         trajectory = root / unit
@@ -63,7 +63,15 @@ def iter_clips(
 
 def list_units(root: Path) -> list[str]:
     """The trajectories at or below `root`, relative to it."""
-    return find_units(root, lambda names: {"pose_left.txt", *PATTERNS} <= names)
+    return find_units(root, _is_unit)
+
+
+def _is_unit(names: set[str]) -> bool:
+    return {"pose_left.txt", *PATTERNS} <= names
+
+
+def _holds(root: Path, unit: str) -> bool:
+    return _is_unit(names_in(root / unit))
 
 
 def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:

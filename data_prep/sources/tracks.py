@@ -102,16 +102,32 @@ def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
 
 
 def chosen_units(
-    found: list[str], units: Sequence[str] | None, root: Path, layout: str, where: str = "at or below it"
+    list_units: Callable[[Path], list[str]],
+    holds: Callable[[Path, str], bool],  # whether there is a unit of this name below the root
+    units: Sequence[str] | None,
+    root: Path,
+    layout: str,
+    where: str = "at or below it",
 ) -> list[str]:
-    """All units, or the given ones; ValueError where there is none, or a given one does not exist."""
-    if not found:
-        raise ValueError(f"{root}: no {layout} {where}")
+    """All units, or the given ones; ValueError where there is none, or a given one does not exist.
+
+    Given units are looked up one by one: the writer asks for each of a dataset's thousands, and must not list them all
+    every time.
+    """
     if units is None:
+        found = list_units(root)
+        if not found:
+            raise ValueError(f"{root}: no {layout} {where}")
         return found
-    if unknown := sorted(set(units) - set(found)):
-        raise ValueError(f"{root}: no unit {unknown[0]!r}; there are {len(found)}, the first is {found[0]!r}")
+    for unit in units:
+        if Path(unit).is_absolute() or ".." in unit.split("/") or not holds(root, unit):
+            raise ValueError(f"{root}: no unit {unit!r}; a unit is a {layout}, named by its path below this folder")
     return list(units)
+
+
+def names_in(folder: Path) -> set[str]:
+    """The names of a folder's entries; none where there is no such folder."""
+    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def clip_key(root: Path, unit: str, suffix: str) -> str:

@@ -210,6 +210,42 @@ def test_units_can_be_read_one_by_one_and_give_the_same_clips(tmp_path, shot):
     assert together == alone and len(set(together)) == 3
 
 
+SMALL: dict[str, Writer] = {
+    "bedlam": raw.write_bedlam,
+    "generic": raw.write_generic_npz,
+    "omniworld": raw.write_omniworld,
+    "pointodyssey": raw.write_pointodyssey,
+    "rgbd": raw.write_rgbd,
+    "spatialvid": raw.write_spatialvid,
+    "tartanair": raw.write_tartanair,
+}
+
+
+@pytest.mark.parametrize("source", registry.SOURCES)
+def test_a_given_unit_is_read_without_listing_the_dataset_again(tmp_path, shot, source, monkeypatch):
+    """A dataset has thousands of units; each is asked for alone."""
+    root = SMALL[source](tmp_path, shot)
+    listings = []
+    module = registry._module(source)
+
+    def counted(folder: Path, list_units: Callable[[Path], list[str]] = module.list_units) -> list[str]:
+        listings.append(folder)
+        return list_units(folder)
+
+    monkeypatch.setattr(module, "list_units", counted)
+    found = registry.list_units(source, root)
+    for unit in found:
+        registry.iter_clips(source, root, 9, units=[unit])
+    assert len(found) == len(listings) == 1
+    registry.iter_clips(source, root, 9)
+    assert len(listings) == 2
+    (unit,) = found
+    for wrong in ("nowhere", f"../{tmp_path.name}/{unit}", f"{unit}/..", str(tmp_path / unit)):
+        with pytest.raises(ValueError, match=f"{tmp_path.name}: no unit") as caught:
+            registry.iter_clips(source, root, 9, units=[wrong])
+        assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("source", "unit", "scene"),
     [
