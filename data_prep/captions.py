@@ -1,6 +1,7 @@
 """Captions for clips whose dataset has none: from a table, or from any OpenAI-compatible vision endpoint.
 
-1. A table (csv with the columns key and caption, or jsonl with those fields) wins over the dataset's own caption.
+1. A table (csv with the columns key and caption, or jsonl with those fields; a key is a clip's or, for all clips of
+   one unit, the unit's) wins over the dataset's own caption.
 2. Where there is still none, and only if a url and a model are given, some frames go to `<url>/chat/completions`.
 3. Every answer is a small file in the cache folder, named by what was asked: a second run asks nothing twice, and a run
    that was stopped goes on where it was.
@@ -10,7 +11,9 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import hashlib
+import http.client
 import io
 import json
 import logging
@@ -20,7 +23,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
 
@@ -51,6 +54,7 @@ class CaptionOptions:
     """Where captions come from; by default from the dataset alone."""
 
     table: str | None = None  # csv or jsonl
+    table_digest: str | None = None  # see digest_of_table; a table that changes during a run is refused
     url: str | None = None  # base of an OpenAI-compatible API, e.g. http://localhost:8000/v1; None = ask nobody
     model: str | None = None  # the endpoint's name for it
     cache: str | None = None  # folder of answers
@@ -71,31 +75,50 @@ class CaptionOptions:
             raise ValueError("captions: frames, longest_side, attempts and timeout_s must be positive")
 
 
-def with_captions(clips: Iterable[Clip], options: CaptionOptions) -> Iterator[Clip]:
-    """The clips with the best caption there is; CaptionError where the endpoint keeps failing."""
-    table = read_table(Path(options.table)) if options.table else {}
-    for clip in clips:
-        caption = table.get(clip.key, clip.caption).strip()
-        if not caption and options.url is not None:
-            caption = ask(clip, options)
-        yield replace(clip, caption=caption)
+def best_caption(
+    clip: Clip,
+    unit: str,  # that the clip was cut from
+    options: CaptionOptions,
+) -> str:
+    """The table's, else the dataset's own, else the endpoint's; CaptionError where that keeps failing."""
+    table = _known_table(Path(options.table), options.table_digest) if options.table else {}
+    caption = table.get(clip.key, table.get(unit, clip.caption)).strip()
+    return ask(clip, options) if not caption and options.url is not None else caption
 
 
-def read_table(path: Path) -> dict[str, str]:  # clip key -> caption
-    """Captions of a csv (columns key and caption) or jsonl file; ValueError names the line that is wrong."""
+def digest_of_table(table: Mapping[str, str]) -> str:
+    """Identity of a table's captions, whatever the order of its rows."""
+    return hashlib.sha256(json.dumps(sorted(table.items())).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=1)  # a process of the writer looks up one table for thousands of units
+def _known_table(path: Path, digest: str | None) -> dict[str, str]:
+    table = read_table(path)
+    if digest not in (None, digest_of_table(table)):
+        raise CaptionError(f"{path}: was changed while it was in use; start again, into another folder")
+    return table
+
+
+def read_table(path: Path) -> dict[str, str]:  # key of a clip or unit -> caption
+    """Captions of a csv (columns key and caption) or jsonl file; ValueError names the row that is wrong."""
     found: dict[str, str] = {}
+    number = 1
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows: Iterator[object] = iter(csv.DictReader(file)) if path.suffix == ".csv" else map(json.loads, file)
-            for number, row in enumerate(rows, start=1):
+        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
+            for row in _table_rows(file, path.suffix.lower() == ".csv"):
                 if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in ("key", "caption")):
-                    raise ValueError(f"row {number} has no key and caption")
+                    raise ValueError("has no key and caption")
                 if row["key"] in found:
-                    raise ValueError(f"row {number}: {row['key']!r} occurs twice")
+                    raise ValueError(f"{row['key']!r} occurs twice")
                 found[row["key"]] = row["caption"]
+                number += 1
     except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path}: {error}") from error
+        raise ValueError(f"{path}: row {number}: {error}") from error
     return found
+
+
+def _table_rows(file: Iterable[str], is_csv: bool) -> Iterator[object]:
+    return iter(csv.DictReader(file)) if is_csv else (json.loads(line) for line in file if line.strip())
 
 
 def ask(clip: Clip, options: CaptionOptions, pause: Callable[[float], None] = time.sleep) -> str:
@@ -109,16 +132,16 @@ def ask(clip: Clip, options: CaptionOptions, pause: Callable[[float], None] = ti
     path = Path(options.cache) / f"{hashlib.sha256(request).hexdigest()}.json"
     if path.is_file() and (caption := _cached(path)):
         return caption
-    wait = options.first_pause_s
+    headers, wait = _headers(options), options.first_pause_s
     for attempt in range(1, options.attempts + 1):
         try:
-            caption = _caption_of_answer(_post(f"{options.url.rstrip('/')}/chat/completions", request, options))
+            caption = _text_of(_post(options.url, request, headers, options.timeout_s))
         except urllib.error.HTTPError as error:
             if error.code not in WORTH_A_RETRY:
                 raise CaptionError(f"{clip.key}: {options.url} refuses: {error.code} {_detail(error)}") from error
             reason, least = f"{error.code} {error.reason}", _retry_after(error.headers)
-        except (OSError, ValueError) as error:  # no connection, time-out, an answer that is none
-            reason, least = str(error), 0.0
+        except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, time-out, no answer
+            reason, least = str(error) or type(error).__name__, 0.0
         else:
             _save(path, {"key": clip.key, "model": options.model, "caption": caption})
             return caption
@@ -158,19 +181,33 @@ class _NoRedirect(urllib.request.HTTPRedirectHandler):
         return None
 
 
-def _post(url: str, content: bytes, options: CaptionOptions) -> bytes:
+def _headers(options: CaptionOptions) -> dict[str, str]:
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(options.key_variable):
+    if key := os.environ.get(options.key_variable, "").strip():
+        if not (key.isascii() and key.isprintable()):  # http.client's own error would print the key
+            raise CaptionError(f"{options.key_variable} of the environment is no API key: need printable ASCII")
         headers["Authorization"] = f"Bearer {key}"
+    return headers
+
+
+def _post(url: str, content: bytes, headers: dict[str, str], timeout_s: float) -> bytes:
+    """The body of the answer: at most MAX_ANSWER_BYTES, within twice the time-out."""
+    url = f"{url.rstrip('/')}/chat/completions"
     request = urllib.request.Request(url, content, headers, method="POST")
-    with urllib.request.build_opener(_NoRedirect()).open(request, timeout=options.timeout_s) as answer:
-        body = answer.read(MAX_ANSWER_BYTES + 1)
-    if len(body) > MAX_ANSWER_BYTES:
-        raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+    deadline = time.monotonic() + timeout_s
+    body = b""
+    # The time-out is of every single byte that is waited for: a server that drips them needs the deadline.
+    with urllib.request.build_opener(_NoRedirect()).open(request, timeout=timeout_s) as answer:
+        while chunk := answer.read1(1 << 16):
+            body += chunk
+            if len(body) > MAX_ANSWER_BYTES:
+                raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"no whole answer within {timeout_s:g} s")
     return body
 
 
-def _caption_of_answer(body: bytes) -> str:
+def _text_of(body: bytes) -> str:
     """The text of the first choice on one line; ValueError where there is none."""
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
@@ -183,7 +220,11 @@ def _caption_of_answer(body: bytes) -> str:
 
 
 def _detail(error: urllib.error.HTTPError) -> str:
-    return " ".join(error.read(300).decode("utf-8", "replace").split()) or str(error.reason)
+    try:
+        text = error.read(300).decode("utf-8", "replace")
+    except (OSError, http.client.HTTPException):
+        text = ""
+    return " ".join(text.split()) or str(error.reason)
 
 
 def _retry_after(headers: Message | None) -> float:

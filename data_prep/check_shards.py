@@ -31,7 +31,7 @@ from one4d_pl.data.tar_set import SampleError, atomic
 from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
 from one4d_pl.types import Clip
 
-SHIPPED_VAE = Path(__file__).parents[1] / "one4d_pl" / "assets" / "tiny_vae"
+SHIPPED_VAE = Path(__file__).parents[1] / "one4d_pl" / "assets" / "tiny_wan" / "vae"
 FAR_LIMIT = 10.0  # as in training (config.DataConfig)
 MAX_PICTURES = 16
 
@@ -115,7 +115,11 @@ def check_shard(task: ShardTask) -> None:
     shards = ShardSet.open(task.folder)
     shard = shards.manifest.shards[task.number]
     every = max(1, -(-len(shards) // max(1, task.vae_clips)))
-    vae = None if task.vae is None else AutoencoderKLWan.from_pretrained(task.vae, torch_dtype=torch.float32)
+    vae = (
+        None
+        if task.vae is None
+        else AutoencoderKLWan.from_pretrained(task.vae, torch_dtype=torch.float32, local_files_only=True)
+    )
     checks = []
     for index in range(shards.starts[task.number], shards.starts[task.number] + len(shard.samples)):
         try:
@@ -192,10 +196,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     report = args.report or Path(args.folder) / "check"
     vae = None if args.vae_clips < 1 else str(Path(args.base) / "vae" if args.base else SHIPPED_VAE)
+    tried = hashlib.sha256(f"{vae} {args.vae_clips}".encode()).hexdigest()[:8]
     try:
+        if vae is not None and not (Path(vae) / "config.json").is_file():
+            raise ValueError(f"{vae}: no VAE there; --base takes a folder that holds vae/config.json")
         shards = ShardSet.open(args.folder)
         (report / "parts").mkdir(parents=True, exist_ok=True)
-        parts = [report / "parts" / f"{shard.name}.{shard.sha256[:12]}.json" for shard in shards.manifest.shards]
+        parts = [
+            report / "parts" / f"{shard.name}.{shard.sha256[:12]}-{tried}.json" for shard in shards.manifest.shards
+        ]
         mine = range(args.rank, len(parts), args.world)
         tasks = [ShardTask(args.folder, n, parts[n], vae, args.vae_clips) for n in mine if not parts[n].exists()]
         for _ in tqdm(run_parallel(check_shard, tasks, args.jobs), total=len(tasks), unit="shard"):

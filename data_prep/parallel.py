@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import multiprocessing
 import os
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+QUIET_S = 600.0  # without one result: a person should know what is waited for
+
+log = logging.getLogger("data_prep")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,7 +28,7 @@ def run_parallel(
     """The results as they come, in any order; two items per process are under way, so that a slow one stops nobody.
 
     One job runs in this process. Several run in new ones with a thread each (forked copies of a process that uses
-    OpenMP can hang); they end when this one does, however it ends.
+    OpenMP can hang); they end when this one does, however it ends. OSError where one of them was killed.
     """
     if jobs == 1:
         yield from map(function, items)
@@ -35,9 +41,14 @@ def run_parallel(
         while queue or running:
             while queue and len(running) < 2 * jobs:
                 running.add(executor.submit(function, queue.popleft()))
-            done, running = wait(running, return_when=FIRST_COMPLETED)
+            done, running = wait(running, QUIET_S, return_when=FIRST_COMPLETED)
+            if not done:
+                log.warning("nothing was finished for %g s; a disk may hang, or the next item is a long one", QUIET_S)
             for future in done:
                 yield future.result()
+    except BrokenProcessPool as error:
+        remedy = "start again to go on, with fewer --jobs where memory ran out"
+        raise ChildProcessError(f"a process of the pool was killed from outside; {remedy}") from error
     finally:
         executor.shutdown(cancel_futures=True)
 

@@ -2,7 +2,7 @@
 
 1. A unit (a trajectory, a scene's sequence, a toy seed) is read by its source as clips.
 2. A clip that is excluded, cut, frozen or broken is dropped, with its reason.
-3. The others are resized, frames and geometry together, and packed.
+3. The others are resized, frames and geometry together, get their captions, and are packed.
 No split divides a scene.
 """
 
@@ -12,15 +12,16 @@ import hashlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from data_prep.captions import CaptionOptions, best_caption
 from data_prep.quality import reject_reason
 from data_prep.sources import registry
 from one4d_pl.data.decode import resize_clip
 from one4d_pl.data.shards import pack_clip
 from one4d_pl.data.staging import Dropped, Plan, Staging
-from one4d_pl.data.tar_set import Origin, SampleEntry
+from one4d_pl.data.tar_set import MANIFEST_NAME, Origin, SampleEntry
 from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.types import Clip
 
@@ -57,6 +58,7 @@ class UnitTask:
     geometry: str | None
     min_confidence: float
     exclusions: frozenset[str]
+    captions: CaptionOptions
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,11 @@ def read_exclusions(path: str | None) -> set[str]:
     """Clip keys and units, one per line; what follows a # is a comment."""
     if path is None:
         return set()
-    names = (line.split("#", 1)[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no text file ({error})") from error
+    names = (line.split("#", 1)[0].strip() for line in lines)
     return {name for name in names if name}
 
 
@@ -106,17 +112,27 @@ def _draw_scene(scene: str) -> float:  # [0, 1)
 
 def benchmark_of(root: str | None, unit: str) -> str:
     """The evaluation set that a unit belongs to by the name of one of its folders; "" if to none."""
-    parts = (*Path(root or ".").resolve().parts, *unit.split("/"))
+    parts = (*Path(root or ".").resolve().parts, *unit.removesuffix(".npz").split("/"))
     return next((BENCHMARK_OF[part] for part in reversed(parts) if part in BENCHMARK_OF), "")
 
 
 def convert_unit(task: UnitTask) -> UnitResult:
-    """Read, check, resize and pack the clips of one unit into the staging folder."""
+    """Read, check, resize and pack the clips of one unit into the staging folder.
+
+    Nothing where the set is whole already: units beyond a limit may be under way when its last clip comes.
+    """
+    if (task.out / MANIFEST_NAME).exists():
+        return UnitResult(0, 0, [])
     dropped: list[Dropped] = []
     staging = Staging(task.out, task.plan)
     samples = _packed_clips(task, dropped)
-    with _SourceNotes(task.unit, dropped):
-        clips, size = staging.write_unit(task.number, samples, dropped)
+    try:
+        with _SourceNotes(task.unit, dropped):
+            clips, size = staging.write_unit(task.number, samples, dropped)
+    except FileNotFoundError:
+        if (task.out / MANIFEST_NAME).exists():  # finished, and its staging folder removed, in the meantime
+            return UnitResult(0, 0, [])
+        raise
     return UnitResult(clips, size, dropped)
 
 
@@ -126,6 +142,7 @@ def _packed_clips(task: UnitTask, dropped: list[Dropped]) -> Iterator[tuple[Orig
         clip = resize_clip(raw, task.height, task.width)
         reason = "excluded by the list" if clip.key in task.exclusions else reject_reason(clip)
         if reason is None:
+            clip = replace(clip, caption=best_caption(clip, task.unit, task.captions))
             try:
                 packed = pack_clip(clip, scene, benchmark)
             except ValueError as error:

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from data_prep.captions import CaptionOptions, digest_of_table, read_table
 from data_prep.parallel import run_parallel
 from data_prep.sources.registry import DEFAULT_STRIDES
 from data_prep.units import UnitResult, UnitTask, convert_unit, list_source_units, read_exclusions, split_units
@@ -48,6 +49,9 @@ class Arguments:
     split: str
     val_share: float
     exclude: str | None
+    captions: str | None
+    caption_url: str | None
+    caption_model: str | None
     geometry: str | None
     min_confidence: float
     jobs: int
@@ -71,10 +75,23 @@ class Arguments:
             raise ValueError(f"need --jobs >= 1 and 0 <= --rank < --world, got {self.jobs}, {self.rank}, {self.world}")
         if not 0 < self.val_share < 1:
             raise ValueError(f"--val-share must lie between 0 and 1, got {self.val_share}")
+        if (self.caption_url is None) != (self.caption_model is None):
+            raise ValueError("--caption-url and --caption-model go together: who is asked for captions, and as what")
 
-    def recipe(self) -> Recipe:
+    def caption_options(self) -> CaptionOptions:
+        """Where captions come from; the answers of an endpoint lie in `<out>.captions`, beside the folder."""
+        out = Path(self.out).resolve()
+        return CaptionOptions(
+            table=self.captions,
+            table_digest=digest_of_table(read_table(Path(self.captions))) if self.captions else None,
+            url=self.caption_url,
+            model=self.caption_model,
+            cache=str(out.parent / f"{out.name}.captions"),
+        )
+
+    def recipe(self, captions: CaptionOptions) -> Recipe:
         """Everything that decides the bytes, for the manifest; the folder's place and the processes do not."""
-        ignored = ("root", "out", "jobs", "rank", "world", "exclude", "geometry")
+        ignored = ("root", "out", "jobs", "rank", "world", "exclude", "geometry", "captions", "caption_url")
         shown = {name: value for name, value in asdict(self).items() if name not in ignored}
         if self.source != "toy":
             shown = {name: value for name, value in shown.items() if name not in ("seed", "count", "domain")}
@@ -82,6 +99,10 @@ class Arguments:
         exclusions = sorted(read_exclusions(self.exclude))
         shown["exclude"] = hashlib.sha256("\n".join(exclusions).encode()).hexdigest()[:16] if exclusions else None
         shown["geometry"] = self.geometry is not None
+        if captions.table_digest is not None:
+            shown["captions"] = captions.table_digest
+        if captions.model is None:
+            del shown["caption_model"]  # by the model, not the url: another port of it gives the same captions
         return shown
 
 
@@ -113,6 +134,18 @@ def parse(argv: Sequence[str] | None) -> Arguments:
         "--val-share", type=float, default=0.05, help="share of the scenes in val, by their names (default %(default)s)"
     )
     parser.add_argument("--exclude", metavar="FILE", help="text file of clip keys and units to leave out, # comments")
+    parser.add_argument(
+        "--captions",
+        metavar="FILE",
+        help="csv or jsonl: key (of a clip or unit), caption; wins over the dataset's",
+    )
+    parser.add_argument(
+        "--caption-url",
+        metavar="URL",
+        help="OpenAI-compatible API that is asked where there is no caption, e.g. http://localhost:8000/v1; its key is "
+        "taken from the environment's OPENAI_API_KEY, its answers are kept in OUT.captions",
+    )
+    parser.add_argument("--caption-model", metavar="NAME", help="... and the model that is asked there")
     parser.add_argument("--geometry", metavar="FOLDER", help="spatialvid: pseudo geometry, one folder per clip")
     parser.add_argument(
         "--min-confidence", type=float, default=0.0, help="pixels below become invalid (default %(default)s)"
@@ -131,7 +164,8 @@ def parse(argv: Sequence[str] | None) -> Arguments:
 
 def write(arguments: Arguments) -> ShardSet | None:
     """Do this task's share of the work and assemble what can be; the shard set once it is whole."""
-    out, recipe = Path(arguments.out), arguments.recipe()
+    out, captions = Path(arguments.out), arguments.caption_options()
+    recipe = arguments.recipe(captions)
     if is_finished(out, "raw", recipe):
         log.info("%s: nothing to do, its shards are whole", out)
         return ShardSet.open(out)
@@ -148,6 +182,7 @@ def write(arguments: Arguments) -> ShardSet | None:
         UnitTask(
             number, unit, arguments.source, arguments.root, out, plan, arguments.num_frames, arguments.stride,
             arguments.height, arguments.width, arguments.geometry, arguments.min_confidence, frozenset(exclusions),
+            captions,
         )
         for number, unit in enumerate(units)
         if number % arguments.world == arguments.rank and not staging.has(number)
@@ -162,9 +197,10 @@ def write(arguments: Arguments) -> ShardSet | None:
                 break
     if clips:
         log.info("%d clips, %.2f MB each", clips, size / clips / 1e6)
-    if staging.assemble():
-        return ShardSet.open(out)
-    return None
+    if not staging.assemble():
+        return None
+    is_finished(out, "raw", recipe)  # clears what processes still staged when a limit was reached
+    return ShardSet.open(out)
 
 
 def _show(bar: tqdm, result: UnitResult, clips: int, seconds: float) -> None:
@@ -187,7 +223,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"task {arguments.rank} of {arguments.world} is done; the others are not: {arguments.out}")
         return 0
     dropped = (Path(arguments.out) / "dropped.jsonl").read_text().splitlines()
-    reasons = f", {len(dropped)} left out (dropped.jsonl)" if dropped else ""
+    reasons = f", {len(dropped)} left out (dropped.jsonl tells why; a new --out tries them again)" if dropped else ""
     print(f"{len(shards)} clips in {len(shards.manifest.shards)} shards{reasons}: {arguments.out}")
     return 0
 

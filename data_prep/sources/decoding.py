@@ -31,6 +31,7 @@ MAX_BYTES = 4 << 30  # of one array or archive member: 81 pointmaps of 1280x720 
 NPY_HEADER = re.compile(
     r"\{'descr': ?'([<>|=]?[a-zA-Z]\d+)', ?'fortran_order': ?(True|False), ?'shape': ?\(([\d, ]*)\),? ?\}\s*"
 )
+CONTAINER = "mov"  # FFmpeg's reader of mp4: guessing, it would take a playlist for a video and open what that names
 KINDS = "fiubU"  # of the arrays that may be read: float, int, unsigned, bool, text
 
 
@@ -245,7 +246,7 @@ def read_video(path: Path, numbers: Sequence[int]) -> Tensor:  # [T, H, W, 3] ui
     """The frames with these numbers (ascending) of a video's first stream, counted from 0."""
     wanted, found = set(numbers), []
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=CONTAINER) as container:
             container.streams.video[0].thread_type = "NONE"  # the units of a dataset are what is worked in parallel
             for n, frame in enumerate(container.decode(video=0)):
                 if n in wanted:
@@ -262,7 +263,7 @@ def read_video(path: Path, numbers: Sequence[int]) -> Tensor:  # [T, H, W, 3] ui
 def video_rate_and_length(path: Path) -> tuple[float, int]:
     """Frames per second and number of frames, from a video's header; ValueError where it tells none."""
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), format=CONTAINER) as container:
             stream = container.streams.video[0]
             rate, length = stream.average_rate, stream.frames
     except (av.FFmpegError, IndexError) as error:

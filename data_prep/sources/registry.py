@@ -5,6 +5,7 @@ A source is a module of this package with `list_units(root)` and `iter_clips(roo
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
@@ -40,6 +41,8 @@ def scene_of(source: str, unit: str) -> str:
         return "/".join(parts[:-2]) or unit
     if source == "bedlam":  # <scene>/png/<sequence>
         return "/".join(parts[:-2]) or unit
+    if source == "pointodyssey":  # <scene>_3rd, <scene>_ego1, ... are cameras in one scene, <scene>_f is it in fog
+        return re.sub(r"(_3rd|_ego\d*|_f)+$", "", unit)
     return unit
 
 

@@ -53,6 +53,8 @@ def iter_clips(
         if len(frames) < 2:
             raise ValueError(f"{root / unit}: {len(frames)} frames with image, depth and camera")
         usual = statistics.median(b.timestamp - a.timestamp for a, b in itertools.pairwise(frames))
+        if usual <= 0:
+            raise ValueError(f"{root / unit}: the images' timestamps do not ascend")
 
         def read(window: range) -> Clip:
             chosen_frames = [frames[n] for n in window]

@@ -255,6 +255,21 @@ def _pack(
     return SampleEntry(**{**asdict(entry), **place, **shape}), content
 
 
+def _check_shapes(tensors: dict[str, Tensor], caption: object) -> None:
+    """ValueError where a field is not as StoredClip says: a set may come from anywhere."""
+    axes = {"latents": 5, "prompt_embeds": 2, "empty_prompt": 2, "image_embeds": 2, "conditions": 5, "sparse_masks": 2}
+    if wrong := [name for name, count in axes.items() if name in tensors and tensors[name].ndim != count]:
+        raise ValueError(f"{wrong[0]} is {list(tensors[wrong[0]].shape)}, need {axes[wrong[0]]} axes")
+    (draws, total), conditions = tensors["sparse_masks"].shape, tensors.get("conditions")
+    expected = {"scale": [2], "intrinsics": [total, 3, 3], "cam2world": [total, 4, 4]}
+    if wrong := [name for name, shape in expected.items() if list(tensors[name].shape) != shape]:
+        raise ValueError(f"{wrong[0]} is {list(tensors[wrong[0]].shape)}, need {expected[wrong[0]]}")
+    if len(tensors["latents"]) != 2 or (conditions is not None and len(conditions) != 1 + draws):
+        raise ValueError("need latents of two branches and a condition of frame 0 and of each sparse draw")
+    if not isinstance(caption, str):
+        raise ValueError("the caption is no text")
+
+
 def _unpack(content: bytes, key: str) -> StoredClip:
     members = tar_members(content, key)
     try:
@@ -262,9 +277,10 @@ def _unpack(content: bytes, key: str) -> StoredClip:
         caption = json.loads(members["json"])["caption"]
         if missing := set(FIELDS) - set(tensors):
             raise ValueError(f"no {', '.join(sorted(missing))}")
+        _check_shapes(tensors, caption)
     except (KeyError, TypeError, SafetensorError) as error:
         raise ValueError(one_line(error)) from error
-    scale, offset = tensors.pop("scale")
+    scale, offset = tensors["scale"]
     return StoredClip(
         **{name: tensors[name] for name in FIELDS if name != "scale"},
         image_embeds=tensors.get("image_embeds"),

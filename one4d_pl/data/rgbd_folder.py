@@ -16,6 +16,8 @@ Nothing is decoded before a frame is asked for it.
 from __future__ import annotations
 
 import math
+import struct
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -37,6 +39,8 @@ INTRINSICS = {  # fx fy cx cy in pixels, integer centres; TUM's differ by the ca
     "freiburg3": (535.4, 539.2, 320.1, 247.6),
     "bonn": (542.822841, 542.576870, 315.593520, 237.756098),
 }
+# what Pillow raises for a broken png: SyntaxError and others, and for one that claims to be huge
+UNDECODABLE = (OSError, SyntaxError, struct.error, zlib.error, EOFError, Image.DecompressionBombError)
 BONN_ROS = ((-1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
 BONN_MARKER = (
     (1.0157, 0.1828, -0.2389, 0.0113),
@@ -127,7 +131,7 @@ def list_files(
     text, folder = root / f"{kind}.txt", root / kind
     if text.is_file():
         rows = _rows(text, 2)
-        files = [StampedFile(_number(text, i, row[0]), root / row[1]) for i, row in rows]
+        files = [StampedFile(_number(text, i, row[0]), root / _inside(text, i, row[1])) for i, row in rows]
     elif folder.is_dir():
         files = [StampedFile(_number(path, 0, path.stem), path) for path in folder.glob("*.png")]
     else:
@@ -209,7 +213,7 @@ def _decode(path: Path, mode: str) -> np.ndarray:
             if mode == "I;16" and image.mode != "I;16":
                 raise ValueError(f"{path}: {image.mode} picture, need 16-bit grey")
             return np.array(image if mode == "I;16" else image.convert(mode))
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
+    except UNDECODABLE as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from None
 
 
@@ -224,6 +228,13 @@ def _rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
             raise ValueError(f"{path}: line {i}: {len(words)} columns, need {columns}")
         rows.append((i, words[:columns]))
     return rows
+
+
+def _inside(path: Path, line: int, name: str) -> str:
+    """The name, if it stays below the sequence's folder: a downloaded list must not reach other files."""
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        raise ValueError(f"{path}: line {line}: {name!r} lies outside of the folder")
+    return name
 
 
 def _number(path: Path, line: int, word: str) -> float:

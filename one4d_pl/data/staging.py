@@ -85,7 +85,7 @@ class Staging:
         self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(plan))
         plan_file = self.path / "plan.json"
-        if plan_file.exists() and (begun := json.loads(plan_file.read_text())) != json.loads(text):
+        if plan_file.exists() and (begun := self._read(plan_file)) != json.loads(text):
             raise ShardSetError(
                 f"{folder}: begun with other settings ({_difference(begun, json.loads(text))}); "
                 f"go on with those, or remove {self.path}"
@@ -151,6 +151,13 @@ class Staging:
     def _journal(self, shard: int) -> Path:
         return self.path / f"shard-{shard:06d}.json"
 
+    def _read(self, path: Path) -> dict:
+        """A file of the staging folder: written by this module, so only a failing disk makes it something else."""
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ShardSetError(f"{path}: damaged ({one_line(error)}); remove {self.path} to start over") from error
+
     @contextlib.contextmanager
     def _lock(self) -> Iterator[bool]:
         """Whether this process alone assembles now; the kernel frees the lock of a process that dies."""
@@ -168,7 +175,7 @@ class Staging:
             unit = self._units_read
             if not self.has(unit):
                 return
-            record = json.loads(self._record(unit).read_text())
+            record = self._read(self._record(unit))
             for number, tree in enumerate(record["samples"]):
                 entry = SampleEntry(**tree)
                 if entry.key in self._keys:
@@ -202,7 +209,7 @@ class Staging:
                     file.write(json.dumps(asdict(shard)).encode())
                 for path, _ in pieces:
                     path.unlink()
-            self._shards.append(ShardEntry.from_tree(json.loads(self._journal(number).read_text())))
+            self._shards.append(ShardEntry.from_tree(self._read(self._journal(number))))
 
     def _finish(self) -> None:
         with atomic(self.folder / DROPPED_NAME, self.path) as file:
@@ -211,6 +218,8 @@ class Staging:
             why = f"; {len(self._dropped)} dropped, see {self.folder / DROPPED_NAME}" if self._dropped else ""
             shutil.rmtree(self.path)  # so that other settings may be tried
             raise ShardSetError(f"{self.folder}: not one clip to write{why}")
+        for stale in {path.name for path in self.folder.glob("shard-*.tar")} - {shard.name for shard in self._shards}:
+            (self.folder / stale).unlink()  # of other settings, whose staging folder was removed
         (origin,) = self._origins
         plan = self.plan
         manifest = Manifest(

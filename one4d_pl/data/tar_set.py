@@ -33,7 +33,7 @@ from one4d_pl.data.clip_codec import MAX_STACKED_PIXELS, SAFE_KEY, SCHEMA_VERSIO
 MANIFEST_NAME = "manifest.json"
 SAFE_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
 RETRY_PAUSES_S = (0.5, 2.0)  # a hiccup of a remote store must not change which samples are seen
-READ_TIMEOUT_S = 120.0  # of one ranged read from a remote store
+READ_TIMEOUT_S = 120.0  # of one read from a remote store
 SPLITS = ("all", "train", "val")
 
 Recipe = dict[str, str | int | float | bool | None]
@@ -200,8 +200,9 @@ class TarSet:
             try:
                 # opened per read (fsspec caches it per process): remote filesystems do not survive a fork
                 filesystem, path = fsspec.core.url_to_fs(f"{self.location}/{shard.name}")
-                limit = {"timeout": READ_TIMEOUT_S} if filesystem.async_impl else {}
-                content = filesystem.cat_file(path, start=entry.offset, end=entry.offset + entry.size, **limit)
+                content = filesystem.cat_file(
+                    path, start=entry.offset, end=entry.offset + entry.size, **_patience(filesystem)
+                )
                 break
             except FileNotFoundError as error:
                 raise ValueError("the shard file is missing") from error
@@ -239,11 +240,16 @@ def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str) -> Manifest:
     """The manifest of a folder or fsspec URL; ShardSetError, with the remedy, where it is missing or broken."""
     try:
         filesystem, path = fsspec.core.url_to_fs(f"{folder}/{MANIFEST_NAME}")
-        return Manifest.from_json(filesystem.cat_file(path).decode(), kinds)
+        return Manifest.from_json(filesystem.cat_file(path, **_patience(filesystem)).decode(), kinds)
     except FileNotFoundError as error:
         raise ShardSetError(f"{folder}: no {MANIFEST_NAME}; {remedy}") from error
     except Exception as error:  # each remote backend raises types of its own
         raise ShardSetError(f"{folder}: cannot read {MANIFEST_NAME} ({one_line(error)}); {remedy}") from error
+
+
+def _patience(filesystem: fsspec.AbstractFileSystem) -> dict[str, float]:
+    """How long a read may take, in the words of fsspec: only its remote filesystems can wait, and they take it."""
+    return {"timeout": READ_TIMEOUT_S} if filesystem.async_impl else {}
 
 
 def one_line(error: Exception) -> str:

@@ -5,16 +5,22 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
+import socket
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
-from data_prep.captions import CaptionError, CaptionOptions, ask, read_table, with_captions
+from data_prep.captions import CaptionError, CaptionOptions, ask, best_caption, digest_of_table, read_table
+from data_prep.write_shards import main
+from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.types import Clip
 
@@ -32,6 +38,7 @@ class Server:
     url: str = ""
     replies: list[Reply] = field(default_factory=lambda: [completion("A toy.")])
     requests: list[tuple[str, dict[str, str], dict]] = field(default_factory=list)
+    drip_s: float = 0.0  # between the bytes of an answer
 
 
 @pytest.fixture
@@ -48,7 +55,15 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(content)))
             self.end_headers()
-            self.wfile.write(content)
+            if not state.drip_s:
+                self.wfile.write(content)
+                return
+            for byte in content:
+                time.sleep(state.drip_s)
+                try:
+                    self.wfile.write(bytes([byte]))
+                except OSError:  # the other side has had enough
+                    return
 
         def log_message(self, format: str, *args: object) -> None:
             pass
@@ -62,6 +77,30 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         yield state
         http.shutdown()
         thread.join()
+
+
+@pytest.fixture
+def rude_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Answers each of two callers with something that is no HTTP."""
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(20)
+
+        def answer() -> None:
+            for _ in range(2):
+                caller, _ = listener.accept()
+                with caller:
+                    caller.settimeout(20)
+                    caller.recv(1 << 20)
+                    caller.sendall(b"220 mail.example ESMTP\r\n\r\n")
+                    caller.shutdown(socket.SHUT_WR)
+                    while caller.recv(1 << 20):
+                        pass
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+        thread.join(30)
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +118,17 @@ def pauses() -> tuple[list[float], Callable[[float], None]]:
 
 
 def test_nobody_is_asked_by_default(clip):
-    assert [c.caption for c in with_captions([clip, replace(clip, caption="own")], CaptionOptions())] == ["", "own"]
+    assert best_caption(clip, "unit", CaptionOptions()) == ""
+    assert best_caption(replace(clip, caption="own"), "unit", CaptionOptions()) == "own"
 
 
 def test_a_table_wins_over_the_dataset_and_the_endpoint_comes_last(clip, tmp_path, server):
-    (tmp_path / "captions.jsonl").write_text('{"key": "a", "caption": "from the table"}\n')
-    clips = [replace(clip, key=key, caption=caption) for key, caption in (("a", "own"), ("b", "own"), ("c", ""))]
-    found = with_captions(clips, options(server, tmp_path, table=str(tmp_path / "captions.jsonl")))
-    assert [c.caption for c in found] == ["from the table", "own", "A toy."]
+    rows = ({"key": "a", "caption": "from the table"}, {"key": "scene/of d", "caption": "of its unit"})
+    (tmp_path / "captions.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    asked = options(server, tmp_path, table=str(tmp_path / "captions.jsonl"))
+    clips = [replace(clip, key=key, caption=own) for key, own in (("a", "own"), ("b", "own"), ("c", ""), ("d", "own"))]
+    found = [best_caption(one, f"scene/of {one.key}", asked) for one in clips]
+    assert found == ["from the table", "own", "A toy.", "of its unit"]
     assert len(server.requests) == 1
 
 
@@ -160,17 +202,127 @@ def test_a_run_that_was_stopped_goes_on(clip, tmp_path, server):
     clips = [replace(clip, key=str(n), frames=clip.frames.roll(n, 0)) for n in range(3)]
     server.replies = [completion("one"), (400, b"stop", {}), completion("two"), completion("three")]
     with pytest.raises(CaptionError):
-        list(with_captions(clips, options(server, tmp_path)))
-    assert [c.caption for c in with_captions(clips, options(server, tmp_path))] == ["one", "two", "three"]
+        [ask(one, options(server, tmp_path)) for one in clips]
+    assert [ask(one, options(server, tmp_path)) for one in clips] == ["one", "two", "three"]
     assert len(server.requests) == 4
+
+
+def test_an_endpoint_that_speaks_no_http_is_one_line(clip, tmp_path, rude_server):
+    waited, pause = pauses()
+    asked = CaptionOptions(url=rude_server, model="vlm", cache=str(tmp_path), attempts=2)
+    with pytest.raises(CaptionError, match="no caption after 2 attempts") as caught:
+        ask(clip, asked, pause)
+    assert "\n" not in str(caught.value) and waited == [1]
+
+
+def test_an_endpoint_that_drips_its_answer_is_given_up(clip, tmp_path, server):
+    server.drip_s = 0.05  # every byte comes in time, the whole takes a minute
+    server.replies = [completion("word " * 250)]
+    started = time.monotonic()
+    with pytest.raises(CaptionError, match=r"no whole answer within 0\.3 s"):
+        ask(clip, options(server, tmp_path, attempts=1, timeout_s=0.3))
+    assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize("key", ["sk-sec\nret", "sk-secrét"])
+def test_a_key_that_cannot_be_sent_is_told_without_being_shown(clip, tmp_path, server, monkeypatch, key):
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(CaptionError, match="OPENAI_API_KEY of the environment is no API key") as caught:
+        ask(clip, options(server, tmp_path))
+    assert "sk-" not in str(caught.value) and not server.requests
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret\n")  # as `cat key.txt` gives it
+    ask(clip, options(server, tmp_path))
+    assert server.requests[0][1]["Authorization"] == "Bearer sk-secret"
+
+
+def test_a_table_that_changes_during_a_run_is_refused(clip, tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("key,caption\na,b\n")
+    begun = CaptionOptions(table=str(path), table_digest=digest_of_table(read_table(path)))
+    path.write_text("key,caption\na,c\n")
+    with pytest.raises(CaptionError, match=r"t\.csv: was changed"):
+        best_caption(clip, "", begun)
+
+
+# --- through the writer
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three generic clips: the dataset has a caption for the first two."""
+    root = tmp_path_factory.mktemp("captions") / "root"
+    for n, own in enumerate(("own", "own", "")):
+        folder = root / f"scene{n}"
+        folder.mkdir(parents=True)
+        shown = render_clip(n, 9, 32, 48)
+        for name in ("frames", "depth", "intrinsics", "cam2world"):
+            np.save(folder / f"{name}.npy", getattr(shown, name).numpy())
+        (folder / "clip.json").write_text(json.dumps({"fps": 12, "licence": "CC0-1.0", "caption": own}))
+    return root
+
+
+def write(dataset: Path, out: Path, *more: str) -> int:
+    size = ["--num-frames", "9", "--height", "16", "--width", "32"]
+    return main(["--source", "generic", "--root", str(dataset), "--out", str(out), *size, *more])
+
+
+def captions_of(folder: Path) -> dict[str, str]:
+    shards = ShardSet.open(folder)
+    clips = [shards.read(n) for n in range(len(shards))]
+    return {one.key: one.caption for one in clips}
+
+
+def test_the_writer_asks_nobody_by_default(dataset, tmp_path, server):
+    assert write(dataset, tmp_path / "out") == 0
+    assert list(captions_of(tmp_path / "out").values()) == ["own", "own", ""] and not server.requests
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not {"captions", "caption_model"} & set(ShardSet.open(tmp_path / "out").manifest.recipe)
+
+
+def test_the_writer_takes_the_table_then_the_datasets_own_then_the_endpoints(dataset, tmp_path, server, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    table = tmp_path / "t.csv"
+    table.write_text("\ufeffkey,caption\nscene0-00000,from the table\n", encoding="utf-8")
+    asked = ["--captions", str(table), "--caption-url", server.url, "--caption-model", "vlm"]
+    assert write(dataset, tmp_path / "out", *asked) == 0
+    expected = {"scene0-00000": "from the table", "scene1-00000": "own", "scene2-00000": "A toy."}
+    assert captions_of(tmp_path / "out") == expected
+    assert len(server.requests) == 1 and len(list((tmp_path / "out.captions").iterdir())) == 1
+    recipe = ShardSet.open(tmp_path / "out").manifest.recipe
+    assert recipe["captions"] == digest_of_table(read_table(table)) and recipe["caption_model"] == "vlm"
+    written = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"sk-secret" in content for content in written)
+    # the cache stands beside the folder: written anew, nobody is asked again
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    shutil.rmtree(tmp_path / "out")
+    assert write(dataset, tmp_path / "out", *asked) == 0 and len(server.requests) == 1
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_the_writer_goes_on_where_the_endpoint_failed_and_holds_other_captions_apart(dataset, tmp_path, server, capsys):
+    server.replies = [(400, b"no credit", {}), completion("two")]
+    asked = ["--caption-url", server.url, "--caption-model", "vlm"]
+    assert write(dataset, tmp_path / "out", *asked) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("write_shards: scene2-00000: ") and "400 no credit" in error
+    staged = {path.name for path in (tmp_path / "out/.staging").glob("unit-???????.json")}
+    assert staged == {"unit-0000000.json", "unit-0000001.json"}
+    assert write(dataset, tmp_path / "out", *asked) == 0
+    assert captions_of(tmp_path / "out")["scene2-00000"] == "two" and len(server.requests) == 2
+    (tmp_path / "t.jsonl").write_text('{"key": "scene2", "caption": "other"}\n')
+    assert write(dataset, tmp_path / "out", "--captions", str(tmp_path / "t.jsonl")) == 2
+    assert "already holds shards of other settings" in capsys.readouterr().err
+    assert write(dataset, tmp_path / "out", "--caption-url", server.url) == 2
+    assert "--caption-url and --caption-model go together" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     ("name", "text", "reason"),
     [
-        ("t.csv", "key,text\na,b\n", "row 1 has no key and caption"),
+        ("t.csv", "key,text\na,b\n", "row 1: has no key and caption"),
         ("t.csv", "key,caption\na,b\na,c\n", "row 2: 'a' occurs twice"),
-        ("t.jsonl", '{"key": "a", "caption": "b"}\n{"key": 3}\n', "row 2 has no key"),
+        ("t.jsonl", '{"key": "a", "caption": "b"}\n{"key": 3}\n', "row 2: has no key"),
+        ("t.jsonl", '{"key": "a", "caption": "b"}\n\n{"key": "c"\n', "row 2: Expecting"),
         ("t.jsonl", "[" * 100_000, "t.jsonl"),
         ("t.jsonl", '{"key"', "t.jsonl"),
     ],
