@@ -227,7 +227,7 @@ class Staging:
         )
         with atomic(self.folder / MANIFEST_NAME, self.path) as file:
             file.write(manifest.to_json().encode())
-        shutil.rmtree(self.path)
+        shutil.rmtree(self.path, ignore_errors=True)  # units beyond the limit may be under way; see is_finished
 
 
 def _read_piece(path: Path, entry: SampleEntry) -> bytes:

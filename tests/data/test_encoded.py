@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import zlib
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load, save
 from torch import Tensor
 
 from one4d_pl.config import DataConfig, MaskingConfig
+from one4d_pl.data.clip_codec import tar_members
 from one4d_pl.data.datamodule import video_sample_maker
 from one4d_pl.data.decode import ClipStream
 from one4d_pl.data.encoded import (
@@ -24,6 +27,7 @@ from one4d_pl.data.encoded import (
 from one4d_pl.data.masking import task_of
 from one4d_pl.data.order import MixtureOrder
 from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_shards
+from one4d_pl.data.tar_set import tar_bytes
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.types import Encoded, Sample
 
@@ -182,3 +186,28 @@ def test_an_encoded_source_needs_no_raw_clip_and_draws_every_stored_mask(raw_pri
             seen.setdefault(sample.key, set()).add(tuple(sample.frame_mask.tolist()))
     for key, drawn in seen.items():  # epoch by epoch, all of them
         assert drawn == {tuple(given) for given in draw_sparse_masks(key, 17, K).tolist()}
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("scale", torch.tensor(1.0)),
+        ("latents", torch.zeros(3, 1, 2, 2)),
+        ("latents", torch.zeros(3, 1, 1, 2, 2)),
+        ("cam2world", torch.eye(4)),
+        ("sparse_masks", torch.zeros(17, dtype=torch.bool)),
+        ("conditions", torch.zeros(1, 1, 1, 1, 1)),
+    ],
+)
+def test_a_foreign_encoding_of_another_shape_is_a_sample_error(raw_pristine, tmp_path, field, value):
+    encode(raw_pristine, tmp_path)
+    encoded = EncodedSet.open(tmp_path)
+    shard, entry = encoded.locate(0)
+    tensors = load(tar_members(encoded.fetch(shard, entry), entry.key)["safetensors"])
+    content = tar_bytes(entry.key, {"safetensors": save({**tensors, field: value}), "json": b'{"caption": ""}'})
+    (tmp_path / shard.name).write_bytes(content)
+    changed = dataclasses.replace(entry, offset=0, size=len(content), crc32=zlib.crc32(content))
+    shards = (dataclasses.replace(shard, samples=(changed,)), *encoded.manifest.shards[1:])
+    broken = EncodedSet.of(str(tmp_path), dataclasses.replace(encoded.manifest, shards=shards))
+    with pytest.raises(SampleError, match="broken encoding"):
+        broken.read(0)

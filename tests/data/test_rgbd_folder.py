@@ -175,3 +175,20 @@ def test_real_tum_frames_agree_in_the_world():
 def test_real_bonn_frames_agree_by_its_camera_rule_alone():
     by_rule, raw = reprojection_error(BONN, raw=False), reprojection_error(BONN, raw=True)
     assert by_rule < 0.12 and raw > 3 * by_rule
+
+
+@pytest.mark.parametrize("name", ["../elsewhere/secret.png", "/etc/secret.png", "rgb/../../secret.png"])
+def test_a_list_names_no_file_outside_its_folder(folder, name):
+    (folder / "rgb.txt").write_text(f"1.0 {name}\n")
+    with pytest.raises(ValueError, match=r"rgb\.txt: line 1: .* lies outside of the folder"):
+        open_sequence(folder)
+
+
+def test_a_png_that_claims_to_be_huge_is_named(tmp_path):
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 16, 0, 0, 0, 0)
+    chunk = b"IHDR" + header
+    (tmp_path / "huge.png").write_bytes(
+        b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    )
+    with pytest.raises(ValueError, match=r"huge\.png: cannot be decoded"):
+        read_depth_png(tmp_path / "huge.png")

@@ -573,3 +573,20 @@ def test_the_writer_refuses_what_does_not_belong_together(tmp_path):
 
 def test_the_longest_key_fits_the_tar_header(tmp_path):
     assert write_shards([make_clip("k" * 80)], tmp_path, samples_per_shard=1).read(0).key == "k" * 80
+
+
+def test_every_read_of_a_remote_store_has_its_time(monkeypatch, tmp_path):
+    """A store that never answers ends in one line with a remedy; it does not hold a run for ever."""
+    asked: list[float | None] = []
+
+    class Remote:
+        async_impl = True
+
+        def cat_file(self, path: str, start: int = 0, end: int = 0, timeout: float | None = None) -> bytes:
+            asked.append(timeout)
+            raise TimeoutError("no answer")
+
+    monkeypatch.setattr(tar_set_module.fsspec.core, "url_to_fs", lambda url: (Remote(), url))
+    with pytest.raises(ShardSetError, match=r"cannot read manifest\.json \(no answer\); make it with"):
+        ShardSet.open("s3://bucket/set")
+    assert asked == [tar_set_module.READ_TIMEOUT_S]

@@ -117,3 +117,18 @@ def test_the_report_names_no_file_outside_its_folder(clips, tmp_path: Path):
     assert main([str(tmp_path / "set"), *CHEAP, "--report", str(tmp_path / "report")]) == 0
     assert {p.name for p in tmp_path.iterdir()} == {"set", "report"}
     assert not (tmp_path / "set/check").exists()
+
+
+def test_a_base_without_a_vae_is_refused_in_one_line_and_nothing_is_downloaded(clips, tmp_path, capsys):
+    write_shards(clips[:1], tmp_path / "set", samples_per_shard=1)
+    assert main([str(tmp_path / "set"), "--base", str(tmp_path / "nowhere")]) == 2
+    error = capsys.readouterr().err
+    assert "nowhere/vae: no VAE there; --base takes a folder" in error and error.count("\n") == 1
+
+
+def test_another_question_is_not_answered_by_an_older_check(clips, tmp_path):
+    write_shards(clips[:1], tmp_path / "set", samples_per_shard=1)
+    for asked, known in (("0", False), ("1", True)):  # without the VAE, then through the shipped one
+        assert main([str(tmp_path / "set"), "--vae-clips", asked]) == 0
+        (check,) = json.loads((tmp_path / "set/check/report.json").read_text())["checks"]
+        assert (check["vae_error"] is not None) == known

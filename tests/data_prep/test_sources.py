@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from data_prep.sources import registry
+from data_prep.sources.decoding import read_video, video_rate_and_length
 from one4d_pl.data.clip_codec import clip_fault
 from one4d_pl.types import Clip
 from tests.data_prep import raw_layouts as raw
@@ -253,6 +255,9 @@ def test_a_given_unit_is_read_without_listing_the_dataset_again(tmp_path, shot, 
         ("tartanair", "P001", "P001"),
         ("bedlam", "20221011_1_250_batch01hand/png/seq_000000", "20221011_1_250_batch01hand"),
         ("omniworld", "x/b04f88d1f85a", "x/b04f88d1f85a"),
+        ("pointodyssey", "train/cab_h_bench_3rd", "train/cab_h_bench"),
+        ("pointodyssey", "train/cab_h_bench_ego2", "train/cab_h_bench"),
+        ("pointodyssey", "train/r0_new_f", "train/r0_new"),
     ],
 )
 def test_units_of_one_place_share_a_scene(source, unit, scene):
@@ -299,3 +304,35 @@ def test_omniworld_clips_do_not_cross_a_gap_of_a_split(tmp_path, shot, caplog):
     info.write_text(json.dumps({"split": [[0, 1], [7, 8, 9, 10, 12, 13, 14, 15, 16]]}))
     assert list(registry.iter_clips("omniworld", root, 9)) == []
     assert "no run of 9 frames" in caplog.text
+
+
+def test_a_playlist_is_no_video(tmp_path, shot):
+    """FFmpeg would guess its kind and open the files, or addresses, that it names."""
+    raw.save_video(tmp_path / "secret.mp4", shot.frames, 10)
+    playlist = tmp_path / "frames.mp4"
+    playlist.write_text("ffconcat version 1.0\nfile secret.mp4\n")
+    assert read_video(tmp_path / "secret.mp4", [0]).shape == (1, 48, 64, 3)
+    with pytest.raises(ValueError, match=r"frames\.mp4: cannot be decoded"):
+        read_video(playlist, [0])
+    with pytest.raises(ValueError, match=r"frames\.mp4: cannot be opened"):
+        video_rate_and_length(playlist)
+
+
+def test_two_spellings_of_one_depth_number_are_one(tmp_path, shot, caplog):
+    root = raw.write_bedlam(tmp_path, shot)
+    (folder,) = (root / "20221011_1_250_batch01hand" / "depth").iterdir()
+    shutil.copy(folder / "seq_000000_0005_depth.exr", folder / "seq_000000_00005_depth.exr")
+    assert len(list(registry.iter_clips("bedlam", root, 9))) == 1
+
+
+def test_images_of_one_instant_are_no_video(tmp_path, shot, caplog):
+    root = raw.write_rgbd(tmp_path, shot)
+    (sequence,) = root.iterdir()
+    names = sorted(path.name for path in (sequence / "rgb").iterdir())
+    (sequence / "rgb.txt").write_text("".join(f"1311868164.363181 rgb/{name}\n" for name in names))
+    depths = sorted(path.name for path in (sequence / "depth").iterdir())
+    stamps = [1311868164.36 + n / 1000 for n in range(9)]
+    (sequence / "depth.txt").write_text("".join(f"{s:.6f} depth/{name}\n" for s, name in zip(stamps, depths)))
+    (sequence / "groundtruth.txt").write_text("".join(f"{s:.6f} 0 0 0 0 0 0 1\n" for s in stamps))
+    assert list(registry.iter_clips("rgbd", root, 9)) == []
+    assert "timestamps do not ascend" in caplog.text

@@ -20,11 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-from data_prep import units
+from data_prep import parallel, units
+from data_prep.captions import CaptionOptions
+from data_prep.parallel import run_parallel
 from data_prep.quality import reject_reason
-from data_prep.units import benchmark_of, scene_of, split_units
+from data_prep.units import UnitTask, benchmark_of, convert_unit, scene_of, split_units
 from data_prep.write_shards import main
 from one4d_pl.data.shards import ShardSet, write_shards
+from one4d_pl.data.staging import Plan
 from one4d_pl.data.tar_set import Manifest
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.types import Clip
@@ -266,3 +269,66 @@ def test_a_manifest_of_the_time_before_scenes_still_opens(undisturbed):
             del sample["scene"], sample["benchmark"]
     manifest = Manifest.from_json(json.dumps(tree))
     assert manifest.split == "all" and not any(s.benchmark for shard in manifest.shards for s in shard.samples)
+
+
+def test_a_benchmark_in_one_npz_is_told_too():
+    assert benchmark_of("/data", "labels/alley_1.npz") == "sintel"
+
+
+def test_a_limit_reached_by_several_processes_leaves_no_staging_behind(tmp_path):
+    assert main([*TOY, "--limit", "1", "--jobs", "2", "--out", str(tmp_path)]) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"shard-000000.tar", "manifest.json", "dropped.jsonl"}
+
+
+def test_a_unit_that_is_begun_after_the_set_is_whole_stages_nothing(undisturbed, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(undisturbed, out)
+    plan = Plan(["toy_synthetic_00000000"], 2, None, "raw", "all", {})
+    captions = CaptionOptions()
+    task = UnitTask(
+        0, plan.units[0], "toy", None, out, plan, 9, None, 16, 32, None, 0.0, frozenset(), captions
+    )  # fmt: skip
+    assert convert_unit(task) == units.UnitResult(0, 0, [])
+    assert contents(out) == contents(undisturbed)
+
+
+def test_shards_of_other_settings_are_no_part_of_the_folder(undisturbed, tmp_path):
+    (tmp_path / "shard-000009.tar").write_bytes(b"of a longer run whose staging folder was removed")
+    assert main([*TOY, "--out", str(tmp_path)]) == 0
+    assert contents(tmp_path) == contents(undisturbed)
+
+
+@pytest.mark.parametrize("name", ["plan.json", "unit-0000000.json"])
+def test_a_damaged_staging_file_is_named_with_the_remedy(tmp_path, capsys, name):
+    assert main([*TOY, "--out", str(tmp_path), "--rank", "0", "--world", "7"]) == 0
+    (tmp_path / ".staging" / name).write_text('{"units": [')
+    assert main([*TOY, "--out", str(tmp_path)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert name in error and f"remove {tmp_path / '.staging'} to start over" in error
+
+
+def test_a_list_of_exclusions_that_is_no_text_is_named(tmp_path, capsys):
+    (tmp_path / "exclude.txt").write_bytes(b"\xff\xfe\x00")
+    assert main([*TOY, "--out", str(tmp_path / "out"), "--exclude", str(tmp_path / "exclude.txt")]) == 2
+    assert "exclude.txt: no text file" in capsys.readouterr().err
+
+
+def die(number: int) -> int:
+    os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def test_a_killed_worker_is_one_clear_error():
+    with pytest.raises(OSError, match="start again to go on, with fewer --jobs"):
+        list(run_parallel(die, range(3), jobs=2))
+
+
+def stall(seconds: float) -> float:
+    time.sleep(seconds)
+    return seconds
+
+
+def test_a_long_wait_is_said(monkeypatch, caplog):
+    monkeypatch.setattr(parallel, "QUIET_S", 0.5)
+    assert list(run_parallel(stall, [1.5], jobs=2)) == [1.5]
+    assert "nothing was finished for 0.5 s" in caplog.text
