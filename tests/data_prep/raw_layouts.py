@@ -215,10 +215,10 @@ def write_spatialvid(root: Path, shot: Shot, indexes: bool = False, depth: bool 
     if depth:
         (root / "depths" / "group_0001").mkdir(parents=True)
         with zipfile.ZipFile(root / "depths" / f"{name}.zip", "w") as archive:
-            for t in range(total):  # not padded: 10 sorts behind 9
+            for t in range(total):  # from 5 on, not padded: 10 comes behind 9
                 content = io.BytesIO()
                 save_exr(content, "Z", (1 / shot.depth[t]).astype(np.float16))
-                archive.writestr(f"{name.split('/')[1]}/{t}.exr", content.getvalue())
+                archive.writestr(f"{name.split('/')[1]}/{t + 5}.exr", content.getvalue())
     return root
 
 

@@ -336,3 +336,15 @@ def test_images_of_one_instant_are_no_video(tmp_path, shot, caplog):
     (sequence / "groundtruth.txt").write_text("".join(f"{s:.6f} 0 0 0 0 0 0 1\n" for s in stamps))
     assert list(registry.iter_clips("rgbd", root, 9)) == []
     assert "timestamps do not ascend" in caplog.text
+
+
+def test_rgbd_clips_do_not_cross_a_break_in_time(tmp_path, shot):
+    root = raw.write_rgbd(tmp_path, shot)
+    (sequence,) = root.iterdir()
+    for name in ("rgb.txt", "depth.txt", "groundtruth.txt"):  # the recording paused for a second before its fifth frame
+        _, *rows = (sequence / name).read_text().splitlines()
+        late = 1311868164.363181 + 3.5 / 30
+        moved = [(float(row.split()[0]), row.split(maxsplit=1)[1]) for row in rows]
+        (sequence / name).write_text("".join(f"{s + (s > late):.6f} {rest}\n" for s, rest in moved))
+    (clip,) = registry.iter_clips("rgbd", root, 5, stride=1)
+    np.testing.assert_array_equal(clip.frames, shot.frames[4:])
