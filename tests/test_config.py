@@ -373,6 +373,8 @@ BAD_VALUES = [
     (["val.sigmas=[0, 0.5]"], ["val.sigmas", "(0, 1]"]),
     (["val.sigmas=[.nan]"], ["val.sigmas", "nan"]),
     (["val.every=0"], ["val.every"]),
+    (["eval.video_every=-1"], ["eval.video_every", ">= 0"]),
+    (["eval.video_clips=1"], ["eval.video_clips", ">= 2"]),
     (["max_steps"], ["max_steps", "section.key=value"]),
     (["optim.lr=[1"], ["optim.lr=[1"]),
 ]
