@@ -11,7 +11,7 @@ SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libx11-6
 APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends $(SYSTEM_PACKAGES)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system demo eval test test-long lint types clean
+.PHONY: help setup setup-system demo eval test test-long bench lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -57,6 +57,9 @@ test: $(STAMP)  ## the tests but the slow ones
 
 test-long: $(STAMP)  ## the slow tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m slow -o faulthandler_timeout=1800
+
+bench: $(STAMP)  ## the writer's throughput against the decode + encode limit of the same files
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/data_prep/benchmark_throughput.py
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .

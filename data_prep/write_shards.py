@@ -1,25 +1,35 @@
 """Convert one dataset to raw shards: python -m data_prep.write_shards --source tartanair --root ... --out ...
 
-The folder that it leaves holds `shard-000000.tar` ... (plain WebDataset) and `manifest.json`, written last; training
-opens it by its path or by the URL it is copied to. The same arguments give the same bytes.
+The folder that it leaves holds `shard-000000.tar` ... (plain WebDataset), `dropped.jsonl` (what was left out, and why)
+and `manifest.json`, written last; training opens it by its path or by the URL it is copied to. It can be stopped at
+any moment and started again: it goes on where it was. The same arguments give the same bytes, whatever the number of
+processes, and a third run changes nothing. With --rank and --world it is one task of an array job (slurm/prep.sh); the
+task that finishes the last unit writes the manifest.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
+import hashlib
 import logging
 import sys
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 
 from tqdm import tqdm
 
-from data_prep.sources import tartanair
-from one4d_pl.data.shards import write_shards
-from one4d_pl.types import DOMAINS, Clip
+from data_prep.parallel import run_parallel
+from data_prep.sources.registry import DEFAULT_STRIDES
+from data_prep.units import UnitResult, UnitTask, convert_unit, list_source_units, read_exclusions, split_units
+from one4d_pl.data.clip_codec import MAX_FRAMES, MIN_FRAMES
+from one4d_pl.data.shards import ShardSet
+from one4d_pl.data.staging import Plan, Staging, is_finished
+from one4d_pl.data.tar_set import SPLITS, Recipe
+from one4d_pl.types import DOMAINS
 
-SOURCES = ("tartanair", "toy")
+log = logging.getLogger("data_prep")
 
 
 @dataclass(frozen=True)
@@ -30,45 +40,86 @@ class Arguments:
     root: str | None
     out: str
     num_frames: int
-    stride: int
-    height: int | None
-    width: int | None
+    stride: int | None
+    height: int
+    width: int
     samples_per_shard: int
     limit: int | None
+    split: str
+    val_share: float
+    exclude: str | None
+    geometry: str | None
+    min_confidence: float
+    jobs: int
+    rank: int
+    world: int
     seed: int
     count: int
     domain: str
 
     def __post_init__(self) -> None:
-        if (self.height is None) != (self.width is None):
-            raise ValueError("--height and --width go together")
         if self.count < 1 or (self.limit is not None and self.limit < 1):
             raise ValueError("--count and --limit must be at least 1")
         if self.source == "toy":
-            if self.height is None or self.root is not None or self.stride != 1:
-                raise ValueError("--source toy needs --height and --width, and takes no --root and no --stride")
+            if self.root is not None or self.stride not in (None, 1):
+                raise ValueError("--source toy takes no --root and no --stride")
         elif self.root is None:
             raise ValueError(f"--source {self.source} needs --root, the folder of the dataset")
+        if not MIN_FRAMES <= self.num_frames <= MAX_FRAMES or self.num_frames % 4 != 1:
+            raise ValueError(f"--num-frames must be 4k+1 from {MIN_FRAMES} to {MAX_FRAMES}, got {self.num_frames}")
+        if self.jobs < 1 or not 0 <= self.rank < self.world:
+            raise ValueError(f"need --jobs >= 1 and 0 <= --rank < --world, got {self.jobs}, {self.rank}, {self.world}")
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"--val-share must lie between 0 and 1, got {self.val_share}")
+
+    def recipe(self) -> Recipe:
+        """Everything that decides the bytes, for the manifest; the folder's place and the processes do not."""
+        ignored = ("root", "out", "jobs", "rank", "world", "exclude", "geometry")
+        shown = {name: value for name, value in asdict(self).items() if name not in ignored}
+        if self.source != "toy":
+            shown = {name: value for name, value in shown.items() if name not in ("seed", "count", "domain")}
+            shown["stride"] = self.stride or DEFAULT_STRIDES[self.source]
+        exclusions = sorted(read_exclusions(self.exclude))
+        shown["exclude"] = hashlib.sha256("\n".join(exclusions).encode()).hexdigest()[:16] if exclusions else None
+        shown["geometry"] = self.geometry is not None
+        return shown
 
 
 def parse(argv: Sequence[str] | None) -> Arguments:
     """The command line as Arguments; exits with code 2 on an unknown or malformed option."""
     parser = argparse.ArgumentParser(
         prog="python -m data_prep.write_shards",
-        description="Convert one dataset to raw shards (WebDataset tars and a manifest).",
+        description="Convert one dataset to raw shards (WebDataset tars and a manifest); start it again to go on.",
         epilog="example: python -m data_prep.write_shards --source toy --out toy --height 64 --width 64 --count 32",
     )
-    parser.add_argument("--source", required=True, choices=SOURCES, help="which dataset")
+    parser.add_argument("--source", required=True, choices=(*DEFAULT_STRIDES, "toy"), help="which dataset")
     parser.add_argument("--root", help="folder of the downloaded dataset (not for toy)")
-    parser.add_argument("--out", required=True, help="folder to write; must not hold shards yet")
+    parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument(
-        "--num-frames", type=int, default=17, help="frames per clip, 4k+1 from 17 to 81 (default %(default)s)"
+        "--num-frames", type=int, default=81, help="frames per clip, 4k+1 from 9 to 81 (default %(default)s)"
     )
-    parser.add_argument("--stride", type=int, default=1, help="take every n-th frame (default %(default)s)")
-    parser.add_argument("--height", type=int, help="resize, with a centre crop, to this height; default: as it is")
-    parser.add_argument("--width", type=int, help="... and width in pixels")
-    parser.add_argument("--samples-per-shard", type=int, default=64, help="clips per tar (default %(default)s)")
+    strides = ", ".join(f"{name} {stride}" for name, stride in DEFAULT_STRIDES.items())
+    parser.add_argument("--stride", type=int, help=f"take every n-th frame; default by source: {strides}")
+    parser.add_argument(
+        "--height", type=int, default=352, help="resize, with a centre crop, to this height (default %(default)s)"
+    )
+    parser.add_argument("--width", type=int, default=624, help="... and width in pixels (default %(default)s)")
+    parser.add_argument("--samples-per-shard", type=int, default=32, help="clips per tar (default %(default)s)")
     parser.add_argument("--limit", type=int, help="stop after so many clips; default: all")
+    parser.add_argument(
+        "--split", choices=SPLITS, default="all", help="only the scenes of this split (default %(default)s)"
+    )
+    parser.add_argument(
+        "--val-share", type=float, default=0.05, help="share of the scenes in val, by their names (default %(default)s)"
+    )
+    parser.add_argument("--exclude", metavar="FILE", help="text file of clip keys and units to leave out, # comments")
+    parser.add_argument("--geometry", metavar="FOLDER", help="spatialvid: pseudo geometry, one folder per clip")
+    parser.add_argument(
+        "--min-confidence", type=float, default=0.0, help="pixels below become invalid (default %(default)s)"
+    )
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=0, help="number of this task of an array job (default %(default)s)")
+    parser.add_argument("--world", type=int, default=1, help="tasks of the array job (default %(default)s)")
     toy = parser.add_argument_group("toy", "the procedural world; takes no dataset")
     toy.add_argument("--count", type=int, default=32, help="clips to render (default %(default)s)")
     toy.add_argument(
@@ -78,25 +129,49 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     return Arguments(**vars(parser.parse_args(argv)))
 
 
-def iter_source(arguments: Arguments) -> Iterator[Clip]:
-    """The clips of the chosen source, resized where asked."""
-    height, width = arguments.height, arguments.width
-    if arguments.source == "toy":
-        from one4d_pl.data.toy_world import render_clip
+def write(arguments: Arguments) -> ShardSet | None:
+    """Do this task's share of the work and assemble what can be; the shard set once it is whole."""
+    out, recipe = Path(arguments.out), arguments.recipe()
+    if is_finished(out, "raw", recipe):
+        log.info("%s: nothing to do, its shards are whole", out)
+        return ShardSet.open(out)
+    exclusions = read_exclusions(arguments.exclude)
+    units = list_source_units(arguments.source, arguments.root, arguments.seed, arguments.count, arguments.domain)
+    units = [
+        u for u in split_units(arguments.source, units, arguments.split, arguments.val_share) if u not in exclusions
+    ]
+    if not units:
+        raise ValueError(f"{arguments.root or arguments.source}: no scene left for --split {arguments.split}")
+    plan = Plan(units, arguments.samples_per_shard, arguments.limit, "raw", arguments.split, recipe)
+    staging = Staging(out, plan)
+    todo = [
+        UnitTask(
+            number, unit, arguments.source, arguments.root, out, plan, arguments.num_frames, arguments.stride,
+            arguments.height, arguments.width, arguments.geometry, arguments.min_confidence, frozenset(exclusions),
+        )
+        for number, unit in enumerate(units)
+        if number % arguments.world == arguments.rank and not staging.has(number)
+    ]  # fmt: skip
+    whole = staging.assemble()
+    start, clips, size = time.monotonic(), 0, 0
+    with tqdm(total=len(units), initial=len(units) - len(todo), unit="unit") as bar:
+        for result in run_parallel(convert_unit, [] if whole else todo, arguments.jobs):
+            clips, size = clips + result.clips, size + result.bytes
+            _show(bar, result, clips, time.monotonic() - start)
+            if staging.assemble():
+                break
+    if clips:
+        log.info("%d clips, %.2f MB each", clips, size / clips / 1e6)
+    if staging.assemble():
+        return ShardSet.open(out)
+    return None
 
-        assert height is not None and width is not None  # Arguments saw to it
-        for seed in range(arguments.seed, arguments.seed + arguments.count):
-            yield render_clip(seed, arguments.num_frames, height, width, arguments.domain)
-        return
-    assert arguments.root is not None
-    clips = tartanair.iter_clips(arguments.root, arguments.num_frames, arguments.stride)
-    if height is None or width is None:
-        yield from clips
-        return
-    from one4d_pl.data.decode import resize_clip
 
-    for clip in clips:
-        yield resize_clip(clip, height, width)
+def _show(bar: tqdm, result: UnitResult, clips: int, seconds: float) -> None:
+    for dropped in result.dropped:
+        bar.write(f"left out: {dropped.key or dropped.unit}: {dropped.reason}", file=sys.stderr)
+    bar.set_postfix_str(f"{clips / max(seconds, 1e-9):.2f} clips/s")
+    bar.update()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -104,13 +179,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         arguments = parse(argv)
-        clips = itertools.islice(iter_source(arguments), arguments.limit)
-        with tqdm(clips, unit="clip") as progress:
-            shards = write_shards(progress, arguments.out, arguments.samples_per_shard)
+        shards = write(arguments)
     except (ValueError, OSError) as error:
         print(f"write_shards: {error}", file=sys.stderr)
         return 2
-    print(f"{len(shards)} clips in {len(shards.manifest.shards)} shards: {arguments.out}")
+    if shards is None:
+        print(f"task {arguments.rank} of {arguments.world} is done; the others are not: {arguments.out}")
+        return 0
+    dropped = (Path(arguments.out) / "dropped.jsonl").read_text().splitlines()
+    reasons = f", {len(dropped)} left out (dropped.jsonl)" if dropped else ""
+    print(f"{len(shards)} clips in {len(shards.manifest.shards)} shards{reasons}: {arguments.out}")
     return 0
 
 

@@ -60,11 +60,13 @@ class Encoded:
     latents: Tensor  # [2, C, t, h, w] normalised posterior modes of frames and pointmap
     prompt_embeds: Tensor  # [n, D], not padded; of the caption, or of the empty prompt where it was dropped
     image_embeds: Tensor | None  # [N, D], CLIP tokens of frame 0, where the base has them
+    condition: Tensor | None = None  # [C, t, h, w] conditioning latents of the sample's given frames, where stored
 
     def to(self, device: torch.device) -> Encoded:
         """The same tensors on `device`."""
         image = None if self.image_embeds is None else self.image_embeds.to(device)
-        return Encoded(self.latents.to(device), self.prompt_embeds.to(device), image)
+        condition = None if self.condition is None else self.condition.to(device)
+        return Encoded(self.latents.to(device), self.prompt_embeds.to(device), image, condition)
 
 
 @dataclass(frozen=True)

@@ -8,81 +8,62 @@ A trajectory folder holds `image_left/%06d_left.png`, `depth_left/%06d_left_dept
   the world's origin is the identity in both.
 - Intrinsics: fx = fy = 320, cx = 320, cy = 240. The renderer's axis passes through the middle of the image, which is
   W/2, H/2 with pixel centres at +0.5: the published numbers hold as they are.
-- Sky: depth that is not finite or >= 1000 m becomes +inf; depth <= 0 becomes nan.
+- Sky: depth that is not finite or >= 1000 m becomes +inf; depth < 1 mm becomes nan.
 - There is no official frame rate: 10 frames per second is nominal. What moves is not known.
 """
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from numpy.typing import NDArray
+from torch import Tensor
 
+from data_prep.sources.decoding import read_image, read_npy
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units
+from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
 from one4d_pl.types import Clip
 
 HEIGHT, WIDTH = 480, 640
 FOCAL = 320.0  # pixels: 90 degrees across 640
 SKY_DEPTH = 1000.0  # metres; the sky is rendered as 10000 m and more
+NEAREST_DEPTH = 1e-3  # metres; the camera is inside of something
 NOMINAL_FPS = 10.0
 LICENCE = "CC-BY-4.0"
-CV_FROM_NED = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]])
+CV_FROM_NED = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]).double()
+PATTERNS = {"image_left": r"(\d{6})_left\.png", "depth_left": r"(\d{6})_left_depth\.npy"}
 
-logger = logging.getLogger(__name__)
 
-
-def iter_clips(root: str | Path, num_frames: int = 17, stride: int = 1) -> Iterator[Clip]:
+def iter_clips(
+    root: str | Path, num_frames: int = 17, stride: int = 1, units: Sequence[str] | None = None
+) -> Iterator[Clip]:
     """Clips of `num_frames` frames, every `stride`-th, of each trajectory at or below `root`; they do not overlap.
 
     A clip with a broken or missing file or camera row is dropped with one logged line. Raises ValueError where `root`
-    holds no trajectory.
+    holds no trajectory or `units` names one that does not exist.
     """
     root = Path(root)
-    trajectories = find_trajectories(root)
-    if not trajectories:
-        raise ValueError(
-            f"{root}: no TartanAir v1 trajectory (image_left/, depth_left/ and pose_left.txt) at or below it"
-        )
-    if num_frames < 1 or stride < 1:
-        raise ValueError(f"num_frames and stride must be at least 1, got {num_frames} and {stride}")
-    num_clips = num_dropped = 0
-    for trajectory in trajectories:
-        windows = clip_windows(_frame_numbers(trajectory), num_frames, stride)
-        if not windows:
-            logger.warning("%s: no run of %d frames at stride %d, no clip", trajectory, num_frames, stride)
-        for window in windows:
-            num_clips += 1
-            try:
-                clip = read_clip(trajectory, window, _key(root, trajectory, window[0]), NOMINAL_FPS / stride)
-            except (OSError, ValueError) as error:
-                num_dropped += 1
-                logger.warning("dropped a clip: %s", " ".join(str(error).split()))
-            else:
-                yield clip
-    if num_dropped:
-        logger.warning("%s: %d of %d clips dropped", root, num_dropped, num_clips)
+    layout = "TartanAir v1 trajectory (image_left/, depth_left/ and pose_left.txt)"
+    chosen = chosen_units(list_units(root), units, root, layout)
+
+    def open_unit(unit: str) -> list[Track]:
+        trajectory = root / unit
+
+        def read(window: range) -> Clip:
+            return read_clip(trajectory, window, clip_key(root, unit, f"{window[0]:06d}"), NOMINAL_FPS / stride)
+
+        return [Track(str(trajectory), _frame_numbers(trajectory), read)]
+
+    return clips_of_units(root, chosen, open_unit, num_frames, stride)
 
 
-def find_trajectories(root: Path) -> list[Path]:
-    """The folders at or below `root` that hold a trajectory, sorted."""
-    folders = {path.parent for path in root.rglob("pose_left.txt")}
-    return sorted(path for path in folders if (path / "image_left").is_dir() and (path / "depth_left").is_dir())
-
-
-def clip_windows(numbers: list[int], num_frames: int, stride: int) -> list[range]:
-    """Disjoint runs of frame numbers; where a frame is absent, the next run starts behind the gap."""
-    present, windows = set(numbers), []
-    free = 0  # the first frame number that no window has used
-    for first in numbers:
-        window = range(first, first + num_frames * stride, stride)
-        if first >= free and present.issuperset(window):
-            windows.append(window)
-            free = window.stop
-    return windows
+def list_units(root: Path) -> list[str]:
+    """The trajectories at or below `root`, relative to it."""
+    return find_units(root, lambda names: {"pose_left.txt", *PATTERNS} <= names)
 
 
 def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
@@ -95,7 +76,7 @@ def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
         frames=torch.from_numpy(frames),
         depth=torch.from_numpy(depth),
         intrinsics=intrinsics.repeat(len(window), 1, 1),
-        cam2world=torch.from_numpy(_read_cameras(trajectory / "pose_left.txt", window)).float(),
+        cam2world=_read_cameras(trajectory / "pose_left.txt", window).float(),
         valid=torch.from_numpy(np.isfinite(depth)),
         moving=None,
         caption="",
@@ -108,68 +89,45 @@ def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
 
 def _frame_numbers(trajectory: Path) -> list[int]:
     """Every frame number that has an image or a depth file: one without the other is an error, not a gap."""
-    patterns = {"image_left": r"(\d{6})_left\.png", "depth_left": r"(\d{6})_left_depth\.npy"}
-    found = [re.fullmatch(p, path.name) for folder, p in patterns.items() for path in (trajectory / folder).iterdir()]
+    found = [re.fullmatch(p, path.name) for folder, p in PATTERNS.items() for path in (trajectory / folder).iterdir()]
     return sorted({int(match[1]) for match in found if match})
 
 
-def _key(root: Path, trajectory: Path, first: int) -> str:
-    parts = trajectory.relative_to(root).parts or (root.resolve().name,)
-    return re.sub(r"[^A-Za-z0-9_-]", "-", "-".join((*parts, f"{first:06d}")))
-
-
-def _read_image(path: Path) -> np.ndarray:  # [H, W, 3] uint8
-    try:
-        with Image.open(path, formats=("PNG",)) as image:
-            frame = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError for a broken PNG
-        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+def _read_image(path: Path) -> NDArray[np.uint8]:  # [H, W, 3]
+    frame = read_image(path)
     if frame.shape != (HEIGHT, WIDTH, 3):
         raise ValueError(f"{path}: {frame.shape[1]}x{frame.shape[0]} pixels, TartanAir has {WIDTH}x{HEIGHT}")
     return frame
 
 
-def _read_depth(path: Path) -> np.ndarray:  # [H, W] float32, metres; +inf = sky, nan = no measurement
-    try:
-        depth = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path}: no npy file ({error})") from error
-    if not isinstance(depth, np.ndarray) or depth.shape != (HEIGHT, WIDTH) or depth.dtype.kind != "f":
-        raise ValueError(f"{path}: need float depth of {WIDTH}x{HEIGHT} pixels")
-    depth = depth.astype(np.float32)
+def _read_depth(path: Path) -> NDArray[np.float32]:  # [H, W], metres; +inf = sky, nan = no measurement
+    depth = read_npy(path)
+    if depth.shape != (HEIGHT, WIDTH) or depth.dtype.kind != "f":
+        raise ValueError(f"{path}: need float depth of {WIDTH}x{HEIGHT} pixels, got {depth.dtype} {depth.shape}")
     sky = ~np.isfinite(depth) | (depth >= SKY_DEPTH)
-    return np.where(sky, np.float32(np.inf), np.where(depth <= 0, np.float32(np.nan), depth))
+    return np.where(sky, np.inf, np.where(depth < NEAREST_DEPTH, np.nan, depth)).astype(np.float32)
 
 
-def _read_cameras(path: Path, window: range) -> np.ndarray:  # [T, 4, 4] float64, OpenCV axes
-    lines = path.read_text().splitlines()
-    cameras = []
+def _read_cameras(path: Path, window: range) -> Tensor:  # [T, 4, 4] float64, OpenCV axes
+    lines = path.read_text(encoding="utf-8").splitlines()
+    rows = []
     for number in window:
         if number >= len(lines):
             raise ValueError(f"{path}: {len(lines)} rows, none for frame {number}")
         try:
             row = np.array([float(word) for word in lines[number].split()])
-            cameras.append(_camera_from_row(row))
+            rows.append(camera_from_row(row))
         except ValueError as error:
             raise ValueError(f"{path}: row of frame {number}: {error}") from error
-    return np.stack(cameras)
+    return torch.stack(rows)
 
 
-def _camera_from_row(row: np.ndarray) -> np.ndarray:  # [7] tx ty tz qx qy qz qw -> [4, 4], NED -> OpenCV
+def camera_from_row(row: np.ndarray) -> Tensor:  # [7] tx ty tz qx qy qz qw, NED -> [4, 4] float64, OpenCV axes
+    """The camera of one row of pose_left.txt, camera to world."""
     if row.shape != (7,) or not np.isfinite(row).all():
         raise ValueError(f"need 7 finite numbers, got {row.tolist()}")
     norm = float(np.linalg.norm(row[3:]))
     if abs(norm - 1) > 1e-2:
         raise ValueError(f"the quaternion's norm is {norm:.4f}, need 1")
-    x, y, z, w = row[3:] / norm
-    rotation = np.array(
-        [
-            [1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-            [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-            [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)],
-        ]
-    )
-    cam2world = np.eye(4)
-    cam2world[:3, :3] = CV_FROM_NED @ rotation @ CV_FROM_NED.T
-    cam2world[:3, 3] = CV_FROM_NED @ row[:3]
-    return cam2world
+    rotation = CV_FROM_NED @ xyzw_to_matrix(torch.from_numpy(row[3:])) @ CV_FROM_NED.T
+    return se3_matrix(rotation, CV_FROM_NED @ torch.from_numpy(row[:3]))

@@ -174,7 +174,7 @@ def decode_clip(
     shape: tuple[int, int, int],  # T, H, W
 ) -> Clip:
     """The clip in one sample's bytes; ValueError names the broken member."""
-    members = _tar_members(content, key)
+    members = tar_members(content, key)
     meta = _decode_meta(_member(members, "meta.json"), shape)
     num_frames, height, width = shape
     size, stacked = (width, height), (width, num_frames * height)
@@ -206,7 +206,8 @@ def decode_clip(
     return clip
 
 
-def _tar_members(content: bytes, key: str) -> dict[str, bytes]:
+def tar_members(content: bytes, key: str) -> dict[str, bytes]:
+    """The files of one sample's bytes, by extension; ValueError where they are no such tar."""
     members = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:

@@ -2,39 +2,34 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 import lightning
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from one4d_pl.config import Config, ConfigError, SourceConfig, ToyConfig
+from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig
 from one4d_pl.data.decode import ClipStream, Draw, limit_to_one_thread, make_sample
-from one4d_pl.data.encoded import EMPTY_PROMPT, EncodedCache, cache_key
+from one4d_pl.data.encoded import (
+    ClipEncoder,
+    EncodedSet,
+    cache_folder,
+    encode_set,
+    encoding_recipe,
+    open_set,
+    raw_digest,
+)
 from one4d_pl.data.order import EachOnceOrder, MixtureOrder, rank_positions
-from one4d_pl.data.shards import SampleError, ShardSet, write_shards
+from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.toy_world import clip_key, render_clip
-from one4d_pl.types import Batch, Encoded, Sample, collate
-
-log = logging.getLogger(__name__)
+from one4d_pl.types import Batch, Sample, collate
 
 WORKER_TIMEOUT_S = 600.0  # a batch that takes longer ends the run instead of hanging it
 VAL_SEED_OFFSET = 1_000_000  # toy seeds of the validation split never meet those of the training splits
 REAL_SEED_OFFSET = 2_000_000
-
-
-class ClipEncoder(Protocol):
-    """How the data room reaches the frozen encoders without importing the models room."""
-
-    def encode_sample(self, sample: Sample) -> Encoded: ...
-
-    def encode_prompts(self, prompts: list[str]) -> list[Tensor]: ...  # [n, D] each
 
 
 class StepSampler(Sampler[list[int]]):
@@ -68,7 +63,7 @@ class One4DDataModule(lightning.LightningDataModule):
         super().__init__()
         self.config = config
         self.encoder = encoder
-        self.cache_key = cache_key(encoder_fingerprint, config.base.max_text_tokens, config.data)
+        self.recipe = encoding_recipe(encoder_fingerprint, config.base.max_text_tokens, config.data)
         self.start_step = 0  # set on resume, before the loaders are built
 
     def prepare_data(self) -> None:
@@ -109,7 +104,7 @@ class One4DDataModule(lightning.LightningDataModule):
 
     def describe_sources(self) -> list[dict[str, str]]:
         """Name and licence tag of every training source, for the adapter's card."""
-        manifests = [ShardSet.open(source.path).manifest for source in self.config.data.sources]
+        manifests = [open_set(source.path).manifest for source in self.config.data.sources]
         return [{"source": m.source, "domain": m.domain, "licence": m.licence} for m in manifests]
 
     def _loader(self, stream: ClipStream, batches: StepSampler | list[list[int]]) -> DataLoader[Sample]:
@@ -128,10 +123,16 @@ class One4DDataModule(lightning.LightningDataModule):
         )
 
     def _stream(self, configs: list[SourceConfig], validation: bool) -> ClipStream:
-        sources = [ShardSet.open(source.path) for source in configs]
+        sources = [open_set(source.path) for source in configs]
         for source in sources:
             self._refuse_short(source)
-        caches = [self._cache(source) for source in configs]
+            if isinstance(source, EncodedSet):
+                self._refuse_other_encoding(source, validation)
+            if not validation:
+                _refuse_benchmarks(source)
+        if len({type(source) for source in sources}) > 1:
+            raise ConfigError("data.sources: raw and encoded shards cannot be mixed; encode the raw ones too")
+        caches = [self._cache(source) for source in sources]
         seed = self.config.train.seed
         overfit = self.config.train.overfit_clips
         order: MixtureOrder | EachOnceOrder
@@ -156,7 +157,7 @@ class One4DDataModule(lightning.LightningDataModule):
             validation,
         )
 
-    def _refuse_short(self, source: ShardSet) -> None:
+    def _refuse_short(self, source: ShardSet | EncodedSet) -> None:
         """A whole source of clips that are too short is a mistake in the config, not a broken sample."""
         lengths = [sample.num_frames for shard in source.manifest.shards for sample in shard.samples]
         needed = self.config.data.num_frames
@@ -167,37 +168,63 @@ class One4DDataModule(lightning.LightningDataModule):
                 f"(longest {max(lengths)}); lower data.num_frames or write longer clips"
             )
 
-    def _cache(self, source: SourceConfig) -> EncodedCache | None:
+    def _refuse_other_encoding(self, source: EncodedSet, validation: bool) -> None:
+        """Encodings of other encoders or sizes would train something else than the config says."""
+        where = f"data.sources: {source.location}"
+        if validation:
+            raise ConfigError(f"{where} holds encoded clips; validation shows pictures, give it raw shards")
+        if not source.sparse_draws:
+            raise ConfigError(f"{where} holds no conditioning latents; encode it with --sparse-draws 1 or more")
+        for name, expected in self.recipe.items():
+            if (found := source.manifest.recipe.get(name)) != expected:
+                raise ConfigError(f"{where} was encoded with another {name} ({found}, the config says {expected})")
+
+    def _cache_folder(self, source: ShardSet | EncodedSet) -> Path | None:
         """Remote shards have no place beside them: their clips are encoded in the step."""
-        if not self.config.data.cache_latents or "://" in source.path:
+        if not self.config.data.cache_latents or isinstance(source, EncodedSet) or "://" in source.location:
             return None
-        return EncodedCache.beside(source.path, self.cache_key)
+        return cache_folder(source.location, self.recipe)
+
+    def _cache(self, source: ShardSet | EncodedSet) -> EncodedSet | None:
+        folder = self._cache_folder(source)
+        return None if folder is None else EncodedSet.open(folder)
 
     def _fill_cache(self) -> None:
-        caches: list[EncodedCache] = []
-        missing: list[tuple[ShardSet, EncodedCache, int]] = []
-        unique = {source.path: source for source in [*self.config.data.sources, *self.config.data.val_sources]}
-        for source in unique.values():
-            cache = self._cache(source)
-            if cache is not None:
-                caches.append(cache)
-                shards = ShardSet.open(source.path)
-                missing += [(shards, cache, i) for i in range(len(shards)) if not cache.has(shards.key(i))]
-        if not missing and all(cache.has(EMPTY_PROMPT) for cache in caches):
-            return
-        encoder = self.encoder()
-        for cache in caches:
-            cache.write_empty_prompt(lambda: encoder.encode_prompts([""])[0])
-        for shards, cache, i in tqdm(missing, desc="encoding clips", unit="clip"):
-            given = torch.ones(self.config.data.num_frames, dtype=torch.bool)
-            try:
-                sample = make_sample(shards.read(i), 0, Draw("video", given, False), self.config.data, None)
-            except SampleError as error:
-                log.warning("not encoded: %s", error)  # the stream will meet it again, skip and count it
-            except ValueError as error:
-                log.warning("not encoded: %s: %s", shards.key(i), error)
-            else:
-                cache.write(shards.key(i), encoder.encode_sample(sample))
+        """A set that encode_latents made serves as well, with as many draws as it has."""
+        encoder: list[ClipEncoder] = []
+
+        def open_encoder() -> ClipEncoder:
+            if not encoder:
+                encoder.append(self.encoder())
+            return encoder[0]
+
+        for path in {source.path: None for source in [*self.config.data.sources, *self.config.data.val_sources]}:
+            source = open_set(path)
+            folder = self._cache_folder(source)
+            if folder is None or not isinstance(source, ShardSet):
+                continue
+            if not (folder / "manifest.json").is_file():
+                make = video_sample_maker(source, self.config.data)
+                encode_set(source, folder, self.recipe, 0, open_encoder, make)
+            elif EncodedSet.open(folder).manifest.recipe["raw"] != raw_digest(source):
+                raise ShardSetError(f"{folder}: encodes other clips than {path} holds now; remove it")
+
+
+def video_sample_maker(shards: ShardSet, config: DataConfig) -> Callable[[int], Sample]:
+    """How a clip is shown to the encoders: whole, under its own caption."""
+    given = torch.ones(config.num_frames, dtype=torch.bool)
+    return lambda index: make_sample(shards.read(index), 0, Draw("video", given, False), config, None)
+
+
+def _refuse_benchmarks(source: ShardSet | EncodedSet) -> None:
+    """Who trains on a benchmark cannot report it."""
+    tagged = [entry for entry in source.entries if entry.benchmark]
+    if tagged:
+        names = ", ".join(sorted({entry.benchmark for entry in tagged}))
+        raise ConfigError(
+            f"data.sources: {source.location} holds {len(tagged)} clips of the benchmark {names} (first: "
+            f"{tagged[0].key}), which is for evaluation only; write it again with --exclude naming these sequences"
+        )
 
 
 def write_toy_world(config: ToyConfig, num_frames: int, height: int, width: int) -> None:

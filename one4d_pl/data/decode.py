@@ -5,6 +5,9 @@
 3. The clip is cut to its first frames and resized, frames and intrinsics together.
 4. Depth becomes a pointmap in camera-0 coordinates, normalised into the VAE's range.
 5. Task, given frames and caption dropout are drawn from (seed, position), never from generator state.
+
+An encoded set skips steps 3 and 4: its samples hold latents instead of frames and pointmaps (whose pictures are
+0 x 0 pixels), and the position chooses which of the K stored draws its sparse frames are.
 """
 
 from __future__ import annotations
@@ -16,9 +19,9 @@ import torch
 from torch.utils.data import Dataset
 
 from one4d_pl.config import DataConfig, MaskingConfig
-from one4d_pl.data.encoded import EncodedCache
+from one4d_pl.data.encoded import EncodedSet, StoredClip
 from one4d_pl.data.masking import draw_frame_mask, draw_task
-from one4d_pl.data.order import EachOnceOrder, MixtureOrder, derived_numpy_generator
+from one4d_pl.data.order import EachOnceOrder, MixtureOrder, derived_numpy_generator, derived_seed
 from one4d_pl.data.shards import SampleError, ShardSet
 from one4d_pl.geometry.camera import resize_frames, resize_nearest_valid
 from one4d_pl.geometry.pointmap import normalise_pointmap
@@ -124,6 +127,31 @@ def make_sample(clip: Clip, position: int, draw: Draw, config: DataConfig, encod
     )
 
 
+def make_encoded_sample(key: str, stored: StoredClip, position: int, draw: Draw, seed: int) -> Sample:
+    """A training sample without pictures; a sparse draw becomes one of the stored ones, another in each epoch."""
+    given, num_frames = draw.frame_mask, stored.intrinsics.shape[0]
+    if draw.task == "sparse":
+        given = stored.sparse_masks[derived_seed(seed, position, "stored draw") % len(stored.sparse_masks)]
+    none = torch.zeros(3, num_frames, 0, 0)
+    return Sample(
+        key=key,
+        position=position,
+        frames=none,
+        pointmap=none,
+        valid=none[0].bool(),
+        moving=none[0].bool(),
+        scale=stored.scale,
+        intrinsics=stored.intrinsics,
+        cam2world=stored.cam2world,
+        frame_mask=given,
+        task=draw.task,
+        caption=stored.caption,
+        drop_caption=draw.drop_caption,
+        encoded=stored.for_draw(draw.drop_caption, given),
+        skipped=(),
+    )
+
+
 def limit_to_one_thread(worker: int) -> None:
     """Leave the cores to the training process; here and not beside the loader, so that no worker imports lightning."""
     torch.set_num_threads(1)
@@ -134,7 +162,7 @@ class ClipStream(Dataset[Sample]):
 
     Args:
         sources: opened shard sets, in the order of the mixture.
-        caches: one per source; None = encode in the training step.
+        caches: one per source; None = encode in the training step, or the source is encoded itself.
         order: who stands where.
         config, masking, caption_dropout, seed: see config.py.
         overfit_clips: n > 0 walks over the stream's first n clips only; the draws still change with the position.
@@ -143,8 +171,8 @@ class ClipStream(Dataset[Sample]):
 
     def __init__(
         self,
-        sources: list[ShardSet],
-        caches: list[EncodedCache | None],
+        sources: list[ShardSet | EncodedSet],
+        caches: list[EncodedSet | None],
         order: MixtureOrder | EachOnceOrder,
         config: DataConfig,
         masking: MaskingConfig,
@@ -181,9 +209,13 @@ class ClipStream(Dataset[Sample]):
             return draw_validation(self.masking, num_frames, self.seed, position)
         return draw_training(self.masking, self.caption_dropout, num_frames, self.seed, position)
 
-    def _read(self, source: ShardSet, cache: EncodedCache | None, index: int, position: int, draw: Draw) -> Sample:
+    def _read(
+        self, source: ShardSet | EncodedSet, cache: EncodedSet | None, index: int, position: int, draw: Draw
+    ) -> Sample:
         key = source.key(index)
-        encoded = None if cache is None else cache.read(key, draw.drop_caption)
+        if isinstance(source, EncodedSet):
+            return make_encoded_sample(key, source.read(index), position, draw, self.seed)
+        encoded = None if cache is None else cache.read_key(key).for_draw(draw.drop_caption, draw.frame_mask)
         clip = source.read(index)
         try:
             return make_sample(clip, position, draw, self.config, encoded)

@@ -1,88 +1,274 @@
-"""Cached encodings beside the shards: latents of frames and pointmaps, text and image embeddings.
+"""Encoded shards: what the frozen encoders say of every clip of a raw set, in a TarSet like the raw clips' own.
 
-Keyed by the encoders' fingerprint and every setting that changes them, so a stale cache is never read. One
-safetensors file per clip, written at once (temp + rename) and in any order, so an interrupted encoding continues.
+A sample holds the latents of frames and pointmaps (float32: they are the targets), the pointmap's scale, the cameras,
+the embeddings of its caption, of the empty prompt and of frame 0 and, with K sparse draws, the conditioning latents
+of its first frame alone and of K sets of sparse frames (bfloat16: the network reads them rounded anyway). For all
+frames they are the latents, for none zero. Every epoch takes another of the K draws.
+
+`fit` keeps such a set beside local raw shards, without draws, as its cache; with draws it is a source of its own that
+needs neither frames nor the VAE. Tars, not a file per clip: 34,000 clips are a hundred objects to list and copy.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import ClassVar, Protocol
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
+from tqdm import tqdm
 
 from one4d_pl.config import DataConfig
-from one4d_pl.data.shards import SampleError
-from one4d_pl.types import Encoded
+from one4d_pl.data.clip_codec import tar_members
+from one4d_pl.data.masking import draw_frame_mask
+from one4d_pl.data.order import derived_numpy_generator
+from one4d_pl.data.shards import ShardSet
+from one4d_pl.data.staging import Dropped, Plan, Staging, is_finished
+from one4d_pl.data.tar_set import (
+    Origin,
+    Recipe,
+    SampleEntry,
+    SampleError,
+    TarSet,
+    one_line,
+    read_manifest,
+    tar_bytes,
+)
+from one4d_pl.types import Encoded, PointmapScale, Sample
 
-EMPTY_PROMPT = "_empty_prompt"  # in the place of a key; no clip's key begins with an underscore
+log = logging.getLogger(__name__)
+
+FORMAT = 2  # of an encoded sample; another one is another folder
+FIELDS = ("latents", "prompt_embeds", "empty_prompt", "scale", "intrinsics", "cam2world", "sparse_masks")
 
 
-def cache_key(encoders: str, max_text_tokens: int, config: DataConfig) -> str:
-    """Names the folder of one way of encoding: the encoders' fingerprint and what shapes their input."""
-    settings = {
+class ClipEncoder(Protocol):
+    """How the data room reaches the frozen encoders without importing the models room."""
+
+    def encode_sample(self, sample: Sample) -> Encoded: ...
+
+    def encode_prompts(self, prompts: list[str]) -> list[Tensor]: ...  # [n, D] each
+
+    def encode_conditions(self, sample: Sample, frame_masks: Tensor) -> Tensor: ...  # [K, T] -> [K, C, t, h, w]
+
+
+def encoding_recipe(encoders: str, max_text_tokens: int, config: DataConfig) -> Recipe:
+    """Everything that changes an encoding: the encoders' fingerprint and what shapes their input."""
+    return {
         "encoders": encoders,
         "max_text_tokens": max_text_tokens,
-        "size": [config.num_frames, config.height, config.width],
-        "normalisation": [config.far_limit, config.z_offset],
+        "num_frames": config.num_frames,
+        "height": config.height,
+        "width": config.width,
+        "far_limit": config.far_limit,
+        "z_offset": config.z_offset,
+        "format": FORMAT,
     }
-    return hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
+
+
+def cache_folder(shards: str, recipe: Recipe) -> Path:
+    """Where the encodings of a local shard folder lie: one folder per recipe, so that a stale one is never read."""
+    return Path(shards) / "encoded" / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
+
+
+def raw_digest(shards: ShardSet) -> str:
+    """Identity of a raw set's content."""
+    return hashlib.sha256("".join(shard.sha256 for shard in shards.manifest.shards).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
-class EncodedCache:
-    """The cached encodings of one shard folder."""
+class StoredClip:
+    """One sample of an encoded set."""
 
-    folder: Path
+    latents: Tensor  # [2, C, t, h, w] normalised posterior modes of frames and pointmap
+    prompt_embeds: Tensor  # [n, D]
+    empty_prompt: Tensor  # [m, D]
+    image_embeds: Tensor | None  # [N, D]
+    scale: PointmapScale  # scalars
+    intrinsics: Tensor  # [T, 3, 3]
+    cam2world: Tensor  # [T, 4, 4], world = camera 0
+    sparse_masks: Tensor  # [K, T] bool
+    conditions: Tensor | None  # [1 + K, C, t, h, w] of frame 0 alone, then of the sparse masks; None where K = 0
+    caption: str
 
-    @staticmethod
-    def beside(shards: str, key: str) -> EncodedCache:
-        """The cache that belongs to a local shard folder."""
-        return EncodedCache(Path(shards) / "encoded" / key)
+    def for_draw(self, drop_caption: bool, frame_mask: Tensor) -> Encoded:  # frame_mask [T] bool
+        """What one training sample needs; without a condition where none is stored for these given frames."""
+        condition = None
+        if self.conditions is not None:
+            first = torch.zeros_like(frame_mask)
+            first[0] = True
+            same = (torch.cat([first[None], self.sparse_masks]) == frame_mask).all(1).nonzero()[:, 0]
+            condition = self.conditions[int(same[0])].float() if len(same) else None
+        prompt = self.empty_prompt if drop_caption else self.prompt_embeds
+        return Encoded(self.latents, prompt, self.image_embeds, condition)
 
-    def has(self, key: str) -> bool:
-        return self._path(key).is_file()
 
-    def read(self, key: str, drop_caption: bool) -> Encoded:
-        """One clip's encodings, with the empty prompt's embedding where its caption is dropped."""
+@dataclass(frozen=True)
+class EncodedSet(TarSet):
+    """Random access to the encodings of one raw set."""
+
+    kind: ClassVar[str] = "encoded"
+    remedy: ClassVar[str] = "make it with: python -m data_prep.encode_latents --config ... --raw ... --out {folder}"
+
+    @property
+    def sparse_draws(self) -> int:
+        """K; 0 = no conditioning latents are stored."""
+        return int(self.manifest.recipe["sparse_draws"] or 0)
+
+    @cached_property
+    def indices(self) -> dict[str, int]:
+        """Where each key stands."""
+        return {entry.key: index for index, entry in enumerate(self.entries)}
+
+    def read(self, index: int) -> StoredClip:
+        """One clip's encodings; SampleError for whatever is wrong with them."""
+        shard, entry = self.locate(index)
         try:
-            with safe_open(self._path(key), "pt") as tensors:
-                image = tensors.get_tensor("image_embeds") if "image_embeds" in tensors.keys() else None  # noqa: SIM118
-                prompt = _read_prompt(self._path(EMPTY_PROMPT if drop_caption else key))
-                return Encoded(tensors.get_tensor("latents"), prompt, image)
-        except (OSError, SafetensorError) as error:
-            reason = " ".join(str(error).split())
-            remedy = f"delete the broken file in {self.folder} and start again to encode it anew"
-            raise SampleError(key, str(self.folder), f"cannot read its cached encoding ({reason}); {remedy}") from error
+            return _unpack(self.fetch(shard, entry), entry.key)
+        except ValueError as error:
+            remedy = f"remove {self.location} to encode it anew"
+            raise SampleError(entry.key, self.location, f"broken encoding ({one_line(error)}); {remedy}") from error
 
-    def write(self, key: str, encoded: Encoded) -> None:
-        """Store one clip's encodings."""
-        tensors = {"latents": encoded.latents, "prompt_embeds": encoded.prompt_embeds}
-        if encoded.image_embeds is not None:
-            tensors["image_embeds"] = encoded.image_embeds
-        self._write_file(key, tensors)
-
-    def write_empty_prompt(self, embed: Callable[[], Tensor]) -> None:  # -> [n, D]
-        """Store the empty prompt's embedding once."""
-        if not self.has(EMPTY_PROMPT):
-            self._write_file(EMPTY_PROMPT, {"prompt_embeds": embed()})
-
-    def _path(self, key: str) -> Path:
-        return self.folder / f"{key}.safetensors"
-
-    def _write_file(self, key: str, tensors: dict[str, Tensor]) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        temporary = self.folder / f".{key}.{os.getpid()}.tmp"
-        temporary.write_bytes(save({k: v.detach().cpu().contiguous() for k, v in tensors.items()}))
-        temporary.replace(self._path(key))
+    def read_key(self, key: str) -> StoredClip:
+        """The encodings of a clip of the raw set; SampleError where it has none."""
+        if key not in self.indices:
+            reason = f"was not encoded (dropped.jsonl there says why); remove {self.location} to try again"
+            raise SampleError(key, self.location, reason)
+        return self.read(self.indices[key])
 
 
-def _read_prompt(path: Path) -> Tensor:  # [n, D]
-    with safe_open(path, "pt") as tensors:
-        return tensors.get_tensor("prompt_embeds")
+def open_set(location: str | Path) -> ShardSet | EncodedSet:
+    """A folder or URL of raw or of encoded shards; ShardSetError as ShardSet.open."""
+    folder = str(location).rstrip("/")
+    manifest = read_manifest(folder, (ShardSet.kind, EncodedSet.kind), ShardSet.remedy.format(folder=folder))
+    return EncodedSet.of(folder, manifest) if manifest.kind == EncodedSet.kind else ShardSet.of(folder, manifest)
+
+
+def encode_set(
+    raw: ShardSet,
+    folder: Path,
+    recipe: Recipe,
+    sparse_draws: int,
+    open_encoder: Callable[[], ClipEncoder],
+    make_sample: Callable[[int], Sample],  # of a clip's index in `raw`; SampleError or ValueError if it is broken
+    rank: int = 0,
+    world: int = 1,
+) -> bool:
+    """Encode what is not encoded yet of this task's share; True once the set is whole.
+
+    It may be stopped at any moment and goes on where it was; the encoders are opened only if a clip is missing.
+    """
+    recipe = {**recipe, "raw": raw_digest(raw), "sparse_draws": sparse_draws}
+    if is_finished(folder, EncodedSet.kind, recipe):
+        return True
+    keys = [entry.key for entry in raw.entries]
+    staging = Staging(folder, Plan(keys, max(raw.samples_per_shard), None, EncodedSet.kind, raw.manifest.split, recipe))
+    todo = [i for i in range(len(keys)) if i % world == rank and not staging.has(i)]
+    if todo:
+        encoder = open_encoder()
+        empty_prompt = encoder.encode_prompts([""])[0]
+        origin = Origin(raw.manifest.source, raw.manifest.domain, raw.manifest.licence)
+        bar = tqdm(
+            todo, desc="encoding clips", unit="clip", total=len(keys[rank::world]), initial=len(keys) - len(todo)
+        )
+        for index in bar:
+            dropped: list[Dropped] = []
+            packed = _encode_clip(raw, index, sparse_draws, encoder, empty_prompt, make_sample, dropped)
+            staging.write_unit(index, ((origin, *one) for one in packed), dropped)
+            staging.assemble()
+    return staging.assemble()
+
+
+def _encode_clip(
+    raw: ShardSet,
+    index: int,
+    sparse_draws: int,
+    encoder: ClipEncoder,
+    empty_prompt: Tensor,  # [m, D]
+    make_sample: Callable[[int], Sample],
+    dropped: list[Dropped],
+) -> Iterator[tuple[SampleEntry, bytes]]:
+    """The packed encodings of one clip, or nothing and a reason."""
+    entry = raw.locate(index)[1]
+    try:
+        sample = make_sample(index)
+    except ValueError as error:  # a SampleError names the clip already
+        log.warning("not encoded: %s: %s", entry.key, error)  # the stream will meet it again, skip and count it
+        dropped.append(Dropped(entry.key, entry.key, one_line(error)))
+        return
+    masks = draw_sparse_masks(entry.key, len(sample.frame_mask), sparse_draws)
+    conditions = None
+    if sparse_draws:
+        first = torch.zeros(1, masks.shape[1], dtype=torch.bool)
+        first[0, 0] = True
+        conditions = encoder.encode_conditions(sample, torch.cat([first, masks]))
+    encoded = encoder.encode_sample(sample)
+    yield _pack(entry, sample, encoded, empty_prompt, masks, conditions)
+
+
+def draw_sparse_masks(key: str, num_frames: int, sparse_draws: int) -> Tensor:  # [K, T] bool
+    """The K sets of sparse frames that are encoded of a clip: drawn as in training, from its key alone."""
+    number = zlib.crc32(key.encode())
+    generators = [derived_numpy_generator(0, number, f"stored sparse draw {k}") for k in range(sparse_draws)]
+    masks = [draw_frame_mask("sparse", num_frames, generator) for generator in generators]
+    return torch.stack(masks) if masks else torch.zeros(0, num_frames, dtype=torch.bool)
+
+
+def _pack(
+    entry: SampleEntry,
+    sample: Sample,
+    encoded: Encoded,
+    empty_prompt: Tensor,  # [m, D]
+    masks: Tensor,  # [K, T] bool
+    conditions: Tensor | None,  # [1 + K, C, t, h, w]
+) -> tuple[SampleEntry, bytes]:
+    tensors = {
+        "latents": encoded.latents.float(),
+        "prompt_embeds": encoded.prompt_embeds,
+        "empty_prompt": empty_prompt,
+        "scale": torch.stack([sample.scale.scale, sample.scale.offset]),
+        "intrinsics": sample.intrinsics,
+        "cam2world": sample.cam2world,
+        "sparse_masks": masks,
+    }
+    if encoded.image_embeds is not None:
+        tensors["image_embeds"] = encoded.image_embeds
+    if conditions is not None:
+        tensors["conditions"] = conditions.bfloat16()
+    members = {
+        "safetensors": save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}),
+        "json": json.dumps({"caption": sample.caption}).encode(),
+    }
+    content = tar_bytes(entry.key, members)
+    num_frames, height, width = sample.frames.shape[1:]
+    place = {"offset": 0, "size": len(content), "crc32": zlib.crc32(content)}
+    shape = {"num_frames": num_frames, "height": height, "width": width}
+    return SampleEntry(**{**asdict(entry), **place, **shape}), content
+
+
+def _unpack(content: bytes, key: str) -> StoredClip:
+    members = tar_members(content, key)
+    try:
+        tensors = load(members["safetensors"])
+        caption = json.loads(members["json"])["caption"]
+        if missing := set(FIELDS) - set(tensors):
+            raise ValueError(f"no {', '.join(sorted(missing))}")
+    except (KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(one_line(error)) from error
+    scale, offset = tensors.pop("scale")
+    return StoredClip(
+        **{name: tensors[name] for name in FIELDS if name != "scale"},
+        image_embeds=tensors.get("image_embeds"),
+        conditions=tensors.get("conditions"),
+        scale=PointmapScale(scale, offset),
+        caption=caption,
+    )

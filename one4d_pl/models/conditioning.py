@@ -6,7 +6,7 @@ result is concatenated in Wan's image-to-video layout: [noisy latents | mask | c
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -38,14 +38,19 @@ def encode_condition(
     frame_mask: Tensor,  # [B, T] bool, 1 = given
     factor: int,  # the VAE's temporal compression
     latents: Tensor | None = None,  # [B, C, t, h, w] of all frames, where known: spares encoding clips given whole
+    stored: Sequence[Tensor | None] = (),  # [C, t, h, w] each: conditioning latents that need no encoding, with latents
 ) -> Tensor:  # [B, r + C, t, h, w] = [mask | conditioning latents]
     """The rgb branch's condition; literal zeros (not the encoding of a grey video) where no frame is given."""
     if latents is None:
         latents = encode(blank_hidden_frames(frames, frame_mask))
     else:
-        partly = frame_mask.any(1) & ~frame_mask.all(1)
+        latents = latents.clone()
+        for row, known in enumerate(stored):
+            if known is not None:
+                latents[row] = known
+        unknown = torch.tensor([known is None for known in stored] or [True] * len(latents), device=latents.device)
+        partly = frame_mask.any(1) & ~frame_mask.all(1) & unknown
         if bool(partly.any()):
-            latents = latents.clone()
             latents[partly] = encode(blank_hidden_frames(frames[partly], frame_mask[partly]))
     folded = fold_frame_mask(frame_mask, factor).to(latents)  # [B, r, t]
     folded = folded[..., None, None].expand(*folded.shape, *latents.shape[-2:])

@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
 
 from one4d_pl.config import ConfigError, base_folder
+from one4d_pl.models.conditioning import blank_hidden_frames
 from one4d_pl.types import Encoded, Sample
 
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder")
@@ -183,3 +184,9 @@ class WanEncoders(nn.Module):
         image = self.encode_image(frames[None, :, 0])
         prompt = self.encode_prompts([sample.caption])[0]
         return Encoded(self.encode(torch.stack([frames, pointmap])), prompt, None if image is None else image[0])
+
+    def encode_conditions(self, sample: Sample, frame_masks: Tensor) -> Tensor:  # [K, T] bool -> [K, C, t, h, w]
+        """Conditioning latents of a clip for several sets of given frames, one after the other: memory for one."""
+        frames = sample.frames.to(self.latents_mean)[None]
+        given = frame_masks.to(frames.device)[:, None]  # [K, 1, T]
+        return torch.cat([self.encode(blank_hidden_frames(frames, one)) for one in given])

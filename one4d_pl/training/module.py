@@ -84,6 +84,7 @@ class One4DModule(lightning.LightningModule):
             batch.frame_mask,
             self.encoders.temporal_factor,
             latents[: len(batch)],
+            () if batch.encoded is None else [e.condition for e in batch.encoded],
         )
         sigma = sigma.repeat(2)
         noisy_latents, velocity = interpolate(latents, noise, sigma)
@@ -106,15 +107,12 @@ class One4DModule(lightning.LightningModule):
 
     def draw_noise(self, batch: Batch, purpose: str) -> Tensor:  # [2B, C, t, h, w]
         """Noise of each sample from (seed, position): the same on every layout and after every resume."""
-        factor, spatial = self.encoders.temporal_factor, self.encoders.spatial_factor
-        num_frames, height, width = batch.frames.shape[2:]
-        shape = (
-            2,
-            self.encoders.latent_channels,
-            (num_frames - 1) // factor + 1,
-            height // spatial,
-            width // spatial,
-        )
+        if batch.encoded is not None:  # encoded shards hold no pixels
+            shape = tuple(batch.encoded[0].latents.shape)
+        else:
+            encoders, size = self.encoders, batch.frames.shape[2:]
+            grid = (size[0] - 1) // encoders.temporal_factor + 1, *(n // encoders.spatial_factor for n in size[1:])
+            shape = (2, encoders.latent_channels, *grid)
         seed, positions = self.config.train.seed, batch.position.tolist()
         noise = [torch.randn(shape, generator=derived_generator(seed, p, purpose)) for p in positions]
         return torch.stack(noise, dim=1).flatten(0, 1).to(self.device)

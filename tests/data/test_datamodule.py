@@ -13,7 +13,7 @@ from torch import Tensor
 
 from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, TrainConfig, ValConfig
 from one4d_pl.data.datamodule import ClipEncoder, One4DDataModule, StepSampler
-from one4d_pl.data.shards import ShardSet, write_shards
+from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.types import Batch, Encoded, Sample
 
@@ -34,6 +34,9 @@ class PlainEncoder:
 
     def encode_prompts(self, prompts: list[str]) -> list[Tensor]:
         return [torch.tensor([[float(len(prompt))]]) for prompt in prompts]
+
+    def encode_conditions(self, sample: Sample, frame_masks: Tensor) -> Tensor:
+        return torch.stack([(sample.frames * given[:, None, None])[:, ::4, ::8, ::8] for given in frame_masks])
 
 
 def no_encoder() -> ClipEncoder:
@@ -217,23 +220,43 @@ def test_toy_shards_and_encodings_are_made_once(toy_config, tmp_path):
             assert float(encoded.prompt_embeds) == len(prompt)
 
 
-def test_an_interrupted_encoding_continues(toy_config):
-    encoder = PlainEncoder()
-    make_module(toy_config, encoder=encoder).prepare_data()
-    files = sorted((Path(toy_config.data.sources[0].path) / "encoded").glob("*/toy_*.safetensors"))
-    files[1].unlink()
-    again = PlainEncoder()
-    make_module(toy_config, encoder=again).prepare_data()
-    assert again.encoded == [files[1].stem]
+def test_an_interrupted_encoding_continues(toy_config, tmp_path):
+    class DyingEncoder(PlainEncoder):
+        def encode_sample(self, sample: Sample) -> Encoded:
+            if len(self.encoded) == 2:
+                raise KeyboardInterrupt
+            return super().encode_sample(sample)
+
+    first, second = DyingEncoder(), PlainEncoder()
+    with pytest.raises(KeyboardInterrupt):
+        make_module(toy_config, encoder=first).prepare_data()
+    make_module(toy_config, encoder=second).prepare_data()
+    splits = ("train_synthetic", "train_real", "val")
+    keys = [entry.key for split in splits for entry in ShardSet.open(tmp_path / "toy" / split).entries]
+    assert len(first.encoded) == 2 and first.encoded + second.encoded == keys
 
 
-def test_a_lost_empty_prompt_is_embedded_again(toy_config):
+def test_a_cache_of_other_clips_is_refused(toy_config, tmp_path):
     make_module(toy_config, encoder=PlainEncoder()).prepare_data()
-    (path,) = (Path(toy_config.data.sources[0].path) / "encoded").glob("*/_empty_prompt.safetensors")
-    path.unlink()
-    again = PlainEncoder()
-    make_module(toy_config, encoder=again).prepare_data()
-    assert path.is_file() and again.encoded == []
+    folder = tmp_path / "toy/train_real"
+    (folder / "manifest.json").unlink()
+    write_shards([render_clip(99, 17, 16, 32)], folder, samples_per_shard=1)
+    toy_config.data.toy = None
+    with pytest.raises(ShardSetError, match=r"encodes other clips than .*train_real"):
+        make_module(toy_config, encoder=PlainEncoder()).prepare_data()
+
+
+def test_benchmark_clips_are_no_training_data(tmp_path):
+    clip = render_clip(0, 17, 16, 32)
+    write_shards([clip], tmp_path, samples_per_shard=1)
+    text = (tmp_path / "manifest.json").read_text()
+    config = make_config(tmp_path)
+    make_module(config).train_dataloader()
+    (tmp_path / "manifest.json").write_text(text.replace('"benchmark": ""', '"benchmark": "bonn"'))
+    make_module(config).val_dataloader()  # may be looked at
+    with pytest.raises(ConfigError, match=f"1 clips of the benchmark bonn .*first: {clip.key}.*--exclude") as caught:
+        make_module(config).train_dataloader()
+    assert "\n" not in str(caught.value)
 
 
 def test_a_broken_clip_is_not_encoded_and_the_stream_counts_it(folder, tmp_path):

@@ -66,7 +66,7 @@ def open_stream(*folders: Path, config: DataConfig = CONFIG, overfit_clips: int 
 def break_clip(folder: Path, index: int) -> str:
     """Flip one byte in the middle of a clip; returns its key."""
     source = ShardSet.open(folder)
-    shard, entry = source._locate(index)
+    shard, entry = source.locate(index)
     path = folder / shard.name
     content = bytearray(path.read_bytes())
     content[entry.offset + entry.size // 2] ^= 1
@@ -293,7 +293,7 @@ def test_broken_clips_are_named_counted_and_replaced(pristine, tmp_path, caplog)
             assert_same_sample(actual, expected)
             continue
         replaced += 1
-        shard = stream.sources[0]._locate(stream.order.locate(n).index)[0].name
+        shard = stream.sources[0].locate(stream.order.locate(n).index)[0].name
         assert actual.skipped[0].startswith(f"{shard}: sample {expected.key}: ")
         assert "checksum" in actual.skipped[0] and "\n" not in actual.skipped[0]
         stand_ins = (stream.sources[0].key(stream.order.replacement(n, attempt).index) for attempt in range(5))

@@ -1,4 +1,4 @@
-"""Laws of the encoded cache: what is written is read back, a stale one never, and a broken file is a SampleError."""
+"""Laws of encoded shards: what is encoded is read back, a stale one never, and a broken one is a SampleError."""
 
 from __future__ import annotations
 
@@ -7,140 +7,178 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from one4d_pl.config import DataConfig, MaskingConfig
+from one4d_pl.data.datamodule import video_sample_maker
 from one4d_pl.data.decode import ClipStream
-from one4d_pl.data.encoded import EMPTY_PROMPT, EncodedCache, cache_key
+from one4d_pl.data.encoded import (
+    EncodedSet,
+    StoredClip,
+    cache_folder,
+    draw_sparse_masks,
+    encode_set,
+    encoding_recipe,
+    open_set,
+)
+from one4d_pl.data.masking import task_of
 from one4d_pl.data.order import MixtureOrder
-from one4d_pl.data.shards import SampleError, ShardSet, write_shards
+from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_shards
 from one4d_pl.data.toy_world import render_clip
-from one4d_pl.types import Encoded
+from one4d_pl.types import Encoded, Sample
+
+CONFIG = DataConfig(num_frames=17, height=16, width=32)
+RECIPE = encoding_recipe("wan", 96, CONFIG)
+K = 3
 
 
-def make_encoded(seed: int, image_tokens: bool = False, dtype: torch.dtype = torch.float32) -> Encoded:
-    rng = torch.Generator().manual_seed(seed)
-    return Encoded(
-        latents=torch.randn(2, 16, 5, 2, 4, generator=rng),
-        prompt_embeds=torch.randn(3 + seed, 8, generator=rng).to(dtype),
-        image_embeds=torch.randn(5, 6, generator=rng).to(dtype) if image_tokens else None,
-    )
+class HashEncoder:
+    """Random numbers in the encoders' shapes, the same for the same clip; counts what it is asked."""
+
+    def __init__(self, image_tokens: bool = True) -> None:
+        self.image_tokens = image_tokens
+        self.encoded: list[str] = []
+
+    def encode_sample(self, sample: Sample) -> Encoded:
+        self.encoded.append(sample.key)
+        rng = torch.Generator().manual_seed(int(sample.key[-4:]))
+        image = torch.randn(5, 6, generator=rng) if self.image_tokens else None
+        latents = torch.randn(2, 16, 2, 4, 5, generator=rng).transpose(2, 4)  # strided, as encoders may give them
+        return Encoded(latents, self.encode_prompts([sample.caption])[0], image)
+
+    def encode_prompts(self, prompts: list[str]) -> list[Tensor]:
+        return [torch.full((1 + len(prompt) % 5, 8), float(len(prompt))) for prompt in prompts]
+
+    def encode_conditions(self, sample: Sample, frame_masks: Tensor) -> Tensor:
+        return torch.stack([sample.frames.mean() + given.sum() + torch.zeros(16, 5, 4, 2) for given in frame_masks])
 
 
-def empty_prompt() -> torch.Tensor:
-    return torch.full((1, 8), -1.0)
+@pytest.fixture(scope="module")
+def raw_pristine(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
+    folder = tmp_path_factory.mktemp("raw")
+    return write_shards([render_clip(seed, 17, 16, 32) for seed in range(5)], folder, samples_per_shard=2)
 
 
-@pytest.fixture
-def cache(tmp_path: Path) -> EncodedCache:
-    """Of two clips, "a" and "b"."""
-    cache = EncodedCache.beside(str(tmp_path / "shards"), "0123456789abcdef")
-    cache.write_empty_prompt(empty_prompt)
-    cache.write("a", make_encoded(0))
-    cache.write("b", make_encoded(1))
-    return cache
+def encode(raw: ShardSet, folder: Path, draws: int = K, encoder: HashEncoder | None = None, **task: int) -> bool:
+    encoder = encoder or HashEncoder()
+    return encode_set(raw, folder, RECIPE, draws, lambda: encoder, video_sample_maker(raw, CONFIG), **task)
 
 
 @pytest.mark.parametrize("image_tokens", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_encoding_comes_back_bit_for_bit(cache, image_tokens, dtype):
-    expected = make_encoded(2, image_tokens, dtype)
-    assert not cache.has("c")
-    cache.write("c", expected)
-    assert cache.has("c")
-    actual = cache.read("c", drop_caption=False)
-    assert torch.equal(actual.latents, expected.latents)
-    assert torch.equal(actual.prompt_embeds, expected.prompt_embeds) and actual.prompt_embeds.dtype == dtype
-    if image_tokens:
-        assert torch.equal(actual.image_embeds, expected.image_embeds)
-    else:
-        assert actual.image_embeds is None
+def test_encodings_come_back(raw_pristine, tmp_path, image_tokens):
+    encoder = HashEncoder(image_tokens)
+    assert encode(raw_pristine, tmp_path, encoder=encoder)
+    encoded_set = open_set(tmp_path)
+    assert isinstance(encoded_set, EncodedSet) and encoded_set.sparse_draws == K
+    assert [e.key for e in encoded_set.entries] == [e.key for e in raw_pristine.entries]
+    make = video_sample_maker(raw_pristine, CONFIG)
+    for index, entry in enumerate(raw_pristine.entries):
+        sample, stored = make(index), encoded_set.read(index)
+        expected = encoder.encode_sample(sample)
+        assert torch.equal(stored.latents, expected.latents) and torch.equal(stored.cam2world, sample.cam2world)
+        assert torch.equal(stored.prompt_embeds, expected.prompt_embeds) and stored.caption == sample.caption
+        assert torch.equal(stored.empty_prompt, encoder.encode_prompts([""])[0])
+        assert (stored.scale.scale, stored.scale.offset) == (sample.scale.scale, sample.scale.offset)
+        assert (stored.image_embeds is None) == (not image_tokens)
+        masks = draw_sparse_masks(entry.key, 17, K)
+        assert torch.equal(stored.sparse_masks, masks) and len({tuple(m) for m in masks.tolist()}) > 1
+        assert {task_of(given) for given in masks} == {"sparse"}
+        first = torch.arange(17) == 0
+        conditions = encoder.encode_conditions(sample, torch.cat([first[None], masks]))
+        assert torch.equal(stored.conditions, conditions.bfloat16())
 
 
-def test_a_dropped_caption_reads_the_empty_prompt_and_the_same_latents(cache):
-    kept, dropped = cache.read("a", drop_caption=False), cache.read("a", drop_caption=True)
-    assert torch.equal(dropped.prompt_embeds, empty_prompt())
-    assert torch.equal(kept.prompt_embeds, make_encoded(0).prompt_embeds)
-    assert torch.equal(dropped.latents, kept.latents)
+def test_each_draw_gets_its_own_condition_and_prompt(raw_pristine, tmp_path):
+    encode(raw_pristine, tmp_path)
+    stored = EncodedSet.open(tmp_path).read(1)
+    for number, given in enumerate([torch.arange(17) == 0, *stored.sparse_masks]):
+        assert torch.equal(stored.for_draw(False, given).condition, stored.conditions[number].float())
+    for given in (torch.ones(17, dtype=torch.bool), torch.zeros(17, dtype=torch.bool), torch.arange(17) == 5):
+        assert stored.for_draw(False, given).condition is None
+    kept, dropped = stored.for_draw(False, given), stored.for_draw(True, given)
+    assert torch.equal(kept.prompt_embeds, stored.prompt_embeds) and torch.equal(kept.latents, dropped.latents)
+    assert torch.equal(dropped.prompt_embeds, stored.empty_prompt)
 
 
-def test_the_empty_prompt_is_embedded_once(cache):
-    def never() -> torch.Tensor:
-        raise AssertionError("embedded twice")
-
-    cache.write_empty_prompt(never)
-
-
-def test_a_clip_called_like_the_empty_prompt_does_not_take_its_place(cache):
-    cache.write(EMPTY_PROMPT.strip("_"), make_encoded(5))
-    assert torch.equal(cache.read("a", drop_caption=True).prompt_embeds, empty_prompt())
-
-
-def test_strided_tensors_are_stored_as_they_look(cache):
-    encoded = make_encoded(0)
-    turned = dataclasses.replace(encoded, latents=encoded.latents.transpose(3, 4))
-    cache.write("turned", turned)
-    assert torch.equal(cache.read("turned", False).latents, turned.latents)
+def test_tasks_and_a_second_run_give_the_same_bytes_and_encode_nothing_twice(raw_pristine, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    assert encode(raw_pristine, one)
+    encoder = HashEncoder()
+    assert not encode(raw_pristine, two, encoder=encoder, rank=1, world=2)
+    assert encode(raw_pristine, two, encoder=encoder, rank=0, world=2)
+    assert encode(raw_pristine, two, encoder=encoder)
+    assert sorted(encoder.encoded) == [e.key for e in raw_pristine.entries]
+    files = {path.name: path.read_bytes() for path in one.iterdir()}
+    assert files == {path.name: path.read_bytes() for path in two.iterdir()}
+    with pytest.raises(ShardSetError, match=r"sparse_draws: 3, now 5"):
+        encode(raw_pristine, two, draws=5)
 
 
-def test_nothing_is_left_beside_the_files(cache):
-    assert {path.name for path in cache.folder.iterdir()} == {f"{key}.safetensors" for key in ("a", "b", EMPTY_PROMPT)}
-
-
-DAMAGE = {
-    "missing": lambda path: path.unlink(),
-    "empty": lambda path: path.write_bytes(b""),
-    "cut short": lambda path: path.write_bytes(path.read_bytes()[:-10]),
-    "cut in the header": lambda path: path.write_bytes(path.read_bytes()[:30]),
-    "not safetensors": lambda path: path.write_bytes(b"\x80\x04pickle" * 100),
-}
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-@pytest.mark.parametrize("broken", ["a", EMPTY_PROMPT])
-def test_a_broken_file_is_a_sample_error_with_a_remedy(cache, damage, broken):
-    DAMAGE[damage](cache.folder / f"{broken}.safetensors")
-    with pytest.raises(SampleError) as caught:
-        cache.read("a", drop_caption=broken == EMPTY_PROMPT)
-    message = str(caught.value)
-    assert "\n" not in message and "sample a" in message and str(cache.folder) in message and "delete" in message
-    cache.read("b", drop_caption=False)  # the others are fine
-
-
-def test_a_file_of_other_tensors_is_a_sample_error(cache):
-    (cache.folder / "a.safetensors").write_bytes((cache.folder / f"{EMPTY_PROMPT}.safetensors").read_bytes())
-    with pytest.raises(SampleError, match="latents"):
-        cache.read("a", drop_caption=False)
-
-
-def test_every_setting_that_changes_an_encoding_changes_the_key():
-    config = DataConfig(num_frames=17, height=16, width=32)
+def test_every_setting_that_changes_an_encoding_changes_its_folder():
     knobs = {"num_frames": 21, "height": 32, "width": 16, "far_limit": 5.0, "z_offset": True}
-    changed = [dataclasses.replace(config, **{knob: value}) for knob, value in knobs.items()]
-    keys = [cache_key("wan", 96, config), cache_key("another wan", 96, config), cache_key("wan", 512, config)]
-    keys += [cache_key("wan", 96, other) for other in changed]
-    assert len(set(keys)) == len(keys)
-    assert cache_key("wan", 96, dataclasses.replace(config, num_workers=7, block_shards=2)) == keys[0]
+    recipes = [RECIPE, encoding_recipe("another wan", 96, CONFIG), encoding_recipe("wan", 512, CONFIG)]
+    recipes += [encoding_recipe("wan", 96, dataclasses.replace(CONFIG, **{k: v})) for k, v in knobs.items()]
+    assert len({cache_folder("shards", recipe) for recipe in recipes}) == len(recipes)
+    same = dataclasses.replace(CONFIG, num_workers=7, block_shards=2)
+    assert cache_folder("shards", encoding_recipe("wan", 96, same)) == cache_folder("shards", RECIPE)
 
 
-def test_the_stream_brings_each_clips_own_encoding_and_skips_a_broken_one(tmp_path):
-    folder = tmp_path / "shards"
-    clips = [render_clip(seed, 17, 16, 32) for seed in range(4)]
-    write_shards(clips, folder, samples_per_shard=2)
-    cache = EncodedCache.beside(str(folder), "0123456789abcdef")
-    cache.write_empty_prompt(empty_prompt)
-    expected = {clip.key: make_encoded(n) for n, clip in enumerate(clips)}
-    for key, encoded in expected.items():
-        cache.write(key, encoded)
-    DAMAGE["cut short"](cache.folder / f"{clips[2].key}.safetensors")
-    source = ShardSet.open(folder)
+def flip_byte(encoded_set: EncodedSet, index: int) -> None:
+    shard, entry = encoded_set.locate(index)
+    path = Path(encoded_set.location) / shard.name
+    content = bytearray(path.read_bytes())
+    content[entry.offset + entry.size // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_broken_encoding_is_a_sample_error_with_a_remedy_and_the_others_are_fine(raw_pristine, tmp_path):
+    encode(raw_pristine, tmp_path)
+    encoded_set = EncodedSet.open(tmp_path)
+    flip_byte(encoded_set, 1)
+    with pytest.raises(SampleError, match=r"checksum.*remove .* to encode it anew") as caught:
+        encoded_set.read(1)
+    assert "\n" not in str(caught.value) and encoded_set.key(1) in str(caught.value)
+    encoded_set.read(0)
+    with pytest.raises(SampleError, match=r"was not encoded \(dropped\.jsonl"):
+        encoded_set.read_key("unknown")
+
+
+def make_stream(source: ShardSet | EncodedSet, cache: EncodedSet | None, epochs_seed: int = 0) -> ClipStream:
     order = MixtureOrder([source.samples_per_shard], [1.0], 0, 8)
-    config = DataConfig(num_frames=17, height=16, width=32)
-    stream = ClipStream([source], [cache], order, config, MaskingConfig(), 0.5, 0, 0, validation=False)
-    samples = [stream[n] for n in range(40)]
-    assert {sample.drop_caption for sample in samples} == {False, True}
-    for sample in samples:
-        assert torch.equal(sample.encoded.latents, expected[sample.key].latents)
-        prompt = empty_prompt() if sample.drop_caption else expected[sample.key].prompt_embeds
-        assert torch.equal(sample.encoded.prompt_embeds, prompt)
-    skipped = [reason for sample in samples for reason in sample.skipped]
-    assert len(skipped) == 10 and all(clips[2].key in reason for reason in skipped)
+    return ClipStream([source], [cache], order, CONFIG, MaskingConfig(), 0.5, epochs_seed, 0, validation=False)
+
+
+def test_the_stream_brings_each_clips_own_encoding_and_skips_a_broken_one(raw_pristine, tmp_path):
+    encode(raw_pristine, tmp_path)
+    cache = EncodedSet.open(tmp_path)
+    flip_byte(cache, 2)
+    expected: dict[str, StoredClip] = {cache.key(n): cache.read(n) for n in (0, 1, 3, 4)}
+    for stream in (make_stream(raw_pristine, cache), make_stream(cache, None)):
+        samples = [stream[n] for n in range(40)]
+        assert {sample.drop_caption for sample in samples} == {False, True}
+        for sample in samples:
+            stored = expected[sample.key]
+            assert torch.equal(sample.encoded.latents, stored.latents)
+            prompt = stored.empty_prompt if sample.drop_caption else stored.prompt_embeds
+            assert torch.equal(sample.encoded.prompt_embeds, prompt)
+        skipped = [reason for sample in samples for reason in sample.skipped]
+        assert len(skipped) == 8 and all(cache.key(2) in reason for reason in skipped)
+
+
+def test_an_encoded_source_needs_no_raw_clip_and_draws_every_stored_mask(raw_pristine, tmp_path):
+    encode(raw_pristine, tmp_path)
+    source = EncodedSet.open(tmp_path)
+    raw, encoded = make_stream(raw_pristine, None), make_stream(source, None)
+    seen: dict[str, set[tuple[bool, ...]]] = {}
+    for position in range(300):
+        sample = encoded[position]
+        if position < 20:  # the same clip under the same draw, but for the sparse frames
+            twin = raw[position]
+            assert (sample.key, sample.task, sample.drop_caption) == (twin.key, twin.task, twin.drop_caption)
+            assert torch.equal(sample.cam2world, twin.cam2world) and sample.caption == twin.caption
+            assert sample.task == "sparse" or torch.equal(sample.frame_mask, twin.frame_mask)
+        assert (sample.encoded.condition is None) == (sample.task == "video")
+        if sample.task == "sparse":
+            seen.setdefault(sample.key, set()).add(tuple(sample.frame_mask.tolist()))
+    for key, drawn in seen.items():  # epoch by epoch, all of them
+        assert drawn == {tuple(given) for given in draw_sparse_masks(key, 17, K).tolist()}

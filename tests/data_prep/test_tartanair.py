@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.sources.tartanair import clip_windows, iter_clips
+from data_prep.sources.tartanair import iter_clips
+from data_prep.sources.tracks import clip_windows
 from data_prep.write_shards import main
 from one4d_pl.data.shards import ShardSet, write_shards
 
@@ -157,7 +158,8 @@ def last_line(text: str) -> str:
 
 
 def test_the_door_writes_shards(pristine, tmp_path):
-    assert main(["--source", "tartanair", "--root", str(pristine), "--out", str(tmp_path / "out")]) == 0
+    arguments = ["--source", "tartanair", "--root", str(pristine), "--out", str(tmp_path / "out")]
+    assert main([*arguments, "--num-frames", "17", "--height", "48", "--width", "64"]) == 0
     shard_set = ShardSet.open(tmp_path / "out")
     assert [shard_set.key(index) for index in range(len(shard_set))] == ["office-Easy-P001-000050"]
 
@@ -165,7 +167,7 @@ def test_the_door_writes_shards(pristine, tmp_path):
 def test_the_door_resizes(pristine, tmp_path):
     pytest.importorskip("one4d_pl.data.decode")
     arguments = ["--source", "tartanair", "--root", str(pristine), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--height", "48", "--width", "64"]) == 0
+    assert main([*arguments, "--num-frames", "17", "--height", "48", "--width", "64"]) == 0
     clip = ShardSet.open(tmp_path / "out").read(0)
     assert clip.depth.shape == (17, 48, 64)
     assert torch.equal(clip.intrinsics[0], torch.tensor([[32.0, 0, 32], [0, 32, 24], [0, 0, 1]]))
@@ -173,7 +175,8 @@ def test_the_door_resizes(pristine, tmp_path):
 
 def test_the_door_renders_the_toy_world(tmp_path):
     pytest.importorskip("one4d_pl.data.toy_world")
-    arguments = ["--source", "toy", "--height", "32", "--width", "48", "--samples-per-shard", "2", "--seed", "5"]
+    arguments = ["--source", "toy", "--num-frames", "17", "--height", "32", "--width", "48"]
+    arguments += ["--samples-per-shard", "2", "--seed", "5"]
     assert main([*arguments, "--count", "3", "--domain", "real", "--out", str(tmp_path / "three")]) == 0
     three = ShardSet.open(tmp_path / "three")
     assert three.samples_per_shard == [2, 1] and three.manifest.domain == "real"
@@ -188,9 +191,9 @@ def test_the_door_renders_the_toy_world(tmp_path):
     [
         (["--source", "tartanair", "--root", "nowhere"], "nowhere: no TartanAir v1 trajectory"),
         (["--source", "tartanair"], "needs --root"),
-        (["--source", "tartanair", "--root", ".", "--height", "48"], "--height and --width go together"),
+        (["--source", "tartanair", "--root", ".", "--num-frames", "16"], "must be 4k+1"),
         (["--source", "tartanair", "--root", ".", "--limit", "0"], "--count and --limit"),
-        (["--source", "toy"], "toy needs --height and --width"),
+        (["--source", "toy", "--root", "."], "toy takes no --root"),
     ],
 )
 def test_bad_arguments_end_in_exit_code_2_and_one_line(tmp_path, monkeypatch, capsys, arguments, reason):
@@ -200,13 +203,12 @@ def test_bad_arguments_end_in_exit_code_2_and_one_line(tmp_path, monkeypatch, ca
     assert not (tmp_path / "out" / "manifest.json").exists()
 
 
-def test_bad_clips_end_in_exit_code_2_and_one_line(pristine, root, tmp_path, capsys):
+def test_bad_clips_end_in_exit_code_2_and_one_line(root, tmp_path, capsys):
     (root / TRAJECTORY / "pose_left.txt").write_text("")
     out = tmp_path / "out"
-    assert main(["--source", "tartanair", "--root", str(root), "--out", str(out)]) == 2
-    assert last_line(capsys.readouterr().err) == f"write_shards: {out}: not one clip to write"
-    assert main(["--source", "tartanair", "--root", str(pristine), "--num-frames", "16", "--out", str(out)]) == 2
-    assert "office-Easy-P001-000050: 16 frames, need 4k+1" in last_line(capsys.readouterr().err)
+    assert main(["--source", "tartanair", "--root", str(root), "--num-frames", "17", "--out", str(out)]) == 2
+    assert last_line(capsys.readouterr().err).startswith(f"write_shards: {out}: not one clip to write; 1 dropped, see")
+    assert "0 rows, none for frame 50" in (out / "dropped.jsonl").read_text()
     with pytest.raises(SystemExit) as caught:
         main(["--source", "kitti", "--out", str(out)])
     assert caught.value.code == 2

@@ -1,0 +1,214 @@
+"""Captions for clips whose dataset has none: from a table, or from any OpenAI-compatible vision endpoint.
+
+1. A table (csv with the columns key and caption, or jsonl with those fields) wins over the dataset's own caption.
+2. Where there is still none, and only if a url and a model are given, some frames go to `<url>/chat/completions`.
+3. Every answer is a small file in the cache folder, named by what was asked: a second run asks nothing twice, and a run
+   that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import base64
+import csv
+import hashlib
+import io
+import json
+import logging
+import os
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from email.message import Message
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from one4d_pl.geometry.camera import resize_frames
+from one4d_pl.types import Clip
+
+PROMPT = (
+    "These are frames of one video, in order. Describe it in two or three plain sentences: what is seen and where, "
+    "how things move, and how the camera moves. Do not mention frames, images or a video."
+)
+WORTH_A_RETRY = {408, 409, 425, 429, 500, 502, 503, 504}
+LONGEST_PAUSE_S = 60.0
+MAX_ANSWER_BYTES = 1 << 20
+LONGEST_CAPTION = 2000  # characters; the text encoder sees 512 tokens
+
+logger = logging.getLogger(__name__)
+
+
+class CaptionError(ValueError):
+    """Captions cannot be had; nothing is lost, for what was answered is in the cache."""
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """Where captions come from; by default from the dataset alone."""
+
+    table: str | None = None  # csv or jsonl
+    url: str | None = None  # base of an OpenAI-compatible API, e.g. http://localhost:8000/v1; None = ask nobody
+    model: str | None = None  # the endpoint's name for it
+    cache: str | None = None  # folder of answers
+    key_variable: str = "OPENAI_API_KEY"  # environment variable of the API key; may be unset for a server of one's own
+    prompt: str = PROMPT
+    frames: int = 4  # evenly spaced, the first and the last among them
+    longest_side: int = 512  # pixels of a frame as it is sent
+    attempts: int = 6  # per clip
+    first_pause_s: float = 1.0  # doubled after every failure
+    timeout_s: float = 120.0
+
+    def __post_init__(self) -> None:
+        if (self.url is None) != (self.model is None) or (self.url is not None and self.cache is None):
+            raise ValueError("captions: url, model and cache (a folder for the answers) go together")
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"captions.url: {self.url!r}, need http:// or https://")
+        if min(self.frames, self.longest_side, self.attempts) < 1 or self.timeout_s <= 0 or self.first_pause_s < 0:
+            raise ValueError("captions: frames, longest_side, attempts and timeout_s must be positive")
+
+
+def with_captions(clips: Iterable[Clip], options: CaptionOptions) -> Iterator[Clip]:
+    """The clips with the best caption there is; CaptionError where the endpoint keeps failing."""
+    table = read_table(Path(options.table)) if options.table else {}
+    for clip in clips:
+        caption = table.get(clip.key, clip.caption).strip()
+        if not caption and options.url is not None:
+            caption = ask(clip, options)
+        yield replace(clip, caption=caption)
+
+
+def read_table(path: Path) -> dict[str, str]:  # clip key -> caption
+    """Captions of a csv (columns key and caption) or jsonl file; ValueError names the line that is wrong."""
+    found: dict[str, str] = {}
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows: Iterator[object] = iter(csv.DictReader(file)) if path.suffix == ".csv" else map(json.loads, file)
+            for number, row in enumerate(rows, start=1):
+                if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in ("key", "caption")):
+                    raise ValueError(f"row {number} has no key and caption")
+                if row["key"] in found:
+                    raise ValueError(f"row {number}: {row['key']!r} occurs twice")
+                found[row["key"]] = row["caption"]
+    except (ValueError, RecursionError, csv.Error) as error:
+        raise ValueError(f"{path}: {error}") from error
+    return found
+
+
+def ask(clip: Clip, options: CaptionOptions, pause: Callable[[float], None] = time.sleep) -> str:
+    """The endpoint's caption of a clip, from the cache where it was given before.
+
+    CaptionError names the clip where the endpoint refuses or keeps failing.
+    """
+    assert options.url is not None and options.cache is not None  # CaptionOptions saw to it
+    request = json.dumps(_question(clip, options)).encode()
+    # By what is asked, not by whom: another port of the same model gives the same caption.
+    path = Path(options.cache) / f"{hashlib.sha256(request).hexdigest()}.json"
+    if path.is_file() and (caption := _cached(path)):
+        return caption
+    wait = options.first_pause_s
+    for attempt in range(1, options.attempts + 1):
+        try:
+            caption = _caption_of_answer(_post(f"{options.url.rstrip('/')}/chat/completions", request, options))
+        except urllib.error.HTTPError as error:
+            if error.code not in WORTH_A_RETRY:
+                raise CaptionError(f"{clip.key}: {options.url} refuses: {error.code} {_detail(error)}") from error
+            reason, least = f"{error.code} {error.reason}", _retry_after(error.headers)
+        except (OSError, ValueError) as error:  # no connection, time-out, an answer that is none
+            reason, least = str(error), 0.0
+        else:
+            _save(path, {"key": clip.key, "model": options.model, "caption": caption})
+            return caption
+        if attempt < options.attempts:
+            logger.info("caption of %s: attempt %d failed (%s)", clip.key, attempt, " ".join(reason.split()))
+            pause(min(max(wait, least), LONGEST_PAUSE_S))
+            wait *= 2
+    raise CaptionError(
+        f"{clip.key}: no caption after {options.attempts} attempts at {options.url} ({' '.join(reason.split())}); "
+        f"run again to go on, the answers so far are in {options.cache}"
+    )
+
+
+def _question(clip: Clip, options: CaptionOptions) -> dict[str, object]:
+    chosen = torch.linspace(0, clip.num_frames - 1, min(options.frames, clip.num_frames)).round().long()
+    frames = clip.frames[chosen]
+    shrink = options.longest_side / max(frames.shape[1:3])
+    if shrink < 1:
+        height, width = (max(1, int(side * shrink)) for side in frames.shape[1:3])
+        frames, _ = resize_frames(frames, clip.intrinsics[chosen], height, width)
+    content: list[dict[str, object]] = [{"type": "text", "text": options.prompt}]
+    for frame in frames:
+        buffer = io.BytesIO()
+        Image.fromarray(frame.numpy()).save(buffer, "JPEG", quality=90)
+        url = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+        content.append({"type": "image_url", "image_url": {"url": url}})
+    messages = [{"role": "user", "content": content}]
+    return {"model": options.model, "messages": messages, "temperature": 0, "max_tokens": 300}
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    """A redirect would carry the API key to another host."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: object, code: int, msg: str, headers: object, newurl: str
+    ) -> None:
+        return None
+
+
+def _post(url: str, content: bytes, options: CaptionOptions) -> bytes:
+    headers = {"Content-Type": "application/json"}
+    if key := os.environ.get(options.key_variable):
+        headers["Authorization"] = f"Bearer {key}"
+    request = urllib.request.Request(url, content, headers, method="POST")
+    with urllib.request.build_opener(_NoRedirect()).open(request, timeout=options.timeout_s) as answer:
+        body = answer.read(MAX_ANSWER_BYTES + 1)
+    if len(body) > MAX_ANSWER_BYTES:
+        raise ValueError(f"an answer of more than {MAX_ANSWER_BYTES} bytes")
+    return body
+
+
+def _caption_of_answer(body: bytes) -> str:
+    """The text of the first choice on one line; ValueError where there is none."""
+    try:
+        text = json.loads(body)["choices"][0]["message"]["content"]
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
+        raise ValueError(f"no chat completion: {body[:100]!r}") from error
+    caption = " ".join(text.split())[:LONGEST_CAPTION] if isinstance(text, str) else ""
+    if not caption:
+        raise ValueError("an empty caption")
+    return caption
+
+
+def _detail(error: urllib.error.HTTPError) -> str:
+    return " ".join(error.read(300).decode("utf-8", "replace").split()) or str(error.reason)
+
+
+def _retry_after(headers: Message | None) -> float:
+    """Seconds that the server asks to wait; 0 where it gives none, or a date."""
+    text = (headers.get("Retry-After") if headers else None) or ""
+    return float(text) if text.isascii() and text.isdigit() and len(text) < 7 else 0.0
+
+
+def _cached(path: Path) -> str:
+    """The caption of a cache file; "" where the file is broken, so that it is asked for again."""
+    try:
+        tree = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return ""
+    caption = tree.get("caption") if isinstance(tree, dict) else None
+    return caption if isinstance(caption, str) else ""
+
+
+def _save(path: Path, tree: Mapping[str, str | None]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            json.dump(tree, file, ensure_ascii=False)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,215 @@
+"""Read raw shards again and look for what is wrong: python -m data_prep.check_shards FOLDER [--jobs N]
+
+Every shard is compared with its hash, every clip decoded, and its geometry, normalisation and cameras are measured.
+Leaves in FOLDER/check (or --report): report.json (numbers per clip, their medians, what is flagged), exclude.txt (for
+`write_shards --exclude`) and clips.png (flagged clips first). Ends with 1 where a file is damaged.
+With --rank and --world it is one task of an array job; a shard that was checked is not checked again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import logging
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from statistics import median
+
+import torch
+from diffusers import AutoencoderKLWan
+from tqdm import tqdm
+
+from data_prep.geometry_checks import check_geometry
+from data_prep.parallel import run_parallel
+from data_prep.pictures import draw_clips
+from one4d_pl.data.shards import ShardSet
+from one4d_pl.data.tar_set import SampleError, atomic
+from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
+from one4d_pl.types import Clip
+
+SHIPPED_VAE = Path(__file__).parents[1] / "one4d_pl" / "assets" / "tiny_vae"
+FAR_LIMIT = 10.0  # as in training (config.DataConfig)
+MAX_PICTURES = 16
+
+log = logging.getLogger("data_prep")
+
+
+@dataclass(frozen=True)
+class ClipCheck:
+    """What was measured of one clip; nan = cannot be measured."""
+
+    key: str
+    fault: str  # "" = it can be read
+    valid_share: float = math.nan  # of all pixels
+    static_error: float = math.nan  # see geometry_checks.GeometryCheck, as the next five
+    depth_scale: float = math.nan
+    path_length: float = math.nan
+    largest_step: float = math.nan
+    turn: float = math.nan
+    motion: float = math.nan
+    round_trip: float = math.nan  # largest relative error of normalise and back, valid points
+    kept: float = math.nan  # share of the valid points that the cube holds
+    vae_error: float = math.nan  # median error of a valid point through the VAE and back, in the cube; where asked
+
+    def flags(self) -> list[str]:
+        """Why somebody should look at it before training."""
+        found = {
+            f"cannot be read: {self.fault}": bool(self.fault),
+            f"geometry: static points land {100 * self.static_error:.0f} % off": self.static_error > 0.1,
+            f"depth does not fit the camera's motion: it should be x{self.depth_scale:.3g}": not (
+                math.isnan(self.depth_scale) or 0.5 < self.depth_scale < 2
+            ),
+            f"valid: {100 * self.valid_share:.0f} % of the pixels": self.valid_share < 0.1,
+            f"camera jumps by {self.largest_step:.2f} median depths": self.largest_step > 0.5,
+            f"normalisation loses {self.round_trip:.1e}": self.round_trip > 1e-3,
+            f"cube: holds {100 * self.kept:.0f} % of the points": self.kept < 0.5,
+            f"VAE: pointmaps come back {self.vae_error:.3f} off": self.vae_error > 0.1,
+        }
+        return [reason for reason, raised in found.items() if raised]
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to check."""
+
+    folder: str
+    number: int
+    part: Path
+    vae: str | None
+    vae_clips: int  # of the whole set
+
+
+def check_clip(clip: Clip, vae: AutoencoderKLWan | None) -> ClipCheck:
+    """All numbers of one clip."""
+    valid_share = float(clip.valid.float().mean())
+    if valid_share == 0:
+        return ClipCheck(clip.key, "", valid_share)
+    normalised = normalise_pointmap(clip.depth, clip.valid, clip.intrinsics, clip.cam2world, FAR_LIMIT, False)
+    valid = normalised.valid
+    points = depth_to_pointmap(clip.depth, clip.intrinsics, clip.cam2world)[valid]  # [N, 3]
+    back = denormalise(normalised.points, normalised.scale)[valid]
+    error = ((back - points).abs().amax(-1) / points.abs().amax(-1)).max() if len(points) else torch.tensor(math.nan)
+    vae_error = math.nan
+    if vae is not None:
+        video = normalised.points.permute(3, 0, 1, 2)[None]
+        with torch.no_grad():
+            decoded = vae.decode(vae.encode(video).latent_dist.mode()).sample[0].permute(1, 2, 3, 0)
+        vae_error = float((decoded - normalised.points).norm(dim=-1)[valid].median())
+    return ClipCheck(
+        clip.key,
+        "",
+        valid_share,
+        **asdict(check_geometry(clip)),
+        round_trip=float(error),
+        kept=float(valid.sum() / clip.valid.sum()),
+        vae_error=vae_error,
+    )
+
+
+def check_shard(task: ShardTask) -> None:
+    """Check one shard's hash and clips; leaves the numbers in the task's part file."""
+    shards = ShardSet.open(task.folder)
+    shard = shards.manifest.shards[task.number]
+    every = max(1, -(-len(shards) // max(1, task.vae_clips)))
+    vae = None if task.vae is None else AutoencoderKLWan.from_pretrained(task.vae, torch_dtype=torch.float32)
+    checks = []
+    for index in range(shards.starts[task.number], shards.starts[task.number] + len(shard.samples)):
+        try:
+            checks.append(check_clip(shards.read(index), vae if index % every == 0 else None))
+        except (SampleError, ValueError) as error:
+            checks.append(ClipCheck(shards.key(index), str(error)))
+    path = Path(task.folder) / shard.name
+    with path.open("rb") as file:
+        intact = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
+    tree = {"sha256": shard.sha256, "intact": intact, "clips": [asdict(check) for check in checks]}
+    with atomic(task.part) as file:
+        file.write(json.dumps(tree).encode())
+
+
+def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[list[ClipCheck], list[str]]:
+    """report.json, exclude.txt and clips.png; returns the clips' numbers and the damaged shards."""
+    trees = [json.loads(part.read_text()) for part in parts]
+    names = [shard.name for shard in shards.manifest.shards]
+    damaged = [name for name, tree in zip(names, trees, strict=True) if not tree["intact"]]
+    checks = [ClipCheck(**clip) for tree in trees for clip in tree["clips"]]
+    flagged = {check.key: reasons for check in checks if (reasons := check.flags())}
+    medians = {}
+    for name in (field.name for field in fields(ClipCheck)[2:]):
+        known = [value for check in checks if not math.isnan(value := getattr(check, name))]
+        medians[name] = {"median": median(known), "max": max(known), "clips": len(known)} if known else None
+    report_tree = {
+        "folder": shards.location, "clips": len(checks), "damaged_shards": damaged, "numbers": medians,
+        "flagged": flagged, "checks": [{k: _plain(v) for k, v in asdict(check).items()} for check in checks],
+    }  # fmt: skip
+    with atomic(report / "report.json") as file:
+        file.write((json.dumps(report_tree, indent=1) + "\n").encode())
+    with atomic(report / "exclude.txt") as file:
+        file.writelines(f"{key}  # {'; '.join(reasons)}\n".encode() for key, reasons in flagged.items())
+    readable = [n for n, check in enumerate(checks) if not check.fault]
+    shown = sorted(readable, key=lambda n: checks[n].key not in flagged)[:MAX_PICTURES]
+    titles = ["; ".join(flagged.get(checks[n].key, ["nothing flagged"])) for n in shown]
+    if shown:
+        with atomic(report / "clips.png") as file:
+            draw_clips([shards.read(n) for n in shown], titles).save(file, "PNG")
+    return checks, damaged
+
+
+def _plain(value: str | float) -> str | float | None:
+    return None if isinstance(value, float) and math.isnan(value) else value  # json has no nan
+
+
+def summary(shards: ShardSet, checks: list[ClipCheck], damaged: list[str]) -> list[str]:
+    """What a person reads."""
+    flagged = [check for check in checks if check.flags()]
+    lines = [f"{shards.location}: {len(checks)} clips, {len(flagged)} flagged, {len(damaged)} damaged shards"]
+    lines += [f"  {check.key}: {'; '.join(check.flags())}" for check in flagged[:20]]
+    if len(flagged) > 20:
+        lines.append(f"  ... and {len(flagged) - 20} more in exclude.txt")
+    factors = [check.depth_scale for check in checks if not math.isnan(check.depth_scale)]
+    if factors and not 0.5 < median(factors) < 2:
+        lines.append(
+            f"  the whole set's depth does not fit its cameras: a constant of the source is wrong by about "
+            f"x{median(factors):.3g} ({len(factors)} clips can tell)"
+        )
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Check; 0, 1 where a shard or clip is damaged, 2 after one line on stderr where the input is wrong."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    parser = argparse.ArgumentParser(prog="python -m data_prep.check_shards", description=__doc__)
+    parser.add_argument("folder", help="raw shards, local")
+    parser.add_argument("--report", type=Path, help="folder of the report; default: FOLDER/check")
+    parser.add_argument("--base", help="folder of a base whose VAE is tried; default: the shipped tiny VAE")
+    parser.add_argument("--vae-clips", type=int, default=8, help="so many clips go through it (default %(default)s)")
+    parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=0, help="number of this task of an array job (default %(default)s)")
+    parser.add_argument("--world", type=int, default=1, help="tasks of the array job (default %(default)s)")
+    args = parser.parse_args(argv)
+    report = args.report or Path(args.folder) / "check"
+    vae = None if args.vae_clips < 1 else str(Path(args.base) / "vae" if args.base else SHIPPED_VAE)
+    try:
+        shards = ShardSet.open(args.folder)
+        (report / "parts").mkdir(parents=True, exist_ok=True)
+        parts = [report / "parts" / f"{shard.name}.{shard.sha256[:12]}.json" for shard in shards.manifest.shards]
+        mine = range(args.rank, len(parts), args.world)
+        tasks = [ShardTask(args.folder, n, parts[n], vae, args.vae_clips) for n in mine if not parts[n].exists()]
+        for _ in tqdm(run_parallel(check_shard, tasks, args.jobs), total=len(tasks), unit="shard"):
+            pass
+        if not all(part.exists() for part in parts):
+            print(f"task {args.rank} of {args.world} is done; the others are not: {report}")
+            return 0
+        checks, damaged = write_report(shards, parts, report)
+    except (ValueError, OSError) as error:
+        print(f"check_shards: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([*summary(shards, checks, damaged), f"  report: {report}"]))
+    return 1 if damaged or any(check.fault for check in checks) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

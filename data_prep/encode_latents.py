@@ -1,0 +1,106 @@
+"""Encode raw shards once: python -m data_prep.encode_latents --config configs/dlc.yaml --config ... [a.b=c]
+
+Writes encoded shards (latents of frames and pointmaps, embeddings, conditioning latents of frame 0 alone and of K
+sparse draws) of every folder of data.sources, or of --raw. Without --out they lie beside the raw shards, where `fit`
+finds them as its cache; as entries of data.sources they train alone, without raw shards and without the VAE.
+With --rank and --world it is one task of an array job (slurm/prep.sh); it can be stopped and started again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from one4d_pl.config import Config, ConfigError, load_config
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """The command line, typed."""
+
+    config: list[str]
+    raw: str | None
+    out: str | None
+    sparse_draws: int
+    device: str
+    rank: int
+    world: int
+    overrides: list[str]
+
+    def __post_init__(self) -> None:
+        if self.out is not None and self.raw is None:
+            raise ConfigError("--out needs --raw: which folder is encoded there?")
+        if self.sparse_draws < 0 or not 0 <= self.rank < self.world:
+            raise ConfigError("need --sparse-draws >= 0 and 0 <= --rank < --world")
+
+
+def parse(argv: Sequence[str] | None) -> Arguments:
+    """The command line as Arguments; exits with code 2 on an unknown or malformed option."""
+    parser = argparse.ArgumentParser(prog="python -m data_prep.encode_latents", description=__doc__)
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml, as for fit")
+    parser.add_argument("--raw", metavar="FOLDER", help="raw shards; default: every folder of data.sources")
+    parser.add_argument("--out", metavar="FOLDER", help="of one --raw folder; default: beside it, as the cache of fit")
+    parser.add_argument("--sparse-draws", type=int, default=4, metavar="K", help="per clip (default %(default)s)")
+    parser.add_argument("--device", default="auto", help="auto = cuda where there is one (default %(default)s)")
+    parser.add_argument("--rank", type=int, default=0, help="number of this task of an array job (default %(default)s)")
+    parser.add_argument("--world", type=int, default=1, help="tasks of the array job (default %(default)s)")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.num_frames=49")
+    return Arguments(**vars(parser.parse_args(argv)))
+
+
+def encode(arguments: Arguments, config: Config) -> list[str]:
+    """Encode this task's share of every folder; one line on each."""
+    import torch
+
+    from one4d_pl.data.datamodule import video_sample_maker
+    from one4d_pl.data.encoded import EncodedSet, cache_folder, encode_set, encoding_recipe
+    from one4d_pl.data.shards import ShardSet
+    from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
+
+    base = config.base
+    device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    recipe = encoding_recipe(fingerprint(base.path, ENCODER_PARTS), base.max_text_tokens, config.data)
+    opened: list[WanEncoders] = []
+
+    def open_encoders() -> WanEncoders:
+        if not opened:
+            opened.append(WanEncoders(base.path, base.dtype, base.max_text_tokens).to(device))
+        return opened[0]
+
+    lines = []
+    for location in [arguments.raw] if arguments.raw else [source.path for source in config.data.sources]:
+        raw = ShardSet.open(location)
+        if arguments.out is None and "://" in location:
+            raise ConfigError(f"{location}: nothing can be written beside a URL; give --raw and --out")
+        folder = Path(arguments.out) if arguments.out else cache_folder(location, recipe)
+        make = video_sample_maker(raw, config.data)
+        draws, task = arguments.sparse_draws, (arguments.rank, arguments.world)
+        if encode_set(raw, folder, recipe, draws, open_encoders, make, *task):
+            whole = EncodedSet.open(folder)
+            size = sum(shard.bytes for shard in whole.manifest.shards) / len(whole)
+            lines.append(f"{len(whole)} of {len(raw)} clips, {draws} sparse draws, {size / 1e6:.2f} MB each: {folder}")
+        else:
+            lines.append(f"task {arguments.rank} of {arguments.world} is done; the others are not: {folder}")
+    return lines
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Encode; 0, or 2 after one line on stderr that tells what is wrong with the input."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        arguments = parse(argv)
+        config = load_config(arguments.config, arguments.overrides)
+        lines = encode(arguments, config)
+    except (ValueError, OSError) as error:  # ConfigError and ShardSetError are ValueErrors
+        print(f"encode_latents: {error}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,57 @@
+"""One function over many items in several processes, with a bar; what fails ends the run with its own error."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+def run_parallel(
+    function: Callable[[Item], Result],  # of a module, so that a new process can import it
+    items: Iterable[Item],
+    jobs: int,
+) -> Iterator[Result]:
+    """The results as they come, in any order; two items per process are under way, so that a slow one stops nobody.
+
+    One job runs in this process. Several run in new ones with a thread each (forked copies of a process that uses
+    OpenMP can hang); they end when this one does, however it ends.
+    """
+    if jobs == 1:
+        yield from map(function, items)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by OpenMP when a new process loads it
+    context = multiprocessing.get_context("spawn")
+    queue, running = deque(items), set[Future[Result]]()
+    executor = ProcessPoolExecutor(min(jobs, len(queue) or 1), context, initializer=_become_worker)
+    try:
+        while queue or running:
+            while queue and len(running) < 2 * jobs:
+                running.add(executor.submit(function, queue.popleft()))
+            done, running = wait(running, return_when=FIRST_COMPLETED)
+            for future in done:
+                yield future.result()
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+def _become_worker() -> None:
+    """One thread, and no life after the parent: a worker that waits for work would wait for ever."""
+    import torch
+
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()

@@ -1,0 +1,272 @@
+"""One file of a dataset -> arrays, with the file named in every error and nothing larger than the file promises.
+
+Every function raises ValueError (or OSError where the file cannot be opened) and nothing else, whatever the bytes:
+a damaged download must end in one dropped clip. No pickle is ever loaded and no archive is ever unpacked to disk.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
+
+MAX_PIXELS = 89_000_000  # of one picture, as in clip_codec
+MAX_BYTES = 4 << 30  # of one array or archive member: 81 pointmaps of 1280x720 take 0.9 GB
+NPY_HEADER = re.compile(
+    r"\{'descr': ?'([<>|=]?[a-zA-Z]\d+)', ?'fortran_order': ?(True|False), ?'shape': ?\(([\d, ]*)\),? ?\}\s*"
+)
+KINDS = "fiubU"  # of the arrays that may be read: float, int, unsigned, bool, text
+
+
+def read_image(path: Path, mode: str = "RGB") -> NDArray[np.uint8]:  # [H, W, 3] for "RGB", [H, W] for "L"
+    """A png or jpg, converted to 8-bit "RGB" or "L"."""
+    return np.asarray(_open_image(path, mode), np.uint8)
+
+
+def read_depth_codes(path: Path) -> NDArray[np.uint16]:  # [H, W]
+    """A 16-bit grey png as it stands."""
+    return np.asarray(_open_image(path, "I;16"), np.uint16)
+
+
+def _open_image(path: Path, mode: str) -> Image.Image:
+    try:
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if mode == "I;16" and image.mode != "I;16":
+                raise ValueError(f"{path}: {image.mode} picture, need 16-bit grey")
+            return image.copy() if mode == "I;16" else image.convert(mode)
+    except (OSError, SyntaxError, struct.error, zlib.error, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: cannot be decoded ({error})") from error  # Pillow: SyntaxError for a broken png
+
+
+def read_frames(paths: Sequence[Path]) -> Tensor:  # [T, H, W, 3] uint8
+    """Images of one size."""
+    return torch.from_numpy(stack_alike([read_image(path) for path in paths], paths))
+
+
+def stack_alike(arrays: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
+    """The arrays stacked; ValueError names the first one whose shape differs from the first."""
+    for array, path in zip(arrays, paths):
+        if array.shape != arrays[0].shape:
+            wrong, right = (f"{a.shape[1]}x{a.shape[0]}" for a in (array, arrays[0]))
+            raise ValueError(f"{path}: {wrong} pixels, the clip's first has {right}")
+    return np.stack(arrays)
+
+
+def read_npy(path: Path) -> np.ndarray:
+    """A .npy file."""
+    return npy_array(path.read_bytes(), str(path))
+
+
+def npy_array(content: bytes, name: str) -> np.ndarray:
+    """The array in the bytes of a .npy file; text and plain numbers only."""
+    if content[:6] != b"\x93NUMPY" or len(content) < 12 or content[6] not in (1, 2, 3):
+        raise ValueError(f"{name}: no npy file ({len(content)} bytes)")
+    start, end = (10, 10 + int.from_bytes(content[8:10], "little"))
+    if content[6] > 1:
+        start, end = 12, 12 + int.from_bytes(content[8:12], "little")
+    match = NPY_HEADER.fullmatch(content[start:end].decode("latin-1"))
+    if not match or match[1].lstrip("<>|=")[0] not in KINDS:
+        raise ValueError(f"{name}: no npy file of numbers (header {content[start : start + 80]!r})")
+    try:
+        dtype = np.dtype(match[1])
+    except TypeError as error:
+        raise ValueError(f"{name}: no npy file ({error})") from error
+    shape = tuple(int(word) for word in match[3].split(",") if word.strip())
+    size = math.prod(shape) * dtype.itemsize
+    if size != len(content) - end or len(shape) > 8:
+        raise ValueError(f"{name}: {shape} {dtype} needs {size} bytes, the file holds {len(content) - end}")
+    array = np.frombuffer(content, dtype, offset=end) if size else np.empty(0, dtype)
+    return array.reshape(shape, order="F" if match[2] == "True" else "C")
+
+
+def read_npz(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray]:
+    """Those of the wanted arrays that an .npz file holds."""
+    members = read_zip(path, [f"{name}.npy" for name in wanted])
+    return {name[:-4]: npy_array(content, f"{path}: {name}") for name, content in members.items()}
+
+
+def zip_names(path: Path) -> list[str]:
+    """The names of an archive's members, as they stand: never to be used as paths."""
+    with _open_zip(path) as archive:
+        return archive.namelist()
+
+
+def read_zip(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
+    """Those of the wanted members that an archive holds, in memory."""
+    found = {}
+    with _open_zip(path) as archive:
+        for info in archive.infolist():
+            if info.filename not in wanted:
+                continue
+            if info.file_size > MAX_BYTES:
+                raise ValueError(f"{path}: {info.filename} claims {info.file_size} bytes")
+            try:
+                found[info.filename] = archive.read(info)
+            except (OSError, RuntimeError, zipfile.BadZipFile, zlib.error, struct.error, EOFError) as error:
+                raise ValueError(f"{path}: {info.filename!r} cannot be read ({error})") from error
+    return found
+
+
+def _open_zip(path: Path) -> zipfile.ZipFile:
+    try:
+        return zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, struct.error, NotImplementedError, EOFError, IndexError) as error:
+        raise ValueError(f"{path}: no zip archive ({error})") from error
+
+
+def read_exr(
+    content: bytes,
+    name: str,  # of the file, for errors
+    channel: str,
+) -> NDArray[np.float32]:  # [H, W]
+    """One channel of an OpenEXR picture (the `exr` extra)."""
+    try:
+        import OpenEXR
+    except ImportError as error:
+        raise ImportError("OpenEXR is not installed: pip install 'one4d_pl[exr]'") from error
+    try:
+        header = OpenEXR.File(io.BytesIO(content), header_only=True).header()
+        low, high = header["dataWindow"]
+        if not 0 < math.prod(int(b) - int(a) + 1 for a, b in zip(low, high)) <= MAX_PIXELS:
+            raise ValueError(f"data window {low} .. {high}")
+        channels = OpenEXR.File(io.BytesIO(content), separate_channels=True, num_threads=0).channels()
+        pixels = np.array(channels[channel].pixels, np.float32)
+    except KeyError as error:
+        raise ValueError(f"{name}: no channel {channel!r} in this EXR ({error})") from error
+    except (RuntimeError, TypeError, ValueError, OSError, MemoryError, OverflowError) as error:
+        raise ValueError(f"{name}: no EXR picture ({error})") from error
+    if pixels.ndim != 2:
+        raise ValueError(f"{name}: channel {channel!r} is {pixels.shape}")
+    return pixels
+
+
+def read_json(path: Path) -> object:
+    """A json file."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: no json ({error})") from error
+
+
+def json_numbers(tree: Mapping[str, object], field: str, path: Path, *shape: int) -> NDArray[np.float64]:
+    """A field of numbers in the wanted shape, finite."""
+    try:
+        numbers = np.asarray(tree[field], np.float64)
+    except KeyError:
+        raise ValueError(f"{path}: no {field!r}") from None
+    except (TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"{path}: {field} is no list of numbers ({error})") from error
+    return finite(numbers, f"{path}: {field}", *shape)
+
+
+def finite(numbers: np.ndarray, name: str, *shape: int) -> NDArray[np.float64]:
+    """The numbers as float64; ValueError unless they have this shape (-1: any) and are finite."""
+    if numbers.dtype.kind not in "fiu" or len(shape) != numbers.ndim:
+        raise ValueError(f"{name}: {numbers.dtype} {numbers.shape}, need numbers {list(shape)}")
+    if any(want not in (-1, have) for want, have in zip(shape, numbers.shape)):
+        raise ValueError(f"{name}: {numbers.shape}, need {list(shape)}")
+    if not np.isfinite(numbers).all():
+        raise ValueError(f"{name}: not finite")
+    return numbers.astype(np.float64)
+
+
+def read_csv(path: Path) -> list[dict[str, str]]:
+    """The rows of a csv file with a header line; a field that a row lacks is an empty text."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(file)]
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: no csv ({error})") from error
+
+
+def rigid_transforms(
+    quaternions: np.ndarray,  # [N, 4] xyzw
+    translations: np.ndarray,  # [N, 3]
+    name: str,
+) -> Tensor:  # [N, 4, 4] float64
+    """Rotation, then translation; ValueError names the first row whose quaternion is no unit quaternion."""
+    norms = np.linalg.norm(quaternions, axis=1)
+    for row, norm in enumerate(norms):
+        if not abs(norm - 1) <= 1e-2:
+            raise ValueError(f"{name}: row {row}: the quaternion's norm is {norm:.4f}, need 1")
+    return se3_matrix(xyzw_to_matrix(torch.from_numpy(quaternions)), torch.from_numpy(translations))
+
+
+def nearest_rotations(
+    transforms: np.ndarray,  # [N, 4, 4]
+    name: str,
+) -> Tensor:  # [N, 4, 4] float64
+    """Rigid transforms whose rotations were rounded (half floats, few decimals), made exact again.
+
+    ValueError names the first row that is further than 1e-2 from one: it is something else.
+    """
+    matrices = finite(transforms, name, -1, 4, 4).copy()
+    left, _, right = np.linalg.svd(matrices[:, :3, :3])
+    rotations = left @ right
+    error = np.abs(rotations - matrices[:, :3, :3]).max((1, 2))
+    bad = (error > 1e-2) | (np.linalg.det(rotations) < 0) | (matrices[:, 3] != [0, 0, 0, 1]).any(1)
+    if bad.any():
+        raise ValueError(f"{name}: row {int(bad.argmax())} is no rotation and translation")
+    matrices[:, :3, :3] = rotations
+    return torch.from_numpy(matrices)
+
+
+def pinhole(
+    focal_x: np.ndarray,  # [T] pixels
+    focal_y: np.ndarray,  # [T]
+    centre_x: np.ndarray,  # [T]
+    centre_y: np.ndarray,  # [T]
+) -> Tensor:  # [T, 3, 3] float32
+    """Intrinsics of a camera without skew."""
+    intrinsics = torch.zeros(len(focal_x), 3, 3)
+    for (row, column), values in zip(((0, 0), (1, 1), (0, 2), (1, 2)), (focal_x, focal_y, centre_x, centre_y)):
+        intrinsics[:, row, column] = torch.from_numpy(np.asarray(values, np.float32))
+    intrinsics[:, 2, 2] = 1
+    return intrinsics
+
+
+def read_video(path: Path, numbers: Sequence[int]) -> Tensor:  # [T, H, W, 3] uint8
+    """The frames with these numbers (ascending) of a video's first stream, counted from 0."""
+    wanted, found = set(numbers), []
+    try:
+        with av.open(str(path)) as container:
+            container.streams.video[0].thread_type = "NONE"  # the units of a dataset are what is worked in parallel
+            for n, frame in enumerate(container.decode(video=0)):
+                if n in wanted:
+                    found.append(frame.to_ndarray(format="rgb24"))
+                if n >= numbers[-1]:
+                    break
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+    if len(found) < len(numbers):
+        raise ValueError(f"{path}: ends before frame {numbers[-1]}")
+    return torch.from_numpy(stack_alike(found, [path] * len(found)))
+
+
+def video_rate_and_length(path: Path) -> tuple[float, int]:
+    """Frames per second and number of frames, from a video's header; ValueError where it tells none."""
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            rate, length = stream.average_rate, stream.frames
+    except (av.FFmpegError, IndexError) as error:
+        raise ValueError(f"{path}: cannot be opened as a video ({error})") from error
+    if not rate or rate <= 0 or length < 1:
+        raise ValueError(f"{path}: the header tells no frame rate or no length")
+    return float(rate), length

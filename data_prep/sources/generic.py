@@ -1,0 +1,155 @@
+"""Anybody's clips: one folder or one .npz per clip, so that the output of any labeler can become shards.
+
+A clip is `<name>.npz`, or a folder `<name>/` that holds `clip.json`. A folder's arrays are `<array>.npy`, and it may
+hold `frames/` (png or jpg, in the order of their names) or `frames.mp4` instead of frames.npy. With T frames:
+
+    frames      [T, H, W, 3]  uint8, sRGB
+    depth       [T, h, w]     z in the camera, any unit; not finite or <= 0 = no measurement, +inf = sky
+    pointmaps   [T, h, w, 3]  instead of depth: points in one world; not finite = no point
+    intrinsics  [T, 3, 3] or [3, 3]  pixels of h x w, pixel centres at +0.5 (add 0.5 to cx, cy of integer centres)
+    cam2world   [T, 4, 4]     OpenCV axes, unit of the geometry
+    confidence  [T, h, w]     optional, larger = better; `min_confidence` makes the rest invalid
+    valid       [T, h, w]     optional, bool
+    moving      [T, h, w]     optional, bool
+
+intrinsics and cam2world may both be left out where there are pointmaps: they are then solved for (One4D, Eq. 11-12).
+`clip.json`, or text arrays of one value in the npz: fps, licence (both needed), domain ("real"), caption ("").
+Where h x w is smaller than H x W, the geometry is taken for the frame's largest centred part of its aspect ratio.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_prep.sources.decoding import (
+    read_frames,
+    read_json,
+    read_npy,
+    read_npz,
+    read_video,
+    video_rate_and_length,
+)
+from data_prep.sources.geometry import Geometry, fit_to_frames
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units
+from one4d_pl.types import DOMAINS, Clip
+
+ARRAYS = ("frames", "frame_numbers", "depth", "pointmaps", "intrinsics", "cam2world", "confidence", "valid", "moving")
+TEXTS = ("fps", "licence", "domain", "caption")
+IMAGES = {".png", ".jpg", ".jpeg"}
+
+
+def list_units(root: Path) -> list[str]:
+    """The clips at or below `root`, relative to it."""
+    found = []
+    for folder, folders, files in os.walk(root):
+        if "clip.json" in files:
+            found.append(Path(folder).relative_to(root).as_posix())
+            folders.clear()
+        else:
+            found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".npz")]
+    return sorted(found)
+
+
+def iter_clips(
+    root: str | Path,
+    num_frames: int = 81,
+    stride: int = 1,
+    units: Sequence[str] | None = None,
+    min_confidence: float = 0.0,
+) -> Iterator[Clip]:
+    """Clips of `num_frames` frames, every `stride`-th, of each folder or npz; broken ones are dropped, logged.
+
+    Raises ValueError where `root` holds no clip or `units` names one that does not exist.
+    """
+    root = Path(root)
+    chosen = chosen_units(list_units(root), units, root, "generic clip (<name>/clip.json or <name>.npz)")
+
+    def open_unit(unit: str) -> list[Track]:
+        path = root / unit
+        arrays = read_arrays(path)
+        geometry = Geometry.of_arrays(arrays, str(path), min_confidence)
+        texts = _read_texts(path)
+        moving = arrays.get("moving")
+        if moving is not None and (moving.dtype != bool or moving.shape != geometry.depth.shape):
+            raise ValueError(
+                f"{path}: moving is {moving.dtype} {moving.shape}, need bool {tuple(geometry.depth.shape)}"
+            )
+
+        def read(window: range) -> Clip:
+            frames = _read_frames(path, arrays, window, geometry.num_frames)
+            part = None if moving is None else torch.from_numpy(moving[list(window)])
+            frames, fitted, part = fit_to_frames(frames, geometry.at(list(window)), part, str(path))
+            return fitted.clip(
+                key=clip_key(root, unit.removesuffix(".npz"), f"{window[0]:05d}"),
+                frames=frames,
+                moving=part,
+                caption=texts["caption"],
+                source="generic",
+                domain=texts["domain"],
+                fps=float(texts["fps"]) / stride,
+                licence=texts["licence"],
+            )
+
+        return [Track(str(path), list(range(geometry.num_frames)), read)]
+
+    return clips_of_units(root, chosen, open_unit, num_frames, stride)
+
+
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a clip, by the names in the module's docstring."""
+    if path.suffix == ".npz":
+        return read_npz(path, ARRAYS)
+    return {name: read_npy(path / f"{name}.npy") for name in ARRAYS if (path / f"{name}.npy").is_file()}
+
+
+def _read_texts(path: Path) -> dict[str, str]:
+    if path.suffix == ".npz":
+        members = read_npz(path, TEXTS)
+        if wrong := [name for name, array in members.items() if array.size != 1]:
+            raise ValueError(f"{path}: {wrong[0]} is not one value")
+        tree: object = {name: array.item() for name, array in members.items()}
+    else:
+        tree = read_json(path / "clip.json")
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path}: clip.json is no object")
+    texts = {"domain": "real", "caption": "", **{name: str(tree[name]) for name in TEXTS if name in tree}}
+    if missing := {"fps", "licence"} - set(texts):
+        raise ValueError(f"{path}: no {sorted(missing)[0]}, need fps and licence")
+    try:
+        rate = float(texts["fps"])
+    except ValueError:
+        rate = np.nan
+    if not 0 < rate < 1e4:
+        raise ValueError(f"{path}: fps is {texts['fps']!r}")
+    if texts["domain"] not in DOMAINS or not texts["licence"].strip():
+        raise ValueError(f"{path}: domain is {texts['domain']!r}, need one of {DOMAINS}, and a licence")
+    return texts
+
+
+def _read_frames(path: Path, arrays: dict[str, np.ndarray], window: range, total: int) -> Tensor:  # [T, H, W, 3] uint8
+    """The window's frames; a clip whose number of frames is not its geometry's is refused."""
+    if "frames" in arrays:
+        frames = arrays["frames"]
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+            raise ValueError(f"{path}: frames are {frames.dtype} {frames.shape}, need uint8 [T, H, W, 3]")
+        found = len(frames)
+    elif (path / "frames").is_dir():
+        images = sorted(p for p in (path / "frames").iterdir() if p.suffix.lower() in IMAGES)
+        found = len(images)
+    elif (path / "frames.mp4").is_file():
+        found = video_rate_and_length(path / "frames.mp4")[1]
+    else:
+        raise ValueError(f"{path}: no frames (frames array, frames/ or frames.mp4)")
+    if found != total:
+        raise ValueError(f"{path}: {found} frames, but geometry of {total}")
+    if "frames" in arrays:
+        return torch.from_numpy(frames[list(window)])
+    if (path / "frames").is_dir():
+        return read_frames([images[n] for n in window])
+    return read_video(path / "frames.mp4", window)

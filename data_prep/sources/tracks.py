@@ -1,0 +1,130 @@
+"""How a source walks its dataset: units (folders that can be converted on their own), tracks, windows, clips.
+
+A unit is a path relative to the root, with forward slashes ("." is the root itself). A track is a run of frames that
+share one world; a clip is a window of a track. What cannot be read is dropped with one logged line.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+from one4d_pl.data.clip_codec import MAX_FRAMES, MIN_FRAMES, clip_fault
+from one4d_pl.types import Clip
+
+MAX_KEY = 80  # characters; what clip_codec.SAFE_KEY allows
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Track:
+    """Frames that share a world: their numbers in ascending order, and how to read the clip of some of them."""
+
+    name: str  # for messages
+    numbers: list[int]
+    read: Callable[[range], Clip]  # raises ValueError or OSError, naming the broken file
+
+
+def clips_of_units(
+    root: Path,
+    units: Sequence[str],
+    open_unit: Callable[[str], list[Track]],
+    num_frames: int,
+    stride: int,
+) -> Iterator[Clip]:
+    """Disjoint clips of `num_frames` frames, every `stride`-th, of each unit, in order.
+
+    A broken clip or unit is dropped with one line that says why. Raises ValueError for a length or stride below 1.
+    """
+    if num_frames < 1 or stride < 1:
+        raise ValueError(f"num_frames and stride must be at least 1, got {num_frames} and {stride}")
+    num_clips = num_dropped = 0
+    for unit in units:
+        try:
+            tracks = open_unit(unit)
+        except (OSError, ValueError) as error:
+            logger.warning("skipped %s: %s", unit, one_line(error))
+            continue
+        for track in tracks:
+            windows = clip_windows(track.numbers, num_frames, stride)
+            if not windows:
+                logger.warning("%s: no run of %d frames at stride %d, no clip", track.name, num_frames, stride)
+            for window in windows:
+                num_clips += 1
+                try:
+                    clip = _checked(track.read(window))
+                except (OSError, ValueError) as error:
+                    num_dropped += 1
+                    logger.warning("dropped a clip: %s", one_line(error))
+                else:
+                    yield clip
+    if num_dropped:
+        logger.warning("%s: %d of %d clips dropped", root, num_dropped, num_clips)
+
+
+def _checked(clip: Clip) -> Clip:
+    """The clip; ValueError where it breaks the schema. A length that shards cannot hold is the writer's to refuse."""
+    can_be_stored = MIN_FRAMES <= clip.num_frames <= MAX_FRAMES and clip.num_frames % 4 == 1
+    if can_be_stored and (fault := clip_fault(clip)):
+        raise ValueError(f"{clip.key}: {fault}")
+    return clip
+
+
+def clip_windows(numbers: Sequence[int], num_frames: int, stride: int) -> list[range]:
+    """Disjoint runs of frame numbers; where a frame is absent, the next run starts behind the gap."""
+    present, windows = set(numbers), []
+    free = 0  # the first frame number that no window has used
+    for first in numbers:
+        window = range(first, first + num_frames * stride, stride)
+        if first >= free and present.issuperset(window):
+            windows.append(window)
+            free = window.stop
+    return windows
+
+
+def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
+    """The folders at or below `root` whose entries (names of files and folders) make them a unit, sorted.
+
+    What lies inside a unit is not looked at: a dataset has thousands of folders and millions of files.
+    """
+    found = []
+    for folder, folders, files in os.walk(root):
+        if is_unit({*folders, *files}):
+            found.append(Path(folder).relative_to(root).as_posix())
+            folders.clear()
+    return sorted(found)
+
+
+def chosen_units(
+    found: list[str], units: Sequence[str] | None, root: Path, layout: str, where: str = "at or below it"
+) -> list[str]:
+    """All units, or the given ones; ValueError where there is none, or a given one does not exist."""
+    if not found:
+        raise ValueError(f"{root}: no {layout} {where}")
+    if units is None:
+        return found
+    if unknown := sorted(set(units) - set(found)):
+        raise ValueError(f"{root}: no unit {unknown[0]!r}; there are {len(found)}, the first is {found[0]!r}")
+    return list(units)
+
+
+def clip_key(root: Path, unit: str, suffix: str) -> str:
+    """A file-safe name of a clip; what is replaced or cut away is made up for by a hash, so it stays unique."""
+    name = f"{root.resolve().name if unit == '.' else unit}/{suffix}"
+    key = re.sub(r"[^A-Za-z0-9_-]", "-", name)
+    ascii_path = re.fullmatch(r"[A-Za-z0-9_/-]+", name)
+    if ascii_path and len(key) <= MAX_KEY and key[0].isalnum():
+        return key
+    digest = sha256(name.encode(errors="surrogateescape")).hexdigest()[:12]
+    return f"c{digest}-{key[-(MAX_KEY - 14) :]}"
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error without line breaks."""
+    return " ".join(str(error).split())

@@ -1,0 +1,170 @@
+"""From a unit of a dataset to the packed clips of a shard: what one process of the writer does.
+
+1. A unit (a trajectory, a scene's sequence, a toy seed) is read by its source as clips.
+2. A clip that is excluded, cut, frozen or broken is dropped, with its reason.
+3. The others are resized, frames and geometry together, and packed.
+No split divides a scene.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from data_prep.quality import reject_reason
+from data_prep.sources import registry
+from one4d_pl.data.decode import resize_clip
+from one4d_pl.data.shards import pack_clip
+from one4d_pl.data.staging import Dropped, Plan, Staging
+from one4d_pl.data.tar_set import Origin, SampleEntry
+from one4d_pl.data.toy_world import clip_key, render_clip
+from one4d_pl.types import Clip
+
+# Sequences that published evaluations use (protocol.md, sec. 1.1): all of Sintel's training set, Bonn's five and
+# TUM-dynamics' eight.
+BENCHMARKS = {
+    "sintel": "alley_1 alley_2 ambush_2 ambush_4 ambush_5 ambush_6 ambush_7 bamboo_1 bamboo_2 bandage_1 bandage_2 "
+    "cave_2 cave_4 market_2 market_5 market_6 mountain_1 shaman_2 shaman_3 sleeping_1 sleeping_2 temple_2 temple_3",
+    "bonn": "balloon2 crowd2 crowd3 person_tracking2 synchronous rgbd_bonn_balloon2 rgbd_bonn_crowd2 rgbd_bonn_crowd3 "
+    "rgbd_bonn_person_tracking2 rgbd_bonn_synchronous",
+    "tum-dynamics": " ".join(
+        f"rgbd_dataset_freiburg3_{who}_{camera}"
+        for who in ("sitting", "walking")
+        for camera in ("static", "xyz", "halfsphere", "rpy")
+    ),
+}
+BENCHMARK_OF = {name: benchmark for benchmark, names in BENCHMARKS.items() for name in names.split()}
+
+
+@dataclass(frozen=True)
+class UnitTask:
+    """One unit, and everything a new process needs to convert it."""
+
+    number: int
+    unit: str
+    source: str
+    root: str | None
+    out: Path
+    plan: Plan
+    num_frames: int
+    stride: int | None
+    height: int
+    width: int
+    geometry: str | None
+    min_confidence: float
+    exclusions: frozenset[str]
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """What came of a unit."""
+
+    clips: int
+    bytes: int
+    dropped: list[Dropped]
+
+
+def list_source_units(source: str, root: str | None, seed: int, count: int, domain: str) -> list[str]:
+    """Every unit of a source, in the order of the shards; the toy world's are its clips' keys."""
+    if source == "toy":
+        return [clip_key(number, domain) for number in range(seed, seed + count)]
+    assert root is not None  # the door saw to it
+    units = registry.list_units(source, root)
+    if not units:
+        registry.iter_clips(source, root)  # says what it looked for
+        raise ValueError(f"{root}: nothing to convert")
+    return units
+
+
+def read_exclusions(path: str | None) -> set[str]:
+    """Clip keys and units, one per line; what follows a # is a comment."""
+    if path is None:
+        return set()
+    names = (line.split("#", 1)[0].strip() for line in Path(path).read_text(encoding="utf-8").splitlines())
+    return {name for name in names if name}
+
+
+def scene_of(source: str, unit: str) -> str:
+    """The scene that a unit shows; every toy clip is one of its own."""
+    return unit if source == "toy" else registry.scene_of(source, unit)
+
+
+def split_units(source: str, units: Sequence[str], split: str, val_share: float) -> list[str]:
+    """The units of a split: a scene's name alone decides, so that more data moves no scene to the other side."""
+    if split == "all":
+        return list(units)
+    return [unit for unit in units if (_draw_scene(scene_of(source, unit)) < val_share) == (split == "val")]
+
+
+def _draw_scene(scene: str) -> float:  # [0, 1)
+    return int.from_bytes(hashlib.sha256(scene.encode(errors="surrogateescape")).digest()[:6], "big") / 2**48
+
+
+def benchmark_of(root: str | None, unit: str) -> str:
+    """The evaluation set that a unit belongs to by the name of one of its folders; "" if to none."""
+    parts = (*Path(root or ".").resolve().parts, *unit.split("/"))
+    return next((BENCHMARK_OF[part] for part in reversed(parts) if part in BENCHMARK_OF), "")
+
+
+def convert_unit(task: UnitTask) -> UnitResult:
+    """Read, check, resize and pack the clips of one unit into the staging folder."""
+    dropped: list[Dropped] = []
+    staging = Staging(task.out, task.plan)
+    samples = _packed_clips(task, dropped)
+    with _SourceNotes(task.unit, dropped):
+        clips, size = staging.write_unit(task.number, samples, dropped)
+    return UnitResult(clips, size, dropped)
+
+
+def _packed_clips(task: UnitTask, dropped: list[Dropped]) -> Iterator[tuple[Origin, SampleEntry, bytes]]:
+    scene, benchmark = scene_of(task.source, task.unit), benchmark_of(task.root, task.unit)
+    for raw in iter_unit(task):
+        clip = resize_clip(raw, task.height, task.width)
+        reason = "excluded by the list" if clip.key in task.exclusions else reject_reason(clip)
+        if reason is None:
+            try:
+                packed = pack_clip(clip, scene, benchmark)
+            except ValueError as error:
+                reason = str(error).removeprefix(f"{clip.key}: ")
+            else:
+                yield Origin(clip.source, clip.domain, clip.licence), *packed
+                continue
+        dropped.append(Dropped(task.unit, clip.key, reason))
+
+
+def iter_unit(task: UnitTask) -> Iterator[Clip]:
+    """The clips of one unit as its source gives them."""
+    if task.source == "toy":
+        domain, seed = task.unit.removeprefix("toy_").rsplit("_", 1)
+        return iter([render_clip(int(seed), task.num_frames, task.height, task.width, domain)])
+    assert task.root is not None
+    return registry.iter_clips(
+        task.source, task.root, task.num_frames, task.stride, [task.unit], task.geometry, task.min_confidence
+    )
+
+
+class _SourceNotes(logging.Handler):
+    """What the sources log while a unit is read is what they left out: it goes to the record instead."""
+
+    def __init__(self, unit: str, dropped: list[Dropped]) -> None:
+        super().__init__(logging.WARNING)
+        self.unit, self.dropped = unit, dropped
+        self.logger = logging.getLogger("data_prep.sources")
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if not re.search(r"\d+ of \d+ clips dropped$", message):  # a sum over what was said before
+            self.dropped.append(Dropped(self.unit, "", message.removeprefix("dropped a clip: ")))
+
+    def __enter__(self) -> _SourceNotes:
+        self.logger.addHandler(self)
+        self.propagated, self.logger.propagate = self.logger.propagate, False
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.logger.removeHandler(self)
+        self.logger.propagate = self.propagated

@@ -1,0 +1,295 @@
+"""Sets of tars that are read by byte range: the manifest, the reader and the writer that every kind of shard shares.
+
+1. A folder holds `shard-000000.tar` ... and `manifest.json`, written last: without it a folder is no set.
+2. A shard is a plain WebDataset tar; the members of one sample lie side by side.
+3. The manifest lists each sample's byte range and CRC-32, so a reader needs one ranged read per sample, locally or
+   through any fsspec URL, and a flipped byte is always noticed.
+"""
+
+from __future__ import annotations
+
+import bisect
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tarfile
+import time
+import uuid
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar, Self
+
+import fsspec
+from webdataset.writer import TarWriter
+
+from one4d_pl.data.clip_codec import MAX_STACKED_PIXELS, SAFE_KEY, SCHEMA_VERSION
+
+MANIFEST_NAME = "manifest.json"
+SAFE_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
+RETRY_PAUSES_S = (0.5, 2.0)  # a hiccup of a remote store must not change which samples are seen
+READ_TIMEOUT_S = 120.0  # of one ranged read from a remote store
+SPLITS = ("all", "train", "val")
+
+Recipe = dict[str, str | int | float | bool | None]
+
+
+class ShardSetError(ValueError):
+    """A folder of shards that cannot be used as a whole."""
+
+
+class SampleError(ValueError):
+    """One broken sample; the rest of its shard set may be fine."""
+
+    def __init__(self, key: str, shard: str, reason: str) -> None:
+        super().__init__(key, shard, reason)  # these args let the error travel between processes
+        self.key, self.shard, self.reason = key, shard, reason
+
+    def __str__(self) -> str:
+        return f"{self.shard}: sample {self.key}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class SampleEntry:
+    """Where one sample lies within its shard, and what must be known of it without reading it."""
+
+    key: str
+    offset: int  # bytes from the start of the tar to the header of the sample's first member
+    size: int  # bytes up to the end of the last member's padding
+    crc32: int  # of these bytes
+    num_frames: int
+    height: int
+    width: int
+    scene: str = ""  # splits never divide one; "" = unknown
+    benchmark: str = ""  # the evaluation set that this clip belongs to; `fit` refuses to train on it
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.key, str) or not SAFE_KEY.fullmatch(self.key):
+            raise ValueError(f"unsafe key {self.key!r}")
+        numbers = (self.size, self.num_frames, self.height, self.width)
+        if not all(type(n) is int for n in (self.offset, self.crc32, *numbers)) or min(numbers) < 1 or self.offset < 0:
+            raise ValueError(f"{self.key}: offset, crc32 and sizes must be whole numbers, got {asdict(self)}")
+        if not isinstance(self.scene, str) or not isinstance(self.benchmark, str):
+            raise ValueError(f"{self.key}: scene and benchmark must be text")
+        if self.num_frames * self.height * self.width > MAX_STACKED_PIXELS:
+            raise ValueError(f"{self.key}: more than {MAX_STACKED_PIXELS} pixels")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """One tar of a shard set."""
+
+    name: str
+    sha256: str
+    bytes: int
+    samples: tuple[SampleEntry, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not SAFE_SHARD.fullmatch(self.name):
+            raise ValueError(f"unsafe shard name {self.name!r}")
+
+    @staticmethod
+    def from_tree(tree: dict) -> ShardEntry:
+        """The entry that json gave; KeyError, TypeError or ValueError where it is none."""
+        samples = tuple(SampleEntry(**entry) for entry in tree["samples"])
+        return ShardEntry(tree["name"], tree["sha256"], tree["bytes"], samples)
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What all clips of one set have in common."""
+
+    source: str
+    domain: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The contents of `manifest.json`: every shard, and what all its clips have in common."""
+
+    source: str
+    domain: str
+    licence: str
+    shards: tuple[ShardEntry, ...]
+    kind: str = "raw"  # raw | encoded
+    split: str = "all"  # one of SPLITS: whether scenes were held out, and which part this is
+    recipe: Recipe = field(default_factory=dict)  # the settings that made it
+
+    def to_json(self) -> str:
+        """The text of the file."""
+        return json.dumps({"version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
+
+    @staticmethod
+    def from_json(text: str, kinds: tuple[str, ...] = ("raw",)) -> Manifest:
+        """Parse and check the text of the file; ValueError tells what is wrong with it."""
+        tree = json.loads(text)
+        if not isinstance(tree, dict) or tree.get("version") != SCHEMA_VERSION or tree.get("kind") not in kinds:
+            raise ValueError(f'expected "version": {SCHEMA_VERSION} and "kind": "{" or ".join(kinds)}"')
+        try:
+            shards = tuple(ShardEntry.from_tree(shard) for shard in tree["shards"])
+            split, recipe = tree.get("split", "all"), tree.get("recipe", {})
+            manifest = Manifest(tree["source"], tree["domain"], tree["licence"], shards, tree["kind"], split, recipe)
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"a field is missing or of the wrong type ({error})") from error
+        if split not in SPLITS or not isinstance(recipe, dict):
+            raise ValueError(f"split must be one of {SPLITS} and recipe a mapping")
+        keys = [sample.key for shard in shards for sample in shard.samples]
+        if not keys or len(set(keys)) != len(keys) or not all(shard.samples for shard in shards):
+            raise ValueError("no sample, a shard without samples, or a key that occurs twice")
+        return manifest
+
+
+@dataclass(frozen=True)
+class TarSet:
+    """Random access to the samples of one folder; holds no open file, so workers may fork or pickle it."""
+
+    kind: ClassVar[str] = "raw"
+    remedy: ClassVar[str] = "make it with: python -m data_prep.write_shards --source ... --root ... --out {folder}"
+
+    location: str  # folder or fsspec URL
+    manifest: Manifest
+    starts: tuple[int, ...]  # index of each shard's first sample
+
+    @classmethod
+    def open(cls, location: str | Path) -> Self:
+        """Read the manifest of a folder or fsspec URL; ShardSetError tells how to make a missing or broken one."""
+        folder = str(location).rstrip("/")
+        return cls.of(folder, read_manifest(folder, (cls.kind,), cls.remedy.format(folder=folder)))
+
+    @classmethod
+    def of(cls, folder: str, manifest: Manifest) -> Self:
+        """The set of a manifest that was read."""
+        sizes = [len(shard.samples) for shard in manifest.shards]
+        return cls(folder, manifest, tuple(itertools.accumulate(sizes[:-1], initial=0)))
+
+    def __len__(self) -> int:
+        return self.starts[-1] + len(self.manifest.shards[-1].samples)
+
+    @property
+    def samples_per_shard(self) -> list[int]:
+        """The number of samples of each shard, in the manifest's order."""
+        return [len(shard.samples) for shard in self.manifest.shards]
+
+    @property
+    def entries(self) -> list[SampleEntry]:
+        """Every sample's entry, in order."""
+        return [sample for shard in self.manifest.shards for sample in shard.samples]
+
+    def key(self, index: int) -> str:
+        """The key of a sample."""
+        return self.locate(index)[1].key
+
+    def locate(self, index: int) -> tuple[ShardEntry, SampleEntry]:
+        """The shard and entry of a sample; IndexError outside the set."""
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.location}: sample {index} of {len(self)}")
+        number = bisect.bisect_right(self.starts, index) - 1
+        shard = self.manifest.shards[number]
+        return shard, shard.samples[index - self.starts[number]]
+
+    def fetch(self, shard: ShardEntry, entry: SampleEntry) -> bytes:
+        """The bytes of one sample, checked; ValueError tells what is wrong with them."""
+        content = b""
+        for pause in (*RETRY_PAUSES_S, None):
+            try:
+                # opened per read (fsspec caches it per process): remote filesystems do not survive a fork
+                filesystem, path = fsspec.core.url_to_fs(f"{self.location}/{shard.name}")
+                limit = {"timeout": READ_TIMEOUT_S} if filesystem.async_impl else {}
+                content = filesystem.cat_file(path, start=entry.offset, end=entry.offset + entry.size, **limit)
+                break
+            except FileNotFoundError as error:
+                raise ValueError("the shard file is missing") from error
+            except Exception as error:  # each remote backend raises types of its own
+                if pause is None:
+                    raise ValueError(f"cannot be read ({one_line(error)})") from error
+                time.sleep(pause)
+        if len(content) != entry.size:
+            what = "the shard is cut short" if len(content) < entry.size else "the server ignores byte ranges"
+            raise ValueError(f"got {len(content)} of {entry.size} bytes: {what}")
+        if zlib.crc32(content) != entry.crc32:
+            raise ValueError("its bytes differ from the manifest's checksum: the shard was changed or damaged")
+        return content
+
+    def verify(self) -> None:
+        """Compare every shard with the manifest's size and sha256; ShardSetError lists those that differ."""
+        different = []
+        for shard in self.manifest.shards:
+            digest, size = hashlib.sha256(), 0
+            try:
+                with fsspec.open(f"{self.location}/{shard.name}", "rb") as file:
+                    while chunk := file.read(1 << 20):
+                        digest.update(chunk)
+                        size += len(chunk)
+            except FileNotFoundError:
+                different.append(f"{shard.name} is missing")
+            else:
+                if (digest.hexdigest(), size) != (shard.sha256, shard.bytes):
+                    different.append(f"{shard.name} differs ({size} bytes, written {shard.bytes})")
+        if different:
+            raise ShardSetError(f"{self.location}: {'; '.join(different)}")
+
+
+def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str) -> Manifest:
+    """The manifest of a folder or fsspec URL; ShardSetError, with the remedy, where it is missing or broken."""
+    try:
+        filesystem, path = fsspec.core.url_to_fs(f"{folder}/{MANIFEST_NAME}")
+        return Manifest.from_json(filesystem.cat_file(path).decode(), kinds)
+    except FileNotFoundError as error:
+        raise ShardSetError(f"{folder}: no {MANIFEST_NAME}; {remedy}") from error
+    except Exception as error:  # each remote backend raises types of its own
+        raise ShardSetError(f"{folder}: cannot read {MANIFEST_NAME} ({one_line(error)}); {remedy}") from error
+
+
+def one_line(error: Exception) -> str:
+    """The text of an error without line breaks; its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
+    """One sample as it stands in a tar: headers, contents, padding; no end of archive."""
+    buffer = io.BytesIO()
+    # encoder=False: the members are bytes already; owner, mode and time are fixed for equal bytes
+    with TarWriter(buffer, user="", group="", mode=0o444, mtime=0, compress=False, encoder=False) as tar:
+        tar.write({"__key__": key, **members})
+        end = tar.tarstream.offset
+    return buffer.getvalue()[:end]
+
+
+def write_tar(
+    path: Path,
+    samples: Iterable[tuple[SampleEntry, bytes]],  # offsets are set here; the bytes are of `tar_bytes`
+    scratch: Path,  # folder of the temporary file, on the filesystem of `path`
+) -> ShardEntry:
+    """One shard out of finished samples; it appears under its name whole and flushed to disk, or not at all."""
+    entries, offset, digest = [], 0, hashlib.sha256()
+    with atomic(path, scratch) as file:
+        for entry, content in samples:
+            file.write(content)
+            digest.update(content)
+            entries.append(replace(entry, offset=offset))
+            offset += len(content)
+        end = bytes(-(offset + 2 * tarfile.BLOCKSIZE) % tarfile.RECORDSIZE + 2 * tarfile.BLOCKSIZE)
+        file.write(end)
+        digest.update(end)
+    return ShardEntry(path.name, digest.hexdigest(), offset + len(end), tuple(entries))
+
+
+@contextlib.contextmanager
+def atomic(path: Path, scratch: Path | None = None) -> Iterator[io.BufferedRandom]:
+    """A file that appears under its name whole and flushed to disk, or not at all."""
+    temporary = (scratch or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+    try:
+        with temporary.open("w+b") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
