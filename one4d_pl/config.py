@@ -325,6 +325,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.base.dtype == "bfloat16" and self.train.precision != "bf16-mixed":
             raise ConfigError("base.dtype: bfloat16 needs train.precision=bf16-mixed (the trainables are float32)")
+        if self.val.clips < self.train.world_size:  # a rank without a clip would skip the others' collectives
+            raise ConfigError(
+                f"val.clips: {self.val.clips} for {self.train.world_size} processes, need one each or more"
+            )
 
 
 def legal_worlds(global_batch_size: int, micro_batch_size: int) -> list[int]:

@@ -343,6 +343,10 @@ BAD_VALUES = [
     (["dlc.link_blocks=[1,1]"], ["dlc.link_blocks", "twice"]),
     (["base.dtype=float16"], ["base.dtype", "float32, bfloat16"]),
     (["base.dtype=bfloat16"], ["base.dtype", "train.precision=bf16-mixed"]),
+    (
+        ["val.clips=1", "train.strategy=ddp", "train.devices=2", "train.micro_batch_size=1"],
+        ["val.clips", "2 processes"],
+    ),
     (["base.max_text_tokens=0"], ["base.max_text_tokens"]),
     (["base.tiny.num_layers=0"], ["base.tiny.num_layers"]),
     (["data.num_frames=16"], ["data.num_frames", "4k+1", "17"]),
