@@ -288,16 +288,21 @@ class ValConfig:
 
 @dataclass
 class EvalConfig:
-    """Scenes sampled while training: metrics and pictures; `every: 0` switches them off."""
+    """Scenes sampled while training; `every: 0` switches metrics and pictures off, `video_every: 0` the distance."""
 
     every: int = 500  # optimiser steps; rounded up to the next validation
     clips: int = 8  # of the validation set, over all ranks; the tasks take turns
     steps: int = 20  # of the sampler: a look, not the final quality
+    video_every: int = 2000  # optimiser steps between Fréchet distances; rounded up to the next validation
+    video_clips: int = 64  # of the validation set, over all ranks; more than the VAE's 48 features, or it is biased
+    i3d: str | None = None  # TorchScript I3D: val/video/fvd; null = the base's VAE: val/video/fd_vae
 
     def __post_init__(self) -> None:
         _at_least("eval.every", self.every, 0)
         _at_least("eval.clips", self.clips, 1)
         _at_least("eval.steps", self.steps, 1)
+        _at_least("eval.video_every", self.video_every, 0)
+        _at_least("eval.video_clips", self.video_clips, 2)
 
 
 @dataclass
@@ -320,6 +325,10 @@ class Config:
     def __post_init__(self) -> None:
         if self.base.dtype == "bfloat16" and self.train.precision != "bf16-mixed":
             raise ConfigError("base.dtype: bfloat16 needs train.precision=bf16-mixed (the trainables are float32)")
+        if self.val.clips < self.train.world_size:  # a rank without a clip would skip the others' collectives
+            raise ConfigError(
+                f"val.clips: {self.val.clips} for {self.train.world_size} processes, need one each or more"
+            )
 
 
 def legal_worlds(global_batch_size: int, micro_batch_size: int) -> list[int]:
@@ -371,6 +380,10 @@ def check_paths(config: Config) -> None:
                 )
     if config.train.init_from and not (Path(config.train.init_from) / "card.json").is_file():
         raise ConfigError(f"train.init_from: no adapter at {config.train.init_from} (no card.json)")
+    if config.eval.i3d is not None and not Path(config.eval.i3d).is_file():
+        raise ConfigError(
+            f"eval.i3d: no I3D TorchScript file at {config.eval.i3d}; set eval.i3d=null for val/video/fd_vae"
+        )
 
 
 def base_folder(path: str) -> Path:

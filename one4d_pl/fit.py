@@ -107,15 +107,19 @@ def fit(config: Config) -> None:
 
 
 def scene_callbacks(config: EvalConfig) -> list[Callback]:
-    """What samples, measures and draws scenes while training; nothing where eval.every is 0."""
+    """What samples, measures and draws scenes while training; nothing where its cadence is 0."""
     from one4d_pl.callbacks.geometry_eval import GeometryEval
     from one4d_pl.callbacks.scene_samples import SceneSamples
+    from one4d_pl.callbacks.video_eval import VideoEval
     from one4d_pl.callbacks.visualize import Visualize
 
-    if config.every == 0:
-        return []
-    samples = SceneSamples(config)
-    return [samples, GeometryEval(samples), Visualize(samples)]
+    callbacks: list[Callback] = []
+    if config.every:
+        samples = SceneSamples(config)
+        callbacks += [samples, GeometryEval(samples), Visualize(samples)]
+    if config.video_every:
+        callbacks.append(VideoEval(config))
+    return callbacks
 
 
 def _write_config(config: Config) -> None:

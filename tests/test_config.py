@@ -343,6 +343,10 @@ BAD_VALUES = [
     (["dlc.link_blocks=[1,1]"], ["dlc.link_blocks", "twice"]),
     (["base.dtype=float16"], ["base.dtype", "float32, bfloat16"]),
     (["base.dtype=bfloat16"], ["base.dtype", "train.precision=bf16-mixed"]),
+    (
+        ["val.clips=1", "train.strategy=ddp", "train.devices=2", "train.micro_batch_size=1"],
+        ["val.clips", "2 processes"],
+    ),
     (["base.max_text_tokens=0"], ["base.max_text_tokens"]),
     (["base.tiny.num_layers=0"], ["base.tiny.num_layers"]),
     (["data.num_frames=16"], ["data.num_frames", "4k+1", "17"]),
@@ -373,6 +377,8 @@ BAD_VALUES = [
     (["val.sigmas=[0, 0.5]"], ["val.sigmas", "(0, 1]"]),
     (["val.sigmas=[.nan]"], ["val.sigmas", "nan"]),
     (["val.every=0"], ["val.every"]),
+    (["eval.video_every=-1"], ["eval.video_every", ">= 0"]),
+    (["eval.video_clips=1"], ["eval.video_clips", ">= 2"]),
     (["max_steps"], ["max_steps", "section.key=value"]),
     (["optim.lr=[1"], ["optim.lr=[1"]),
 ]

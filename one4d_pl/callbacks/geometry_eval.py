@@ -7,23 +7,39 @@ import logging
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from torchmetrics import Metric
+from torch import Tensor
+from torchmetrics import Metric, SumMetric
 
 from one4d_pl.callbacks.scene_samples import SceneSamples
-from one4d_pl.geometry.pointmap import denormalise, pointmap_to_depth
+from one4d_pl.geometry.pointmap import denormalise, is_sky, pointmap_to_depth
 from one4d_pl.inference.pipeline import GeneratedScene
+from one4d_pl.metrics.camera import CameraError, path_length
 from one4d_pl.metrics.depth import VideoDepthError
 from one4d_pl.metrics.pointmap import PointmapError, align_pointmap
-from one4d_pl.types import TASKS, Batch
+from one4d_pl.postopt.recover import RecoveredScene, recover_scene
+from one4d_pl.types import TASKS, Batch, Task
 
 log = logging.getLogger(__name__)
 
 
-class GeometryEval(Callback):
-    """Logs `val/pointmap/*` (all tasks and each alone) and `val/depth_true_cameras/*` over every rank's sampled scenes.
+CAMERA_KEYS = (
+    "ate", "rpe_trans", "rpe_rot", "auc_30", "total_rotation", "total_rotation_target",
+    "ate_regular", "rpe_trans_regular", "rpe_rot_regular", "degenerate",
+)  # fmt: skip
 
-    Pointmaps are aligned by one scale and shift per clip. Depth is read from the aligned pointmap with the *true*
-    cameras, which is why its name says so: it judges the geometry, not the cameras recovered from it.
+
+class GeometryEval(Callback):
+    """Logs how good the geometry of every rank's sampled scenes is, as means over their clips.
+
+    - `val/pointmap/*`, all tasks and each alone: after one scale and shift per clip.
+    - `val/depth_true_cameras/*`: depth read from the aligned pointmap with the *true* cameras, which judges the
+      geometry, not the cameras recovered from it.
+    - `val/depth/*`: depth recovered from the pointmap alone, after an exact L1 scale and shift per clip.
+    - `val/camera/*`: cameras recovered from the pointmap alone, after Sim(3), in the unit of the true cameras. A true
+      or recovered camera that stands still or moves on a line is in the plain means and counted in `degenerate`; the
+      `_regular` means leave it out, as published protocols do. So that a standing camera does not look good,
+      `total_rotation` stands beside, and `path_length_ratio` (recovered / true) in the unit of the aligned pointmap:
+      Sim(3) would blow up the jitter of a standing camera to the length of the true path.
     """
 
     def __init__(self, samples: SceneSamples) -> None:
@@ -32,36 +48,80 @@ class GeometryEval(Callback):
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
         # every task on every rank, whatever scenes it got: computing a metric is a collective
         self.pointmap: dict[str, PointmapError] = {t: PointmapError("scale_shift") for t in ("all", *TASKS)}
-        self.depth = VideoDepthError("none")
+        self.depth_true_cameras = VideoDepthError("none")
+        self.depth = VideoDepthError("scale_shift")
+        self.camera = CameraError()
+        self.path_length, self.path_length_target = SumMetric(), SumMetric()
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if not self.samples.due:
             return
-        for metric in (self.depth, *self.pointmap.values()):
+        several = (self.depth_true_cameras, self.depth, self.camera, *self.pointmap.values())
+        for metric in (*several, self.path_length, self.path_length_target):
             metric.to(module.device)  # NCCL cannot reduce what lies on the CPU
         for batch, scene in self.samples.scenes:
             self._update(batch, scene)
-        metrics = {f"val/depth_true_cameras/{k}": v for k, v in _finite(self.depth).items()}
+        metrics = self._compute()
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, trainer.global_step)
+        if trainer.is_global_zero:
+            shown = ("val/pointmap/rel_error", "val/depth/abs_rel", "val/camera/ate")
+            said = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
+            lines = f"; {metrics['val/camera/degenerate']:.0f} cameras stand still or move on a line"
+            log.info("step %d: %s%s", trainer.global_step, said, lines if metrics["val/camera/degenerate"] else "")
+
+    def _update(self, batch: Batch, scene: GeneratedScene) -> None:
+        preds = scene.pointmap.movedim(1, -1)  # [B, T, H, W, 3]
+        target = denormalise(batch.pointmap.movedim(1, -1), batch.scale).double()
+        for i, task in enumerate(batch.tasks):
+            self._update_clip(preds[i], target[i], batch.valid[i], batch.moving[i], batch.cam2world[i].double(), task)
+
+    def _update_clip(
+        self,
+        preds: Tensor,  # [T, H, W, 3], the cube
+        target: Tensor,  # [T, H, W, 3], camera-0 coordinates, float64
+        valid: Tensor,  # [T, H, W] bool
+        moving: Tensor,  # [T, H, W] bool
+        cam2world: Tensor,  # [T, 4, 4], unit of target, float64
+        task: Task,
+    ) -> None:
+        points = preds.double()
+        for name in ("all", task):
+            self.pointmap[name].update(points[None], target[None], valid[None], moving[None])
+        fit, _ = align_pointmap(points, target, valid, "scale_shift")
+        depth = pointmap_to_depth(target, cam2world)
+        self.depth_true_cameras.update(pointmap_to_depth(fit.apply(points), cam2world), depth, valid)
+        recovered = recover_without_truth(preds)
+        self.depth.update(recovered.depth.to(depth), depth, valid)
+        everywhere = torch.ones_like(cam2world[:, 0, 0], dtype=torch.bool)
+        cam2world_preds = recovered.cam2world.to(cam2world)
+        self.camera.update(cam2world_preds, cam2world, everywhere)
+        self.path_length.update(fit.scale * path_length(cam2world_preds))
+        self.path_length_target.update(path_length(cam2world))
+
+    def _compute(self) -> dict[str, float]:
+        """Every value over all ranks, under its key."""
+        metrics = {f"val/depth_true_cameras/{k}": v for k, v in _finite(self.depth_true_cameras).items()}
+        metrics |= {f"val/depth/{k}": v for k, v in _finite(self.depth).items()}
+        camera = _finite(self.camera)
+        metrics |= {f"val/camera/{k}": camera[k] for k in CAMERA_KEYS if k in camera}
+        path, path_target = (_total(metric) for metric in (self.path_length, self.path_length_target))
+        if path_target:
+            metrics["val/camera/path_length_ratio"] = path / path_target
         for task, errors in self.pointmap.items():
             where = "val/pointmap" if task == "all" else f"val/pointmap_{task}"
             metrics |= {f"{where}/{k}": v for k, v in _finite(errors).items()}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, trainer.global_step)
-        if trainer.is_global_zero and "val/pointmap/rel_error" in metrics:
-            log.info("step %d: val/pointmap/rel_error %.4f", trainer.global_step, metrics["val/pointmap/rel_error"])
+        return metrics
 
-    def _update(self, batch: Batch, scene: GeneratedScene) -> None:
-        preds = scene.pointmap.movedim(1, -1).double()  # [B, T, H, W, 3]
-        target = denormalise(batch.pointmap.movedim(1, -1), batch.scale).double()
-        valid, moving = batch.valid, batch.moving
-        for i, task in enumerate(batch.tasks):
-            one = slice(i, i + 1)
-            for name in ("all", task):
-                self.pointmap[name].update(preds[one], target[one], valid[one], moving[one])
-            fit, _ = align_pointmap(preds[i], target[i], valid[i], "scale_shift")
-            cam2world = batch.cam2world[i].double()
-            depth = [pointmap_to_depth(points, cam2world) for points in (fit.apply(preds[i]), target[i])]
-            self.depth.update(*depth, valid[i])
+
+def recover_without_truth(pointmap: Tensor) -> RecoveredScene:  # [T, H, W, 3], the cube
+    """Cameras and depth of a generated pointmap, on the CPU, from nothing that a user would not have either.
+
+    Sky is what the pointmap itself says is sky, and one focal length is shared by all frames: the model does not say
+    whether a camera zooms, so a clip that does (many of the toy world's) scores worse than its pointmap deserves.
+    """
+    points = pointmap.cpu()
+    return recover_scene(points, ~is_sky(points))
 
 
 def _finite(metric: Metric) -> dict[str, float]:
@@ -69,3 +129,10 @@ def _finite(metric: Metric) -> dict[str, float]:
     values = {name: float(value) for name, value in metric.compute().items()}
     metric.reset()
     return {name: value for name, value in values.items() if torch.tensor(value).isfinite()}
+
+
+def _total(metric: SumMetric) -> float:
+    """The sum over all ranks; starts anew."""
+    value = float(metric.compute())
+    metric.reset()
+    return value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import lightning
 from lightning.pytorch.callbacks import Callback
 
+from one4d_pl.callbacks.cadence import Cadence
 from one4d_pl.config import EvalConfig
 from one4d_pl.inference.pipeline import GeneratedScene
 from one4d_pl.training.module import One4DModule
@@ -17,17 +18,14 @@ class SceneSamples(Callback):
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
         self.scenes: list[tuple[Batch, GeneratedScene]] = []  # of this rank; empty where none are due
-        self.next_step = 0
+        self.cadence = Cadence(config.every)
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        # a resumed run goes on with the cadence of the undisturbed one
-        self.next_step = -(-trainer.global_step // self.config.every) * self.config.every
+        self.cadence.start(trainer.global_step)
 
     def on_validation_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.scenes = []
-        self.due = trainer.global_step >= self.next_step
-        if self.due:
-            self.next_step = (trainer.global_step // self.config.every + 1) * self.config.every
+        self.due = self.cadence.due(trainer.global_step)
 
     def on_validation_batch_end(
         self,
@@ -41,4 +39,10 @@ class SceneSamples(Callback):
         assert isinstance(module, One4DModule)
         # validation batches hold one clip; the loader gives clip rank, rank + world, ... to this rank
         if self.due and batch_idx * trainer.world_size + trainer.global_rank < self.config.clips:
-            self.scenes.append((batch, module.sample(batch, self.config.steps)))
+            self.scenes.append((batch, sample_scene(trainer, module, batch, self.config.steps)))
+
+
+def sample_scene(trainer: lightning.Trainer, module: One4DModule, batch: Batch, steps: int) -> GeneratedScene:
+    """Generate under the run's precision: Lightning applies it to the module's steps, not to what callbacks call."""
+    with trainer.precision_plugin.forward_context():
+        return module.sample(batch, steps)

@@ -97,7 +97,10 @@ class One4DDataModule(lightning.LightningDataModule):
         stream = self._stream(data.sources if overfit else data.val_sources, validation=True)
         rank = self.trainer.global_rank if self.trainer else 0
         count = self.config.val.clips if overfit else min(self.config.val.clips, sum(map(len, stream.sources)))
-        return self._loader(stream, [[i] for i in range(rank, count, self.config.train.world_size)])
+        world = self.config.train.world_size
+        if count < world:  # see Config: every rank validates, or none may
+            raise ConfigError(f"data.val_sources: {count} clips for {world} processes, need one each or more")
+        return self._loader(stream, [[i] for i in range(rank, count, world)])
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
