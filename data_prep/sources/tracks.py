@@ -6,6 +6,7 @@ share one world; a clip is a window of a track. What cannot be read is dropped w
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
@@ -14,9 +15,12 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 
+import av
+
 from one4d_pl.data.clip_codec import MAX_FRAMES, MIN_FRAMES, clip_fault
 from one4d_pl.types import Clip
 
+MACHINE_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
 MAX_KEY = 80  # characters; what clip_codec.SAFE_KEY allows
 
 logger = logging.getLogger(__name__)
@@ -40,7 +44,8 @@ def clips_of_units(
 ) -> Iterator[Clip]:
     """Disjoint clips of `num_frames` frames, every `stride`-th, of each unit, in order.
 
-    A broken clip or unit is dropped with one line that says why. Raises ValueError for a length or stride below 1.
+    A broken clip or unit is dropped with one line that says why. Raises ValueError for a length or stride below 1, and
+    OSError where the machine fails rather than a file.
     """
     if num_frames < 1 or stride < 1:
         raise ValueError(f"num_frames and stride must be at least 1, got {num_frames} and {stride}")
@@ -49,6 +54,7 @@ def clips_of_units(
         try:
             tracks = open_unit(unit)
         except (OSError, ValueError) as error:
+            _stop_where_the_machine_fails(unit, error)
             logger.warning("skipped %s: %s", unit, one_line(error))
             continue
         for track in tracks:
@@ -60,12 +66,23 @@ def clips_of_units(
                 try:
                     clip = _checked(track.read(window))
                 except (OSError, ValueError) as error:
+                    _stop_where_the_machine_fails(unit, error)
                     num_dropped += 1
                     logger.warning("dropped a clip: %s", one_line(error))
                 else:
                     yield clip
     if num_dropped:
         logger.warning("%s: %d of %d clips dropped", root, num_dropped, num_clips)
+
+
+def _stop_where_the_machine_fails(unit: str, error: BaseException) -> None:
+    """OSError for what another try may read: a sound clip must not be lost for good to a hiccup of a disk."""
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, av.FFmpegError):  # has these numbers for broken videos too
+        if isinstance(cause, OSError) and cause.errno in MACHINE_ERRORS:
+            remedy = f"start again to go on, or leave out {unit!r} (write_shards --exclude)"
+            raise OSError(f"{one_line(error)}: the disk or machine fails, not the file; {remedy}") from error
+        cause = cause.__cause__
 
 
 def _checked(clip: Clip) -> Clip:

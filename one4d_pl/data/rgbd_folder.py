@@ -214,7 +214,7 @@ def _decode(path: Path, mode: str) -> np.ndarray:
                 raise ValueError(f"{path}: {image.mode} picture, need 16-bit grey")
             return np.array(image if mode == "I;16" else image.convert(mode))
     except UNDECODABLE as error:
-        raise ValueError(f"{path}: cannot be decoded ({error})") from None
+        raise ValueError(f"{path}: cannot be decoded ({error})") from error
 
 
 def _rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
