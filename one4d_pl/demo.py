@@ -20,9 +20,8 @@ from one4d_pl.config import Config, ConfigError, load_config
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from one4d_pl.evaluation.fit_quality import FitQuality
-    from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
-    from one4d_pl.types import Sample
+    from one4d_pl.inference.pipeline import GeneratedScene
+    from one4d_pl.types import Sample, Task
 
 log = logging.getLogger("one4d_pl")
 
@@ -65,7 +64,7 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     from tqdm import tqdm
 
     from one4d_pl.data.datamodule import VAL_SEED_OFFSET
-    from one4d_pl.evaluation.fit_quality import measure_fit, sampled_clips
+    from one4d_pl.evaluation.fit_quality import measure_fit, sample_scenes, sampled_clips
     from one4d_pl.inference.pipeline import One4DPipeline
 
     if config.data.toy is None:
@@ -75,8 +74,10 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     held_out = _render(config, range(seed + VAL_SEED_OFFSET, seed + VAL_SEED_OFFSET + clips), "held-out clips")
     training = _render(config, range(seed, seed + TRAINING_CLIPS), "training clips")
     mean_pointmap = torch.stack([clip.pointmap for clip in training]).mean(0)
+    bfloat16 = config.train.precision == "bf16-mixed"
     with tqdm(total=sampled_clips(clips), desc="sampling 4D scenes", unit="clip") as bar:
-        quality = measure_fit(pipeline, base, held_out, mean_pointmap, _median_path(training), SEED, bar.update)
+        path = _median_path(training)
+        quality = measure_fit(pipeline, base, held_out, mean_pointmap, path, SEED, bfloat16, bar.update)
     metrics = {
         "clips": clips,
         "steps": config.sampler.steps,
@@ -84,7 +85,10 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
         "frames_db": quality.frames_db,
         "image_to_4d": quality.image_to_4d,
     }
-    _draw(pipeline, quality, held_out, out)
+    shown = held_out[:SHOWN]
+    nothing = torch.zeros(len(shown), config.data.num_frames, dtype=torch.bool)
+    text = sample_scenes(pipeline, shown, nothing, SEED, bfloat16)
+    _draw({**quality.scenes, "text": text}, {**quality.masks, "text": nothing}, shown, out)
     _write_json(out / "metrics.json", metrics)
     _report(metrics, out, time.monotonic() - began)
 
@@ -116,18 +120,13 @@ def _median_path(clips: list[Sample]) -> float:
     return float(torch.stack(paths).median())
 
 
-def _draw(pipeline: One4DPipeline, quality: FitQuality, clips: list[Sample], out: Path) -> None:
+def _draw(scenes: dict[Task, GeneratedScene], masks: dict[Task, Tensor], shown: list[Sample], out: Path) -> None:
     """Pictures, videos and point clouds of the first clips of every task."""
-    import torch
     from tqdm import tqdm
 
-    from one4d_pl.evaluation.fit_quality import sample_scenes
+    from one4d_pl.types import TASKS
 
-    shown = clips[:SHOWN]
-    nothing = torch.zeros(len(shown), shown[0].frames.shape[1], dtype=torch.bool)
-    scenes = {**quality.scenes, "text": sample_scenes(pipeline, shown, nothing, SEED)}
-    masks = {**quality.masks, "text": nothing}
-    todo = [(task, i) for task in ("text", "image", "sparse", "video") for i in range(len(shown))]
+    todo = [(task, i) for task in TASKS for i in range(len(shown))]
     for task, i in tqdm(todo, desc="drawing", unit="scene"):
         _draw_scene(out / f"{task}_{i}", scenes[task], i, shown[i], masks[task][i])
     (out / "captions.txt").write_text("".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))

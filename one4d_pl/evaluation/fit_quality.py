@@ -34,6 +34,7 @@ from one4d_pl.types import Sample, Task, collate
 BATCH = 8  # clips that are sampled together
 SEEN_TWICE = 0.1  # relative depth difference below which two frames show the same place
 TASKS_WITH_TRUTH: tuple[Task, ...] = ("video", "sparse", "image")
+TASKS_WITH_HIDDEN: tuple[Task, ...] = ("sparse", "image")
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,7 @@ def measure_fit(
     mean_pointmap: Tensor,  # [3, T, H, W] of the training clips, normalised
     train_path: float,  # median camera path of the training clips, in median distances
     seed: int,
+    bfloat16: bool = False,
     on_clip: Callable[[int], None] = lambda count: None,
 ) -> FitQuality:
     """Sample every task on `clips` and measure; the same arguments give the same numbers.
@@ -62,13 +64,14 @@ def measure_fit(
         pipeline: base plus adapter.
         base: the same base without one.
         clips: held out; with their true frames, pointmaps and cameras.
+        bfloat16: sample under bf16 autocast, as a bf16-mixed run trains; what is measured is computed in full precision.
         on_clip: called with the number of clips just sampled; `sampled_clips` in all.
     """
     batch = collate(clips)
     masks = {task: _frame_masks(task, len(clips), batch.frames.shape[2], seed) for task in TASKS_WITH_TRUTH}
-    sampler = _Sampler(clips, seed, on_clip)
+    sampler = _Sampler(clips, seed, bfloat16, on_clip)
     scenes = {task: sampler(pipeline, masks[task]) for task in TASKS_WITH_TRUTH}
-    base_scenes = {task: sampler(base, masks[task]) for task in TASKS_WITH_TRUTH}
+    base_scenes = {task: sampler(base, masks[task]) for task in TASKS_WITH_HIDDEN}
     with _links_zeroed(pipeline):
         no_links = sampler(pipeline, masks["video"])
     other = sampler(pipeline, masks["video"], shift=1)
@@ -89,7 +92,7 @@ def measure_fit(
         frames_db={
             "vae_round_trip": _decibels(frames_rt, batch.frames, masks["video"]),
             **{task: _decibels(scenes[task].frames, batch.frames, masks[task]) for task in TASKS_WITH_TRUTH},
-            **{f"{t}_base_alone": _decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_TRUTH},
+            **{f"{t}_base_alone": _decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_HIDDEN},
         },
         image_to_4d=_self_consistency(scenes["image"], clips, train_path),
         scenes=scenes,
@@ -99,19 +102,21 @@ def measure_fit(
 
 def sampled_clips(clips: int) -> int:
     """How many clips `measure_fit` samples for `clips` held-out ones."""
-    return clips * (2 * len(TASKS_WITH_TRUTH) + 2)
+    return clips * (len(TASKS_WITH_TRUTH) + len(TASKS_WITH_HIDDEN) + 2)
 
 
-def sample_scenes(pipeline: One4DPipeline, clips: list[Sample], masks: Tensor, seed: int) -> GeneratedScene:
+def sample_scenes(
+    pipeline: One4DPipeline, clips: list[Sample], masks: Tensor, seed: int, bfloat16: bool
+) -> GeneratedScene:
     """Scenes of all clips under their frame masks [N, T], with the noise of `measure_fit`."""
-    return _Sampler(clips, seed, lambda count: None)(pipeline, masks)
+    return _Sampler(clips, seed, bfloat16, lambda count: None)(pipeline, masks)
 
 
 class _Sampler:
     """Samples all clips in batches, each clip's noise from (seed, its number)."""
 
-    def __init__(self, clips: list[Sample], seed: int, on_clip: Callable[[int], None]) -> None:
-        self.clips, self.seed, self.on_clip = clips, seed, on_clip
+    def __init__(self, clips: list[Sample], seed: int, bfloat16: bool, on_clip: Callable[[int], None]) -> None:
+        self.clips, self.seed, self.bfloat16, self.on_clip = clips, seed, bfloat16, on_clip
 
     def __call__(self, pipeline: One4DPipeline, masks: Tensor, shift: int = 0) -> GeneratedScene:
         """Scenes of every clip; `shift` takes frames and caption of the clip so many places on."""
@@ -120,7 +125,8 @@ class _Sampler:
             numbers = list(range(start, min(start + BATCH, len(self.clips))))
             shown = collate([self.clips[(n + shift) % len(self.clips)] for n in numbers])
             noise = torch.stack([self._noise(pipeline, n, shown.frames.shape[2:]) for n in numbers], dim=1)
-            scenes.append(pipeline(list(shown.captions), shown.frames, masks[numbers], noise.flatten(0, 1)))
+            with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.bfloat16):
+                scenes.append(pipeline(list(shown.captions), shown.frames, masks[numbers], noise.flatten(0, 1)))
             self.on_clip(len(numbers))
         return GeneratedScene(torch.cat([s.frames for s in scenes]), torch.cat([s.pointmap for s in scenes]))
 
