@@ -135,6 +135,7 @@ def _draw(scenes: dict[Task, GeneratedScene], masks: dict[Task, Tensor], shown: 
 def _draw_scene(stem: Path, scenes: GeneratedScene, i: int, clip: Sample, given: Tensor) -> None:
     import torch
 
+    from one4d_pl.evaluation.fit_quality import ZOOMING
     from one4d_pl.geometry.pointmap import is_sky
     from one4d_pl.inference.panels import distance_colours, distance_range, enlarge, scene_panel, to_bytes
     from one4d_pl.inference.point_cloud import solid_pixels, turntable
@@ -149,7 +150,7 @@ def _draw_scene(stem: Path, scenes: GeneratedScene, i: int, clip: Sample, given:
     colours = to_bytes((frames.movedim(0, -1) + 1) / 2)  # [T, H, W, 3]
     columns = [(shown.movedim(0, -1) + 1) / 2, colours / 255, (points + 1) / 2, distance_colours(points, near, far)]
     save_video(stem.with_suffix(".mp4"), to_bytes(torch.cat([enlarge(c, ZOOM) for c in columns], dim=2)), FPS)
-    recovered = recover_scene(points, ~is_sky(points))
+    recovered = recover_scene(points, ~is_sky(points), ZOOMING)
     solid = solid_pixels(points, recovered.depth)
     save_ply(stem.with_suffix(".ply"), points[solid], colours[solid])
     height, width = points.shape[1:3]

@@ -33,5 +33,6 @@ def test_the_tiny_vae_keeps_held_out_frames_and_pointmaps():
 
 
 def test_assets_stay_small():
-    sizes = [path.stat().st_size for path in ASSETS.rglob("*") if path.is_file()]
-    assert max(sizes) <= 16_000_000 and sum(sizes) <= 24_000_000
+    for folder, limit in (("tiny_wan", 24_000_000), ("demo_adapters", 8_000_000)):
+        sizes = [path.stat().st_size for path in (ASSETS / folder).rglob("*") if path.is_file()]
+        assert max(sizes) <= 16_000_000 and sum(sizes) <= limit, folder

@@ -24,14 +24,15 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from one4d_pl.data.masking import draw_frame_mask
 from one4d_pl.data.order import derived_generator, derived_numpy_generator
 from one4d_pl.geometry.camera import project, to_camera
-from one4d_pl.geometry.pointmap import denormalise, is_sky
+from one4d_pl.geometry.pointmap import denormalise, is_sky, pointmap_to_depth
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.metrics.camera import path_length
 from one4d_pl.metrics.pointmap import pointmap_errors
-from one4d_pl.postopt.recover import RecoveredScene, recover_scene
+from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 from one4d_pl.types import Sample, Task, collate
 
 BATCH = 8  # clips that are sampled together
+ZOOMING = RecoverOptions(shared_focal=False)  # half of the toy world's cameras zoom
 SEEN_TWICE = 0.1  # relative depth difference below which two frames show the same place
 TASKS_WITH_TRUTH: tuple[Task, ...] = ("video", "sparse", "image")
 TASKS_WITH_HIDDEN: tuple[Task, ...] = ("sparse", "image")
@@ -64,7 +65,7 @@ def measure_fit(
         pipeline: base plus adapter.
         base: the same base without one.
         clips: held out; with their true frames, pointmaps and cameras.
-        bfloat16: sample under bf16 autocast, as a bf16-mixed run trains; what is measured is computed in full precision.
+        bfloat16: sample under bf16 autocast, as a bf16-mixed run trains; measuring is in full precision.
         on_clip: called with the number of clips just sampled; `sampled_clips` in all.
     """
     batch = collate(clips)
@@ -194,12 +195,12 @@ def _self_consistency(scenes: GeneratedScene, clips: list[Sample], train_path: f
     paths, ours, true = [], [], []
     for i, clip in enumerate(clips):
         points, frames = scenes.pointmap[i].movedim(0, -1), scenes.frames[i].movedim(0, -1)
-        scene = recover_scene(points, ~is_sky(points))
-        paths.append(camera_path(scene.cam2world, points, ~is_sky(points)))
-        ours.append(photometric_error(frames, points, scene, ~is_sky(points)))
-        truth = clip.pointmap.movedim(0, -1)
-        true_scene = recover_scene(truth, clip.valid)
-        true.append(photometric_error(clip.frames.movedim(0, -1), truth, true_scene, clip.valid))
+        solid = ~is_sky(points)
+        scene = recover_scene(points, solid, ZOOMING)
+        paths.append(camera_path(scene.cam2world, points, solid))
+        ours.append(photometric_error(frames, points, scene.intrinsics, scene.cam2world, solid))
+        truth, cameras = denormalise(clip.pointmap.movedim(0, -1), clip.scale), clip.cam2world.double()
+        true.append(photometric_error(clip.frames.movedim(0, -1), truth, clip.intrinsics, cameras, clip.valid))
     ours_error, true_error = (float(torch.stack(errors).nanmedian()) for errors in (ours, true))
     return {
         "camera_path": float(torch.stack(paths).median()),
@@ -220,7 +221,8 @@ def camera_path(cam2world: Tensor, points: Tensor, valid: Tensor) -> Tensor:
 def photometric_error(
     frames: Tensor,  # [T, H, W, 3] in [-1, 1]
     points: Tensor,  # [T, H, W, 3], camera-0 coordinates
-    scene: RecoveredScene,
+    intrinsics: Tensor,  # [T, 3, 3], pixels
+    cam2world: Tensor,  # [T, 4, 4] float64, world and unit of the points
     valid: Tensor,  # [T, H, W] bool
 ) -> Tensor:
     """Median colour difference (of a range of 2) between frame 0's points and where they fall in each later frame.
@@ -230,13 +232,14 @@ def photometric_error(
     a camera that stands would do nearly as well. nan where nothing is seen twice.
     """
     height, width = points.shape[1:3]
+    own_depth = pointmap_to_depth(points.double(), cam2world)
     differences = []
     for t in range(1, len(points)):
-        pixels, depth = project(to_camera(points[0].double(), scene.cam2world[t]), scene.intrinsics[t].double())
+        pixels, depth = project(to_camera(points[0].double(), cam2world[t]), intrinsics[t].double())
         column, row = pixels.nan_to_num(-1).floor().unbind(-1)
         inside = (depth > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height) & valid[0]
         column, row = torch.where(inside, column, 0).long(), torch.where(inside, row, 0).long()
-        there = scene.depth[t].double()[row, column]
+        there = own_depth[t][row, column]
         seen = inside & valid[t][row, column] & ((there - depth).abs() < SEEN_TWICE * depth)
         # bilinear at the exact position: half a pixel of rounding would drown what is measured
         grid = torch.stack([2 * pixels[..., 0] / width - 1, 2 * pixels[..., 1] / height - 1], -1)[None].float()

@@ -52,10 +52,11 @@ def draw_points(
     focal, shift = intrinsics[0, 0].item(), intrinsics[:2, 2].tolist()
     half = 0.5 * focal * size.double().numpy()[ahead] / z[ahead]
     u, v = focal * x[ahead] / z[ahead] + shift[0], focal * y[ahead] / z[ahead] + shift[1]
+    # clipped to the picture on both sides: a slice that ended at a negative number would count from the far side
+    left, right = (np.clip(u + side, 0, width).astype(int) for side in (-half, half + 1))
+    top, bottom = (np.clip(v + side, 0, height).astype(int) for side in (-half, half + 1))
     for i, colour in enumerate(colours.numpy()[ahead]):
-        left, right = int(max(0, u[i] - half[i])), int(min(width, u[i] + half[i] + 1))
-        top, bottom = int(max(0, v[i] - half[i])), int(min(height, v[i] + half[i] + 1))
-        picture[top:bottom, left:right] = colour
+        picture[top[i] : bottom[i], left[i] : right[i]] = colour
     return torch.from_numpy(picture)
 
 
@@ -80,7 +81,7 @@ def turntable(
         rotation = so3_exp(torch.tensor([0.3 * SWING * math.cos(phase), SWING * math.sin(phase), 0.0]).double())
         cam2world = se3_matrix(rotation, middle - (1 + STEP_BACK) * rotation @ middle)
         t = round((num_frames - 1) * (1 - abs(1 - 2 * k / turns)))
-        size = scene.depth[t] / scene.intrinsics[t, 0, 0] * 1.25  # a pixel's footprint, a little overlapping
+        size = scene.depth[t] / scene.intrinsics[t, 0, 0] * 1.6  # a pixel's footprint, a little overlapping
         keep = solid[t]
         pictures.append(
             draw_points(pointmap[t][keep].double(), frames[t][keep], intrinsics, cam2world, height, width, size[keep])

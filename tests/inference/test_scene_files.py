@@ -65,14 +65,18 @@ def test_a_picture_keeps_its_pixels_beside_the_names(tmp_path):
 
 def test_nearer_points_cover_farther_ones_and_right_is_right():
     intrinsics = torch.tensor([[20.0, 0, 16], [0, 20, 12], [0, 0, 1]]).double()
-    points = torch.tensor([[0.0, 0, 2], [0.0, 0, 1], [0.6, 0, 1.5], [0.0, 0.5, 1.5], [0.0, 0, -1]]).double()
-    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9], [1, 1, 1]], dtype=torch.uint8)
-    size = torch.tensor([0.4, 0.1, 0.1, 0.1, 9.0])
+    points = torch.tensor(
+        [[0.0, 0, 2], [0.0, 0, 1], [0.6, 0, 1.5], [0.0, 0.5, 1.5], [0.0, 0, -1], [-9.0, 0, 1], [0, -9, 1]]
+    )
+    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [9, 9, 9], [1, 1, 1], [2, 2, 2], [2, 2, 2]])
+    points, colours = points.double(), colours.to(torch.uint8)
+    size = torch.tensor([0.4, 0.1, 0.1, 0.1, 9.0, 0.1, 0.1])
     picture = draw_points(points, colours, intrinsics, torch.eye(4).double(), 24, 32, size)
     assert picture[12, 16].tolist() == [0, 255, 0]  # the near one, although it came second
     assert picture[12, 24].tolist() == [0, 0, 255]  # x to the right: 20 * 0.6 / 1.5
     assert picture[12 + 6, 16].tolist() == [9, 9, 9]  # y down
     assert picture[0, 0].tolist() == [255, 255, 255] and not (picture == 1).any()  # nothing behind the camera
+    assert not (picture == 2).any()  # nor from outside the picture
 
 
 @pytest.fixture(scope="module")
