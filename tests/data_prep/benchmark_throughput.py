@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data_prep.captions import CaptionOptions
 from data_prep.parallel import run_parallel
 from data_prep.units import UnitTask, iter_unit
 from data_prep.write_shards import main as write_shards
@@ -62,9 +63,13 @@ def measure(root: Path, out: Path, trajectories: int, jobs: int, repeats: int) -
     units = [f"scene{number}/Easy/P000" for number in range(trajectories)]
     plan = Plan(units, 32, None, "raw", "all", {})
     tasks = [
-        UnitTask(n, u, "tartanair", str(root), out, plan, NUM_FRAMES, 1, HEIGHT, WIDTH, None, 0.0, frozenset())
-        for n, u in enumerate(units)
-    ]
+        UnitTask(
+            number=number, unit=unit, source="tartanair", root=str(root), out=out, plan=plan, num_frames=NUM_FRAMES,
+            stride=1, height=HEIGHT, width=WIDTH, geometry=None, min_confidence=0.0, exclusions=frozenset(),
+            captions=CaptionOptions(),
+        )
+        for number, unit in enumerate(units)
+    ]  # fmt: skip
     arguments = ["--source", "tartanair", "--root", str(root), "--out", str(out), "--num-frames", str(NUM_FRAMES)]
 
     def write() -> None:
