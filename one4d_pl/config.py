@@ -33,13 +33,12 @@ class TinyWanConfig:
     num_heads: int = 4
     head_dim: int = 48
     ffn_dim: int = 512
-    vae_dim: int = 16
     text_dim: int = 64
     image_tokens: bool = False  # with CLIP image keys and values, as the 14B has them
 
     def __post_init__(self) -> None:
         _at_least("base.tiny.seed", self.seed, 0)
-        for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "vae_dim", "text_dim"):
+        for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "text_dim"):
             _at_least(f"base.tiny.{name}", getattr(self, name), 1)
 
 

@@ -66,6 +66,7 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     from one4d_pl.data.datamodule import VAL_SEED_OFFSET
     from one4d_pl.evaluation.fit_quality import measure_fit, sample_scenes, sampled_clips
     from one4d_pl.inference.pipeline import One4DPipeline
+    from one4d_pl.inference.scene_files import write_text
 
     if config.data.toy is None:
         raise ConfigError("data.toy: null, but the demo renders its clips; add --config configs/data/toy.yaml")
@@ -89,7 +90,8 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     nothing = torch.zeros(len(shown), config.data.num_frames, dtype=torch.bool)
     text = sample_scenes(pipeline, shown, nothing, SEED, bfloat16)
     _draw({**quality.scenes, "text": text}, {**quality.masks, "text": nothing}, shown, out)
-    _write_json(out / "metrics.json", metrics)
+    write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))
     _report(metrics, out, time.monotonic() - began)
 
 
@@ -129,7 +131,6 @@ def _draw(scenes: dict[Task, GeneratedScene], masks: dict[Task, Tensor], shown: 
     todo = [(task, i) for task in TASKS for i in range(len(shown))]
     for task, i in tqdm(todo, desc="drawing", unit="scene"):
         _draw_scene(out / f"{task}_{i}", scenes[task], i, shown[i], masks[task][i])
-    (out / "captions.txt").write_text("".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))
 
 
 def _draw_scene(stem: Path, scenes: GeneratedScene, i: int, clip: Sample, given: Tensor) -> None:
@@ -159,12 +160,6 @@ def _draw_scene(stem: Path, scenes: GeneratedScene, i: int, clip: Sample, given:
         turntable(points, colours, recovered, 6 * height, 6 * width),
         2 * FPS,
     )
-
-
-def _write_json(path: Path, content: dict[str, object]) -> None:
-    from one4d_pl.inference.scene_files import write_whole
-
-    write_whole(path, lambda staging: staging.write_text(json.dumps(content, indent=2) + "\n"))
 
 
 def _report(metrics: dict[str, object], out: Path, seconds: float) -> None:

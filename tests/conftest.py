@@ -19,8 +19,9 @@ from torch import Tensor
 
 from one4d_pl.config import Config, TinyWanConfig, ToyConfig, load_config
 from one4d_pl.data.datamodule import write_toy_world
-from one4d_pl.models.tiny import build_tiny_wan, seeded_vae
+from one4d_pl.models.tiny import build_tiny_wan
 from one4d_pl.models.wan import WanEncoders, load_transformer
+from tests.seeded_vae import seeded_vae
 
 # One thread: toy sizes gain nothing from more, the order of float additions is the same on every machine, and OpenMP
 # does not stall where another process holds the second core.
@@ -95,11 +96,9 @@ def tiny_base_plain(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
 
 
 def _build(folder: Path, image_tokens: bool) -> TinyBase:
-    config = TinyWanConfig(
-        num_layers=5, num_heads=2, head_dim=12, ffn_dim=48, vae_dim=4, text_dim=16, image_tokens=image_tokens
-    )
+    config = TinyWanConfig(num_layers=5, num_heads=2, head_dim=12, ffn_dim=48, text_dim=16, image_tokens=image_tokens)
     calibration = torch.rand(2, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    build_tiny_wan(folder, config, seeded_vae(config, calibration))
+    build_tiny_wan(folder, config, seeded_vae(4, config.seed, calibration))
     return TinyBase(str(folder), image_tokens)
 
 

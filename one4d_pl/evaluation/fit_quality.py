@@ -132,10 +132,8 @@ class _Sampler:
         return GeneratedScene(torch.cat([s.frames for s in scenes]), torch.cat([s.pointmap for s in scenes]))
 
     def _noise(self, pipeline: One4DPipeline, number: int, size: torch.Size) -> Tensor:  # [2, C, t, h, w]
-        encoders = pipeline.encoders
-        grid = (size[0] - 1) // encoders.temporal_factor + 1, *(s // encoders.spatial_factor for s in size[1:])
         generator = derived_generator(self.seed, number, "evaluation noise")
-        return torch.randn(2, encoders.latent_channels, *grid, generator=generator)
+        return torch.randn(2, *pipeline.encoders.latent_shape(*size), generator=generator)
 
 
 class _links_zeroed:

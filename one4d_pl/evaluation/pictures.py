@@ -15,11 +15,11 @@ from one4d_pl.evaluation.framing import to_image
 from one4d_pl.evaluation.predictions import Prediction
 from one4d_pl.evaluation.score import SequenceScore
 from one4d_pl.geometry.alignment import align_sim3
+from one4d_pl.inference.panels import near_to_far
+from one4d_pl.inference.scene_files import write_whole
 
 COLUMNS = 5  # frames of a strip, evenly spaced, first and last among them
 WIDTH = 240  # pixels of one picture
-# near to far; lightness falls with distance, so that it reads in grey too
-COLOURS = ((0.99, 0.91, 0.62), (0.96, 0.55, 0.25), (0.75, 0.22, 0.42), (0.35, 0.12, 0.48), (0.05, 0.03, 0.20))
 UNKNOWN = (0.5, 0.5, 0.5)
 MAX_ERROR = 0.5  # relative; the last row's darkest colour
 SIZE, MARGIN = 480, 30  # pixels of the path's picture
@@ -28,7 +28,6 @@ TRUTH, PREDICTED = (40, 110, 200), (215, 80, 30)
 
 def save_pictures(folder: Path, sequence: EvalSequence, prediction: Prediction, score: SequenceScore) -> None:
     """Write <sequence>_depth.png and <sequence>_path.png, each where it has been scored."""
-    folder.mkdir(parents=True, exist_ok=True)
     if prediction.depth is not None and score.fit is not None:
         _save(depth_strip(sequence, prediction, score.fit), folder / f"{sequence.name}_depth.png")
     if prediction.cam2world is not None and score.cameras is not None:
@@ -86,15 +85,9 @@ def path_plot(cam2world: Tensor, target: Tensor) -> Image.Image:  # [T, 4, 4] x 
 
 
 def _colours(position: Tensor) -> Tensor:  # [T, H, W], 0 = first colour, 1 = last, nan = unknown -> [T, H, W, 3]
-    table = torch.tensor(COLOURS)
     known = position.isfinite()
-    scaled = torch.where(known, position, 0).clamp(0, 1) * (len(COLOURS) - 1)
-    low = scaled.floor().long().clamp(max=len(COLOURS) - 2)
-    weight = (scaled - low)[..., None]
-    return torch.where(known[..., None], (1 - weight) * table[low] + weight * table[low + 1], torch.tensor(UNKNOWN))
+    return torch.where(known[..., None], near_to_far(torch.where(known, position, 0)), torch.tensor(UNKNOWN))
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    picture.save(temporary, "PNG")
-    temporary.replace(path)
+    write_whole(path, lambda staging: picture.save(staging, "PNG"))

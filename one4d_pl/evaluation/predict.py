@@ -193,17 +193,8 @@ def _fill(frames: Tensor, window: Window, dim: int) -> Tensor:
 
 def draw_noise(encoders: WanEncoders, clip: Tensor, name: str, window: int, seed: int) -> Tensor:  # [2, C, t, h, w]
     """Noise from (seed, sequence, window) alone, whatever ran before."""
-    factor, spatial = encoders.temporal_factor, encoders.spatial_factor
-    num_frames, height, width = clip.shape[1:]
-    shape = (
-        2,
-        encoders.latent_channels,
-        (num_frames - 1) // factor + 1,
-        height // spatial,
-        width // spatial,
-    )
     generator = derived_generator(seed, window, f"evaluation {name}")
-    return torch.randn(shape, generator=generator).to(clip.device)
+    return torch.randn(2, *encoders.latent_shape(*clip.shape[1:]), generator=generator).to(clip.device)
 
 
 def with_guidance(pipeline: One4DPipeline, guidance: float) -> One4DPipeline:

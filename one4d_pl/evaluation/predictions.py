@@ -27,6 +27,7 @@ from torch import Tensor
 
 from one4d_pl.evaluation.framing import Placement
 from one4d_pl.geometry.se3 import is_rotation, se3_matrix, wxyz_to_matrix
+from one4d_pl.inference.scene_files import write_text, write_whole
 from one4d_pl.postopt.recover import RecoverReport
 
 FORMAT = "one4d_pl cameras 1"
@@ -114,19 +115,13 @@ def read_prediction(path: Path) -> Prediction:
 
 
 def write_npy(path: Path, tensor: Tensor) -> None:
-    """An array by temporary file and rename."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        np.save(file, tensor.cpu().numpy(), allow_pickle=False)
-    temporary.replace(path)
+    """An array, whole or not at all."""
 
+    def write(staging: Path) -> None:
+        with staging.open("wb") as file:  # np.save would add a suffix to a name
+            np.save(file, tensor.cpu().numpy(), allow_pickle=False)
 
-def write_text(path: Path, text: str) -> None:
-    """A text by temporary file and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, write)
 
 
 def _read_ours(folder: Path) -> Prediction:

@@ -12,8 +12,8 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from one4d_pl.evaluation.predictions import write_text
 from one4d_pl.evaluation.score import PARTS, BenchmarkScore
+from one4d_pl.inference.scene_files import write_text
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from one4d_pl.evaluation.predict import PredictOptions, draw_noise
+from one4d_pl.inference.panels import to_bytes
 from one4d_pl.inference.pipeline import One4DPipeline
+from one4d_pl.inference.scene_files import save_video
 
 SAMPLES = 5  # videos per prompt
 MAX_NAME = 255  # bytes of a file name
@@ -96,18 +96,9 @@ def write_video(
     frames: Tensor,  # [3, T, H, W] in [-1, 1]; an odd last row or column is cut
     fps: float,
 ) -> Path:
-    """Write one video under its VBench name, by temporary file and rename."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write one video under its VBench name."""
     path = folder / video_name(prompt, index)
-    temporary = folder / f".writing-{index}.mp4"
     height, width = frames.shape[2] // 2 * 2, frames.shape[3] // 2 * 2  # 4:2:0 needs even sides
-    frames = frames[:, :, :height, :width]
-    pixels = ((frames.permute(1, 2, 3, 0).clamp(-1, 1) + 1) * 127.5).round().byte().cpu().numpy()
-    with av.open(str(temporary), "w") as container:
-        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options={"crf": "10"})
-        stream.height, stream.width, stream.pix_fmt = pixels.shape[1], pixels.shape[2], "yuv420p"
-        for picture in pixels:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")))
-        container.mux(stream.encode(None))
-    temporary.replace(path)
+    pixels = to_bytes((frames[:, :, :height, :width].permute(1, 2, 3, 0) + 1) / 2)
+    save_video(path, pixels, fps, crf=10)
     return path

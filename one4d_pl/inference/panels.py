@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import interpolate, pad
@@ -60,9 +62,14 @@ def distance_range(points: Tensor) -> tuple[float, float]:  # [T, H, W, 3]
 def distance_colours(points: Tensor, near: float, far: float) -> Tensor:  # [T, H, W, 3] -> [T, H, W, 3] in [0, 1]
     """Log distance from camera 0 as colours, nearer = lighter; sky blue."""
     distance = points.norm(dim=-1).clamp(near, far)
-    position = torch.log(distance / near) / torch.log(torch.tensor(far / near)) * (len(DISTANCE_COLOURS) - 1)
-    table = points.new_tensor(DISTANCE_COLOURS)
-    low = position.floor().long().clamp(0, len(DISTANCE_COLOURS) - 2)
-    weight = (position - low)[..., None]
-    colours = (1 - weight) * table[low] + weight * table[low + 1]
+    colours = near_to_far(torch.log(distance / near) / math.log(far / near))
     return torch.where(is_sky(points)[..., None], points.new_tensor(SKY_COLOUR), colours)
+
+
+def near_to_far(position: Tensor) -> Tensor:  # [...], 0 = near, 1 = far -> [..., 3] in [0, 1]
+    """The colours of `DISTANCE_COLOURS`, interpolated; beyond its ends they stay."""
+    table = position.new_tensor(DISTANCE_COLOURS)
+    scaled = position.clamp(0, 1) * (len(table) - 1)
+    low = scaled.floor().long().clamp(0, len(table) - 2)
+    weight = (scaled - low)[..., None]
+    return (1 - weight) * table[low] + weight * table[low + 1]

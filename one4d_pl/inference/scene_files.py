@@ -26,14 +26,24 @@ def write_whole(path: Path, write: Callable[[Path], None]) -> None:
         staging.unlink(missing_ok=True)
 
 
-def save_video(path: Path, frames: Tensor, fps: float) -> None:  # [T, H, W, 3] uint8, H and W even
+def write_text(path: Path, text: str) -> None:
+    """A text file, whole or not at all."""
+    write_whole(path, lambda staging: staging.write_text(text, encoding="utf-8"))
+
+
+def save_video(
+    path: Path,
+    frames: Tensor,  # [T, H, W, 3] uint8, H and W even
+    fps: float,
+    crf: int = 16,  # x264's quality, lower = better
+) -> None:
     """H.264 in an mp4 that browsers play."""
 
     def write(staging: Path) -> None:
         with av.open(str(staging), "w", format="mp4") as container:
-            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1000))
+            stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
             stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
-            stream.options = {"crf": "16"}
+            stream.options = {"crf": str(crf)}
             for frame in frames.numpy():
                 container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
             container.mux(stream.encode())

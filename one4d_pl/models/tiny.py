@@ -22,7 +22,7 @@ def build_tiny_wan(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -
     Args:
         folder: created; left alone if it already holds a bundle.
         config: shape and seed.
-        vae: trained, or `seeded_vae`.
+        vae: the bundle's.
     """
     if (folder / "model_index.json").is_file():
         return
@@ -37,24 +37,6 @@ def build_tiny_wan(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -
             raise
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-
-
-def seeded_vae(config: TinyWanConfig, calibration: torch.Tensor) -> AutoencoderKLWan:
-    """A VAE with random weights, whose latents' statistics are measured, as a trained one's are.
-
-    Args:
-        config: its width and seed.
-        calibration: [B, 3, T, H, W] in [-1, 1], clips like those it will see: the diffusion needs unit variance.
-    """
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        vae = AutoencoderKLWan(
-            base_dim=config.vae_dim, z_dim=16, num_res_blocks=1, latents_mean=[0.0] * 16, latents_std=[1.0] * 16
-        )
-    with torch.no_grad():
-        latents = vae.encode(calibration).latent_dist.mode().transpose(0, 1).flatten(1)  # [C, N]
-    vae.register_to_config(latents_mean=latents.mean(1).tolist(), latents_std=latents.std(1).tolist())
-    return vae
 
 
 def _save_parts(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -> None:

@@ -123,6 +123,11 @@ class WanEncoders(nn.Module):
     def latent_channels(self) -> int:
         return self.vae.config.z_dim
 
+    def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:  # C, t, h, w
+        """Shape of the latents of one video of this size."""
+        factor = self.spatial_factor
+        return self.latent_channels, (num_frames - 1) // self.temporal_factor + 1, height // factor, width // factor
+
     def train(self, mode: bool = True) -> WanEncoders:
         """Frozen: always in eval mode, whatever Lightning asks."""
         return super().train(False)

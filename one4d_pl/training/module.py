@@ -110,9 +110,7 @@ class One4DModule(lightning.LightningModule):
         if batch.encoded is not None:  # encoded shards hold no pixels
             shape = tuple(batch.encoded[0].latents.shape)
         else:
-            encoders, size = self.encoders, batch.frames.shape[2:]
-            grid = (size[0] - 1) // encoders.temporal_factor + 1, *(n // encoders.spatial_factor for n in size[1:])
-            shape = (2, encoders.latent_channels, *grid)
+            shape = (2, *self.encoders.latent_shape(*batch.frames.shape[2:]))
         seed, positions = self.config.train.seed, batch.position.tolist()
         noise = [torch.randn(shape, generator=derived_generator(seed, p, purpose)) for p in positions]
         return torch.stack(noise, dim=1).flatten(0, 1).to(self.device)

@@ -79,7 +79,7 @@ class TinyBaseModule(lightning.LightningModule):
         return loss
 
     def condition(self, batch: Batch, latents: Tensor) -> Tensor:  # [B, 4 + C, t, h, w]
-        """As UMC gives it to the rgb branch."""
+        """As UMC gives it to the rgb branch; one clip at a time, so that what is kept does not depend on the batch."""
         factor, given = self.encoders.temporal_factor, batch.frame_mask
         rows = []
         for i, (key, task) in enumerate(zip(batch.keys, batch.tasks, strict=True)):

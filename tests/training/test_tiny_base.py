@@ -19,7 +19,7 @@ from one4d_pl.models.wan import WanEncoders, load_transformer
 from one4d_pl.training.tiny_base import TinyBaseModule
 from one4d_pl.types import Encoded, collate
 
-TINY = "{num_layers: 5, num_heads: 2, head_dim: 12, ffn_dim: 48, vae_dim: 4, text_dim: 16}"
+TINY = "{num_layers: 5, num_heads: 2, head_dim: 12, ffn_dim: 48, text_dim: 16}"
 
 
 @pytest.fixture
