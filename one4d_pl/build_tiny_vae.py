@@ -1,5 +1,8 @@
 """python -m one4d_pl.build_tiny_vae --out FOLDER --minutes N [--resume]: train the tiny Wan's VAE on the toy world.
 
+With --finish VAE it trains the decoder of a finished VAE further, at the tiny scale's 9 frames of 48x64: the encoder,
+and so the latents, the base and adapters trained on them, stay as they are.
+
 Trains on clips that it renders itself (synthetic seeds from 0, real from 2 000 000; held out: synthetic from 1 000 000,
 the toy world's own offsets). Every few minutes FOLDER gets the state to resume from, a point of the curve on held-out
 clips, and the VAE so far (vae/, diffusers layout, half precision); at the end metrics.json, with the PCA bar beside it.
@@ -25,6 +28,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("one4d_pl")
 
 SYNTHETIC_CLIPS, REAL_CLIPS, HELD_OUT_CLIPS = 500, 150, 32
+FINISHED_SIZE = (9, 48, 64)  # frames, height, width of configs/scale/tiny.yaml
 CURVE_CLIPS = 8  # held-out clips of each point of the curve
 STATISTICS_CLIPS = 64  # training clips over which the latents' mean and std are measured
 EVALUATE_SECONDS = 240.0  # of training between two points of the curve
@@ -42,6 +46,7 @@ def main(arguments: list[str]) -> int:
         default=True,
         help="train on pointmaps too, as the shipped one; Wan's own VAE never saw any",
     )
+    parser.add_argument("--finish", type=Path, metavar="VAE", help="folder of a VAE whose decoder to train further")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     state = args.out / "state.safetensors"
@@ -50,25 +55,36 @@ def main(arguments: list[str]) -> int:
         print(f"error: {state} {hint}", file=sys.stderr)
         return 2
 
-    from one4d_pl.training.tiny_vae import TinyVaeConfig
+    from one4d_pl.training.tiny_vae import TinyVaeConfig, finishing
 
+    config = TinyVaeConfig(pointmaps=args.pointmaps)
+    if args.finish is not None:
+        if not (args.finish / "config.json").is_file():
+            print(f"error: --finish: {args.finish} holds no VAE (no config.json)", file=sys.stderr)
+            return 2
+        config = finishing(config, *FINISHED_SIZE)
     try:
-        build(args.out, 60 * args.minutes, args.resume, TinyVaeConfig(pointmaps=args.pointmaps))
+        build(args.out, 60 * args.minutes, args.resume, config, args.finish)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig) -> None:
+def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig, finish: Path | None) -> None:
     """Render the clips, train for `budget_s` seconds of training steps, and leave the VAE and its figures."""
     from diffusers import AutoencoderKLWan
 
-    from one4d_pl.training.tiny_vae import VaeTraining, evaluate, load_training, pca_bar
+    from one4d_pl.training.tiny_vae import VaeTraining, build_vae, evaluate, load_training, pca_bar
 
     folder.mkdir(parents=True, exist_ok=True)
-    training = load_training(folder / "state.safetensors", config) if resume else VaeTraining.start(config)
-    train, held_out = render_pools()
+    if resume:
+        training = load_training(folder / "state.safetensors", config)
+    elif finish is not None:
+        training = VaeTraining.start(AutoencoderKLWan.from_pretrained(finish, low_cpu_mem_usage=False))
+    else:
+        training = VaeTraining.start(build_vae(config))
+    train, held_out = render_pools(config)
     bars = pca_bar(train, held_out, config.z_dim)
     _report("PCA", bars)
     _train(training, train, held_out, config, budget_s, folder)
@@ -89,14 +105,15 @@ def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig) ->
     log.info("wrote %s", folder / "vae")
 
 
-def render_pools() -> tuple[ClipPool, ClipPool]:
-    """The training and the held-out clips, with the toy world's seeds and the default normalisation."""
+def render_pools(config: TinyVaeConfig) -> tuple[ClipPool, ClipPool]:
+    """The training and the held-out clips, as large as the last stage's crops, with the toy world's seeds."""
     from one4d_pl.config import DataConfig
     from one4d_pl.data.datamodule import REAL_SEED_OFFSET, VAL_SEED_OFFSET
     from one4d_pl.training.tiny_vae import render_pool
 
     data = DataConfig()
-    shape = (data.num_frames, data.height, data.width, data.far_limit, data.z_offset)
+    whole = config.stages[-1]
+    shape = (whole.num_frames, whole.height, whole.width, data.far_limit, data.z_offset)
     # mixed, so that the first clips, whose latents are measured, are of both domains
     clips = [(seed, "synthetic") for seed in range(SYNTHETIC_CLIPS)]
     every = SYNTHETIC_CLIPS // REAL_CLIPS
@@ -125,7 +142,7 @@ def _train(
         bar.update(round(training.seconds) - bar.n)
         if due or training.seconds >= budget_s:
             save_training(training, config, folder / "state.safetensors")
-            vae = export(training, train, folder / "vae", bfloat16=training.seconds < budget_s)
+            vae = export(training, config, train, folder / "vae", bfloat16=training.seconds < budget_s)
             quality = evaluate(vae, few, bfloat16=True)
             point = {"minutes": training.seconds / 60, "step": training.step}
             point |= {kind: asdict(q) for kind, q in quality.items()}
@@ -135,12 +152,15 @@ def _train(
     bar.close()
 
 
-def export(training: VaeTraining, train: ClipPool, folder: Path, bfloat16: bool) -> AutoencoderKLWan:
+def export(
+    training: VaeTraining, config: TinyVaeConfig, train: ClipPool, folder: Path, bfloat16: bool
+) -> AutoencoderKLWan:
     """Write the averaged VAE in half precision, with its latents' statistics, to a diffusers folder."""
     from one4d_pl.training.tiny_vae import measure_latents
 
     vae = training.averaged_vae()
-    measure_latents(vae, train, STATISTICS_CLIPS, bfloat16)
+    if not config.decoder_only:  # a finished VAE keeps its latents, and what they are normalised by
+        measure_latents(vae, train, STATISTICS_CLIPS, bfloat16)
     staging, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     shutil.rmtree(staging, ignore_errors=True)
     vae.half().save_pretrained(staging)

@@ -5,6 +5,7 @@
    short crops first, whole clips last, because the causal cache drifts beyond the longest clip ever trained on.
 3. `train_step` runs Wan's own chunked encoder and decoder without the final clamp (it has no gradient outside +-1),
    in bf16. The latents are kept near unit variance and get a little noise, so that a diffusion model can model them.
+   `finishing` trains the decoder alone, at the size that the base and its adapters use: their latents stay valid.
 4. `evaluate` goes through the public encode and decode; `pca_bar` is the linear code of the same size beside it.
 
 Wan 2.2's residual blocks (`is_residual`) carry averages past every stage; at this size they learn far faster than
@@ -66,12 +67,19 @@ class TinyVaeConfig:
     near_weight: float = 0.2  # of a pointmap's absolute error over the point's distance: near points count more
     ema: float = 0.998
     seed: int = 0
+    decoder_only: bool = False
     stages: tuple[Stage, ...] = (
         # two clips a step: at equal time, many small steps learn more than few large ones
         Stage(0.35, 9, 32, 48, 2),
         Stage(0.78, 17, 32, 48, 2),
         Stage(1.00, 17, 64, 96, 2),
     )
+
+
+def finishing(config: TinyVaeConfig, num_frames: int, height: int, width: int) -> TinyVaeConfig:
+    """The recipe that finishes a trained VAE's decoder at one size; near points and noise count more."""
+    stages = (Stage(1.00, num_frames, height, width, 4),)
+    return replace(config, decoder_only=True, lr=2e-3, near_weight=0.6, latent_noise=0.05, stages=stages)
 
 
 @dataclass(frozen=True)
@@ -138,8 +146,7 @@ class VaeTraining:
     seconds: float = 0.0  # spent in training steps
 
     @classmethod
-    def start(cls, config: TinyVaeConfig) -> VaeTraining:
-        vae = build_vae(config)
+    def start(cls, vae: AutoencoderKLWan) -> VaeTraining:
         named = {name: p.detach() for name, p in vae.named_parameters()}
         zeros = {name: torch.zeros_like(p) for name, p in named.items()}
         second = {name: torch.zeros_like(p) for name, p in named.items() if not uses_muon(p)}
@@ -164,7 +171,7 @@ def save_training(training: VaeTraining, config: TinyVaeConfig, path: Path) -> N
 
 def load_training(path: Path, config: TinyVaeConfig) -> VaeTraining:
     """Read a state; ValueError if it belongs to another config."""
-    training = VaeTraining.start(config)
+    training = VaeTraining.start(build_vae(config))
     with safe_open(path, framework="pt") as file:
         about = file.metadata()
         if json.loads(about["config"]) != json.loads(json.dumps(asdict(config))):
@@ -211,7 +218,8 @@ def train_step(training: VaeTraining, pool: ClipPool, config: TinyVaeConfig, pro
     vae = training.vae.train()
     vae.zero_grad()
     with torch.autocast("cpu", torch.bfloat16):  # many times faster than float32 convolutions, also in the backward
-        latents = vae.encode(videos).latent_dist.mode().float()
+        with torch.set_grad_enabled(not config.decoder_only):
+            latents = vae.encode(videos).latent_dist.mode().float()
         std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
         generator = torch.Generator().manual_seed((config.seed << 32) + (1 << 31) + training.step)
         noise = torch.randn(latents.shape, generator=generator) * std.detach().view(1, -1, 1, 1, 1)
@@ -247,6 +255,8 @@ def update(training: VaeTraining, config: TinyVaeConfig, lr: float) -> None:
     decay = min(config.ema, training.step / (training.step + 10))
     for name, p in training.vae.named_parameters():
         first, grad = training.first[name], p.grad
+        if grad is None:  # the encoder, where the decoder alone is trained
+            continue
         if uses_muon(p):
             first.lerp_(grad, 1 - config.muon_momentum)
             direction = orthogonalise(grad.lerp(first, config.muon_momentum).flatten(1))

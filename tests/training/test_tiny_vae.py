@@ -70,7 +70,7 @@ def test_the_pool_holds_what_the_vae_can_hold(pool):
 
 def test_training_makes_the_error_fall(pool):
     config = replace(SMALL, stages=(Stage(1.0, 5, 16, 16, 2),))
-    training = VaeTraining.start(config)
+    training = VaeTraining.start(tiny_vae.build_vae(config))
     errors = run(training, pool, config, range(60), 60)
     assert sum(errors[-5:]) < 0.6 * sum(errors[:5])
     for name, p in training.vae.named_parameters():
@@ -78,7 +78,7 @@ def test_training_makes_the_error_fall(pool):
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(pool, tmp_path):
-    whole, part = VaeTraining.start(SMALL), VaeTraining.start(SMALL)
+    whole, part = VaeTraining.start(tiny_vae.build_vae(SMALL)), VaeTraining.start(tiny_vae.build_vae(SMALL))
     run(whole, pool, SMALL, range(6), 6)
     run(part, pool, SMALL, range(3), 6)
     part.seconds = whole.seconds = 1 / 3  # a number that is not short in decimals
@@ -91,7 +91,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(pool, tmp_path):
 
 
 def test_a_state_is_refused_under_another_config(tmp_path):
-    save_training(VaeTraining.start(SMALL), SMALL, tmp_path / "state.safetensors")
+    save_training(VaeTraining.start(tiny_vae.build_vae(SMALL)), SMALL, tmp_path / "state.safetensors")
     with pytest.raises(ValueError, match="another folder"):
         load_training(tmp_path / "state.safetensors", replace(SMALL, lr=0.1))
 
@@ -174,9 +174,9 @@ def test_the_latents_statistics_are_measured_over_frames(pool):
 
 
 def test_an_exported_vae_is_the_averaged_one_4x_in_time_and_space(pool, tmp_path):
-    training = VaeTraining.start(SMALL)
+    training = VaeTraining.start(tiny_vae.build_vae(SMALL))
     run(training, pool, SMALL, range(3), 3)
-    exported = build_tiny_vae.export(training, pool, tmp_path / "vae", bfloat16=False)
+    exported = build_tiny_vae.export(training, SMALL, pool, tmp_path / "vae", bfloat16=False)
     loaded = AutoencoderKLWan.from_pretrained(tmp_path / "vae", low_cpu_mem_usage=False).eval()
     torch.testing.assert_close(loaded.state_dict(), exported.state_dict(), rtol=0, atol=0)
     for name, p in loaded.named_parameters():
@@ -188,12 +188,12 @@ def test_an_exported_vae_is_the_averaged_one_4x_in_time_and_space(pool, tmp_path
     assert latents.shape == (1, 16, 3, 4, 6)
     assert evaluate(loaded, pool, bfloat16=False) == evaluate(exported, pool, bfloat16=False)
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
-    build_tiny_vae.export(training, pool, tmp_path / "vae", bfloat16=False)  # over an older one
+    build_tiny_vae.export(training, SMALL, pool, tmp_path / "vae", bfloat16=False)  # over an older one
     assert [path.name for path in tmp_path.iterdir()] == ["vae"]
 
 
 def test_the_door_trains_resumes_and_leaves_its_figures(pool, tmp_path, monkeypatch):
-    monkeypatch.setattr(build_tiny_vae, "render_pools", lambda: (pool, pool))
+    monkeypatch.setattr(build_tiny_vae, "render_pools", lambda config: (pool, pool))
     monkeypatch.setattr(build_tiny_vae, "EVALUATE_SECONDS", 4.0)
     ticks = itertools.count()
     monkeypatch.setattr(build_tiny_vae, "monotonic", lambda: float(next(ticks)))  # every step takes one second
@@ -218,10 +218,26 @@ def test_the_door_trains_resumes_and_leaves_its_figures(pool, tmp_path, monkeypa
     assert second["vae"]["frames"]["psnr"] > 0 and second["pca"]["frames"]["psnr"] > 0
 
 
+def test_finishing_moves_the_decoder_and_keeps_the_latents(pool, tmp_path):
+    started = tiny_vae.build_vae(SMALL)
+    measure_latents(started.eval(), pool, 2, bfloat16=False)
+    training = VaeTraining.start(started)
+    before = {name: p.detach().clone() for name, p in started.named_parameters()}
+    config = tiny_vae.finishing(SMALL, 9, 16, 24)
+    errors = run(training, pool, config, range(30), 30)
+    assert sum(errors[-5:]) < sum(errors[:5])
+    moved = {name for name, p in started.named_parameters() if not torch.equal(p, before[name])}
+    assert {name.split(".")[0] for name in moved} == {"decoder", "post_quant_conv"}
+    exported = build_tiny_vae.export(training, config, pool, tmp_path / "vae", bfloat16=False)
+    assert exported.config.latents_mean == started.config.latents_mean
+
+
 def test_the_door_says_what_is_wrong(tmp_path, capsys):
     assert build_tiny_vae.main(["--out", str(tmp_path), "--minutes", "1", "--resume"]) == 2
     assert "leave --resume away" in capsys.readouterr().err
-    save_training(VaeTraining.start(SMALL), SMALL, tmp_path / "state.safetensors")
+    assert build_tiny_vae.main(["--out", str(tmp_path), "--minutes", "1", "--finish", str(tmp_path / "none")]) == 2
+    assert "holds no VAE" in capsys.readouterr().err
+    save_training(VaeTraining.start(tiny_vae.build_vae(SMALL)), SMALL, tmp_path / "state.safetensors")
     assert build_tiny_vae.main(["--out", str(tmp_path), "--minutes", "1"]) == 2
     assert "pass --resume" in capsys.readouterr().err
     assert build_tiny_vae.main(["--out", str(tmp_path), "--minutes", "1", "--resume"]) == 2
