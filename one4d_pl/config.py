@@ -224,7 +224,9 @@ class TrainConfig:
     max_steps: int = 5500  # optimiser steps; One4D, sec. 4.1
     global_batch_size: int = 32  # clips per optimiser step over all ranks; accumulation is derived
     micro_batch_size: int = 1  # clips per forward pass of one rank
-    strategy: str = "single"  # single | ddp
+    strategy: str = "single"  # single | ddp | deepspeed
+    zero_stage: int = 2  # deepspeed: 1, 2 shard optimiser state (and gradients), 3 also the weights
+    offload: bool = False  # deepspeed: optimiser state in host memory, at stage 3 the weights too
     num_nodes: int = 1
     devices: int = 1  # processes per node (GPUs where there are any)
     precision: str = "32-true"  # 32-true | bf16-mixed; trainables and optimiser stay float32
@@ -238,7 +240,8 @@ class TrainConfig:
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        _one_of("train.strategy", self.strategy, ("single", "ddp"))
+        _one_of("train.strategy", self.strategy, ("single", "ddp", "deepspeed"))
+        _one_of("train.zero_stage", self.zero_stage, (1, 2, 3))
         _one_of("train.precision", self.precision, ("32-true", "bf16-mixed"))
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "num_nodes", "devices", "save_every"):
             _at_least(f"train.{name}", getattr(self, name), 1)
@@ -247,7 +250,9 @@ class TrainConfig:
         for name in ("seed", "overfit_clips"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if self.strategy == "single" and self.world_size != 1:
-            raise ConfigError(f"train.strategy: single runs one process, asked for {self.world_size}; use ddp")
+            raise ConfigError(
+                f"train.strategy: single runs one process, asked for {self.world_size}; use ddp or deepspeed"
+            )
         if self.global_batch_size % self.micro_batch_size:
             raise ConfigError(
                 f"train.micro_batch_size: {self.micro_batch_size} does not divide train.global_batch_size "
@@ -471,9 +476,9 @@ def _one_line(error: Exception) -> str:
     return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0] if lines else type(error).__name__
 
 
-def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+def _one_of(name: str, value: str | int, allowed: tuple[str | int, ...]) -> None:
     if value not in allowed:
-        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(allowed)}")
+        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(str, allowed))}")
 
 
 def _positive(name: str, value: float) -> None:

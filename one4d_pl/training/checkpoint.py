@@ -39,8 +39,9 @@ STEP_FOLDER = re.compile(r"step-(\d{8})")
 FREE_KEYS = (
     "run_dir", "scale", "sampler", "val", "eval", "base.path", "base.negative_prompt", "base.tiny", "data.toy",
     "data.val_sources", "data.num_workers", "data.cache_latents", "data.max_skip_share", "train.max_steps",
-    "train.micro_batch_size", "train.strategy", "train.num_nodes", "train.devices", "train.activation_checkpointing",
-    "train.init_from", "train.resume", "train.save_every", "train.keep_last", "train.log_every",
+    "train.micro_batch_size", "train.strategy", "train.zero_stage", "train.offload", "train.num_nodes",
+    "train.devices", "train.activation_checkpointing", "train.init_from", "train.resume", "train.save_every",
+    "train.keep_last", "train.log_every",
     "optim.cooldown_steps",  # with train.max_steps, as long as no cooldown has begun: see refuse_other_run
 )  # fmt: skip
 
