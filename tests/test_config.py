@@ -343,10 +343,6 @@ BAD_VALUES = [
     (["dlc.link_blocks=[1,1]"], ["dlc.link_blocks", "twice"]),
     (["base.dtype=float16"], ["base.dtype", "float32, bfloat16"]),
     (["base.dtype=bfloat16"], ["base.dtype", "train.precision=bf16-mixed"]),
-    (
-        ["val.clips=1", "train.strategy=ddp", "train.devices=2", "train.micro_batch_size=1"],
-        ["val.clips", "2 processes"],
-    ),
     (["base.max_text_tokens=0"], ["base.max_text_tokens"]),
     (["base.tiny.num_layers=0"], ["base.tiny.num_layers"]),
     (["data.num_frames=16"], ["data.num_frames", "4k+1", "17"]),
@@ -359,6 +355,7 @@ BAD_VALUES = [
     (["data.block_shards=0"], ["data.block_shards"]),
     (["data.num_workers=-1"], ["data.num_workers"]),
     (["data.max_skip_share=-0.1"], ["data.max_skip_share"]),
+    (["data.cache_gib=0"], ["data.cache_gib", "> 0"]),
     (["data.toy.val=-1"], ["data.toy.val"]),
     (["train.strategy=fsdp"], ["train.strategy", "single, ddp"]),
     (["train.precision=16"], ["train.precision", "bf16-mixed"]),

@@ -98,7 +98,8 @@ class One4DDataModule(lightning.LightningDataModule):
         """The first val.clips clips of the validation sources, split over the ranks: each counts once.
 
         Every rank gets equally many batches, for a forward pass may be a collective; where the clips do not go round,
-        the last batches show some again and do not count. A run that overfits is validated on the clips that it overfits, as often as it takes to fill val.clips.
+        the last batches show some again and do not count. A run that overfits is validated on the clips that it
+        overfits, as often as it takes to fill val.clips.
         """
         overfit = self.config.train.overfit_clips
         data = self.config.data
