@@ -1,4 +1,4 @@
-"""Laws of reading from a store that fails, stalls, truncates or lies: the local samples in the local order, or one line.
+"""Laws of reading from a store that fails, stalls, truncates or lies: the local samples in their order, or one line.
 
 And of the cache of what was read: never a wrong byte, never above its bound, whoever writes, is killed or meddles.
 """
@@ -110,7 +110,7 @@ def test_a_store_that_fails_ends_the_run_in_one_line_within_the_timeouts(folder,
 
 def test_a_store_that_sends_other_bytes_each_time_is_not_believed(folder, serve):
     answers = itertools.cycle(["flipped", "cut"])
-    with pytest.raises(StoreError, match="cut short|checksum"):
+    with pytest.raises(StoreError, match=r"cut short|checksum"):
         open_stream(serve(folder, lambda path, n: next(answers)).url)[0]
 
 
