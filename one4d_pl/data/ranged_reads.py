@@ -57,7 +57,8 @@ def is_remote(url: str) -> bool:
 class RangeReader:
     """How byte ranges are read; holds no open file, so that workers may fork or pickle it.
 
-    A read ends within (1 + number of pauses) x timeout_s and 1.5 x the pauses; a failing one asks for the file's size.
+    A read ends within 1.5 x the pauses and, with one more pause than there are, 2 x timeout_s each: an attempt that
+    fails is followed by a question for the file's size.
     """
 
     cache: RangeCache | None = None  # of ranges of remote stores
@@ -88,23 +89,24 @@ class RangeReader:
         raise self._store_error(url, trouble)
 
     def _read(self, url: str, start: int, end: int, crc32: int) -> bytes:
-        previous, trouble = None, ""
+        size, previous, trouble = None, None, ""
         try:
             for answer in self._answers(url, start, end):
-                if not isinstance(answer, bytes):
+                if isinstance(answer, bytes):
+                    fault = _fault(answer, end - start, crc32)
+                    if fault is None:
+                        return answer
+                    if not is_remote(url) or (len(answer) == end - start and answer == previous):
+                        raise ValueError(fault)
+                    previous, trouble = answer, fault
+                else:
                     previous, trouble = None, one_line(answer)
-                    continue
-                fault = _fault(answer, end - start, crc32)
-                if fault is None:
-                    return answer
-                if not is_remote(url) or (len(answer) == end - start and answer == previous):
-                    raise ValueError(fault)
-                previous, trouble = answer, fault
+                if size is None and not isinstance(answer, TimeoutError):
+                    size = self._file_size(url)
+                if size is not None and size < end:
+                    raise ValueError(f"the file has {size} bytes, not {end}: the shard is cut short")
         except FileNotFoundError as error:
             raise ValueError("the shard file is missing") from error
-        size = self._file_size(url)
-        if size is not None and size < end:
-            raise ValueError(f"ends at byte {end} of {size}: the shard is cut short")
         raise self._store_error(f"{url} bytes {start} to {end}", trouble)
 
     def _store_error(self, where: str, trouble: str) -> StoreError:

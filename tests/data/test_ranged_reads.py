@@ -33,7 +33,7 @@ CONFIG = DataConfig(num_frames=17, height=16, width=32)
 POSITIONS = range(14)  # two epochs of seven clips
 QUICK = RangeReader(timeout_s=0.5, pauses_s=(0.01, 0.01, 0.01))
 ATTEMPTS = 4
-BOUND_S = ATTEMPTS * QUICK.timeout_s + QUICK.timeout_s + 2  # every attempt, the question for the size, a slow machine
+BOUND_S = ATTEMPTS * 2 * QUICK.timeout_s + 2  # and a slow machine
 SEED = 6
 
 
