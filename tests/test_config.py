@@ -356,6 +356,7 @@ BAD_VALUES = [
     (["data.num_workers=-1"], ["data.num_workers"]),
     (["data.max_skip_share=-0.1"], ["data.max_skip_share"]),
     (["data.cache_gib=0"], ["data.cache_gib", "> 0"]),
+    (["train.strategy=deepspeed", "train.devices=3", "train.micro_batch_size=1"], ["3 processes", "legal numbers"]),
     (["data.toy.val=-1"], ["data.toy.val"]),
     (["train.strategy=fsdp"], ["train.strategy", "single, ddp"]),
     (["train.precision=16"], ["train.precision", "bf16-mixed"]),
