@@ -23,7 +23,7 @@ from tests.conftest import REPO, small_run_config
 from tests.training.test_resume import curve
 
 STEPS = 20
-LAUNCH_TIMEOUT_S = 280
+LAUNCH_TIMEOUT_S = 900
 FILES = ("links.safetensors", "rgb/adapter_model.safetensors", "xyz/adapter_model.safetensors",
          "xyz_patch_embedding.safetensors")  # fmt: skip
 ZERO = ("train.strategy=deepspeed",)
