@@ -3,11 +3,11 @@
     alpha1 · mean |X - X̂| + alpha2 · mean (‖R_iᵀ R_{i+1} - I‖_F + ‖o_{i+1} - o_i‖)
 
 With the best depth of each pixel put in, |X - X̂| is the distance from the point to its pixel's ray: 6 T + 1 unknowns
-are left. The distance enters through Tukey's biweight, whose weights equal those of |r| on average over inliers and are
-nil beyond six times the noise (the frame's own median distance): within 1 % as accurate as least squares where the noise
-is Gaussian, and flying points are left out. Reweighted squares (IRLS) descend surely but overrate the curvature, by far
-where many points lie near the gate, and then creep; Newton's matrix is right near the minimum and wild elsewhere. The
-steps pass from the one to the other as they succeed.
+are left. The distance enters through Tukey's biweight, whose weights equal those of |r| on average over inliers and
+are nil beyond six times the noise (from the frame's own median distance): where the noise is Gaussian it is as accurate
+as least squares to about 1 %, and flying points are left out. Reweighted squares (IRLS) descend surely but overrate the
+curvature, by far where many points lie near the gate, and then creep; Newton's matrix is right near the minimum and
+wild elsewhere. The steps pass from the one to the other as they succeed.
 """
 
 from __future__ import annotations
@@ -143,9 +143,7 @@ def _model_cost(matrix: Tensor, gradient: Tensor, step: Tensor) -> float:
 
 
 def _mean_normal(normals: list[_Normal]) -> _Normal:
-    return _Normal(
-        *(torch.stack([getattr(n, field.name) for n in normals]).mean(0) for field in fields(_Normal))
-    )
+    return _Normal(*(torch.stack([getattr(n, field.name) for n in normals]).mean(0) for field in fields(_Normal)))
 
 
 def _minimise(
