@@ -114,6 +114,8 @@ def credible_alpha2(cameras: Cameras, samples: Samples, objective: Objective) ->
     if objective.alpha2 == 0 or len(cameras.centre) == 1:
         return objective.alpha2
     noise = noise_level(samples, cameras)
+    if bool((noise < 3 * NOISE_FLOOR).all()):
+        return 0.0  # exact points need no help
     tile = [((p - p.amin()) / (p.amax() - p.amin()).clamp_min(1e-12) * _TILES).long() for p in (samples.x, samples.y)]
     sort = (tile[0] + 2 * tile[1]) % 4
     used = (samples.pixels(sort == number) for number in range(4))  # one at a time: bounds the memory
@@ -215,9 +217,9 @@ def _linearise_frames(
     jacobian = torch.stack([torch.stack(rows_a, 1), torch.stack(rows_b, 1)], 2)  # [t, 7, 2, N]
     weighted = (jacobian * weights[:, None, None]).flatten(2)
     matrix = weighted @ jacobian.flatten(2).mT
-    residual = torch.stack([residual_a, residual_b], 1)  # [t, 2, N]
-    gradient = (weighted @ residual.flatten(1)[..., None])[..., 0]
-    along = (jacobian * residual[:, None]).sum(2)  # [t, 7, N]: derivatives of half the squared distance
+    # Derivatives of half the squared distance, [t, 7, N].
+    along = (jacobian[:, :, 0] * residual_a[:, None]).addcmul_(jacobian[:, :, 1], residual_b[:, None])
+    gradient = (along @ weights[..., None])[..., 0]
     bend = (along * (bends * samples.weights)[:, None]) @ along.mT
     # So far the columns are: R <- exp(w) R, shift in camera axes, log focal. The unknown is the centre, o <- o + v.
     change = torch.eye(7, dtype=matrix.dtype, device=matrix.device).repeat(len(matrix), 1, 1)
