@@ -91,7 +91,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
 
     from one4d_pl.callbacks.losses import LossCurves
     from one4d_pl.callbacks.survival import Heartbeat, Preempted, Preemption
-    from one4d_pl.callbacks.throughput import StepBar, Throughput
+    from one4d_pl.callbacks.throughput import StepBar, StepLine, Throughput
     from one4d_pl.data.datamodule import One4DDataModule
     from one4d_pl.data.shards import SampleError, ShardSetError
     from one4d_pl.models.transformer import describe_sizes
@@ -127,10 +127,12 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     init_from = Path(config.train.init_from) if config.train.init_from else None
     module = One4DModule(config, adapters=resume_from or init_from)
     checkpoint = StepCheckpoint(config, resume_from)
+    throughput, losses = Throughput(config.train, config.data.max_skip_share), LossCurves(config.train)
     callbacks = [
         Heartbeat(config),
-        Throughput(config.train, config.data.max_skip_share),
-        LossCurves(config.train),
+        throughput,
+        losses,
+        StepLine(config, losses, throughput),
         *scene_callbacks(config.eval),
         checkpoint,
         StepBar(),

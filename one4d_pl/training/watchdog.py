@@ -69,7 +69,7 @@ class HangWatchdog(threading.Thread):
             if time.monotonic() - seen <= self.timeout_s:
                 continue
             self._write_stacks()
-            if self.stopped.wait(min(LINGER_S, self.timeout_s)) or self.last > seen:
+            if self.stopped.wait(min(LINGER_S, self.timeout_s / 4)) or self.last > seen:
                 log.warning("rank %d goes on after all", self.rank)
                 continue
             os._exit(HUNG)

@@ -1,10 +1,11 @@
-"""Runs that are asked to stop: saved together at a step boundary, continued at the very next step, nobody left behind."""
+"""Runs that are asked to stop: saved at a step boundary, continued at the very next step, nobody left behind."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import time
@@ -18,6 +19,7 @@ from one4d_pl.fit import fit, main
 from one4d_pl.training.checkpoint import newest_checkpoint, read_step
 from one4d_pl.training.preemption import MARKER, STARTS, begin_start, forget_starts, note_end
 from one4d_pl.training.signals import INTERRUPTED, PREEMPTED, Stop
+from one4d_pl.training.watchdog import rank_log_file
 
 STEPS = ("train.max_steps=16", "train.save_every=100", "val.every=100", "val.clips=2", "train.micro_batch_size=1")
 DDP = (*STEPS, "train.strategy=ddp", "train.devices=2")
@@ -38,11 +40,10 @@ def losses(config: Config) -> dict[int, tuple[float, float]]:
 
 
 def logged_steps(config: Config) -> int:
-    """Steps that rank 0 has logged so far, over all starts."""
-    try:
-        return len(losses(config))
-    except Exception:  # an event file that is being written
-        return 0
+    """The last step that rank 0 has logged, over all starts."""
+    file = rank_log_file(config.run_dir, 0)
+    said = re.findall(r"step (\d+)/", file.read_text()) if file.is_file() else []
+    return int(said[-1]) if said else 0
 
 
 class Run:
@@ -122,47 +123,51 @@ def undisturbed(run_config, tmp_path) -> dict[int, tuple[float, float]]:
     return losses(config)
 
 
-def test_two_ranks_stopped_while_importing_and_while_training_make_the_undisturbed_steps(
-    run_config, start, undisturbed
-):
-    config, chance = run_config(*DDP), random.Random()
+def test_a_signal_while_importing_is_remembered_and_obeyed_by_both_ranks(run_config, start):
+    config = run_config(*DDP)
     run = start(*DDP)
-    time.sleep(chance.uniform(0.3, 4.0))  # python is up; torch and the second rank are not
+    time.sleep(random.uniform(0.3, 4.0))  # python is up; torch and the second rank are not
     os.kill(run.process.pid, signal.SIGUSR1)
     assert run.end() == PREEMPTED, run.log.read_text()[-3000:]
     assert marker(config)["step"] == 0 and marker(config)["signal"] == "SIGUSR1"
     assert json.loads((Path(config.run_dir) / STARTS).read_text())["starts"] == 1
 
-    run = start(*DDP)
-    run.wait_until(lambda: logged_steps(config) >= chance.randint(1, 8))
-    assert marker(config) is None  # the start removed it
-    os.kill(run.ranks()[1], signal.SIGUSR1)  # a single rank, and not the first
+
+def test_a_signal_to_one_rank_stops_both_and_the_next_start_makes_the_very_next_step(run_config, start, undisturbed):
+    config, chance = run_config(*DDP), random.Random()
+    run, last = start(*DDP), chance.randint(1, 8)
+    run.wait_until(lambda: logged_steps(config) >= last)
+    os.kill(chance.choice(run.ranks()), chance.choice([signal.SIGUSR1, signal.SIGTERM]))
     assert run.end() == PREEMPTED, run.log.read_text()[-3000:]
     stopped_after = marker(config)["step"]
-    assert 1 <= stopped_after < 16 and read_step(newest_checkpoint(config.run_dir)) == stopped_after
+    assert last <= stopped_after < 16 and read_step(newest_checkpoint(config.run_dir)) == stopped_after
     assert not (Path(config.run_dir) / STARTS).exists()
 
     run = start(*DDP)
     assert run.end() == 0, run.log.read_text()[-3000:]
-    assert marker(config) is None
+    assert marker(config) is None  # the start removed it
     made = losses(config)
     assert sorted(made) == list(range(1, 17)) and sorted(undisturbed) == sorted(made)
     for step, values in undisturbed.items():
         assert made[step] == pytest.approx(values, abs=1e-6), step
 
 
-def test_a_rank_that_is_signalled_while_it_starts_survives_and_no_rank_outlives_the_first(run_config, start):
-    long = (*DDP, "train.max_steps=100000", "data.num_workers=1")
-    config = run_config(*long)
-    run = start(*long)
+def test_a_rank_that_is_signalled_in_its_first_moment_survives(run_config, start):
+    config = run_config(*DDP)
+    run = start(*DDP)
     run.wait_until(lambda: len(run.ranks()) == 2)
-    os.kill(run.ranks()[1], signal.SIGTERM)  # its first moments: the interpreter is hardly up
+    os.kill(run.ranks()[1], signal.SIGTERM)  # its interpreter is hardly up
     assert run.end() == PREEMPTED, run.log.read_text()[-3000:]
     assert marker(config)["signal"] == "SIGTERM"
 
+
+def test_a_signal_to_every_process_of_the_job_spares_the_loader_workers(run_config, start):
+    long = (*STEPS, "train.max_steps=100000", "data.num_workers=1")
+    config = run_config(*long)
     run = start(*long)
     run.wait_until(lambda: logged_steps(config) >= 2)
-    for pid in _session(run.process.pid):  # as a scheduler does: loader workers and all
+    assert len(_session(run.process.pid)) > 2
+    for pid in _session(run.process.pid):
         os.kill(pid, signal.SIGTERM)
     assert run.end() == PREEMPTED, run.log.read_text()[-3000:]
     assert read_step(newest_checkpoint(config.run_dir)) == marker(config)["step"] >= 2
@@ -231,7 +236,11 @@ def test_starts_without_a_new_checkpoint_are_bounded(run_config, tmp_path, capsy
 def test_a_failure_counts_as_a_start_and_a_mistake_does_not(run_config, fit_command, monkeypatch, tmp_path):
     arguments = fit_command("train.max_steps=2")[3:]
     starts = tmp_path / "run" / STARTS
-    for error, code, counted in ((RuntimeError("broken"), 1, 1), (RuntimeError("again"), 1, 2), (ConfigError("x"), 2, 0)):
+    for error, code, counted in (
+        (RuntimeError("broken"), 1, 1),
+        (RuntimeError("again"), 1, 2),
+        (ConfigError("x"), 2, 0),
+    ):
 
         def fail(config: Config, stop: Stop | None, error: Exception = error) -> int:
             raise error
