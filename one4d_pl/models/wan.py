@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerBase
 
 from one4d_pl.config import ConfigError, base_folder
 from one4d_pl.models.conditioning import blank_hidden_frames
+from one4d_pl.models.weights import Partitioner, stream_transformer
 from one4d_pl.types import Encoded, Sample
 
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder")
@@ -43,20 +44,23 @@ def resolve_base(path: str) -> Path:
     return folder
 
 
-def load_transformer(path: str, dtype: str) -> WanTransformer3DModel:
-    """The transformer alone, in `dtype` (diffusers keeps Wan's norms, time embedding and modulation in float32)."""
+def load_transformer(
+    path: str,
+    dtype: str,
+    device: torch.device | None = None,  # None = CPU
+    partitioner: Partitioner | None = None,  # shards the blocks over processes as they are read
+) -> WanTransformer3DModel:
+    """The transformer alone, in `dtype` (as diffusers does, Wan's norms, time embedding and modulation in float32)."""
     folder = resolve_base(path)
-    transformer = WanTransformer3DModel.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=getattr(torch, dtype), local_files_only=True
-    )
     vae_config = AutoencoderKLWan.load_config(folder, subfolder="vae")
     expected = 2 * vae_config["z_dim"] + vae_config.get("scale_factor_temporal", 4)
-    if transformer.config.in_channels != expected:
+    in_channels = WanTransformer3DModel.load_config(folder, subfolder="transformer").get("in_channels")
+    if in_channels != expected:
         raise ConfigError(
-            f"base.path: {folder} takes {transformer.config.in_channels} input channels, One4D needs an inpainting "
+            f"base.path: {folder} takes {in_channels} input channels, One4D needs an inpainting "
             f"or image-to-video Wan with {expected} (latents, mask, conditioning latents)"
         )
-    return transformer
+    return stream_transformer(folder / "transformer", getattr(torch, dtype), device or torch.device("cpu"), partitioner)
 
 
 def fingerprint(path: str, parts: tuple[str, ...] = ("transformer", *ENCODER_PARTS)) -> str:
