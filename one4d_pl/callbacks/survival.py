@@ -40,7 +40,7 @@ class Preemption(Callback):
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
         self.step = self.start_step = trainer.global_step
-        self.progressed = False
+        self.progressed = self.stop.training = False
         self._obey(trainer, module)  # before the base is opened, minutes at the paper's scale
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:

@@ -162,6 +162,22 @@ def test_a_rank_that_is_signalled_in_its_first_moment_survives(run_config, start
     assert marker(config)["signal"] == "SIGTERM"
 
 
+@pytest.mark.slow
+def test_under_zero_a_signal_saves_and_the_next_start_makes_the_very_next_step(run_config, start, undisturbed):
+    zero = (*DDP, "train.strategy=deepspeed", "train.zero_stage=3")
+    config = run_config(*zero)
+    run = start(*zero)
+    run.wait_until(lambda: logged_steps(config) >= 2)
+    os.kill(run.ranks()[1], signal.SIGUSR1)
+    assert run.end() == PREEMPTED, run.log.read_text()[-3000:]
+    run = start(*zero)
+    assert run.end() == 0, run.log.read_text()[-3000:]
+    made = losses(config)
+    assert sorted(made) == sorted(undisturbed)
+    for step, values in undisturbed.items():
+        assert made[step] == pytest.approx(values, abs=1e-6), step
+
+
 def test_a_signal_to_every_process_of_the_job_spares_the_loader_workers(run_config, start):
     long = (*STEPS, "train.max_steps=100000", "data.num_workers=1")
     config = run_config(*long)
