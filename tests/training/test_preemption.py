@@ -58,7 +58,7 @@ class Run:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         return [self.process.pid, *(int(pid) for pid in children if "one4d_pl.fit" in _command_of(int(pid)))]
 
-    def wait_until(self, true: object, seconds: float = 100) -> None:
+    def wait_until(self, true: object, seconds: float = 250) -> None:
         assert callable(true)
         began = time.monotonic()
         while not true():
@@ -66,7 +66,7 @@ class Run:
             assert time.monotonic() - began < seconds, self.log.read_text()[-3000:]
             time.sleep(0.05)
 
-    def end(self, seconds: float = 100) -> int:
+    def end(self, seconds: float = 250) -> int:
         """The exit code, once every process of the run is gone (they share its session)."""
         code = self.process.wait(timeout=seconds)
         began = time.monotonic()
