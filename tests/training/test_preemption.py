@@ -16,8 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.fit import fit, main
-from one4d_pl.training.checkpoint import newest_checkpoint, read_step
-from one4d_pl.training.preemption import MARKER, STARTS, begin_start, forget_starts, note_end
+from one4d_pl.training.checkpoint import checkpoint_folder, newest_checkpoint, read_step, write_checkpoint
+from one4d_pl.training.preemption import MARKER, STARTS, begin_start, forget_starts, note_end, write_marker
 from one4d_pl.training.signals import INTERRUPTED, PREEMPTED, Stop
 from one4d_pl.training.watchdog import rank_log_file
 
@@ -231,8 +231,21 @@ def test_a_stop_is_obeyed_before_training_without_a_checkpoint_and_after_validat
             stop.number = signal.SIGUSR1
         validate(module, batch, batch_idx)
 
+    there: list[bool] = []
+
+    def write_slowly(*arguments: object) -> None:
+        time.sleep(0.5)
+        write_checkpoint(*arguments)
+
+    def write_marker_after(run_dir: str, step: int, number: int) -> None:
+        there.append(checkpoint_folder(run_dir, step).is_dir())
+        write_marker(run_dir, step, number)
+
     monkeypatch.setattr(One4DModule, "validation_step", validation_step)
+    monkeypatch.setattr("one4d_pl.training.checkpoint.write_checkpoint", write_slowly)
+    monkeypatch.setattr("one4d_pl.callbacks.survival.write_marker", write_marker_after)
     assert fit(config, stop) == PREEMPTED
+    assert there == [True]  # the marker promises a checkpoint
     assert read_step(newest_checkpoint(config.run_dir)) == marker(config)["step"] == 2
 
 
