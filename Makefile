@@ -11,7 +11,7 @@ SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libx11-6
 APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends $(SYSTEM_PACKAGES)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system demo eval test test-long bench lint types clean
+.PHONY: help setup setup-system demo eval test test-long bench chaos lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -60,6 +60,9 @@ test-long: $(STAMP)  ## the slow tests
 
 bench: $(STAMP)  ## the writer's throughput against the decode + encode limit of the same files
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/data_prep/benchmark_throughput.py
+
+chaos: $(STAMP)  ## KILLS=200: SIGKILL a 2-rank run again and again; survivors must equal the undisturbed one bit for bit
+	PYTHONPATH=. $(VENV)/bin/python -m tests.training.chaos
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
