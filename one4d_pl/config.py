@@ -242,6 +242,8 @@ class TrainConfig:
     keep_last: int = 2  # newest checkpoints kept
     keep_best: int = 1  # checkpoints with the lowest validation loss kept besides
     log_every: int = 10
+    hang_minutes: float = 20.0  # without a pass through the transformer: write the stacks, exit with 76; 0 = wait on
+    max_restarts: int = 5  # in a row without a new checkpoint, then fit refuses to start; 0 = no limit
 
     def __post_init__(self) -> None:
         _one_of("train.strategy", self.strategy, ("single", "ddp", "deepspeed"))
@@ -251,7 +253,7 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("keep_last", "log_every"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("seed", "overfit_clips", "keep_best"):
+        for name in ("seed", "overfit_clips", "keep_best", "hang_minutes", "max_restarts"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if self.strategy == "single" and self.world_size != 1:
             raise ConfigError(

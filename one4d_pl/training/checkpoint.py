@@ -53,7 +53,7 @@ FREE_KEYS = (
     "data.max_skip_share", "train.max_steps",
     "train.micro_batch_size", "train.strategy", "train.zero_stage", "train.offload", "train.num_nodes",
     "train.devices", "train.activation_checkpointing", "train.init_from", "train.resume", "train.save_every",
-    "train.keep_last", "train.keep_best", "train.log_every",
+    "train.keep_last", "train.keep_best", "train.log_every", "train.hang_minutes", "train.max_restarts",
     "optim.cooldown_steps",  # with train.max_steps, as long as no cooldown has begun: see refuse_other_run
 )  # fmt: skip
 
