@@ -24,7 +24,7 @@ readonly PREFLIGHT_DEATHS=5  # in a row, then something is broken that a requeue
 readonly SIGNAL_EVERY=15     # seconds; ranks that are just starting ignore USR1
 
 say() { echo "train_8node: $*"; }
-die() { echo "train_8node: $*" >&2; exit "${2:-2}"; }
+die() { echo "train_8node: $1" >&2; exit "${2:-2}"; }
 
 if [ -z "${SLURM_JOB_ID:-}" ]; then
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
@@ -105,9 +105,20 @@ say "$((NODES * GPUS_PER_NODE)) processes, global batch $(value global_batch_siz
     "the paper's: 8, 32, 5500. Anything else is a deviation"
 
 # --- signals: to the batch script alone (B:), which tells the ranks until they have heard
+ends=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
+limit=$(($(date -d "$ends" +%s 2>/dev/null || date -d "30 days" +%s) - $(date +%s)))  # seconds from now
+ask_at=$((limit - (limit / 4 < 540 ? limit / 4 : 540)))  # should SLURM's own warning not come
 warned=0 cancelled=0
-tell_ranks() { scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null; }
-trap 'warned=1; say "the time limit is near (or USR1): asking the ranks to save"; tell_ranks' USR1
+warn() {
+    if [ "$limit" -lt 1200 ] && [ "$SECONDS" -lt "$ask_at" ] && [ "$1" = USR1 ] && [ "$SECONDS" -lt 60 ]; then
+        say "the time limit is shorter than SLURM's warning before it; this one is ignored"
+        return
+    fi
+    [ "$warned" -eq 1 ] || say "$1: asking the ranks to save"
+    warned=1
+    scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null
+}
+trap 'warn USR1' USR1
 trap 'cancelled=1' TERM  # scancel, the time limit's end, preemption: SLURM has told the ranks, and requeues itself if it means to
 
 # launch <name> <time limit> <module> [arguments]: one process per GPU on every node; status in $status
@@ -127,9 +138,9 @@ launch() {
     pid=$!
     tail --pid="$pid" -q -n +1 -F "$logs/$name-0000.log" 2>/dev/null &
     while kill -0 "$pid" 2>/dev/null; do
-        if [ "$warned" -eq 1 ] && [ ! -e "$RUN_DIR/PREEMPTED" ] && [ $((SECONDS - told)) -ge $SIGNAL_EVERY ]; then
+        if [ $((SECONDS - told)) -ge $SIGNAL_EVERY ] && [ ! -e "$RUN_DIR/PREEMPTED" ]; then
             told=$SECONDS
-            tell_ranks
+            if [ "$warned" -eq 1 ] || [ "$SECONDS" -ge "$ask_at" ]; then warn "the time limit is near"; fi
         fi
         sleep 1 &
         wait $!
@@ -144,6 +155,7 @@ errors() { grep -hs '^error: ' "$logs/$1"-*.log | sort | uniq | head -n 8; }
 # requeue <why>: the same job, the same code, from the newest checkpoint
 requeue() {
     say "$1; back to the queue"
+    trap '' TERM  # SLURM ends this script while it takes the request
     scontrol requeue "$SLURM_JOB_ID" || die "SLURM does not requeue this job; submit it again and it continues" 1
     exit 0
 }
@@ -165,14 +177,13 @@ finish() {
     requeue "$name ended with status $status"
 }
 
-limit=${PREFLIGHT_TIMEOUT:-60}
-launch preflight "$((2 * limit + 60))" one4d_pl.preflight --config "$code/config.yaml" --timeout "$limit"
+patience=${PREFLIGHT_TIMEOUT:-60}
+launch preflight "$((3 * patience + 60))" one4d_pl.preflight --config "$code/config.yaml" --timeout "$patience"
 finish preflight
 rm -f "$RUN_DIR/preflight_deaths"
 [ "$warned" -eq 0 ] || requeue "asked to stop before the first step"
 
-ends=$(squeue -h -j "$SLURM_JOB_ID" -o %e)
-limit=$(($(date -d "$ends" +%s 2>/dev/null || date -d "30 days" +%s) - $(date +%s) + 60))
-launch train "$limit" one4d_pl.fit --config "$code/config.yaml"  # srun alone would wait for ever on a node that is gone
+# srun alone would wait for ever on a node that is gone
+launch train "$((limit + 60))" one4d_pl.fit --config "$code/config.yaml"
 finish train
 say "done: $RUN_DIR"
