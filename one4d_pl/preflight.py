@@ -303,8 +303,8 @@ def _run_faults(config: Config) -> list[str]:
     free = shutil.disk_usage(config.run_dir).free
     if free + held < needed:
         return [
-            f"run_dir: {free / 1e9:.1f} GB free at {config.run_dir}, checkpoints need {(needed - held) / 1e9:.1f} GB more "
-            f"({config.train.keep_last + 1} x {one / 1e9:.1f} GB); free some or lower train.keep_last"
+            f"run_dir: {free / 1e9:.1f} GB free at {config.run_dir}, checkpoints need {(needed - held) / 1e9:.1f} GB "
+            f"more ({config.train.keep_last + 1} x {one / 1e9:.1f} GB); free some or lower train.keep_last"
         ]
     return []
 
