@@ -238,6 +238,8 @@ class TrainConfig:
     save_every: int = 250
     keep_last: int = 2  # checkpoints kept besides the final one
     log_every: int = 10
+    hang_minutes: float = 30.0  # without a pass through the transformer: write the stacks, exit with 76; 0 = wait on
+    max_restarts: int = 5  # in a row without a new checkpoint, then fit refuses to start; 0 = no limit
 
     def __post_init__(self) -> None:
         _one_of("train.strategy", self.strategy, ("single", "ddp", "deepspeed"))
@@ -247,7 +249,7 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("keep_last", "log_every"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("seed", "overfit_clips"):
+        for name in ("seed", "overfit_clips", "hang_minutes", "max_restarts"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if self.strategy == "single" and self.world_size != 1:
             raise ConfigError(

@@ -2,6 +2,13 @@
 
 from __future__ import annotations
 
+from one4d_pl.training.signals import INTERRUPTED, Stop, die_with_launcher, early_rank, end_process, exit_code
+
+if __name__ == "__main__":  # before the other imports: a signal during them is to be remembered
+    STOP = Stop()
+    STOP.watch()
+    die_with_launcher()
+
 import argparse
 import logging
 import os
@@ -11,6 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
+from one4d_pl.training.preemption import begin_start, forget_starts, note_end
+from one4d_pl.training.watchdog import rank_log
 
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
@@ -23,8 +32,8 @@ LARGE_SCALE = (
 )
 
 
-def main(arguments: list[str]) -> int:
-    """Parse, check everything that needs no torch, then train; returns the exit code."""
+def main(arguments: list[str], stop: Stop | None = None) -> int:
+    """Parse, check everything that needs no torch, then train; returns the exit code (training/signals.py)."""
     parser = argparse.ArgumentParser(prog="python -m one4d_pl.fit", description=__doc__)
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
@@ -36,16 +45,41 @@ def main(arguments: list[str]) -> int:
             print(to_yaml(config), end="")
             return 0
         check_paths(config)
-        fit(config)
+        rank = early_rank(config.train.devices)
+        if rank == 0:
+            begin_start(config.run_dir, config.train.max_restarts)
+        with rank_log(config.run_dir, rank):
+            return _fit_counted(config, stop, rank)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    return 0
 
 
-def fit(config: Config) -> None:
-    """Prepare the data where absent, resume where a checkpoint lies, and train to train.max_steps."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+def _fit_counted(config: Config, stop: Stop | None, rank: int) -> int:
+    """`fit`, with what its end says about another start; returns the exit code."""
+    try:
+        code = fit(config, stop)
+        reason = f"exit code {code}" if code else ""
+    except (ConfigError, KeyboardInterrupt, SystemExit) as end:  # SystemExit: Lightning's, after a KeyboardInterrupt
+        if rank == 0:
+            forget_starts(config.run_dir)  # somebody is there and looks at it
+        if isinstance(end, ConfigError):
+            raise
+        return INTERRUPTED
+    except Exception as error:
+        log.exception("rank %d failed", rank)
+        code, reason = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if rank == 0:
+        note_end(config.run_dir, reason) if code else forget_starts(config.run_dir)
+    return code
+
+
+def fit(config: Config, stop: Stop | None = None) -> int:
+    """Prepare the data where absent, resume where a checkpoint lies, train to train.max_steps or until `stop`.
+
+    Returns 0, or on rank 0 the exit code for what made it stop early, after a checkpoint and the marker.
+    """
+    stop = Stop() if stop is None else stop
     log.info("one4d_pl fit: scale %s, run folder %s; the paper's scale: %s", config.scale, config.run_dir, LARGE_SCALE)
     _quieten()
     # before torch loads OpenMP: threads that spin while waiting make a busy machine ten times slower
@@ -56,7 +90,8 @@ def fit(config: Config) -> None:
     import transformers
 
     from one4d_pl.callbacks.losses import LossCurves
-    from one4d_pl.callbacks.throughput import StepBar, Throughput
+    from one4d_pl.callbacks.survival import Heartbeat, Preempted, Preemption
+    from one4d_pl.callbacks.throughput import StepBar, StepLine, Throughput
     from one4d_pl.data.datamodule import One4DDataModule
     from one4d_pl.data.shards import SampleError, ShardSetError
     from one4d_pl.models.transformer import describe_sizes
@@ -78,8 +113,9 @@ def fit(config: Config) -> None:
         log.info("resuming %s at step %d of %d", resume_from, start_step, config.train.max_steps)
     if start_step >= config.train.max_steps:
         log.info("nothing to do: %s has reached train.max_steps", config.run_dir)
-        return
-    _write_config(config)
+        return 0
+    if early_rank(config.train.devices) == 0:
+        _write_config(config)
 
     base = config.base
     datamodule = One4DDataModule(
@@ -90,12 +126,17 @@ def fit(config: Config) -> None:
     datamodule.start_step = start_step
     init_from = Path(config.train.init_from) if config.train.init_from else None
     module = One4DModule(config, adapters=resume_from or init_from)
+    checkpoint = StepCheckpoint(config, resume_from)
+    throughput, losses = Throughput(config.train, config.data.max_skip_share), LossCurves(config.train)
     callbacks = [
-        Throughput(config.train, config.data.max_skip_share),
-        LossCurves(config.train),
+        Heartbeat(config),
+        throughput,
+        losses,
+        StepLine(config, losses, throughput),
         *scene_callbacks(config.eval),
-        StepCheckpoint(config, resume_from),
+        checkpoint,
         StepBar(),
+        Preemption(config, stop, checkpoint),
     ]
     trainer = build_trainer(config, callbacks)
     fast_forward(trainer, start_step, config.train.accumulation)
@@ -103,7 +144,11 @@ def fit(config: Config) -> None:
         trainer.fit(module, datamodule=datamodule)
     except (SampleError, ShardSetError) as error:
         raise ConfigError(str(error)) from error
+    except Preempted as stopped:
+        log.info("stopped by %s; the same command goes on from there", stopped)
+        return exit_code(stopped.number) if trainer.is_global_zero else 0
     log.info("adapter: %s; trainables %s", config.run_dir, describe_sizes(module.transformer.parameter_counts()))
+    return 0
 
 
 def scene_callbacks(config: EvalConfig) -> list[Callback]:
@@ -141,4 +186,4 @@ def _quieten() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    end_process(lambda: main(sys.argv[1:], STOP))

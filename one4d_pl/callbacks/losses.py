@@ -27,6 +27,7 @@ class LossCurves(Callback):
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.warned: set[str] = set()
+        self.latest: dict[str, float] = {}  # modality -> last logged training loss
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
         # [modality, task]: sums and counts in one tensor, so that one all-reduce serves every rank
@@ -69,7 +70,8 @@ class LossCurves(Callback):
         # a copy: on one process reduce() hands back its argument
         sums, counts = trainer.strategy.reduce(self.sums.clone().to(module.device), reduce_op="sum").cpu()
         self.sums.zero_()
-        metrics = {f"train/loss/{m}": (sums[i].sum() / counts[i].sum()).item() for i, m in enumerate(MODALITIES)}
+        self.latest = {m: (sums[i].sum() / counts[i].sum()).item() for i, m in enumerate(MODALITIES)}
+        metrics = {f"train/loss/{m}": loss for m, loss in self.latest.items()}
         for t in counts[0].nonzero()[:, 0].tolist():
             metrics |= {
                 f"train/loss_{TASKS[t]}/{m}": (sums[i, t] / counts[i, t]).item() for i, m in enumerate(MODALITIES)

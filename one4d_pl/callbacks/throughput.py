@@ -1,27 +1,43 @@
-"""Where a run's time goes: seconds per optimiser step, the share spent waiting for data, and the progress bar."""
+"""Where a run's time goes: seconds per optimiser step, the share spent waiting for data, the share of the peak."""
 
 from __future__ import annotations
 
+import logging
+import resource
+import sys
 import time
 
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from tqdm import tqdm
 
-from one4d_pl.config import ConfigError, TrainConfig
+from one4d_pl.callbacks.losses import LossCurves
+from one4d_pl.config import Config, ConfigError, TrainConfig
+from one4d_pl.costs import BatchShape, TransformerShape, peak_flops, training_flops
+from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch
+
+log = logging.getLogger(__name__)
+
+GIB = 2**30
 
 
 class Throughput(Callback):
-    """Logs `train/time/step_s` and `train/time/data_wait` (share), and counts skipped samples as `data/skipped`."""
+    """Logs `train/time/{step_s,data_wait,samples_per_s}` and counts skipped samples as `data/skipped`.
+
+    Times are means over the steps since the last logged one, without validation; data_wait is a share.
+    """
 
     def __init__(self, config: TrainConfig, max_skip_share: float) -> None:
         self.config, self.max_skip_share = config, max_skip_share
         self.samples = self.skipped = 0
+        self.latest: dict[str, float] = {}  # what was last logged
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.step, self.step_began, self.waiting_since = trainer.global_step, time.perf_counter(), time.perf_counter()
         self.waited = 0.0
+        self.window = [0.0, 0.0, 0.0]  # steps, seconds, seconds of waiting since the last logged step
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Batch, batch_idx: int
@@ -49,24 +65,107 @@ class Throughput(Callback):
         if trainer.global_step == self.step:
             return  # in the middle of an accumulation
         steps, seconds = trainer.global_step - self.step, now - self.step_began
-        metrics = {
-            "train/time/step_s": seconds / steps,
-            "train/time/data_wait": self.waited / seconds,
-            "data/skipped": float(self.skipped),
-        }
-        module.log("s/step", metrics["train/time/step_s"], prog_bar=True, logger=False)
-        module.log("wait", metrics["train/time/data_wait"], prog_bar=True, logger=False)
-        if trainer.global_step % self.config.log_every == 0:
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, trainer.global_step)
+        module.log("s/step", seconds / steps, prog_bar=True, logger=False)
+        module.log("wait", self.waited / seconds, prog_bar=True, logger=False)
+        self.window = [a + b for a, b in zip(self.window, (steps, seconds, self.waited), strict=True)]
         self.step, self.step_began, self.waited = trainer.global_step, now, 0.0
+        if self.step % self.config.log_every == 0:
+            steps_since, seconds_since, waited_since = self.window
+            self.window = [0.0, 0.0, 0.0]
+            self.latest = {
+                "train/time/step_s": seconds_since / steps_since,
+                "train/time/data_wait": waited_since / seconds_since,
+                "train/time/samples_per_s": self.config.global_batch_size * steps_since / seconds_since,
+                "data/skipped": float(self.skipped),
+            }
+            for logger in trainer.loggers:
+                logger.log_metrics(self.latest, self.step)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.waiting_since = self.step_began = time.perf_counter()  # validation is neither step nor wait
 
 
+class StepLine(Callback):
+    """One line per `train.log_every` steps from rank 0: losses, time, throughput, use of the hardware, memory.
+
+    Logs `train/flops/{tflops,mfu,hfu}` of one process and `train/memory/gib`, its peak; MFU and HFU where the device's
+    peak is known (costs.py). Comes after LossCurves and Throughput, whose numbers it shows.
+    """
+
+    def __init__(self, config: Config, losses: LossCurves, throughput: Throughput) -> None:
+        self.config, self.losses, self.throughput = config, losses, throughput
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, One4DModule)
+        train = self.config.train
+        self.step = trainer.global_step
+        self.on_gpu = module.device.type == "cuda"
+        shape = TransformerShape.of(dict(module.transformer.base.config), self.config.dlc)
+        batch = batch_shape(self.config, module)
+        self.flops = training_flops(shape, batch, train.activation_checkpointing, self.on_gpu) * train.accumulation
+        name = torch.cuda.get_device_name(module.device) if self.on_gpu else "cpu"
+        self.peak = peak_flops(name, train.precision)
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        if not trainer.is_global_zero or trainer.global_step == self.step:
+            return
+        self.step = trainer.global_step
+        if self.step % self.config.train.log_every:
+            return
+        metrics = self._metrics(self.throughput.latest["train/time/step_s"])
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, self.step)
+        with tqdm.external_write_mode():  # above the bar, not through it
+            shown = self.throughput.latest | metrics
+            log.info("%s", step_line(self.step, self.config.train.max_steps, self.losses.latest, shown))
+
+    def _metrics(self, step_s: float) -> dict[str, float]:
+        if self.on_gpu:
+            memory = torch.cuda.max_memory_allocated()
+        else:
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+        metrics = {"train/flops/tflops": self.flops.model / step_s / 1e12, "train/memory/gib": memory / GIB}
+        if self.peak is not None:
+            metrics["train/flops/mfu"] = self.flops.model / step_s / self.peak
+            metrics["train/flops/hfu"] = self.flops.hardware / step_s / self.peak
+        return metrics
+
+
+def batch_shape(config: Config, module: One4DModule) -> BatchShape:
+    """One forward pass of one process under this config."""
+    data, encoders = config.data, module.encoders
+    image_tokens = 0
+    if encoders.image_encoder is not None:
+        vision = encoders.image_encoder.config
+        image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1  # and the class token
+    _, *grid = encoders.latent_shape(data.num_frames, data.height, data.width)
+    return BatchShape(
+        config.train.micro_batch_size, (grid[0], grid[1], grid[2]), config.base.max_text_tokens, image_tokens
+    )
+
+
+def step_line(step: int, max_steps: int, losses: dict[str, float], metrics: dict[str, float]) -> str:
+    """What a person reads of one logged step."""
+    parts = [f"step {step}/{max_steps}", *(f"{name} {loss:.4f}" for name, loss in losses.items())]
+    parts.append(f"{metrics['train/time/step_s']:.3g} s/step")
+    parts.append(f"{metrics['train/time/samples_per_s']:.3g} samples/s")
+    parts.append(f"data wait {metrics['train/time/data_wait']:.1%}")
+    parts.append(f"{metrics['train/flops/tflops']:.3g} TFLOP/s")
+    if "train/flops/mfu" in metrics:
+        parts += [f"MFU {metrics['train/flops/mfu']:.1%}", f"HFU {metrics['train/flops/hfu']:.1%}"]
+    parts.append(f"{metrics['train/memory/gib']:.3g} GiB")
+    return " | ".join(parts)
+
+
 class StepBar(Callback):
-    """A progress bar over optimiser steps, with an ETA; rank 0 only."""
+    """A progress bar over optimiser steps, with an ETA; rank 0 only, and only where somebody watches."""
 
     bar: tqdm | None = None
 
@@ -76,7 +175,7 @@ class StepBar(Callback):
             initial=trainer.global_step,
             unit="step",
             dynamic_ncols=True,
-            disable=not trainer.is_global_zero,
+            disable=not (trainer.is_global_zero and sys.stderr.isatty()),
         )
 
     def on_train_batch_end(

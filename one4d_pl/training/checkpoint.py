@@ -41,7 +41,7 @@ FREE_KEYS = (
     "data.val_sources", "data.num_workers", "data.cache_latents", "data.max_skip_share", "train.max_steps",
     "train.micro_batch_size", "train.strategy", "train.zero_stage", "train.offload", "train.num_nodes",
     "train.devices", "train.activation_checkpointing", "train.init_from", "train.resume", "train.save_every",
-    "train.keep_last", "train.log_every",
+    "train.keep_last", "train.log_every", "train.hang_minutes", "train.max_restarts",
     "optim.cooldown_steps",  # with train.max_steps, as long as no cooldown has begun: see refuse_other_run
 )  # fmt: skip
 
@@ -144,12 +144,15 @@ class StepCheckpoint(Callback):
         batch_idx: int,
     ) -> None:
         step = trainer.global_step
-        due = step % self.config.train.save_every == 0 or step == self.config.train.max_steps
-        if due and step > self.saved_step:
-            self._save(trainer, module, step)
+        if step % self.config.train.save_every == 0 or step == self.config.train.max_steps:
+            self.save(trainer, module)
 
-    def _save(self, trainer: lightning.Trainer, module: lightning.LightningModule, step: int) -> None:
+    def save(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Save at this step, unless that has been done; a collective."""
         assert isinstance(module, One4DModule)
+        step = trainer.global_step
+        if step == self.saved_step:
+            return
         self.saved_step = step
         if trainer.is_global_zero:
             datamodule = trainer.datamodule  # type: ignore[attr-defined]

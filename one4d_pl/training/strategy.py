@@ -6,6 +6,7 @@ import os
 
 import lightning
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
@@ -31,6 +32,8 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
         log_every_n_steps=1,  # our callbacks decide: train.log_every
         logger=TensorBoardLogger(config.run_dir, name="tensorboard", version=""),
         callbacks=callbacks,
+        # Lightning's own requeue saves inside a signal handler, where ranks wait for each other at different places
+        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         enable_checkpointing=False,  # ours: training/checkpoint.py
         enable_progress_bar=False,  # ours: callbacks/throughput.py counts optimiser steps
         enable_model_summary=False,

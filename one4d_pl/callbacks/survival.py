@@ -1,0 +1,129 @@
+"""What lets a run survive: all ranks obey a signal together, and a hang is noticed."""
+
+from __future__ import annotations
+
+import logging
+import signal
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor
+
+from one4d_pl.config import Config
+from one4d_pl.training.checkpoint import StepCheckpoint
+from one4d_pl.training.module import One4DModule
+from one4d_pl.training.preemption import forget_starts, write_marker
+from one4d_pl.training.signals import Stop
+from one4d_pl.training.watchdog import HangWatchdog
+
+log = logging.getLogger(__name__)
+
+
+class Preempted(Exception):
+    """Raised on every rank at the same place, once what is needed to go on has been saved."""
+
+    def __init__(self, step: int, number: int) -> None:
+        super().__init__(f"{signal.Signals(number).name} after step {step}")
+        self.step, self.number = step, number
+
+
+class Preemption(Callback):
+    """At every step boundary: has any rank got a signal? Then save, leave the marker, and end the run on every rank.
+
+    Asked too where start-up and validation allow it, since they can take longer than the warning of a scheduler. Comes
+    after every callback that has something to do at a step.
+    """
+
+    def __init__(self, config: Config, stop: Stop, checkpoint: StepCheckpoint) -> None:
+        self.config, self.stop, self.checkpoint = config, stop, checkpoint
+
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        self.step = trainer.global_step
+        self.progressed = False
+        self._obey(trainer, module)  # before the base is opened, minutes at the paper's scale
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._obey(trainer, module)
+
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self._obey(trainer, module)
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.stop.training = True
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        if trainer.global_step == self.step:
+            return  # in the middle of an accumulation
+        self.step = trainer.global_step
+        if self.step < trainer.max_steps:  # else it ends anyway
+            self._obey(trainer, module)
+        if trainer.is_global_zero and not self.progressed and self.checkpoint.saved_step == self.step:
+            self.progressed = True
+            forget_starts(self.config.run_dir)
+
+    def _obey(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        number = _agreed(trainer, self.stop.number)
+        if not number:
+            return
+        step = trainer.global_step
+        if self.stop.training:
+            self.checkpoint.save(trainer, module)
+        if trainer.is_global_zero:
+            if self.stop.training:
+                forget_starts(self.config.run_dir)
+            if number != signal.SIGINT:
+                write_marker(self.config.run_dir, step, number)
+        trainer.strategy.barrier("preempted")  # nobody leaves before the marker is there
+        raise Preempted(step, number)
+
+
+def _agreed(trainer: lightning.Trainer, number: int) -> int:
+    """The largest signal number that any rank has got; a collective."""
+    if trainer.world_size == 1:
+        return number
+    largest = torch.tensor(number, device=trainer.strategy.root_device)
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
+class Heartbeat(Callback):
+    """Runs the hang watchdog from set-up on; every pass through the transformer counts as a sign of life."""
+
+    watchdog: HangWatchdog | None = None
+
+    def __init__(self, config: Config) -> None:
+        self.run_dir, self.timeout_s = config.run_dir, 60 * config.train.hang_minutes
+
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        if self.timeout_s:  # not before: filling the cache of encodings may rightly take hours
+            self.watchdog = HangWatchdog(self.run_dir, trainer.global_rank, self.timeout_s)
+            self.watchdog.start()
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        if self.watchdog is not None:
+            assert isinstance(module, One4DModule)
+            self.watchdog.beat()
+            # training, validation and every callback that samples pass here, and nothing else does
+            module.transformer.register_forward_hook(self._beat)
+
+    def _beat(self, transformer: torch.nn.Module, inputs: tuple[Tensor, ...], velocity: Tensor) -> None:
+        assert self.watchdog is not None
+        self.watchdog.beat()
+
+    def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        if self.watchdog is not None:
+            self.watchdog.stop()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        if self.watchdog is not None:
+            self.watchdog.stop()

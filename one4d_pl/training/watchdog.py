@@ -1,0 +1,88 @@
+"""What every rank writes down: its log file, and the stacks of its threads when nothing moves any more."""
+
+from __future__ import annotations
+
+import faulthandler
+import logging
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+log = logging.getLogger(__name__)
+
+HUNG = 76  # exit code of a process that the watchdog ended
+LINGER_S = 15.0  # every rank is to write its stacks before the launcher kills all because one has left
+FORMAT = "%(asctime)s %(message)s"
+
+
+def rank_log_file(run_dir: str, rank: int) -> Path:
+    return Path(run_dir) / "logs" / f"rank-{rank:04d}.log"
+
+
+@contextmanager
+def rank_log(run_dir: str, rank: int) -> Iterator[None]:
+    """Inside, all that is logged goes to this rank's file; to stderr rank 0 says everything, others warnings only."""
+    file = rank_log_file(run_dir, rank)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    to_stderr = logging.StreamHandler()
+    to_stderr.setLevel(logging.WARNING if rank else logging.INFO)
+    logging.basicConfig(level=logging.INFO, format=FORMAT, datefmt="%H:%M:%S", handlers=[to_stderr])
+    to_file = logging.FileHandler(file, encoding="utf-8")
+    to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logging.getLogger().addHandler(to_file)
+    to_file.handle(_record(f"rank {rank} starts: pid {os.getpid()} on {socket.gethostname()}"))
+    try:
+        yield
+    finally:
+        logging.getLogger().removeHandler(to_file)
+        to_file.close()
+
+
+class HangWatchdog(threading.Thread):
+    """Ends the process with code 76, its stacks in the rank's log, once `beat` was not called for `timeout_s`.
+
+    A thread, not a signal handler: Python runs handlers in the main thread, which hangs.
+    """
+
+    def __init__(self, run_dir: str, rank: int, timeout_s: float) -> None:
+        super().__init__(daemon=True, name="hang-watchdog")
+        self.file, self.rank, self.timeout_s = rank_log_file(run_dir, rank), rank, timeout_s
+        self.last = time.monotonic()
+        self.stopped = threading.Event()
+
+    def beat(self) -> None:
+        """Something moved."""
+        self.last = time.monotonic()
+
+    def stop(self) -> None:
+        """The run is over, how long its last bits take is nobody's concern."""
+        self.stopped.set()
+
+    def run(self) -> None:
+        while not self.stopped.wait(min(1.0, self.timeout_s / 4)):
+            seen = self.last
+            if time.monotonic() - seen <= self.timeout_s:
+                continue
+            self._write_stacks()
+            if self.stopped.wait(min(LINGER_S, self.timeout_s / 4)) or self.last > seen:
+                log.warning("rank %d goes on after all", self.rank)
+                continue
+            os._exit(HUNG)
+
+    def _write_stacks(self) -> None:
+        said = f"rank {self.rank}: nothing has moved for {self.timeout_s / 60:g} minutes (train.hang_minutes)"
+        print(f"error: {said}; the stacks of its threads are in {self.file}", file=sys.stderr, flush=True)
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as stream:
+            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {said}; every thread's stack:\n")
+            stream.flush()
+            faulthandler.dump_traceback(stream, all_threads=True)
+
+
+def _record(message: str) -> logging.LogRecord:
+    return logging.LogRecord(__name__, logging.INFO, __file__, 0, message, (), None)
