@@ -140,11 +140,11 @@ class Deadline:
 
 def preflight(config: Config, place: Place, seconds: float) -> list[str]:
     """Every fault that any rank found, the same list on every rank; [] if the run may start."""
-    deadline = Deadline(2 * seconds, place.node)  # the second half is for the peers' own, more telling, timeouts
+    deadline = Deadline(2 * seconds + 10, place.node)  # the patience itself comes first: it tells more
     deadline.begin("meeting the other ranks")
     probe = Path(config.run_dir) / f".preflight-{uuid.uuid4().hex[:12]}"
-    store = meet(place, seconds)
     try:
+        store = meet(place, seconds)
         if place.rank == 0:
             store.set("probe", _leave(probe))
         deadline.begin("reading weights and samples")
@@ -157,7 +157,8 @@ def preflight(config: Config, place: Place, seconds: float) -> list[str]:
         return faults
     finally:
         deadline.end()
-        probe.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            probe.unlink()
 
 
 def check_world(config: Config, place: Place) -> None:
