@@ -236,7 +236,8 @@ class TrainConfig:
     init_from: str | None = None  # adapter folder to start from, with a fresh optimiser
     resume: bool = True  # continue from the newest checkpoint in run_dir, if there is one
     save_every: int = 250
-    keep_last: int = 2  # checkpoints kept besides the final one
+    keep_last: int = 2  # newest checkpoints kept
+    keep_best: int = 1  # checkpoints with the lowest validation loss kept besides
     log_every: int = 10
     hang_minutes: float = 30.0  # without a pass through the transformer: write the stacks, exit with 76; 0 = wait on
     max_restarts: int = 5  # in a row without a new checkpoint, then fit refuses to start; 0 = no limit
@@ -249,7 +250,7 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("keep_last", "log_every"):
             _at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("seed", "overfit_clips", "hang_minutes", "max_restarts"):
+        for name in ("seed", "overfit_clips", "keep_best", "hang_minutes", "max_restarts"):
             _at_least(f"train.{name}", getattr(self, name), 0)
         if self.strategy == "single" and self.world_size != 1:
             raise ConfigError(

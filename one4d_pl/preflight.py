@@ -299,13 +299,14 @@ def _run_faults(config: Config) -> list[str]:
         except (ConfigError, KeyError) as error:
             return [str(error)]
     one = checkpoint_bytes(config)
-    needed = one * (config.train.keep_last + 1)  # one is written before the oldest goes
+    count = config.train.keep_last + config.train.keep_best + 1  # one is written before the oldest goes
+    needed = count * one
     held = sum(file.stat().st_size for folder in folders for file in folder.parent.rglob("*") if file.is_file())
     free = shutil.disk_usage(config.run_dir).free
     if free + held < needed:
         return [
             f"run_dir: {free / 1e9:.1f} GB free at {config.run_dir}, checkpoints need {(needed - held) / 1e9:.1f} GB "
-            f"more ({config.train.keep_last + 1} x {one / 1e9:.1f} GB); free some or lower train.keep_last"
+            f"more ({count} x {one / 1e9:.1f} GB); free some or lower train.keep_last"
         ]
     return []
 

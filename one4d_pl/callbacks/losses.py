@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from one4d_pl.config import TrainConfig
+from one4d_pl.training.checkpoint import VAL_TOTAL
 from one4d_pl.training.module import One4DModule
+from one4d_pl.training.zero import ZeroStrategy
 from one4d_pl.types import MODALITIES, TASKS, Batch
 
 log = logging.getLogger(__name__)
@@ -39,7 +41,8 @@ class LossCurves(Callback):
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        if (trainer.global_step + 1) % self.config.log_every:
+        # ZeRO leaves no whole gradients here; the engine knows their common norm after the step
+        if (trainer.global_step + 1) % self.config.log_every or isinstance(trainer.strategy, ZeroStrategy):
             return
         metrics = {
             f"train/grad_norm/{group['name']}": torch.nn.utils.get_total_norm(
@@ -76,6 +79,8 @@ class LossCurves(Callback):
             metrics |= {
                 f"train/loss_{TASKS[t]}/{m}": (sums[i, t] / counts[i, t]).item() for i, m in enumerate(MODALITIES)
             }
+        if isinstance(trainer.strategy, ZeroStrategy):
+            metrics["train/grad_norm/all"] = float(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0)
         _log(trainer, metrics | self._link_ratios(module), self.step)
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -83,6 +88,8 @@ class LossCurves(Callback):
         metrics = {f"val/loss/{m}": metric.compute().item() for m, metric in module.val_loss.items()}
         for metric in module.val_loss.values():
             metric.reset()
+        total = metrics["val/loss/rgb"] + module.config.flow.xyz_weight * metrics["val/loss/xyz"]
+        module.log(VAL_TOTAL, total, logger=False)  # for training/checkpoint.py
         _log(trainer, metrics, trainer.global_step)
         if trainer.is_global_zero:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -76,6 +76,7 @@ class Preemption(Callback):
         step = trainer.global_step
         if self.stop.training:
             self.checkpoint.save(trainer, module)
+            self.checkpoint.writer.wait()  # on disk, before the marker says so
         if trainer.is_global_zero:
             if self.stop.training:
                 forget_starts(self.config.run_dir)

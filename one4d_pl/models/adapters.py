@@ -73,9 +73,14 @@ def adapter_files(folder: Path) -> list[Path]:
     return [Path(name) for name in [*names, *(o for o in optional if (folder / o).is_file()), CARD]]
 
 
-def save_adapters(transformer: One4DTransformer, folder: Path, card: AdapterCard) -> None:
+def save_adapters(
+    transformer: One4DTransformer,
+    folder: Path,
+    card: AdapterCard,
+    files: dict[str, dict[str, Tensor]] | None = None,  # values to write; None = the transformer's, where it is whole
+) -> None:
     """Write an adapter into an existing, empty folder; the caller renames it into place."""
-    for file, tensors in adapter_tensors(transformer).items():
+    for file, tensors in (adapter_tensors(transformer) if files is None else files).items():
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)

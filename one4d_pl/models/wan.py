@@ -17,6 +17,7 @@ from one4d_pl.models.base_files import ENCODER_PARTS as ENCODER_PARTS
 from one4d_pl.models.base_files import fingerprint as fingerprint
 from one4d_pl.models.base_files import resolve_base
 from one4d_pl.models.conditioning import blank_hidden_frames
+from one4d_pl.models.weights import Partitioner, stream_transformer
 from one4d_pl.types import Encoded, Sample
 
 IMAGE_CONTEXT = 512  # diffusers' Wan splits image from text tokens by assuming this many text tokens
@@ -24,20 +25,23 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # the image encoder's own input
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def load_transformer(path: str, dtype: str) -> WanTransformer3DModel:
-    """The transformer alone, in `dtype` (diffusers keeps Wan's norms, time embedding and modulation in float32)."""
+def load_transformer(
+    path: str,
+    dtype: str,
+    device: torch.device | None = None,  # None = CPU
+    partitioner: Partitioner | None = None,  # shards the blocks over processes as they are read
+) -> WanTransformer3DModel:
+    """The transformer alone, in `dtype` (as diffusers does, Wan's norms, time embedding and modulation in float32)."""
     folder = resolve_base(path)
-    transformer = WanTransformer3DModel.from_pretrained(
-        folder, subfolder="transformer", torch_dtype=getattr(torch, dtype), local_files_only=True
-    )
     vae_config = AutoencoderKLWan.load_config(folder, subfolder="vae")
     expected = 2 * vae_config["z_dim"] + vae_config.get("scale_factor_temporal", 4)
-    if transformer.config.in_channels != expected:
+    in_channels = WanTransformer3DModel.load_config(folder, subfolder="transformer").get("in_channels")
+    if in_channels != expected:
         raise ConfigError(
-            f"base.path: {folder} takes {transformer.config.in_channels} input channels, One4D needs an inpainting "
+            f"base.path: {folder} takes {in_channels} input channels, One4D needs an inpainting "
             f"or image-to-video Wan with {expected} (latents, mask, conditioning latents)"
         )
-    return transformer
+    return stream_transformer(folder / "transformer", getattr(torch, dtype), device or torch.device("cpu"), partitioner)
 
 
 class WanEncoders(nn.Module):

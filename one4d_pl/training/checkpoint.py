@@ -4,8 +4,10 @@
                      optimizer.safetensors   AdamW's two moments, named by parameter
                      trainer.json            step, config, sha256 of every other file
 
-Written beside its place and renamed, so a folder named step-* is whole or damaged later, never half-written. The
-position in the data follows from the step (data/order.py) and the learning rate too (optim.py).
+Under every strategy whole tensors are gathered to rank 0 (training/zero.py), which writes them while training goes on:
+beside their place, then renamed, so a folder named step-* is whole or damaged later, never half-written. So a run can
+go on with any other strategy and number of processes. The position in the data follows from the step (data/order.py)
+and the learning rate too (optim.py).
 """
 
 from __future__ import annotations
@@ -16,24 +18,33 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.datamodule import One4DDataModule
-from one4d_pl.models.adapters import AdapterCard, save_adapters
+from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
+from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.training.module import One4DModule
+from one4d_pl.training.zero import fill_optimizer, link_moments, whole_moment, whole_parameter
 from one4d_pl.types import TASKS
 
 log = logging.getLogger(__name__)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+SCORES = "validation.json"
+VAL_TOTAL = "val/loss/total"  # Lightning's name of what decides on the best
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 # what may change between the parts of one run without changing the sequence of updates
 FREE_KEYS = (
@@ -41,7 +52,7 @@ FREE_KEYS = (
     "data.val_sources", "data.num_workers", "data.cache_latents", "data.max_skip_share", "train.max_steps",
     "train.micro_batch_size", "train.strategy", "train.zero_stage", "train.offload", "train.num_nodes",
     "train.devices", "train.activation_checkpointing", "train.init_from", "train.resume", "train.save_every",
-    "train.keep_last", "train.log_every", "train.hang_minutes", "train.max_restarts",
+    "train.keep_last", "train.keep_best", "train.log_every", "train.hang_minutes", "train.max_restarts",
     "optim.cooldown_steps",  # with train.max_steps, as long as no cooldown has begun: see refuse_other_run
 )  # fmt: skip
 
@@ -95,26 +106,57 @@ def refuse_other_run(folder: Path, config: Config) -> None:
 
 def load_optimizer(folder: Path, module: One4DModule, optimizer: torch.optim.Optimizer) -> None:
     """Fill a fresh AdamW with a checkpoint's moments."""
-    tensors, step = load_file(folder / "optimizer.safetensors"), read_step(folder)
-    for name, parameter in module.transformer.trainable_parameters():
-        state = {moment: tensors[f"{name}.{moment}"].to(parameter.device) for moment in MOMENTS}
-        optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+    names, parameters = zip(*module.transformer.trainable_parameters(), strict=True)
+    with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
+        fill_optimizer(
+            list(parameters), optimizer, read_step(folder), lambda i, moment: file.get_tensor(f"{names[i]}.{moment}")
+        )
 
 
-def save_checkpoint(
-    folder: Path, module: One4DModule, optimizer: torch.optim.Optimizer, step: int, data_sources: list[dict[str, str]]
-) -> None:
-    """Write one checkpoint, atomically."""
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    save_adapters(module.transformer, staging, _card(module, step, data_sources))
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a checkpoint holds, on the CPU."""
+
+    adapters: dict[str, dict[str, Tensor]]  # file -> name -> value
+    moments: dict[str, Tensor]
+    card: AdapterCard
+    state: dict[str, object]  # of trainer.json
+
+
+def take_snapshot(
+    module: One4DModule, optimizer: torch.optim.Optimizer, step: int, data_sources: list[dict[str, str]]
+) -> Snapshot | None:
+    """Collective: copy what is trained to rank 0; None elsewhere."""
+    first = module.global_rank == 0
+
+    def collect(gather: Callable[[], Tensor], into: dict[str, Tensor], name: str) -> None:
+        whole = gather()
+        if first:
+            into[name] = whole.detach().to("cpu", copy=True).contiguous()
+
+    adapters: dict[str, dict[str, Tensor]] = {}
+    for file, parameters in adapter_tensors(module.transformer).items():
+        adapters[file] = {}
+        for name, parameter in parameters.items():
+            collect(partial(whole_parameter, parameter), adapters[file], name)
     moments: dict[str, Tensor] = {}
+    link_moments(optimizer)
     for name, parameter in module.transformer.trainable_parameters():
         for moment in MOMENTS:
-            moments[f"{name}.{moment}"] = optimizer.state[parameter][moment].detach().cpu().contiguous()
-    save_file(moments, staging / "optimizer.safetensors")
-    state = {"step": step, "config": _as_dict(module.config), "sha256": _hashes(staging)}
+            collect(partial(whole_moment, parameter, optimizer, moment), moments, f"{name}.{moment}")
+    state: dict[str, object] = {"step": step, "config": _as_dict(module.config)}
+    return Snapshot(adapters, moments, _card(module, step, data_sources), state) if first else None
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: One4DTransformer) -> None:
+    """Write one checkpoint, atomically; what an earlier, killed writer of the run has left goes."""
+    for leftover in folder.parent.glob(".step-*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    staging = folder.with_name(f".{folder.name}.tmp")
+    staging.mkdir(parents=True)
+    save_adapters(transformer, staging, snapshot.card, snapshot.adapters)
+    save_file(snapshot.moments, staging / "optimizer.safetensors")
+    state = {**snapshot.state, "sha256": _hashes(staging)}
     (staging / "trainer.json").write_text(json.dumps(state, indent=1) + "\n")
     for file in staging.rglob("*"):
         _flush(file)
@@ -123,16 +165,41 @@ def save_checkpoint(
     _flush(folder.parent)
 
 
+class BackgroundWriter:
+    """One job at a time in a thread; a failed one is raised at the next call."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._job: Future[None] | None = None
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Start a job; waits for the one before, so memory holds one snapshot at most."""
+        self.wait()
+        self._job = self._executor.submit(job)
+
+    def wait(self) -> None:
+        """Until the job is done; raises what it raised."""
+        job, self._job = self._job, None
+        if job is not None:
+            job.result()
+
+
 class StepCheckpoint(Callback):
-    """Save every `train.save_every` steps and at the end, keep `train.keep_last`; on resume load the optimiser."""
+    """Save every `train.save_every` steps and at the end; keep the newest and the best; on resume load the optimiser.
+
+    The best are those with the lowest validation loss (rgb + flow.xyz_weight * xyz) at their own step.
+    """
 
     def __init__(self, config: Config, resume_from: Path | None) -> None:
         self.config, self.resume_from = config, resume_from
+        self.writer = BackgroundWriter()
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, One4DModule)
         if self.resume_from is not None:
-            assert isinstance(module, One4DModule)
             load_optimizer(self.resume_from, module, trainer.optimizers[0])
+        elif module.adapters is None:
+            refuse_started_adapter(module.transformer)
         self.saved_step = trainer.global_step
 
     def on_train_batch_end(
@@ -147,25 +214,65 @@ class StepCheckpoint(Callback):
         if step % self.config.train.save_every == 0 or step == self.config.train.max_steps:
             self.save(trainer, module)
 
+    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        loss = trainer.callback_metrics.get(VAL_TOTAL)
+        if trainer.is_global_zero and loss is not None and not trainer.sanity_checking:
+            write_score(self.config.run_dir, trainer.global_step, float(loss))
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.writer.wait()
+
     def save(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Save at this step, unless that has been done; a collective."""
+        """Collective: save the present step, unless it is saved already; returns before the files are written."""
         assert isinstance(module, One4DModule)
         step = trainer.global_step
-        if step == self.saved_step:
+        if step <= self.saved_step:
             return
         self.saved_step = step
-        if trainer.is_global_zero:
-            datamodule = trainer.datamodule  # type: ignore[attr-defined]
-            assert isinstance(datamodule, One4DDataModule)
-            folder = checkpoint_folder(self.config.run_dir, step)
-            save_checkpoint(folder, module, trainer.optimizers[0], step, datamodule.describe_sources())
-            self._drop_old()
-        trainer.strategy.barrier("checkpoint")
+        datamodule = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(datamodule, One4DDataModule)
+        snapshot = take_snapshot(module, trainer.optimizers[0], step, datamodule.describe_sources())
+        if snapshot is not None:
+            self.writer.submit(partial(self._write, snapshot, step, module.transformer))
 
-    def _drop_old(self) -> None:
-        folders = sorted((Path(self.config.run_dir) / "checkpoints").glob("step-*"))
-        for folder in folders[: -self.config.train.keep_last]:
+    def _write(self, snapshot: Snapshot, step: int, transformer: One4DTransformer) -> None:
+        write_checkpoint(checkpoint_folder(self.config.run_dir, step), snapshot, transformer)
+        train = self.config.train
+        for folder in superfluous(self.config.run_dir, train.keep_last, train.keep_best):
             shutil.rmtree(folder)
+
+
+def refuse_started_adapter(transformer: One4DTransformer) -> None:
+    """RuntimeError unless what must be zero before the first step is: a lost zero start trains wrongly in silence."""
+    for name, parameter in transformer.trainable_parameters():
+        if (".lora_B." in name or name.startswith("links.")) and bool(whole_parameter(parameter).any()):
+            raise RuntimeError(f"{name} is not zero before the first step: the strategy lost its initialisation")
+
+
+def write_score(run_dir: str, step: int, loss: float) -> None:
+    """Note the validation loss of a step beside the checkpoints, atomically."""
+    path = Path(run_dir) / "checkpoints" / SCORES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = path.with_name(f".{SCORES}.tmp")
+    staging.write_text(json.dumps({**read_scores(run_dir), str(step): loss}, indent=1) + "\n")
+    staging.replace(path)
+
+
+def read_scores(run_dir: str) -> dict[str, float]:
+    """Validation loss by step; empty where none was noted."""
+    try:
+        return json.loads((Path(run_dir) / "checkpoints" / SCORES).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def superfluous(run_dir: str, keep_last: int, keep_best: int) -> list[Path]:
+    """Checkpoints that are neither among the newest nor among the best; one without a score is no best."""
+    folders = sorted((Path(run_dir) / "checkpoints").glob("step-*"))
+    scores = read_scores(run_dir)
+    scored = [f for f in folders if str(int(f.name.removeprefix("step-"))) in scores]
+    best = sorted(scored, key=lambda f: scores[str(int(f.name.removeprefix("step-")))])[:keep_best]
+    return [f for f in folders[:-keep_last] if f not in best]
 
 
 def _card(module: One4DModule, step: int, data_sources: list[dict[str, str]]) -> AdapterCard:

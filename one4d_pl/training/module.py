@@ -19,6 +19,7 @@ from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
 from one4d_pl.training.optim import build_optimizer, set_learning_rates
+from one4d_pl.training.zero import ZeroStrategy
 from one4d_pl.types import MODALITIES, Batch
 
 
@@ -30,7 +31,6 @@ class One4DModule(lightning.LightningModule):
         adapters: folder to start from (a checkpoint, or train.init_from); None = a fresh adapter.
     """
 
-    encoders: WanEncoders
     transformer: One4DTransformer
 
     def __init__(self, config: Config, adapters: Path | None) -> None:
@@ -45,14 +45,27 @@ class One4DModule(lightning.LightningModule):
         if self._built:
             return
         config = self.config
-        self.encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens)
-        base = load_transformer(config.base.path, config.base.dtype)
+        strategy = None if self._trainer is None else self._trainer.strategy
+        device = torch.device("cpu") if strategy is None else strategy.root_device
+        partitioner = strategy.partitioner() if isinstance(strategy, ZeroStrategy) else None
+        encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens)
+        self._encoders = (encoders.to(device),)
+        base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
         self.transformer = One4DTransformer(base, config.dlc, config.train.seed)
         if config.train.activation_checkpointing:
             self.transformer.enable_activation_checkpointing()
         if self.adapters is not None:
             load_adapters(self.transformer, self.adapters, self.base_fingerprint)
         self._built = True
+
+    @property
+    def encoders(self) -> WanEncoders:
+        """The frozen encoders, whole in every process.
+
+        Hidden from the strategy in a tuple: under ZeRO-3 an encoder that is sharded would need all processes at every
+        call, but which clips are encoded differs from rank to rank.
+        """
+        return self._encoders[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One micro batch: the loss, and each sample's loss per branch for the callbacks."""

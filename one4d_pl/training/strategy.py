@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import lightning
 import torch
@@ -12,6 +13,9 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from one4d_pl.config import Config
+from one4d_pl.training.zero import ZeroStrategy
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for the others ends the run
 
 
 def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Trainer:
@@ -22,7 +26,8 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
         strategy=_strategy(config),
         num_nodes=train.num_nodes,
         devices=train.devices,
-        precision="bf16-mixed" if train.precision == "bf16-mixed" else "32-true",
+        # DeepSpeed's strategy brings its own: training/zero.py
+        precision=None if train.strategy == "deepspeed" else "bf16-mixed" if train.precision == "bf16-mixed" else 32,
         max_steps=train.max_steps,
         accumulate_grad_batches=train.accumulation,
         gradient_clip_val=config.optim.grad_clip,
@@ -63,5 +68,12 @@ def limit_threads(config: Config) -> None:
 def _strategy(config: Config) -> Strategy:
     if config.train.strategy == "single":
         return SingleDeviceStrategy(device="cuda:0" if torch.cuda.is_available() else "cpu")
+    if config.train.strategy == "deepspeed":
+        return ZeroStrategy(config.train, COLLECTIVE_TIMEOUT)
     # every trainable is used in every step whatever the task draw; the base has no buffers that change
-    return DDPStrategy(find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DDPStrategy(
+        find_unused_parameters=False,
+        broadcast_buffers=False,
+        gradient_as_bucket_view=True,
+        timeout=COLLECTIVE_TIMEOUT,
+    )

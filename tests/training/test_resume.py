@@ -186,7 +186,8 @@ def test_a_checkpoint_holds_trainables_and_moments_only(run_config):
     assert sum(t.numel() for t in moments.values()) == 2 * sum(t.numel() for t in tensors)
     assert len(moments) == 2 * len(tensors)
     kept = sorted(f.name for f in folder.parent.iterdir())
-    assert kept == ["step-00000004", "step-00000006"]  # keep_last, and no leftover of a staging folder
+    # keep_last, the scores that decide on the best, and no leftover of a staging folder
+    assert kept == ["step-00000004", "step-00000006", "validation.json"]
     assert json.loads(files["card.json"].read_text())["data_sources"][0]["licence"] == "CC0-1.0"
 
 

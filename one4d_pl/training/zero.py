@@ -1,0 +1,198 @@
+"""DeepSpeed ZeRO under Lightning, on CUDA and on the CPU (gloo) with the same code.
+
+1. The engine runs in float32 mode: it casts nothing. The frozen base keeps the dtypes it was opened in, trainables and
+   optimiser are float32, and bf16-mixed is torch's autocast, as under the other strategies.
+2. At stage 3 the base is sharded block by block while it is read (models/weights.py); LoRA and links are built as
+   ordinary tensors and sharded by the engine, values and all. Nothing is ever initialised inside `zero.Init`, where a
+   later `zeros_` would hit an empty tensor and training would start from noise.
+3. Whole tensors of sharded parameters and moments are read and written here alone; checkpoints know no shards.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from datetime import timedelta
+
+import lightning
+import torch
+from lightning.fabric.accelerators.cuda import CUDAAccelerator
+from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
+from torch import Tensor, nn
+
+from one4d_pl.config import TrainConfig
+from one4d_pl.types import Batch
+
+# LoRA matrices (327 thousand parameters at the 14B) stay whole: one gather each would cost more than they weigh
+PERSISTENT_PARAMETERS = 1_000_000
+BUCKET = 200_000_000  # elements of a reduce or prefetch bucket
+
+
+class ZeroPrecision(DeepSpeedPrecision):
+    """The engine's own precision is float32; bf16-mixed is an autocast around the steps."""
+
+    def __init__(self, bfloat16: bool) -> None:
+        super().__init__("32-true")
+        self.bfloat16 = bfloat16
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module  # the base may be bfloat16, and stays so
+
+    def convert_input(self, batch: Batch) -> Batch:  # type: ignore[override]
+        return batch  # float32 by construction
+
+    def forward_context(self) -> AbstractContextManager[object]:
+        return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=self.bfloat16)
+
+    def backward(  # type: ignore[override]
+        self, tensor: Tensor, model: lightning.LightningModule, optimizer: object, *args: object, **kwargs: object
+    ) -> None:
+        # Lightning has divided the loss by the accumulation already; the engine would divide it again, unseen by Adam
+        # but not by gradient clipping
+        model.trainer.model.backward(tensor, scale_wrt_gas=False)  # type: ignore[union-attr,operator]
+
+
+class ZeroStrategy(DeepSpeedStrategy):
+    """A real DeepSpeedEngine at `train.zero_stage`, with gloo where there is no CUDA.
+
+    Args:
+        config: stage, offload, precision.
+        timeout: of every collective.
+    """
+
+    def __init__(self, config: TrainConfig, timeout: timedelta) -> None:
+        super().__init__(config=engine_config(config), precision_plugin=ZeroPrecision(config.precision == "bf16-mixed"))
+        self._timeout = timeout
+
+    def setup_environment(self) -> None:
+        """Lightning's own refuses anything but CUDA."""
+        if isinstance(self.accelerator, CUDAAccelerator):
+            super().setup_environment()
+            return
+        import deepspeed.ops
+
+        # only inference uses it, and it would be compiled at every first start
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # the engine tells devices apart by their index
+        self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
+        DDPStrategy.setup_environment(self)
+
+    @contextmanager
+    def model_sharded_context(self) -> Iterator[None]:
+        """No `zero.Init` around the module: see the head of this file."""
+        self._init_config_if_needed()
+        yield
+
+    def partitioner(self) -> StagePartitioner | None:
+        """What shards the base while it is read; None below stage 3."""
+        assert isinstance(self.config, dict)
+        return StagePartitioner(self.config, self.global_rank == 0) if self.zero_stage_3 else None
+
+    def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
+        # the engine moves no buffer of a model that is sharded already
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(self.root_device)
+        return model
+
+
+class StagePartitioner:
+    """Shards modules over all processes (ZeRO-3); the values are rank 0's."""
+
+    def __init__(self, config: dict[str, object], reads: bool) -> None:
+        self.config, self.reads = config, reads
+
+    def partition(self, module: nn.Module) -> None:
+        """Collective; afterwards the module's parameters are placeholders that the engine gathers when needed."""
+        import deepspeed
+
+        deepspeed.zero.Init(module=module, config_dict_or_path=self.config)
+
+
+def engine_config(config: TrainConfig) -> dict[str, object]:
+    """DeepSpeed's config; Lightning adds batch size, accumulation and clipping."""
+    zero: dict[str, object] = {
+        "stage": config.zero_stage,
+        "reduce_bucket_size": BUCKET,
+        "overlap_comm": False,  # gradients are those of the adapter alone: little to hide
+        "contiguous_gradients": True,
+    }
+    if config.zero_stage == 3:
+        zero |= {"stage3_param_persistence_threshold": PERSISTENT_PARAMETERS, "stage3_prefetch_bucket_size": BUCKET}
+    if config.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        if config.zero_stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    return {
+        "train_micro_batch_size_per_gpu": config.micro_batch_size,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: the same under every strategy, and no compiler
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def whole_parameter(parameter: nn.Parameter) -> Tensor:
+    """A trainable's whole value under any strategy; collective where it is sharded."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    if hasattr(parameter, "ds_id"):
+        return safe_get_full_fp32_param(parameter)
+    return parameter.detach()  # below stage 3 every process holds it
+
+
+def link_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Let `whole_moment` find every group's moments; to be called after the optimiser's state came to be.
+
+    Below stage 3 the engine links parameters to moments after its first step of the first group, when the later
+    groups have none yet, and never again.
+    """
+    if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
+        optimizer._hp_optimizer_states_linked = False  # type: ignore[attr-defined]
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def whole_moment(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, moment: str) -> Tensor:
+    """A trainable's whole optimiser moment under any strategy; collective where it is sharded."""
+    from deepspeed.utils import safe_get_full_optimizer_state
+
+    if _is_sharded(parameter):
+        return safe_get_full_optimizer_state(parameter, moment)
+    return optimizer.state[parameter][moment]
+
+
+def fill_optimizer(
+    parameters: list[nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    moments: Callable[[int, str], Tensor],  # (index into parameters, exp_avg | exp_avg_sq) -> whole tensor
+) -> None:
+    """Give a fresh AdamW the moments of a run after `step` steps; every process keeps its share."""
+    if not _is_sharded(parameters[0]):
+        for i, parameter in enumerate(parameters):
+            state = {m: moments(i, m).to(parameter.device, copy=True) for m in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
+        return
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    inner = optimizer.optimizer  # type: ignore[attr-defined]  # torch's AdamW over flat shards
+    stage3 = hasattr(parameters[0], "ds_id")
+    flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups  # type: ignore[attr-defined]
+    for flat in flats:
+        zeros = {m: torch.zeros_like(flat) for m in ("exp_avg", "exp_avg_sq")}
+        inner.state[flat] = {"step": torch.tensor(float(step)), **zeros}
+    link_moments(optimizer)
+    for i, parameter in enumerate(parameters):
+        for moment in ("exp_avg", "exp_avg_sq"):
+            whole = moments(i, moment).to(flats[0].device)
+            if not stage3:
+                safe_set_full_optimizer_state(parameter, whole, moment)
+                continue
+            share = torch.zeros(parameter.ds_tensor.numel())  # the last process's may end in padding
+            start = len(share) * torch.distributed.get_rank()
+            mine = whole.flatten()[start : start + len(share)]
+            share[: len(mine)] = mine
+            safe_set_local_optimizer_state(parameter, share, moment)
+
+
+def _is_sharded(parameter: nn.Parameter) -> bool:
+    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
