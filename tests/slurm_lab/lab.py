@@ -129,8 +129,11 @@ class Lab:
 
     def up(self) -> int:
         """Number of nodes that can work."""
-        states = self._run("sinfo", "-h", "-N", "-o", "%N %t").splitlines()
-        return sum(state.split()[1] in ("idle", "alloc", "mix", "comp") for state in set(states))
+        return sum(self.state(f"node{i}") in ("idle", "alloc", "mix", "comp") for i in self._numbers())
+
+    def state(self, node: str) -> str:
+        """As sinfo has it: idle, alloc, down*, ..."""
+        return self._run("sinfo", "-h", "-n", node, "-o", "%t").strip()
 
     def revive(self, node: str) -> None:
         """Start a node's slurmd, unless it runs."""

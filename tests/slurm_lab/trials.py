@@ -134,14 +134,14 @@ class Trials:
         return self._trial("USR1 and rank killed", steps, disturb, starts_at_least=3)
 
     def node_killed(self, steps: int, node: str) -> Row:
-        """A node's slurmd and tasks by SIGKILL, revived when SLURM has noticed."""
+        """A node's slurmd and tasks by SIGKILL, revived once SLURM has given it up."""
 
         def disturb(job: int, run_dir: Path) -> None:
             self._wait_for_training(job, run_dir)
             self._say(f"{node} dies")
             self.lab.kill_node(node)
             self._wait_for_restart(job, 1)
-            time.sleep(5)
+            self.lab.wait(job, 120, lambda _: self.lab.state(node).startswith("down"))
             self._say(f"{node} comes back")
             self.lab.revive(node)
 
