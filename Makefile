@@ -43,7 +43,7 @@ setup-system:  ## install the system libraries that open3d needs (apt-get, as ro
 	else echo "setup-system: needs root; for the 3-D viewer run as root: apt-get install $(SYSTEM_PACKAGES)"; fi
 
 slurm-setup:  ## install the SLURM of the tests' virtual cluster (Debian's, by apt-get, as root)
-	@if command -v slurmctld slurmd munged >/dev/null; then echo "slurm-setup: all there"; \
+	@if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then echo "slurm-setup: all there"; \
 	elif [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then $(APT) $(SLURM_PACKAGES); \
 	else echo "slurm-setup: needs root and apt-get (packages: $(SLURM_PACKAGES)); without them the SLURM tests are skipped"; fi
 

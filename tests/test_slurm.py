@@ -20,7 +20,7 @@ pytestmark = [
 def test_eight_nodes_under_zero_3_survive_a_signal_and_a_killed_rank_with_the_same_losses(tmp_path: Path) -> None:
     lab_yaml = prepare(tmp_path)
     with Lab(tmp_path / "slurm") as lab:
-        trials = Trials(lab, tmp_path, lab_yaml, "zero3", steps=40)
-        for row in (trials.undisturbed(), trials.signalled_and_killed(steps=40)):
+        trials = Trials(lab, tmp_path, lab_yaml, "zero3", steps=20)
+        for row in (trials.undisturbed(), trials.signalled_and_killed(steps=20)):
             assert not row.remarks, str(row)
         assert not lab.processes()

@@ -18,14 +18,14 @@ MODALITIES = ("rgb", "xyz")
 
 def prepare(folder: Path) -> Path:
     """A tiny base, toy shards and the yaml of a run in `folder`; returns the yaml."""
-    config = TinyWanConfig(num_layers=5, num_heads=2, head_dim=12, ffn_dim=48, text_dim=16)
+    config = TinyWanConfig(num_layers=2, num_heads=2, head_dim=12, ffn_dim=48, text_dim=16)
     calibration = torch.rand(2, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     build_tiny_wan(folder / "wan", config, seeded_vae(4, config.seed, calibration))
     write_toy_world(ToyConfig(str(folder / "toy"), train_synthetic=12, train_real=4, val=8), 9, 32, 48)
     tree = {
         "scale": "lab",
         "base": {"path": str(folder / "wan"), "max_text_tokens": 16, "tiny": None},
-        "dlc": {"rank": 4},
+        "dlc": {"rank": 4, "num_links": 2},
         "optim": {"warmup_steps": 2},
         "data": {
             "sources": [{"path": str(folder / "toy/train_synthetic")}, {"path": str(folder / "toy/train_real")}],
@@ -33,7 +33,7 @@ def prepare(folder: Path) -> Path:
             "toy": None, "num_frames": 9, "height": 32, "width": 48, "num_workers": 0,
         },
         "train": {
-            "max_steps": 40, "global_batch_size": 8, "micro_batch_size": 1, "save_every": 10, "log_every": 1,
+            "max_steps": 20, "global_batch_size": 8, "micro_batch_size": 1, "save_every": 5, "log_every": 1,
             "precision": "32-true",
         },
         "eval": {"every": 0, "video_every": 0},
