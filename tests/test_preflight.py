@@ -14,9 +14,10 @@ import pytest
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from one4d_pl import preflight
 from one4d_pl.config import Config, to_yaml
-from one4d_pl.preflight import Place, Report, checkpoint_bytes, differences, look, main, meet, share
+from one4d_pl.preflight import main, meet, share
+from one4d_pl.training import readiness
+from one4d_pl.training.readiness import Place, Report, checkpoint_bytes, differences, look
 
 REPO = Path(__file__).parents[1]
 
@@ -139,7 +140,7 @@ def test_ranks_that_do_not_report_are_named():
 
 
 def test_a_node_that_sees_another_folder_is_named(run_config, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "SHARED_FOLDER_PATIENCE_S", 0.1)
+    monkeypatch.setattr(readiness, "SHARED_FOLDER_PATIENCE_S", 0.1)
     report = look(run_config(), Place(2, 3, 0, "node3", 2, 3, True, "", 0), tmp_path / "elsewhere" / "probe")
     assert len(report.faults) == 1 and report.faults[0].startswith("node3: run_dir:")
     assert "shared storage" in report.faults[0]
@@ -182,7 +183,7 @@ def test_two_processes_meet_and_notice_mixed_versions(run_config, tmp_path):
     assert [process.returncode for process in processes] == [2, 2]
     assert said[0][1].startswith("error: mixed versions between nodes: peft is ")
     assert "0.1 on node2" in said[0][1] and len(said[0][1].splitlines()) == 1
-    assert said[1][1] == "error: rank 0 tells what is wrong\n"
+    assert said[1][1] == "pre-flight: rank 0 tells what is wrong\n"
 
 
 def test_a_stage_that_hangs_is_named_and_ended():

@@ -21,6 +21,6 @@ def test_eight_nodes_under_zero_3_survive_a_signal_and_a_killed_rank_with_the_sa
     lab_yaml = prepare(tmp_path)
     with Lab(tmp_path / "slurm") as lab:
         trials = Trials(lab, tmp_path, lab_yaml, "zero3", steps=20)
-        for row in (trials.undisturbed(), trials.signalled_and_killed(steps=20)):
+        for row in (trials.refused(), trials.undisturbed(), trials.signalled_and_killed(steps=20)):
             assert not row.remarks, str(row)
         assert not lab.processes()

@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int:
 
 def prove(trials: Trials, rows: list[Row]) -> None:
     """Every trial of one strategy; a row is there as soon as its trial has ended."""
+    rows.append(trials.refused())
     rows.append(trials.undisturbed())
     rows.append(trials.rank_killed(SHORT))
     rows.append(trials.node_killed(SHORT, "node6"))

@@ -165,6 +165,19 @@ class Trials:
         row.trial = "scancel, submitted again"
         return row
 
+    def refused(self) -> Row:
+        """A disk too small for the checkpoints: one line, exit code 2, no requeue."""
+        run_dir, began = self.folder / f"{self.strategy}-refused", time.monotonic()
+        job = self._submit(run_dir, 1, more="train.keep_last=1000000000")
+        self.lab.wait(job, START_S)
+        shown, said = self.lab.job(job), Path(f"{run_dir}.out").read_text().splitlines()
+        remarks = self._leftovers(run_dir)
+        if (shown["JobState"], shown["ExitCode"], shown["Restarts"]) != ("FAILED", "2:0", "0"):
+            remarks.append(f"{shown['JobState']} {shown['ExitCode']} after {shown['Restarts']} restarts")
+        if sum(line.startswith("error: run_dir: ") and "GB free" in line for line in said) != 1:
+            remarks.append(f"not one line: {self._log_end(run_dir)}")
+        return Row("refused by the pre-flight", self.strategy, 1, time.monotonic() - began, 0.0, remarks)
+
     def _trial(
         self,
         name: str,
@@ -199,8 +212,8 @@ class Trials:
         self._say(str(row))
         return row
 
-    def _submit(self, run_dir: Path, steps: int, *sbatch: str) -> int:
-        overrides = f"{STRATEGIES[self.strategy]} train.max_steps={steps}"
+    def _submit(self, run_dir: Path, steps: int, *sbatch: str, more: str = "") -> int:
+        overrides = f"{STRATEGIES[self.strategy]} train.max_steps={steps} {more}"
         return self.lab.submit(
             "--time=60", f"--output={run_dir}.out", *sbatch, "slurm/train_8node.sh", cwd=REPO,
             GPUS_PER_NODE="1", CONFIGS=f"configs/dlc.yaml {self.lab_yaml}", OVERRIDES=overrides, RUN_DIR=str(run_dir),
