@@ -239,7 +239,7 @@ class TrainConfig:
     keep_last: int = 2  # newest checkpoints kept
     keep_best: int = 1  # checkpoints with the lowest validation loss kept besides
     log_every: int = 10
-    hang_minutes: float = 30.0  # without a pass through the transformer: write the stacks, exit with 76; 0 = wait on
+    hang_minutes: float = 20.0  # without a pass through the transformer: write the stacks, exit with 76; 0 = wait on
     max_restarts: int = 5  # in a row without a new checkpoint, then fit refuses to start; 0 = no limit
 
     def __post_init__(self) -> None:

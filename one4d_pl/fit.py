@@ -147,6 +147,8 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     except Preempted as stopped:
         log.info("stopped by %s; the same command goes on from there", stopped)
         return exit_code(stopped.number) if trainer.is_global_zero else 0
+    finally:
+        checkpoint.writer.wait()  # a checkpoint at work is finished, whatever ended the run
     log.info("adapter: %s; trainables %s", config.run_dir, describe_sizes(module.transformer.parameter_counts()))
     return 0
 

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from one4d_pl.config import Config
-from one4d_pl.training.checkpoint import StepCheckpoint
+from one4d_pl.training.checkpoint import StepCheckpoint, checkpoint_folder
 from one4d_pl.training.module import One4DModule
 from one4d_pl.training.preemption import forget_starts, write_marker
 from one4d_pl.training.signals import Stop
@@ -39,8 +39,8 @@ class Preemption(Callback):
         self.config, self.stop, self.checkpoint = config, stop, checkpoint
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        self.step = trainer.global_step
-        self.progressed = False
+        self.step = self.start_step = trainer.global_step
+        self.progressed = self.stop.training = False
         self._obey(trainer, module)  # before the base is opened, minutes at the paper's scale
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -65,8 +65,14 @@ class Preemption(Callback):
         self.step = trainer.global_step
         if self.step < trainer.max_steps:  # else it ends anyway
             self._obey(trainer, module)
-        if trainer.is_global_zero and not self.progressed and self.checkpoint.saved_step == self.step:
-            self.progressed = True
+        if trainer.is_global_zero and not self.progressed:
+            self._note_progress()
+
+    def _note_progress(self) -> None:
+        """A new checkpoint is on the disk (they are written in the background): restarts count anew."""
+        saved_step = self.checkpoint.saved_step
+        self.progressed = saved_step > self.start_step and checkpoint_folder(self.config.run_dir, saved_step).is_dir()
+        if self.progressed:
             forget_starts(self.config.run_dir)
 
     def _obey(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -76,10 +82,10 @@ class Preemption(Callback):
         step = trainer.global_step
         if self.stop.training:
             self.checkpoint.save(trainer, module)
-            self.checkpoint.writer.wait()  # on disk, before the marker says so
+            self.checkpoint.writer.wait()
         if trainer.is_global_zero:
             if self.stop.training:
-                forget_starts(self.config.run_dir)
+                self._note_progress()
             if number != signal.SIGINT:
                 write_marker(self.config.run_dir, step, number)
         trainer.strategy.barrier("preempted")  # nobody leaves before the marker is there
