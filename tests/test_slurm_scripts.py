@@ -18,7 +18,8 @@ SCRIPTS = sorted((REPO / "slurm").glob("*.sh"))
 # stand-ins for SLURM's commands: sbatch tells how it was called, srun that it was, the rest has nothing to say
 STAND_INS = {
     "sbatch": 'printf "%s\\n" "$@"; env | grep -E "^(SBATCH_|NODES)" | sort',
-    "srun": 'echo "srun was called"; exit ${SRUN_EXIT:-0}',
+    "srun": """echo "srun was called"; "$VENV/bin/python" -c "import one4d_pl; print(one4d_pl.__file__)"
+               exit ${SRUN_EXIT:-0}""",
     "scontrol": '[ "$1" = requeue ] && { echo "requeue $2"; exit "${REQUEUE_EXIT:-0}"; }; echo node1',
     "squeue": 'case "$*" in *RUNNING*) echo "${RUNNING:-}" ;; *) date -d "+1 day" +%FT%T ;; esac',
     "scancel": "true",
@@ -79,6 +80,7 @@ def test_code_and_resolved_config_are_copied_and_a_requeue_keeps_them(script, tm
     assert config["run_dir"] == str(tmp_path / "run") and config["train"]["max_steps"] == 7
     assert config["data"]["sources"] == [{"path": "data/toy/train_synthetic", "weight": 1.0}]
     assert (code / "one4d_pl/fit.py").is_file()
+    assert f"{code}/one4d_pl/__init__.py\n" in done.stdout  # what runs is the copy, not the checkout around it
     marker = code / "one4d_pl/of_the_first_start"
     marker.touch()
     script(SLURM_RESTART_COUNT="1", OVERRIDES="train.max_steps=8")
