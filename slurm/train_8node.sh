@@ -40,6 +40,7 @@ RUN_DIR=${RUN_DIR:-runs/nodes_8x8}
 [ "$NODES" = "$SLURM_JOB_NUM_NODES" ] ||
     die "NODES: $NODES, but the job holds $SLURM_JOB_NUM_NODES nodes; run NODES=$NODES slurm/train_8node.sh (it submits itself) or sbatch --nodes=$NODES"
 cd "$SLURM_SUBMIT_DIR" || die "$SLURM_SUBMIT_DIR: the folder of the submission is not on $(hostname); submit from a shared one"
+[ -f slurm/env.sh ] || die "$SLURM_SUBMIT_DIR: no slurm/env.sh here; submit from the checkout"
 mkdir -p "$RUN_DIR/logs" && RUN_DIR=$(realpath "$RUN_DIR") || die "RUN_DIR: cannot write to $RUN_DIR"
 
 # --- one job per run folder

@@ -100,6 +100,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(script, tmp_path):
         (tmp_path / "owned/job").write_text("17\n")
         mistakes: list[tuple[dict[str, str], list[str]]] = [
             ({"NODES": "4"}, ["NODES: 4", "holds 1 nodes", "--nodes=4"]),
+            ({"SLURM_SUBMIT_DIR": str(tmp_path)}, ["no slurm/env.sh", "submit from the checkout"]),
             ({"VENV": "/nowhere"}, ["VENV", "/nowhere/bin/python", "make setup"]),
             ({"RUN_DIR": str(tmp_path / "file/run")}, ["RUN_DIR", "file/run"]),
             ({"RUN_DIR": str(tmp_path / "owned"), "RUNNING": "17"}, ["RUN_DIR", "job 17 is training"]),
