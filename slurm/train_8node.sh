@@ -5,7 +5,7 @@
 #   NODES=2 GPUS_PER_NODE=4 RUN_DIR=runs/x OVERRIDES="train.max_steps=100 flow.shift=4" slurm/train_8node.sh --time=02:00:00
 # By environment: NODES (8), GPUS_PER_NODE (8; on CPUs: processes per node), CONFIGS and OVERRIDES (of one4d_pl.fit, by
 # spaces, quotes allowed), RUN_DIR, VENV; MASTER_ADDR and MASTER_PORT where the automatic ones do not serve;
-# PREFLIGHT_TIMEOUT (seconds). The run folder gets code/ (what runs, also after a requeue, with its resolved
+# PREFLIGHT_TIMEOUT (120 seconds). The run folder gets code/ (what runs, also after a requeue, with its resolved
 # config.yaml), logs/<start>/ (a file per rank) and what fit writes. Submitting again continues the run.
 #SBATCH --job-name=one4d
 #SBATCH --nodes=8
@@ -178,7 +178,7 @@ finish() {
     requeue "$name ended with status $status"
 }
 
-patience=${PREFLIGHT_TIMEOUT:-60}
+patience=${PREFLIGHT_TIMEOUT:-120}  # a cold environment on a network filesystem takes a minute to import
 launch preflight "$((3 * patience + 60))" one4d_pl.preflight --config "$code/config.yaml" --timeout "$patience"
 finish preflight
 rm -f "$RUN_DIR/preflight_deaths"
