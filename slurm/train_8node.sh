@@ -151,7 +151,10 @@ launch() {
     wait
 }
 
-errors() { grep -hs '^error: ' "$logs/$1"-*.log | sort | uniq | head -n 8; }
+# what other ranks say is wrong and rank 0, whose log is shown as it grows, has not said
+errors() {
+    grep -hs '^error: ' "$logs/$1"-*.log | sort -u | grep -vxFf <(grep -s '^error: ' "$logs/$1-0000.log") | head -n 8
+}
 
 # requeue <why>: the same job, the same code, from the newest checkpoint
 requeue() {
