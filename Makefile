@@ -13,7 +13,7 @@ SLURM_PACKAGES := slurm-wlm munge
 APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system slurm-setup slurm-test demo eval test test-long bench lint types clean
+.PHONY: help setup setup-system slurm-setup slurm-test demo eval test test-long bench chaos lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -70,6 +70,9 @@ slurm-test: $(STAMP)  ## everything that can befall a job, on a virtual cluster 
 
 bench: $(STAMP)  ## the writer's throughput against the decode + encode limit of the same files
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/data_prep/benchmark_throughput.py
+
+chaos: $(STAMP)  ## KILLS=200: SIGKILL a 2-rank run again and again; survivors must equal the undisturbed one bit for bit
+	PYTHONPATH=. $(VENV)/bin/python -m tests.training.chaos
 
 lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .

@@ -194,7 +194,9 @@ class DataConfig:
     z_offset: bool = False  # move the normalisation's centre along z
     block_shards: int = 8  # samples are shuffled inside blocks of this many shards
     num_workers: int = 2
-    cache_latents: bool = True  # encode clips once and keep the latents beside the shards
+    cache_latents: bool = True  # encode clips once and keep the latents beside the shards; local shards only
+    cache_dir: str | None = None  # folder of a node's own disk for what is read of remote shards; null = kept nowhere
+    cache_gib: float = 100.0  # GiB that cache_dir may take, over all processes of the node; the oldest reads go first
     max_skip_share: float = 0.05  # broken samples beyond this share stop the run
 
     def __post_init__(self) -> None:
@@ -209,6 +211,7 @@ class DataConfig:
             raise ConfigError(f"data.far_limit: must be > 1 (x median distance), got {self.far_limit}")
         _at_least("data.block_shards", self.block_shards, 1)
         _at_least("data.num_workers", self.num_workers, 0)
+        _positive("data.cache_gib", self.cache_gib)
         _share("data.max_skip_share", self.max_skip_share)
         for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
             for source in sources:
@@ -332,10 +335,6 @@ class Config:
     def __post_init__(self) -> None:
         if self.base.dtype == "bfloat16" and self.train.precision != "bf16-mixed":
             raise ConfigError("base.dtype: bfloat16 needs train.precision=bf16-mixed (the trainables are float32)")
-        if self.val.clips < self.train.world_size:  # a rank without a clip would skip the others' collectives
-            raise ConfigError(
-                f"val.clips: {self.val.clips} for {self.train.world_size} processes, need one each or more"
-            )
 
 
 def legal_worlds(global_batch_size: int, micro_batch_size: int) -> list[int]:

@@ -88,6 +88,7 @@ class Sample:
     drop_caption: bool  # train this sample on the empty prompt
     encoded: Encoded | None  # cached; None = encode in the step
     skipped: tuple[str, ...]  # "shard: sample key: reason" of broken samples that this one stands in for
+    counted: bool = True  # False: a validation clip shown again, so that every rank takes equally many steps
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,7 @@ class Batch:
     captions: tuple[str, ...]
     encoded: tuple[Encoded, ...] | None  # one per sample
     skipped: tuple[str, ...]
+    counted: Tensor  # [B] bool, 0 = seen elsewhere already: takes every forward pass, enters no metric
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -146,4 +148,5 @@ def collate(samples: list[Sample]) -> Batch:
         captions=tuple(s.caption for s in samples),
         encoded=encoded if len(encoded) == len(samples) else None,
         skipped=tuple(reason for s in samples for reason in s.skipped),
+        counted=torch.tensor([s.counted for s in samples]),
     )

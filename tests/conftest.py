@@ -86,16 +86,17 @@ class TransformerInputs:
 @pytest.fixture(scope="session", params=[False, True], ids=["no-image-tokens", "image-tokens"])
 def tiny_base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
     """Five blocks of width 24, with and without image tokens: laws proved without them prove nothing for the 14B."""
-    return _build(tmp_path_factory.mktemp("base") / "wan", request.param)
+    return build_tiny_base(tmp_path_factory.mktemp("base") / "wan", request.param)
 
 
 @pytest.fixture(scope="session")
 def tiny_base_plain(tmp_path_factory: pytest.TempPathFactory) -> TinyBase:
     """The one without image tokens, for tests that training makes slow."""
-    return _build(tmp_path_factory.mktemp("base") / "wan", False)
+    return build_tiny_base(tmp_path_factory.mktemp("base") / "wan", False)
 
 
-def _build(folder: Path, image_tokens: bool) -> TinyBase:
+def build_tiny_base(folder: Path, image_tokens: bool) -> TinyBase:
+    """Write a seeded base with calibrated latents."""
     config = TinyWanConfig(num_layers=5, num_heads=2, head_dim=12, ffn_dim=48, text_dim=16, image_tokens=image_tokens)
     calibration = torch.rand(2, 3, 5, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
     build_tiny_wan(folder, config, seeded_vae(4, config.seed, calibration))
@@ -105,7 +106,11 @@ def _build(folder: Path, image_tokens: bool) -> TinyBase:
 @pytest.fixture(scope="session")
 def toy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twelve training clips of two domains and four for validation, 17 frames of 32x48."""
-    root = tmp_path_factory.mktemp("toy")
+    return write_toy_shards(tmp_path_factory.mktemp("toy"))
+
+
+def write_toy_shards(root: Path) -> Path:
+    """The shards of `toy_root`."""
     write_toy_world(ToyConfig(str(root), train_synthetic=8, train_real=4, val=4), 17, 32, 48)
     return root
 
@@ -113,9 +118,14 @@ def toy_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def run_config(tmp_path: Path, toy_root: Path, tiny_base_plain) -> Callable[..., Config]:
     """`configs/dlc.yaml` at toy size; takes overrides, and returns a fresh config with its own run folder."""
+    return small_run_config(tmp_path, tiny_base_plain, toy_root)
+
+
+def small_run_config(folder: Path, base: TinyBase, toy_root: Path) -> Callable[..., Config]:
+    """What `run_config` gives, outside of a test; small.yaml is left in the folder."""
     small = {
-        "run_dir": str(tmp_path / "run"),
-        "base": {"path": tiny_base_plain.path, "max_text_tokens": tiny_base_plain.max_text_tokens, "tiny": None},
+        "run_dir": str(folder / "run"),
+        "base": {"path": base.path, "max_text_tokens": base.max_text_tokens, "tiny": None},
         "dlc": {"rank": 4},
         "sampler": {"steps": 2},
         "optim": {"warmup_steps": 2},
@@ -138,7 +148,7 @@ def run_config(tmp_path: Path, toy_root: Path, tiny_base_plain) -> Callable[...,
         "eval": {"every": 0, "steps": 2},
         "val": {"every": 3, "clips": 3, "sigmas": [0.3, 0.7]},
     }  # fmt: skip
-    small_yaml = tmp_path / "small.yaml"
+    small_yaml = folder / "small.yaml"
     small_yaml.write_text(yaml.safe_dump(small))
 
     def make(*overrides: str) -> Config:

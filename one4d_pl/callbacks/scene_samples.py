@@ -13,7 +13,10 @@ from one4d_pl.types import Batch
 
 
 class SceneSamples(Callback):
-    """Samples `eval.clips` scenes, split over the ranks, at the first validation after every `eval.every` steps."""
+    """Samples `eval.clips` scenes, split over the ranks, at the first validation after every `eval.every` steps.
+
+    Every rank samples equally often, for under ZeRO-3 a forward pass is a collective; what is one too many is dropped.
+    """
 
     def __init__(self, config: EvalConfig) -> None:
         self.config = config
@@ -38,8 +41,12 @@ class SceneSamples(Callback):
     ) -> None:
         assert isinstance(module, One4DModule)
         # validation batches hold one clip; the loader gives clip rank, rank + world, ... to this rank
-        if self.due and batch_idx * trainer.world_size + trainer.global_rank < self.config.clips:
-            self.scenes.append((batch, sample_scene(trainer, module, batch, self.config.steps)))
+        first = batch_idx * trainer.world_size
+        if not self.due or first >= self.config.clips:
+            return
+        scene = sample_scene(trainer, module, batch, self.config.steps)
+        if first + trainer.global_rank < self.config.clips and batch.counted.all():
+            self.scenes.append((batch, scene))
 
 
 def sample_scene(trainer: lightning.Trainer, module: One4DModule, batch: Batch, steps: int) -> GeneratedScene:

@@ -15,6 +15,7 @@ from one4d_pl.callbacks.cadence import Cadence
 from one4d_pl.callbacks.scene_samples import sample_scene
 from one4d_pl.config import ConfigError, EvalConfig
 from one4d_pl.data.datamodule import One4DDataModule
+from one4d_pl.data.decode import PaddedStream
 from one4d_pl.metrics.video import I3D_MIN_FRAMES, FrechetVideoDistance, I3DFeatures, VaeFeatures
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch, Sample
@@ -55,7 +56,8 @@ class VideoEval(Callback):
         features = self.i3d or VaeFeatures(module.encoders.encode, module.encoders.latent_channels)
         metric = FrechetVideoDistance(features).to(module.device)  # anew: between two evaluations it holds no memory
         clips = _clips(trainer, self.config.video_clips)
-        count = int(trainer.strategy.reduce(torch.tensor(float(len(clips)), device=module.device), reduce_op="sum"))
+        assert isinstance(clips.dataset, PaddedStream)
+        count = clips.dataset.count
         if count < FEWEST:
             raise ConfigError(
                 f"eval.video_every: a Fréchet distance needs {FEWEST} validation clips, data.val_sources hold {count}; "
@@ -63,8 +65,12 @@ class VideoEval(Callback):
             )
         for batch in clips:
             shown = image_to_video(batch.to(module.device))
-            metric.update(shown.frames, real=True)
-            metric.update(sample_scene(trainer, module, shown, self.config.steps).frames, real=False)
+            scene = sample_scene(trainer, module, shown, self.config.steps)
+            for frames, real in ((shown.frames, True), (scene.frames, False)):
+                if shown.counted.all():
+                    metric.update(frames, real=real)
+                else:
+                    features(frames)  # for nothing: every rank makes the same calls, see SceneSamples
         name, distance = f"val/video/{metric.name}", float(metric.compute())
         for logger in trainer.loggers:
             logger.log_metrics({name: distance}, trainer.global_step)

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig
-from one4d_pl.data.decode import ClipStream, Draw, limit_to_one_thread, make_sample
+from one4d_pl.data.decode import ClipStream, Draw, PaddedStream, limit_to_one_thread, make_sample
 from one4d_pl.data.encoded import (
     ClipEncoder,
     EncodedSet,
@@ -23,6 +23,8 @@ from one4d_pl.data.encoded import (
     raw_digest,
 )
 from one4d_pl.data.order import EachOnceOrder, MixtureOrder, rank_positions
+from one4d_pl.data.ranged_reads import RangeReader, is_remote, one_line
+from one4d_pl.data.read_cache import RangeCache
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.types import Batch, Sample, collate
@@ -48,6 +50,11 @@ class StepSampler(Sampler[list[int]]):
     def __len__(self) -> int:
         per_step = self.global_batch // self.world // self.micro_batch
         return max(0, self.max_steps - self.start_step) * per_step
+
+
+def validation_batches(count: int, rank: int, world: int) -> list[list[int]]:
+    """One position per batch, n on rank n mod world, equally many on every rank; PaddedStream knows which count."""
+    return [[first + rank] for first in range(0, count, world)]
 
 
 class One4DDataModule(lightning.LightningDataModule):
@@ -89,9 +96,11 @@ class One4DDataModule(lightning.LightningDataModule):
         return self._loader(self._stream(self.config.data.sources, validation=False), sampler)
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        """The first val.clips clips of the validation sources, each once, split over the ranks.
+        """The first val.clips clips of the validation sources, split over the ranks: each counts once.
 
-        A run that overfits is validated on the clips that it overfits, as often as it takes to fill val.clips.
+        Every rank gets equally many batches, for a forward pass may be a collective; where the clips do not go round,
+        the last batches show some again and do not count. A run that overfits is validated on the clips that it
+        overfits, as often as it takes to fill val.clips.
         """
         overfit = self.config.train.overfit_clips
         data = self.config.data
@@ -99,9 +108,7 @@ class One4DDataModule(lightning.LightningDataModule):
         rank = self.trainer.global_rank if self.trainer else 0
         count = self.config.val.clips if overfit else min(self.config.val.clips, sum(map(len, stream.sources)))
         world = self.config.train.world_size
-        if count < world:  # see Config: every rank validates, or none may
-            raise ConfigError(f"data.val_sources: {count} clips for {world} processes, need one each or more")
-        return self._loader(stream, [[i] for i in range(rank, count, world)])
+        return self._loader(PaddedStream(stream, count), validation_batches(count, rank, world))
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
         return batch.to(device)
@@ -111,7 +118,7 @@ class One4DDataModule(lightning.LightningDataModule):
         manifests = [open_set(source.path).manifest for source in self.config.data.sources]
         return [{"source": m.source, "domain": m.domain, "licence": m.licence} for m in manifests]
 
-    def _loader(self, stream: ClipStream, batches: StepSampler | list[list[int]]) -> DataLoader[Sample]:
+    def _loader(self, stream: ClipStream | PaddedStream, batches: StepSampler | list[list[int]]) -> DataLoader[Sample]:
         workers = self.config.data.num_workers
         return DataLoader(
             stream,
@@ -127,7 +134,8 @@ class One4DDataModule(lightning.LightningDataModule):
         )
 
     def _stream(self, configs: list[SourceConfig], validation: bool) -> ClipStream:
-        sources = [open_set(source.path) for source in configs]
+        reader = RangeReader(self._range_cache())
+        sources = [open_set(source.path, reader) for source in configs]
         for source in sources:
             self._refuse_short(source)
             if isinstance(source, EncodedSet):
@@ -160,6 +168,17 @@ class One4DDataModule(lightning.LightningDataModule):
             overfit,
             validation,
         )
+
+    def _range_cache(self) -> RangeCache | None:
+        """Where what is read of remote shards is kept."""
+        data = self.config.data
+        if data.cache_dir is None or not any(is_remote(s.path) for s in [*data.sources, *data.val_sources]):
+            return None
+        try:
+            Path(data.cache_dir).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"data.cache_dir: {one_line(error)}; name a folder of a local disk") from error
+        return RangeCache(Path(data.cache_dir), int(data.cache_gib * 2**30))
 
     def _refuse_short(self, source: ShardSet | EncodedSet) -> None:
         """A whole source of clips that are too short is a mistake in the config, not a broken sample."""

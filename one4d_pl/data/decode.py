@@ -1,7 +1,8 @@
 """From a raw clip to a training sample, and the stream that reads positions.
 
 1. `ClipStream[position]` asks the order which clip stands there and reads it from its shard.
-2. A broken clip is named, counted and replaced by a deterministic stand-in, the same on every layout.
+2. A broken clip is named, counted and replaced by a deterministic stand-in, the same on every layout. A process reads
+   it once and remembers it; a run does not: which clip stands where must follow from the shards alone.
 3. The clip is cut to its first frames and resized, frames and intrinsics together.
 4. Depth becomes a pointmap in camera-0 coordinates, normalised into the VAE's range.
 5. Task, given frames and caption dropout are drawn from (seed, position), never from generator state.
@@ -22,6 +23,7 @@ from one4d_pl.config import DataConfig, MaskingConfig
 from one4d_pl.data.encoded import EncodedSet, StoredClip
 from one4d_pl.data.masking import draw_frame_mask, draw_task
 from one4d_pl.data.order import EachOnceOrder, MixtureOrder, derived_numpy_generator, derived_seed
+from one4d_pl.data.ranged_reads import own_text
 from one4d_pl.data.shards import SampleError, ShardSet
 from one4d_pl.geometry.camera import resize_frames, resize_nearest_valid
 from one4d_pl.geometry.pointmap import normalise_pointmap
@@ -34,11 +36,10 @@ MAX_BROKEN = 20  # broken clips in a row before the stream gives up
 
 
 class NoStandInError(SampleError):
-    """Nothing can stand at a position; one text, for torch rebuilds a worker's error from its traceback's text."""
+    """Nothing can stand at a position; one text, see `own_text`."""
 
     def __init__(self, text: str) -> None:
-        own = text.split(f"{type(self).__name__}: ", 1)[-1]  # a traceback ends with the error's name and text
-        Exception.__init__(self, own.rstrip())
+        Exception.__init__(self, own_text(type(self).__name__, text))
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -184,6 +185,7 @@ class ClipStream(Dataset[Sample]):
         self.sources, self.caches, self.order, self.config = sources, caches, order, config
         self.masking, self.caption_dropout, self.seed = masking, caption_dropout, seed
         self.overfit_clips, self.validation = overfit_clips, validation
+        self._quarantine: dict[tuple[int, int], str] = {}  # (source, index): reason, of this process
 
     def __getitem__(self, position: int) -> Sample:
         draw = self._draw(position)
@@ -193,11 +195,14 @@ class ClipStream(Dataset[Sample]):
         source, cache = self.sources[first.source], self.caches[first.source]  # stand-ins share the source
         for attempt in range(min(MAX_BROKEN, len(source))):
             place = self.order.replacement(clip_position, attempt - 1) if attempt else first
-            try:
-                return replace(self._read(source, cache, place.index, position, draw), skipped=tuple(skipped))
-            except SampleError as error:
-                log.warning("skipped %s (%s)", error, source.location)
-                skipped.append(str(error))
+            reason = self._quarantine.get((place.source, place.index))
+            if reason is None:
+                try:
+                    return replace(self._read(source, cache, place.index, position, draw), skipped=tuple(skipped))
+                except SampleError as error:
+                    log.warning("skipped %s (%s)", error, source.location)
+                    reason = self._quarantine[place.source, place.index] = str(error)
+            skipped.append(reason)
         raise NoStandInError(
             f"{source.location}: position {position}: {len(skipped)} of {len(source)} samples tried, all broken; "
             f"the first: {skipped[0]}"
@@ -221,3 +226,13 @@ class ClipStream(Dataset[Sample]):
             return make_sample(clip, position, draw, self.config, encoded)
         except ValueError as error:
             raise SampleError(key, source.location, str(error)) from error
+
+
+class PaddedStream(Dataset[Sample]):
+    """The first `count` positions of a validation stream; past them it begins anew, and nothing counts."""
+
+    def __init__(self, stream: ClipStream, count: int) -> None:
+        self.stream, self.count = stream, count
+
+    def __getitem__(self, position: int) -> Sample:
+        return replace(self.stream[position % self.count], counted=position < self.count)

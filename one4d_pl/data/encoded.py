@@ -31,6 +31,7 @@ from one4d_pl.config import DataConfig
 from one4d_pl.data.clip_codec import tar_members
 from one4d_pl.data.masking import draw_frame_mask
 from one4d_pl.data.order import derived_numpy_generator
+from one4d_pl.data.ranged_reads import PLAIN_READER, RangeReader, StoreError, one_line
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.staging import Dropped, Plan, Staging, is_finished
 from one4d_pl.data.tar_set import (
@@ -39,7 +40,6 @@ from one4d_pl.data.tar_set import (
     SampleEntry,
     SampleError,
     TarSet,
-    one_line,
     read_manifest,
     tar_bytes,
 )
@@ -130,10 +130,12 @@ class EncodedSet(TarSet):
         return {entry.key: index for index, entry in enumerate(self.entries)}
 
     def read(self, index: int) -> StoredClip:
-        """One clip's encodings; SampleError for whatever is wrong with them."""
+        """One clip's encodings; SampleError for whatever is wrong with them, StoreError where the store fails."""
         shard, entry = self.locate(index)
         try:
             return _unpack(self.fetch(shard, entry), entry.key)
+        except StoreError:
+            raise
         except ValueError as error:
             remedy = f"remove {self.location} to encode it anew"
             raise SampleError(entry.key, self.location, f"broken encoding ({one_line(error)}); {remedy}") from error
@@ -146,11 +148,12 @@ class EncodedSet(TarSet):
         return self.read(self.indices[key])
 
 
-def open_set(location: str | Path) -> ShardSet | EncodedSet:
+def open_set(location: str | Path, reader: RangeReader = PLAIN_READER) -> ShardSet | EncodedSet:
     """A folder or URL of raw or of encoded shards; ShardSetError as ShardSet.open."""
     folder = str(location).rstrip("/")
-    manifest = read_manifest(folder, (ShardSet.kind, EncodedSet.kind), ShardSet.remedy.format(folder=folder))
-    return EncodedSet.of(folder, manifest) if manifest.kind == EncodedSet.kind else ShardSet.of(folder, manifest)
+    manifest = read_manifest(folder, (ShardSet.kind, EncodedSet.kind), ShardSet.remedy.format(folder=folder), reader)
+    kind = EncodedSet if manifest.kind == EncodedSet.kind else ShardSet
+    return kind.of(folder, manifest, reader)
 
 
 def encode_set(
@@ -201,6 +204,8 @@ def _encode_clip(
     entry = raw.locate(index)[1]
     try:
         sample = make_sample(index)
+    except StoreError:  # says nothing about the clip
+        raise
     except ValueError as error:  # a SampleError names the clip already
         log.warning("not encoded: %s: %s", entry.key, error)  # the stream will meet it again, skip and count it
         dropped.append(Dropped(entry.key, entry.key, one_line(error)))

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from one4d_pl.data.clip_codec import decode_clip, encode_clip, validate_clip
+from one4d_pl.data.ranged_reads import ShardSetError, StoreError, one_line
 from one4d_pl.data.tar_set import (
     MANIFEST_NAME,
     Manifest,
@@ -16,10 +17,8 @@ from one4d_pl.data.tar_set import (
     SampleEntry,
     SampleError,
     ShardEntry,
-    ShardSetError,
     TarSet,
     atomic,
-    one_line,
     tar_bytes,
     write_tar,
 )
@@ -31,10 +30,12 @@ class ShardSet(TarSet):
     """Random access to the clips of one folder of raw shards."""
 
     def read(self, index: int) -> Clip:
-        """Read and check one clip; SampleError for whatever is wrong with it."""
+        """Read and check one clip; SampleError for whatever is wrong with it, StoreError where the store fails."""
         shard, entry = self.locate(index)
         try:
             return decode_clip(self.fetch(shard, entry), entry.key, (entry.num_frames, entry.height, entry.width))
+        except StoreError:
+            raise
         except ValueError as error:
             raise SampleError(entry.key, shard.name, one_line(error)) from error
 

@@ -17,30 +17,23 @@ import json
 import os
 import re
 import tarfile
-import time
 import uuid
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Self
 
-import fsspec
 from webdataset.writer import TarWriter
 
 from one4d_pl.data.clip_codec import MAX_STACKED_PIXELS, SAFE_KEY, SCHEMA_VERSION
+from one4d_pl.data.ranged_reads import PLAIN_READER, RangeReader, ShardSetError, StoreError, one_line
 
 MANIFEST_NAME = "manifest.json"
 SAFE_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
-RETRY_PAUSES_S = (0.5, 2.0)  # a hiccup of a remote store must not change which samples are seen
-READ_TIMEOUT_S = 120.0  # of one read from a remote store
+VERIFY_CHUNK = 1 << 23  # bytes
 SPLITS = ("all", "train", "val")
 
 Recipe = dict[str, str | int | float | bool | None]
-
-
-class ShardSetError(ValueError):
-    """A folder of shards that cannot be used as a whole."""
 
 
 class SampleError(ValueError):
@@ -155,18 +148,19 @@ class TarSet:
     location: str  # folder or fsspec URL
     manifest: Manifest
     starts: tuple[int, ...]  # index of each shard's first sample
+    reader: RangeReader
 
     @classmethod
-    def open(cls, location: str | Path) -> Self:
+    def open(cls, location: str | Path, reader: RangeReader = PLAIN_READER) -> Self:
         """Read the manifest of a folder or fsspec URL; ShardSetError tells how to make a missing or broken one."""
         folder = str(location).rstrip("/")
-        return cls.of(folder, read_manifest(folder, (cls.kind,), cls.remedy.format(folder=folder)))
+        return cls.of(folder, read_manifest(folder, (cls.kind,), cls.remedy.format(folder=folder), reader), reader)
 
     @classmethod
-    def of(cls, folder: str, manifest: Manifest) -> Self:
+    def of(cls, folder: str, manifest: Manifest, reader: RangeReader) -> Self:
         """The set of a manifest that was read."""
         sizes = [len(shard.samples) for shard in manifest.shards]
-        return cls(folder, manifest, tuple(itertools.accumulate(sizes[:-1], initial=0)))
+        return cls(folder, manifest, tuple(itertools.accumulate(sizes[:-1], initial=0)), reader)
 
     def __len__(self) -> int:
         return self.starts[-1] + len(self.manifest.shards[-1].samples)
@@ -194,28 +188,8 @@ class TarSet:
         return shard, shard.samples[index - self.starts[number]]
 
     def fetch(self, shard: ShardEntry, entry: SampleEntry) -> bytes:
-        """The bytes of one sample, checked; ValueError tells what is wrong with them."""
-        content = b""
-        for pause in (*RETRY_PAUSES_S, None):
-            try:
-                # opened per read (fsspec caches it per process): remote filesystems do not survive a fork
-                filesystem, path = fsspec.core.url_to_fs(f"{self.location}/{shard.name}")
-                content = filesystem.cat_file(
-                    path, start=entry.offset, end=entry.offset + entry.size, **_patience(filesystem)
-                )
-                break
-            except FileNotFoundError as error:
-                raise ValueError("the shard file is missing") from error
-            except Exception as error:  # each remote backend raises types of its own
-                if pause is None:
-                    raise ValueError(f"cannot be read ({one_line(error)})") from error
-                time.sleep(pause)
-        if len(content) != entry.size:
-            what = "the shard is cut short" if len(content) < entry.size else "the server ignores byte ranges"
-            raise ValueError(f"got {len(content)} of {entry.size} bytes: {what}")
-        if zlib.crc32(content) != entry.crc32:
-            raise ValueError("its bytes differ from the manifest's checksum: the shard was changed or damaged")
-        return content
+        """The bytes of one sample, checked; ValueError tells what is wrong with them, StoreError with the store."""
+        return self.reader.read(f"{self.location}/{shard.name}", entry.offset, entry.offset + entry.size, entry.crc32)
 
     def verify(self) -> None:
         """Compare every shard with the manifest's size and sha256; ShardSetError lists those that differ."""
@@ -223,10 +197,14 @@ class TarSet:
         for shard in self.manifest.shards:
             digest, size = hashlib.sha256(), 0
             try:
-                with fsspec.open(f"{self.location}/{shard.name}", "rb") as file:
-                    while chunk := file.read(1 << 20):
-                        digest.update(chunk)
-                        size += len(chunk)
+                for start in range(0, shard.bytes, VERIFY_CHUNK):
+                    end = min(start + VERIFY_CHUNK, shard.bytes)
+                    end += end == shard.bytes  # a byte too many is found as well
+                    chunk = self.reader.read_unchecked(f"{self.location}/{shard.name}", start, end)
+                    digest.update(chunk)
+                    size += len(chunk)
+                    if len(chunk) < VERIFY_CHUNK:
+                        break  # the end, wherever the manifest sees it
             except FileNotFoundError:
                 different.append(f"{shard.name} is missing")
             else:
@@ -236,25 +214,16 @@ class TarSet:
             raise ShardSetError(f"{self.location}: {'; '.join(different)}")
 
 
-def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str) -> Manifest:
+def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str, reader: RangeReader) -> Manifest:
     """The manifest of a folder or fsspec URL; ShardSetError, with the remedy, where it is missing or broken."""
     try:
-        filesystem, path = fsspec.core.url_to_fs(f"{folder}/{MANIFEST_NAME}")
-        return Manifest.from_json(filesystem.cat_file(path, **_patience(filesystem)).decode(), kinds)
+        return Manifest.from_json(reader.read_unchecked(f"{folder}/{MANIFEST_NAME}").decode(), kinds)
     except FileNotFoundError as error:
         raise ShardSetError(f"{folder}: no {MANIFEST_NAME}; {remedy}") from error
-    except Exception as error:  # each remote backend raises types of its own
+    except StoreError:
+        raise
+    except (ValueError, ImportError) as error:  # not json, or a protocol that fsspec or this machine does not know
         raise ShardSetError(f"{folder}: cannot read {MANIFEST_NAME} ({one_line(error)}); {remedy}") from error
-
-
-def _patience(filesystem: fsspec.AbstractFileSystem) -> dict[str, float]:
-    """How long a read may take, in the words of fsspec: only its remote filesystems can wait, and they take it."""
-    return {"timeout": READ_TIMEOUT_S} if filesystem.async_impl else {}
-
-
-def one_line(error: Exception) -> str:
-    """The text of an error without line breaks; its type where it has none."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:

@@ -12,11 +12,12 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from one4d_pl.evaluation.score import PARTS, BenchmarkScore
+from one4d_pl.evaluation.score import PARTS, BenchmarkScore, SequenceScore
 from one4d_pl.inference.scene_files import write_text
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
 
+STANDS = 0.9  # of a standing camera's ATE: who is not clearly below has not found the path
 # One4D, Tables 3 and 4: AbsRel and delta < 1.25 in percent; ATE, RPE-T, RPE-R
 PUBLISHED_DEPTH = {
     "sintel": {
@@ -106,6 +107,12 @@ def markdown(rows: list[Row], total: int, sweep: str | None) -> str:
         if row.score.degenerate:
             names = ", ".join(row.score.degenerate)
             lines.append(f"- {row.label}: degenerate camera paths, left out of the protocol's own mean: {names}")
+        standing = [s.name for s in row.score.sequences if _stands(s)]
+        if standing:
+            lines.append(
+                f"- {row.label}: cameras no better than standing ones (ATE at least {100 * STANDS:.0f} % of theirs; "
+                f"the length of their path says nothing): {', '.join(standing)}"
+            )
         noted = [f"{s.name} ({'; '.join(s.notes)})" for s in row.score.sequences if s.notes]
         if noted:
             lines.append(f"- {row.label}: flags of the predictions: {', '.join(noted)}")
@@ -169,11 +176,12 @@ def _camera_table(rows: list[Row], benchmark: str) -> list[str]:
     lines = [
         "## Cameras",
         "",
-        "| row | mean over | ATE ↓ | RPE-T ↓ | RPE-R ↓ (°) | AUC@30 ↑ | path / true path | rotation / true (°) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| row | mean over | ATE ↓ | RPE-T ↓ | RPE-R ↓ (°) | AUC@30 ↑ | standing ATE | path / true path | "
+        "rotation / true (°) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     published = PUBLISHED_CAMERAS.get(benchmark, {})
-    lines += [f"| {n}, published | | {a:.3f} | {t:.3f} | {r:.3f} | | | |" for n, (a, t, r) in published.items()]
+    lines += [f"| {n}, published | | {a:.3f} | {t:.3f} | {r:.3f} | | | | |" for n, (a, t, r) in published.items()]
     for row in rows:
         counted = sum(s.cameras is not None for s in row.score.sequences)
         for with_degenerate in (False, True):
@@ -184,11 +192,17 @@ def _camera_table(rows: list[Row], benchmark: str) -> list[str]:
             name = f"all {count}" if with_degenerate else f"{count} that evo aligns"
             lines.append(
                 f"| {row.label} | {name} | {_number(mean['ate'])} | {_number(mean['rpe_trans'])} | "
-                f"{_number(mean['rpe_rot'])} | {mean['auc_30']:.3f} | "
+                f"{_number(mean['rpe_rot'])} | {mean['auc_30']:.3f} | {_number(mean['ate_standing'])} | "
                 f"{_number(mean['path_length'])} / {_number(mean['path_length_target'])} | "
                 f"{mean['total_rotation']:.1f} / {mean['total_rotation_target']:.1f} |"
             )
     return [*lines, ""]
+
+
+def _stands(sequence: SequenceScore) -> bool:
+    """Whether the cameras follow the true path no better than one that does not move at all, itself a flag."""
+    errors = sequence.cameras
+    return errors is not None and not sequence.degenerate and errors["ate"] >= STANDS * errors["ate_standing"]
 
 
 def _number(value: float) -> str:

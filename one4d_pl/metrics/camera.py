@@ -6,6 +6,8 @@ pairs): root mean squares. RPE does not depend on the rotation and translation o
 A camera that stands still, or moves on a line, leaves the rotation of the alignment open; evo refuses and published
 protocols then drop the sequence. Here the best similarity's errors are given all the same (they are unique), the
 sequence is flagged `degenerate`, and path length and total rotation stand beside: a standing camera must not look good.
+Nor one that only trembles: Sim(3) scales its jitter to whatever fits best, so its path may be of any length, but its
+ATE is hardly below `ate_standing`.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ class CameraErrors:
     """How far one trajectory is from the truth; lengths in the unit of the target."""
 
     ate: Tensor  # RMSE of camera centres after Sim(3)
+    ate_standing: Tensor  # what a camera that stands still would get: the spread of the true centres
     rpe_trans: Tensor  # RMSE over successive frames of the relative translation, scale aligned
     rpe_rot: Tensor  # RMSE over successive frames of the relative rotation, degrees
     auc_30: Tensor  # `relative_pose_auc` up to 30 degrees, 1 is best
@@ -57,6 +60,7 @@ def camera_errors(
     rotation_target, step_target = split_se3(relative_se3(target[:-1], target[1:]))
     return CameraErrors(
         ate=ate,
+        ate_standing=(target[:, :3, 3] - target[:, :3, 3].mean(0)).square().sum(-1).mean().sqrt(),
         rpe_trans=(scale * step - step_target).square().sum(-1).mean().sqrt(),
         rpe_rot=geodesic_angle(rotation, rotation_target).rad2deg().square().mean().sqrt(),
         auc_30=relative_pose_auc(preds, target, AUC_LIMIT),

@@ -68,7 +68,8 @@ class One4DTransformer(nn.Module):
         """Numbers of trainable parameters: lora (both branches), links, xyz_patch_embedding."""
         counts = {"lora": 0, "links": 0, "xyz_patch_embedding": 0}
         for name, parameter in self.trainable_parameters():
-            counts[adapter_part(name)] += parameter.numel()
+            # a parameter that ZeRO-3 has sharded is empty between its uses
+            counts[adapter_part(name)] += getattr(parameter, "ds_numel", parameter.numel())
         return counts
 
 

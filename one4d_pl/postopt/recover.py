@@ -2,7 +2,8 @@
 
 1. Some pixels of every frame: medians of 3x3 blocks for the start, a dense even grid for the last steps.
 2. Closed form: a focal vote per frame (DLT) against a ladder of focal lengths, then a pose per frame (SQPnP).
-3. Gauss-Newton on all poses and the focal length, first on the blocks, then on the grid.
+3. Newton's method on all poses and the focal length, first on the blocks, then on the grid. The smoothness weight is
+   lowered, down to none, where pixels left out of the fit show that it costs accuracy: many pixels need no such help.
 4. A focal length that the points do not determine is replaced by the prior, and the poses are solved again for it.
 5. Depth: each point's projection onto its pixel's ray.
 """
@@ -48,8 +49,7 @@ class RecoverOptions:
     """What is known of the camera, and the objective's weights (One4D, Eq. 12)."""
 
     alpha1: float = 1.0  # mean distance of points and recovered points
-    alpha2: float = 0.01  # mean smoothness of the trajectory (MonST3R 0.01, Geo4D 0.015); 0 = off
-    adapt_alpha2: bool = True  # lower alpha2 where left-out pixels show that it costs accuracy; False: Eq. 12 as it is
+    alpha2: float = 0.01  # mean smoothness of the trajectory at most, see `credible_alpha2` (MonST3R 0.01); 0 = off
     shared_focal: bool = True  # one focal length for the clip; False: zooming cameras, one per frame
     focal: float | None = None  # known fx in pixels; None = solved for
     aspect: float = 1.0  # known fy / fx; 1 = square pixels
@@ -216,12 +216,10 @@ def _solve(
 
 
 def _solve_with(blocks: Samples, grid: Samples, focal: Tensor, mode: FocalMode, options: RecoverOptions) -> Refined:
-    objective = Objective(options.alpha1, options.alpha2, mode, "tukey")
+    objective = Objective(options.alpha1, options.alpha2, mode)
     cameras = solve_poses(blocks, focal.expand(len(blocks.points)))
-    coarse = refine(cameras, blocks, replace(objective, alpha2=0.0) if options.adapt_alpha2 else objective, 1e-4)
-    objective = replace(objective, loss="tukey")
-    if options.adapt_alpha2:
-        objective = replace(objective, alpha2=credible_alpha2(coarse.cameras, grid, objective))
+    coarse = refine(cameras, blocks, replace(objective, alpha2=0.0), 1e-4)
+    objective = replace(objective, alpha2=credible_alpha2(coarse.cameras, grid, objective))
     dense = refine(coarse.cameras, grid, objective, 1e-6)
     return replace(dense, iterations=coarse.iterations + dense.iterations)
 

@@ -17,6 +17,7 @@ from one4d_pl.postopt.intrinsics import Samples
 
 _ROUNDS = 4  # reweightings of a pose; the joint refinement does the rest
 _ROTATION_STEPS = 12
+_ROUGH_STEPS, _ROUGH_STARTS = 5, 2  # for a pose of six pixels, which is only a start
 _TAIL = 5.0  # median distances; of Gaussian noise nothing lies beyond
 _TAIL_SHARE = 0.05  # of points beyond: more are no accident
 _DRAWS, _DRAW_SIZE = 48, 6  # with 30 % of outliers all 48 draws of 6 hold one with a chance of 0.3 %
@@ -112,14 +113,18 @@ def _reweight(samples: Samples, focal: Tensor, cameras: Cameras | None) -> Camer
     return cameras
 
 
-def _solve_weighted(samples: Samples, focal: Tensor, directions: Tensor, starts: Tensor | None) -> Cameras:
+def _solve_weighted(
+    samples: Samples, focal: Tensor, directions: Tensor, starts: Tensor | None, rough: bool = False
+) -> Cameras:
     """SQPnP (weighted least squares) from given rotations [T, C, 3, 3], or from the form's own."""
     weights = samples.weights / samples.weights.sum(-1, keepdim=True)
     mean = (weights[..., None] * samples.points).sum(1)
     omega, to_translation = _quadratic_form(
         Samples(samples.points - mean[:, None], weights, samples.x, samples.y), directions
     )
-    rotation, cost = _descend(omega, _starts(omega) if starts is None else starts)  # [T, C, 3, 3], [T, C]
+    if starts is None:
+        starts = _starts(omega, _ROUGH_STARTS if rough else 4)
+    rotation, cost = _descend(omega, starts, _ROUGH_STEPS if rough else _ROTATION_STEPS)  # [T, C, 3, 3], [T, C]
     translation = _times_rotation(to_translation[:, None], rotation)  # [T, C, 3]
     # Cheirality: the mean point lies in front, unless only a mirrored scene fits.
     best = (cost * torch.where(translation[..., 2] > 0, 1, _MIRROR_FACTOR)).argmin(-1)
@@ -139,7 +144,7 @@ def _consensus(samples: Samples, focal: Tensor) -> Cameras:
     points = samples.points[frame[:, None], drawn]
     directions = torch.stack([samples.x[drawn], samples.y[drawn], drawn_focal[:, None].expand(drawn.shape)], -1)
     few = Samples(points, torch.ones_like(points[..., 0]), samples.x, samples.y)
-    cameras = _solve_weighted(few, drawn_focal, torch.nn.functional.normalize(directions, dim=-1), None)
+    cameras = _solve_weighted(few, drawn_focal, torch.nn.functional.normalize(directions, dim=-1), None, rough=True)
     judges = samples.pixels(torch.arange(len(samples.x), device=focal.device) % max(1, len(samples.x) // _JUDGES) == 0)
     parts = [
         weighted_median(ray_distance(judges.take(frame[part]), cameras.take(part)), judges.weights[frame[part]])
@@ -233,16 +238,16 @@ def _times_rotation(matrix: Tensor, rotation: Tensor) -> Tensor:  # [..., K, 9],
     return (matrix @ rotation.flatten(-2)[..., None])[..., 0]
 
 
-def _starts(omega: Tensor) -> Tensor:  # [T, 9, 9] -> [T, 8, 3, 3]
+def _starts(omega: Tensor, count: int) -> Tensor:  # [T, 9, 9] -> [T, 2 · count, 3, 3]
     """Rotations nearest to the weakest eigenvectors, with either sign."""
-    vectors = torch.linalg.eigh(omega).eigenvectors[..., :4].mT.unflatten(-1, (3, 3))  # [T, 4, 3, 3]
+    vectors = torch.linalg.eigh(omega).eigenvectors[..., :count].mT.unflatten(-1, (3, 3))
     left, _, right = torch.linalg.svd(torch.cat([vectors, -vectors], dim=1))
     sign = torch.linalg.det(left) * torch.linalg.det(right)
     left = torch.cat([left[..., :2], left[..., 2:] * sign[..., None, None]], dim=-1)
     return matrix_product(left, right)
 
 
-def _descend(omega: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:  # [T, C, 3, 3] -> the same, cost [T, C]
+def _descend(omega: Tensor, rotation: Tensor, steps: int) -> tuple[Tensor, Tensor]:  # [T, C, 3, 3]; cost [T, C]
     """Levenberg-Marquardt on rotations, every start by itself."""
     omega = omega[:, None]
     scale = omega.diagonal(dim1=-2, dim2=-1).sum(-1)  # [T, 1]
@@ -254,7 +259,7 @@ def _descend(omega: Tensor, rotation: Tensor) -> tuple[Tensor, Tensor]:  # [T, C
         return (flat * (omega @ flat[..., None])[..., 0]).sum(-1)
 
     cost = cost_of(rotation)
-    for _ in range(_ROTATION_STEPS):
+    for _ in range(steps):
         # d(exp(w) R) = [w]x R, column by column w x R_j
         tangent = torch.linalg.cross(
             eye[:, :, None].expand(*rotation.shape[:2], 3, 3, 3), rotation[:, :, None].expand(-1, -1, 3, 3, 3), dim=-2

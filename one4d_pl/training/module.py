@@ -81,7 +81,7 @@ class One4DModule(lightning.LightningModule):
         for sigma in self.config.val.sigmas:
             losses = self.losses(batch, torch.full((len(batch),), sigma, device=self.device), noise)
             for modality, loss in zip(MODALITIES, losses, strict=True):
-                self.val_loss[modality].update(loss)
+                self.val_loss[modality].update(loss[batch.counted])
 
     def losses(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from typing import TYPE_CHECKING
 
 import lightning
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 
 from one4d_pl.config import TrainConfig
 from one4d_pl.types import Batch
+
+if TYPE_CHECKING:
+    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
 # LoRA matrices (327 thousand parameters at the 14B) stay whole: one gather each would cost more than they weigh
 PERSISTENT_PARAMETERS = 1_000_000
@@ -89,6 +93,12 @@ class ZeroStrategy(DeepSpeedStrategy):
         assert isinstance(self.config, dict)
         return StagePartitioner(self.config, self.global_rank == 0) if self.zero_stage_3 else None
 
+    def _initialize_deepspeed_train(self, model: nn.Module) -> None:
+        super()._initialize_deepspeed_train(model)
+        if self.zero_stage_3:
+            coordinator = self.deepspeed_engine.optimizer.parameter_offload.get_param_coordinator()
+            BlockKeeper(coordinator).watch(model.transformer.base.blocks)  # type: ignore[union-attr,arg-type]
+
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
         # the engine moves no buffer of a model that is sharded already
         for buffer in model.buffers():
@@ -107,6 +117,40 @@ class StagePartitioner:
         import deepspeed
 
         deepspeed.zero.Init(module=module, config_dict_or_path=self.config)
+
+
+class BlockKeeper:
+    """Keeps a recomputed block's frozen weights until its backward is done: gathered once for both, not twice.
+
+    With activation checkpointing a block runs again in the backward pass. The engine frees each weight after that and
+    gathers it a moment later for the gradient, a third of all traffic. At most one block is kept at a time.
+    """
+
+    TOKEN = -1  # among the ids of the modules that use a parameter, which are never negative
+
+    def __init__(self, coordinator: PartitionedParameterCoordinator) -> None:
+        self._release = coordinator._PartitionedParameterCoordinator__release_param  # type: ignore[attr-defined]
+        self._kept: list[nn.Parameter] = []
+
+    def watch(self, blocks: nn.ModuleList) -> None:
+        for block in blocks:
+            block.register_forward_pre_hook(self._on_forward)
+
+    def _on_forward(self, block: nn.Module, inputs: tuple[object, ...]) -> None:
+        if torch._C._current_graph_task_id() == -1:  # an ordinary forward, not a recomputation
+            return
+        if not self._kept:  # the last block's turn ends with the backward pass
+            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
+        self._let_go()  # blocks are recomputed one after the other
+        self._kept = [p for p in block.parameters() if not p.requires_grad and not p.ds_persist]  # type: ignore[attr-defined]
+        for parameter in self._kept:
+            parameter.ds_active_sub_modules.add(self.TOKEN)  # type: ignore[attr-defined]
+
+    def _let_go(self) -> None:
+        kept, self._kept = self._kept, []
+        for parameter in kept:
+            parameter.ds_active_sub_modules.discard(self.TOKEN)  # type: ignore[attr-defined]
+            self._release(parameter)  # unless a module uses it
 
 
 def engine_config(config: TrainConfig) -> dict[str, object]:

@@ -5,22 +5,26 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from one4d_pl.callbacks import scene_samples
 from one4d_pl.callbacks.cadence import Cadence
 from one4d_pl.callbacks.geometry_eval import GeometryEval
 from one4d_pl.callbacks.scene_samples import SceneSamples
 from one4d_pl.callbacks.video_eval import VideoEval
 from one4d_pl.config import DataConfig, EvalConfig
+from one4d_pl.data.datamodule import validation_batches
 from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.fit import fit, scene_callbacks
 from one4d_pl.inference.panels import COLUMNS, GAP, distance_colours, distance_range, scene_panel
 from one4d_pl.inference.pipeline import GeneratedScene
 from one4d_pl.metrics.camera import path_length
+from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch, PointmapScale, collate
 
 LOGGED = {
@@ -109,6 +113,30 @@ def test_a_resumed_run_keeps_the_cadence():
         validations = sorted({resumed_at, *range(0, 31, 2)})  # a resumed run validates before its first step
         due = [step for step in validations if step >= resumed_at and cadence.due(step)]
         assert due == [step for step in range(0, 31, 4) if step >= resumed_at]
+
+
+@pytest.mark.parametrize(("clips", "shown"), [(1, 1), (3, 4), (4, 4), (8, 5)])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_every_rank_samples_equally_often_and_every_scene_is_kept_once(world, clips, shown, batch, monkeypatch):
+    """Under ZeRO-3 a rank that samples once less than the others leaves them waiting for ever."""
+    calls, kept = [0] * world, []
+    for rank in range(world):
+
+        def sample(*args: object, rank: int = rank) -> None:
+            calls[rank] += 1
+
+        monkeypatch.setattr(scene_samples, "sample_scene", sample)
+        samples = SceneSamples(EvalConfig(clips=clips))
+        trainer = SimpleNamespace(world_size=world, global_rank=rank, global_step=0)
+        samples.on_validation_epoch_start(trainer, One4DModule.__new__(One4DModule))
+        for n, (position,) in enumerate(validation_batches(shown, rank, world)):
+            one = replace(
+                first_clips(batch, 1), position=torch.tensor([position]), counted=torch.tensor([position < shown])
+            )
+            samples.on_validation_batch_end(trainer, One4DModule.__new__(One4DModule), None, one, n)
+        kept += [int(one.position) for one, _ in samples.scenes]
+    assert len(set(calls)) == 1
+    assert sorted(kept) == list(range(min(clips, shown)))
 
 
 @pytest.mark.filterwarnings("ignore:fd_vae")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,7 +14,10 @@ import torch
 from torch import Tensor
 
 from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, TrainConfig, ValConfig
+from one4d_pl.data import order as order_module
 from one4d_pl.data.datamodule import ClipEncoder, One4DDataModule, StepSampler
+from one4d_pl.data.order import MixtureOrder
+from one4d_pl.data.ranged_reads import RangeReader
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.types import Batch, Encoded, Sample
@@ -56,7 +61,7 @@ def make_config(folder: Path, num_workers: int = 0, cache_latents: bool = False,
         train=TrainConfig(
             max_steps=STEPS,
             global_batch_size=GLOBAL_BATCH,
-            micro_batch_size=2,
+            micro_batch_size=1 if devices == 4 else 2,
             strategy="single" if devices == 1 else "ddp",
             devices=devices,
         ),
@@ -129,6 +134,70 @@ def test_a_change_of_the_world_loses_and_repeats_nothing(before, after):
 # --- loaders
 
 
+def test_ranks_that_come_and_go_in_the_middle_of_an_epoch_see_one_stream(folder):
+    """1 -> 4 -> 2 -> 3 ranks at global batch 12: what stands where, each once, as one process sees it."""
+    alone = {n: seen for batch in make_module(make_config(folder)).train_dataloader() for n, seen in by_position(batch)}
+    together: list[tuple[int, tuple[str, str, bool]]] = []
+    for world, steps in ((1, range(0, 1)), (4, range(1, 3)), (2, range(3, 4)), (3, range(4, 6))):
+        config = make_config(folder, devices=world)
+        config.train.micro_batch_size = 1
+        for rank in range(world):
+            module = make_module(config, rank)
+            module.start_step = steps.start  # the loader is made for the whole run, and left when the job ends
+            batches = itertools.islice(module.train_dataloader(), len(steps) * GLOBAL_BATCH // world)
+            together += [seen for batch in batches for seen in by_position(batch)]
+    assert len(together) == len(dict(together)) and dict(together) == alone
+    order = make_module(make_config(folder)).train_dataloader().dataset.order
+    visits = Counter((order.locate(n).epoch, order.locate(n).index) for n in dict(together))
+    epochs = STEPS * GLOBAL_BATCH // 7
+    assert [visits[epoch, n] for epoch in range(epochs) for n in range(7)] == [1] * 7 * epochs
+
+
+@pytest.mark.parametrize("step", [0, 10**6 // GLOBAL_BATCH])
+def test_the_next_batch_costs_the_same_at_position_a_million(folder, step, monkeypatch):
+    """Counted, not timed: what a restart reads and permutes until its first batch."""
+    counts = Counter[str]()
+
+    def counted(name: str, function: Callable[..., object]) -> Callable[..., object]:
+        def call(*args: object) -> object:
+            counts[name] += 1
+            return function(*args)
+
+        return call
+
+    config = make_config(folder)
+    config.train.max_steps = 10**9
+    module = make_module(config)
+    module.start_step = step
+    loader = module.train_dataloader()
+    monkeypatch.setattr(order_module, "permutation", counted("permutations", order_module.permutation))
+    monkeypatch.setattr(MixtureOrder, "locate", counted("places", MixtureOrder.locate))
+    monkeypatch.setattr(RangeReader, "read", counted("reads", RangeReader.read))
+    batch = next(iter(loader))
+    first = step * GLOBAL_BATCH
+    assert batch.position.tolist() == [first, first + 1]
+    assert counts["reads"] == 2 + len(batch.skipped) and counts["places"] == 2 + len(batch.skipped)
+    assert counts["permutations"] <= 4  # the shards and a block, of an epoch or of two at a border
+
+
+def test_a_remote_source_is_read_once_where_there_is_a_cache(folder, serve, tmp_path):
+    server = serve(folder)
+    config = make_config(folder)
+    config.train.max_steps = 2  # three epochs
+    alone = list(make_module(config).train_dataloader())
+    config.data.sources = [SourceConfig(server.url, 1.0)]
+    config.data.cache_dir, config.data.cache_gib = str(tmp_path / "cache"), 1.0
+    for _ in range(2):  # a run, and one that resumes on the same node
+        remote = list(make_module(config).train_dataloader())
+        assert [by_position(batch) for batch in remote] == [by_position(batch) for batch in alone]
+    whole = {request for request in server.requests if request[0] != "/shard-000002.tar"}
+    assert len(whole) == 6 == len([r for r in server.requests if r in whole])
+    (tmp_path / "file").write_text("")
+    config.data.cache_dir = str(tmp_path / "file" / "cache")
+    with pytest.raises(ConfigError, match=r"data\.cache_dir: .*local disk"):
+        make_module(config).train_dataloader()
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create")  # of more workers than cores
 def test_worker_processes_change_nothing_and_resume_is_the_tail(folder):
     alone = list(make_module(make_config(folder)).train_dataloader())
@@ -156,14 +225,22 @@ def by_position(batch: Batch) -> list[tuple[int, tuple[str, str, bool]]]:
     return list(zip(batch.position.tolist(), values, strict=True))
 
 
-@pytest.mark.parametrize(("devices", "clips"), [(1, 5), (2, 5), (3, 100)])
-def test_validation_shows_each_clip_once_over_all_ranks(folder, devices, clips):
+@pytest.mark.parametrize(("devices", "clips"), [(1, 5), (2, 5), (3, 100), (4, 1), (4, 8)])
+def test_validation_counts_each_clip_once_in_equally_many_batches_on_every_rank(folder, devices, clips):
+    """Also where there are fewer clips than ranks."""
     config = make_config(folder, devices=devices)
     config.val.clips = clips
-    batches = [batch for rank in range(devices) for batch in make_module(config, rank).val_dataloader()]
-    assert {len(batch) for batch in batches} == {1}
+    ranks = [list(make_module(config, rank).val_dataloader()) for rank in range(devices)]
+    count = min(clips, 7)
+    assert {len(batches) for batches in ranks} == {-(-count // devices)}
+    everything = list(itertools.chain(*ranks))
+    assert {len(batch) for batch in everything} == {1}
+    batches = [batch for batch in everything if batch.counted]
     positions = sorted(int(batch.position) for batch in batches)
-    assert positions == list(range(min(clips, 7)))
+    assert positions == list(range(count))
+    shown = {int(batch.position): batch for batch in batches}
+    for again in (batch for batch in everything if not batch.counted):
+        assert_same_batches([dataclasses.replace(again, counted=torch.tensor([True]))], [shown[int(again.position)]])
     whole = [batch.keys[0] for batch in batches if not batch.skipped]
     assert len(set(whole)) == len(whole) >= len(positions) - 1
     assert not any(prompt == "" for batch in batches for prompt in batch.prompts)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 from collections import Counter
 from pathlib import Path
 
@@ -304,6 +305,26 @@ def test_broken_clips_are_named_counted_and_replaced(pristine, tmp_path, caplog)
         assert torch.equal(actual.frame_mask, expected.frame_mask)
     assert replaced == 10  # two of six clips over five epochs
     assert all(key in caplog.text for key in broken) and str(damaged) in caplog.text
+
+
+def test_a_broken_clip_is_read_once_and_changes_nothing_by_being_known(pristine, tmp_path, caplog, monkeypatch):
+    """A process that met it before, one that did not, and one that resumes: the same stand-ins, the same counts."""
+    damaged = broken_copy(pristine, tmp_path / "set", 1, 4)
+    knowing = open_stream(damaged)
+    broken = {knowing.sources[0].key(index) for index in (1, 4)}
+    reads = Counter[str]()
+    read = ShardSet.read
+
+    def counted(source: ShardSet, index: int) -> Clip:
+        reads[source.key(index)] += 1
+        return read(source, index)
+
+    monkeypatch.setattr(ShardSet, "read", counted)
+    first = [knowing[n] for n in POSITIONS]
+    assert {reads[key] for key in broken} == {1} and len(caplog.records) == 2  # said once each
+    for n in POSITIONS:
+        for stream in (knowing, open_stream(damaged), pickle.loads(pickle.dumps(knowing))):
+            assert_same_sample(stream[n], first[n])
 
 
 def test_every_stream_finds_the_same_stand_in(pristine, tmp_path):

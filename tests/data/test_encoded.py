@@ -26,6 +26,7 @@ from one4d_pl.data.encoded import (
 )
 from one4d_pl.data.masking import task_of
 from one4d_pl.data.order import MixtureOrder
+from one4d_pl.data.ranged_reads import PLAIN_READER
 from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_shards
 from one4d_pl.data.tar_set import tar_bytes
 from one4d_pl.data.toy_world import render_clip
@@ -208,6 +209,6 @@ def test_a_foreign_encoding_of_another_shape_is_a_sample_error(raw_pristine, tmp
     (tmp_path / shard.name).write_bytes(content)
     changed = dataclasses.replace(entry, offset=0, size=len(content), crc32=zlib.crc32(content))
     shards = (dataclasses.replace(shard, samples=(changed,)), *encoded.manifest.shards[1:])
-    broken = EncodedSet.of(str(tmp_path), dataclasses.replace(encoded.manifest, shards=shards))
+    broken = EncodedSet.of(str(tmp_path), dataclasses.replace(encoded.manifest, shards=shards), PLAIN_READER)
     with pytest.raises(SampleError, match="broken encoding"):
         broken.read(0)

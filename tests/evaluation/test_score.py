@@ -19,10 +19,11 @@ from one4d_pl.evaluation.predictions import (
     write_prediction,
 )
 from one4d_pl.evaluation.protocols import PROTOCOLS, Protocol
-from one4d_pl.evaluation.score import score_benchmark, score_sequence
+from one4d_pl.evaluation.score import BenchmarkScore, score_benchmark, score_sequence
 from one4d_pl.evaluation.tables import Row, markdown, sequences_csv, write_report
 from one4d_pl.geometry.pointmap import depth_to_pointmap
 from one4d_pl.geometry.se3 import matrix_to_wxyz, rebase_to_first
+from one4d_pl.metrics.camera import path_length
 from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 
 PROTOCOL = PROTOCOLS["one4d"]
@@ -164,6 +165,24 @@ def test_means_weigh_depth_by_pixels_and_cameras_not_and_degenerate_paths_are_li
     assert own is not None and whole is not None and own["ate"] < 1e-12 < whole["ate"]
     alone = [score_benchmark("toy", [s], tmp_path, unaligned).sequences[0] for s in sequences]
     assert tuple(alone) == score.sequences  # processes change nothing
+
+
+def test_a_camera_that_stands_or_trembles_is_named_in_the_table(sequences):
+    moving = next(s for s in open_benchmark("toy", None) if float(camera_path(s)) > 0.1)
+    true = moving.read_cameras()[1]
+    tremble = 1e-4 * torch.randn(9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    standing, trembling = true[:1].repeat(9, 1, 1), true[:1].repeat(9, 1, 1)
+    trembling[:, :3, 3] += 0.3 * tremble
+    cases = (true, []), (standing, ["degenerate camera paths"]), (trembling, ["no better than standing"])
+    for cam2world, said in cases:
+        score = score_sequence("toy", moving, replace(true_prediction(moving), cam2world=cam2world), PROTOCOL)
+        text = markdown([Row("model", BenchmarkScore("toy", PROTOCOL, (score,)), {})], 16, None)
+        assert [flag for flag in ("degenerate camera paths", "no better than standing") if flag in text] == said
+        assert score.cameras is not None and score.cameras["ate_standing"] > 0.01
+
+
+def camera_path(sequence: EvalSequence) -> Tensor:
+    return path_length(sequence.read_cameras()[1])
 
 
 def test_foreign_folders_and_archives_say_the_same_as_ours(tmp_path, sequences):

@@ -1,18 +1,26 @@
 """Closed form + Gauss-Newton against a gradient fit of depth and cameras, the way 4DNeX does it (protocol.md, 3-4).
 
-    python -m tests.postopt.benchmark_gradient_fit [--frames 81] [--height 88] [--width 156] [--cases static:0:0,...]
+    python -m tests.postopt.benchmark_gradient_fit --out fits.jsonl [--cases orbit:0.01:0,...] [--renew] [--every-rate]
 
-prints, per case (path : noise : outliers), both accuracies, the seconds of one gradient fit and the ratio of times. The
-gradient fit has a sane start (Weiszfeld focal of frame 0, cameras at rest there, depth = z), 1500 Adam steps with a
-cosine schedule on the mean squared error, and the best of three learning rates *judged by the truth*.
+compares both, case by case (path : noise : outliers), and prints a table. The gradient fit has a sane start (Weiszfeld
+focal of frame 0, cameras at rest there, depth = z), 1500 Adam steps with a cosine schedule on the mean squared error,
+and the best of three learning rates *judged by the truth*: for each path and share of outliers at 1 % noise and a
+quarter of the picture's sides, as three fits of every whole picture take hours; --every-rate does that. Finished cases
+are kept in --out, and a second call goes on from there; --renew measures our side of them again. Times are CPU seconds
+on one thread.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import statistics
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -31,6 +39,10 @@ NOISES = (0.0, 0.01, 0.05)  # deviation per axis, in median distances of the cli
 OUTLIERS = (0.0, 0.3)  # share of valid pixels anywhere in the scene's box, not flagged
 LEARNING_RATES = (3e-3, 1e-2, 3e-2)
 STEPS = 1500
+LOOK_EVERY = 100  # steps: how often the gradient fit's accuracy is looked at, to tell when it is as good as ours
+RATED = ("centre", "rotation", "abs_rel")  # means over many; the focal error is a single draw, which chance decides
+ROUNDING = 1e-6  # smaller errors are float32's
+EQUAL = 1.02  # two estimates from the same noise that differ by less are equally accurate
 
 
 @dataclass(frozen=True)
@@ -143,12 +155,21 @@ def weiszfeld_focal(points: Tensor, valid: Tensor) -> float:  # [H, W, 3], [H, W
     return min(max(focal, 0.2 * width), 10 * width)
 
 
+@dataclass(frozen=True)
+class Moment:
+    """A gradient fit on its way."""
+
+    step: int
+    seconds: float  # of CPU, without looking at the accuracy
+    accuracy: Accuracy
+
+
 def gradient_fit(
     pointmap: Tensor,  # [T, H, W, 3] float32
     valid: Tensor,  # [T, H, W]
     learning_rate: float,
-    steps: int = STEPS,
-) -> tuple[Tensor, Tensor, Tensor]:  # focal [T], cam2world [T, 4, 4], depth [T, H, W]
+    steps: int,
+) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:  # every LOOK_EVERY: step, focal [T], cam2world, depth [T, H, W]
     """Adam on log depth, rotation vectors, centres and the logarithm of one focal length; masked mean squared error."""
     num_frames, height, width = valid.shape
     unit = pointmap[valid].abs().median()
@@ -161,7 +182,7 @@ def gradient_fit(
     optimizer = torch.optim.Adam([log_depth, log_focal, turn, centre], lr=learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     weights = (valid / valid.sum())[..., None].float()
-    for _ in range(steps):
+    for step in range(1, steps + 1):
         focal = log_focal.exp()
         rays = torch.stack([u / focal, v / focal, torch.ones_like(u)], -1)
         directions = (rays.flatten(0, 1) @ so3_exp(turn).mT).view(num_frames, height, width, 3)
@@ -171,8 +192,19 @@ def gradient_fit(
         loss.backward()
         optimizer.step()
         schedule.step()
-    cam2world = se3_matrix(so3_exp(turn.detach()), centre.detach() * unit)
-    return log_focal.detach().exp().expand(num_frames), cam2world, log_depth.detach().exp() * unit
+        if step % LOOK_EVERY == 0 or step == steps:
+            cam2world = se3_matrix(so3_exp(turn.detach()), centre.detach() * unit)
+            yield step, focal.detach().expand(num_frames), cam2world, log_depth.detach().exp() * unit
+
+
+def watch_gradient_fit(world: World, pointmap: Tensor, learning_rate: float, steps: int) -> list[Moment]:
+    """A gradient fit with its accuracy and CPU time along the way."""
+    moments, seconds, started = [], 0.0, time.process_time()
+    for step, focal, cam2world, depth in gradient_fit(pointmap, world.valid, learning_rate, steps):
+        seconds += time.process_time() - started
+        moments.append(Moment(step, seconds, accuracy(world, focal, cam2world, depth)))
+        started = time.process_time()
+    return moments
 
 
 @dataclass(frozen=True)
@@ -180,46 +212,149 @@ class Comparison:
     """Both methods on one pointmap."""
 
     ours: Accuracy
-    gradient: Accuracy  # of the best learning rate
     our_seconds: float
-    gradient_seconds: float  # of one fit
+    gradient: list[Moment]  # of the best learning rate
+    learning_rate: float
+
+    @property
+    def equal(self) -> Moment:
+        """When the gradient fit was, for the first time, as good as ours in every respect; at its end, if never."""
+        return next((moment for moment in self.gradient if self.ratio(moment) <= EQUAL), self.gradient[-1])
+
+    def ratio(self, moment: Moment) -> float:
+        """Largest ratio of the gradient fit's errors to ours."""
+        return _largest_ratio(moment.accuracy, self.ours)
+
+    @property
+    def worst(self) -> float:
+        """Largest ratio of our errors to the finished gradient fit's."""
+        return _largest_ratio(self.ours, self.gradient[-1].accuracy)
 
     @property
     def speed_up(self) -> float:
-        return self.gradient_seconds / self.our_seconds
+        """Over the whole gradient fit: who runs it does not know when it is good enough."""
+        return self.gradient[-1].seconds / self.our_seconds
+
+    @property
+    def speed_up_to_equal(self) -> float:
+        """Over the part of the gradient fit that is as good as ours."""
+        return self.equal.seconds / self.our_seconds
 
 
-def compare(world: World, noise: float, outliers: float, steps: int = STEPS) -> Comparison:
-    """Run both; the gradient fit's learning rate is chosen by its true centre error."""
-    pointmap = disturb(world, noise, outliers)
-    started = time.perf_counter()
+def _largest_ratio(errors: Accuracy, others: Accuracy) -> float:
+    return max(getattr(errors, name) / max(getattr(others, name), ROUNDING) for name in RATED)
+
+
+def our_fit(world: World, pointmap: Tensor) -> tuple[Accuracy, float]:
+    """Our accuracy and CPU seconds."""
+    started = time.process_time()
     scene = recover_scene(pointmap, world.valid)
-    our_seconds = time.perf_counter() - started
-    ours = accuracy(world, scene.intrinsics[:, 0, 0], scene.cam2world, scene.depth)
-    started = time.perf_counter()
-    fits = [accuracy(world, *gradient_fit(pointmap, world.valid, rate, steps)) for rate in LEARNING_RATES]
-    gradient_seconds = (time.perf_counter() - started) / len(LEARNING_RATES)
-    return Comparison(ours, min(fits, key=lambda fit: fit.centre), our_seconds, gradient_seconds)
+    seconds = time.process_time() - started
+    return accuracy(world, scene.intrinsics[:, 0, 0], scene.cam2world, scene.depth), seconds
+
+
+def compare(
+    world: World, noise: float, outliers: float, rates: tuple[float, ...] = LEARNING_RATES, steps: int = STEPS
+) -> Comparison:
+    """Run both; of several learning rates the gradient fit's is chosen by its true centre error."""
+    pointmap = disturb(world, noise, outliers)
+    ours, our_seconds = our_fit(world, pointmap)
+    fits = {rate: watch_gradient_fit(world, pointmap, rate, steps) for rate in rates}
+    rate = min(fits, key=lambda rate: fits[rate][-1].accuracy.centre)
+    return Comparison(ours, our_seconds, fits[rate], rate)
 
 
 def _at_start(solid: Solid) -> Solid:
     return replace(solid, centre=solid.centre[:1], rotation=solid.rotation[:1], size=solid.size[:1])
 
 
+@cache
+def choose_rate(path: str, outliers: float, frames: int, height: int, width: int) -> float:
+    """The learning rate for a path and a share of outliers: at the middle noise and a quarter of the sides."""
+    return compare(build_world(path, frames, height // 4, width // 4), NOISES[1], outliers).learning_rate
+
+
+def run_case(case: str, frames: int, height: int, width: int, every_rate: bool) -> Comparison:
+    """One case, with one learning rate or all of them."""
+    path, noise, outliers = _parts(case)
+    rates = LEARNING_RATES if every_rate else (choose_rate(path, outliers, frames, height, width),)
+    return compare(build_world(path, frames, height, width), noise, outliers, rates)
+
+
+def renew(case: str, frames: int, height: int, width: int, old: Comparison) -> Comparison:
+    """The same gradient fit, our side anew."""
+    path, noise, outliers = _parts(case)
+    world = build_world(path, frames, height, width)
+    ours, seconds = our_fit(world, disturb(world, noise, outliers))
+    return replace(old, ours=ours, our_seconds=seconds)
+
+
+def read_results(path: Path) -> dict[str, Comparison]:
+    """Finished cases of a json-lines file; of a case that stands there twice the last."""
+    results = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        record = json.loads(line)
+        moments = [Moment(m["step"], m["seconds"], Accuracy(**m["accuracy"])) for m in record["gradient"]]
+        ours = Accuracy(**record["ours"])
+        results[record["case"]] = Comparison(ours, record["our_seconds"], moments, record["learning_rate"])
+    return results
+
+
+def table(results: dict[str, Comparison]) -> str:
+    """One row per case, then the worst and the median."""
+    rows = []
+    for case, result in results.items():
+        last = result.gradient[-1]
+        reached = f"step {result.equal.step}" if result.ratio(result.equal) <= EQUAL else "never"
+        rows += [f"{case:22s} {result.our_seconds:6.2f} {result.ours}", f"{'':22s} {last.seconds:6.1f} {last.accuracy}"]
+        rows += [
+            f"{'':22s} rate {result.learning_rate:g}; {result.speed_up:.0f} times faster, as good as ours: {reached} "
+            f"({result.speed_up_to_equal:.0f} times); worst error ratio ours / theirs {result.worst:.3f}"
+        ]
+    names = ("speed_up", "speed_up_to_equal", "worst")
+    whole, equal, ratios = ([getattr(result, name) for result in results.values()] for name in names)
+    rows += [
+        f"{len(results)} cases: speed-up, whole fit: worst {min(whole):.0f}, median {statistics.median(whole):.0f}; "
+        f"to equal accuracy: worst {min(equal):.0f}, median {statistics.median(equal):.0f}; "
+        f"error ratio worst {max(ratios):.3f}, median {statistics.median(ratios):.3f}"
+    ]
+    return "\n".join(rows)
+
+
+def _parts(case: str) -> tuple[str, float, float]:
+    path, noise, outliers = case.split(":")
+    return path, float(noise), float(outliers)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="json lines, one per finished case and size")
     parser.add_argument("--frames", type=int, default=81)
     parser.add_argument("--height", type=int, default=88)
     parser.add_argument("--width", type=int, default=156)
-    parser.add_argument("--cases", default=",".join(f"{p}:{n}:{o}" for p in PATHS for n in NOISES for o in OUTLIERS))
+    grid = [f"{path}:{noise:g}:{share:g}" for path in PATHS for share in OUTLIERS for noise in NOISES]
+    parser.add_argument("--cases", default=",".join(grid))
+    parser.add_argument("--renew", action="store_true", help="measure our side of the finished cases again")
+    parser.add_argument("--every-rate", action="store_true", help="all learning rates on the whole picture")
     arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    size = (arguments.frames, arguments.height, arguments.width)
+    warm = build_world("orbit", 5, 22, 39)
+    our_fit(warm, warm.pointmap.float())
+    done = read_results(arguments.out)
+    results = {}
     for case in arguments.cases.split(","):
-        path, noise, outliers = case.split(":")
-        world = build_world(path, arguments.frames, arguments.height, arguments.width)
-        result = compare(world, float(noise), float(outliers))
-        print(f"{path}, noise {noise}, outliers {outliers}: {result.speed_up:.0f} times faster", flush=True)
-        print(f"  ours     {result.ours} in {result.our_seconds:.2f} s")
-        print(f"  gradient {result.gradient} in {result.gradient_seconds:.2f} s", flush=True)
+        if case in done and not arguments.renew:
+            results[case] = done[case]
+            continue
+        if case in done:
+            results[case] = renew(case, *size, done[case])
+        else:
+            results[case] = run_case(case, *size, arguments.every_rate)
+        with arguments.out.open("a") as file:
+            file.write(json.dumps({"case": case, **asdict(results[case])}) + "\n")
+        print(table({case: results[case]}).rpartition("\n")[0], flush=True)
+    print("\n" + table(results))
 
 
 if __name__ == "__main__":

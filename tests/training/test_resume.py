@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
-import random
-import select
-import signal
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from one4d_pl.config import Config, ConfigError, to_yaml
+from one4d_pl.config import ConfigError
 from one4d_pl.fit import fit
-from one4d_pl.training.checkpoint import checkpoint_folder, newest_checkpoint, read_step
+from one4d_pl.training.checkpoint import checkpoint_folder, newest_checkpoint
+from tests.training.chaos import chaos, final_hashes
 
-KILLS = 20
-STEPS_UNDER_FIRE = 24
-
-
-def final_hashes(config: Config) -> dict[str, str]:
-    """sha256 of every file of the last checkpoint: adapter, links, optimiser moments."""
-    folder = checkpoint_folder(config.run_dir, config.train.max_steps)
-    return json.loads((folder / "trainer.json").read_text())["sha256"]
+KILLS = 10
 
 
 def test_a_stopped_and_resumed_run_is_bitwise_the_undisturbed_one(run_config, tmp_path):
@@ -55,89 +43,12 @@ def test_loader_workers_micro_batches_and_checkpointing_leave_the_losses_alone(r
         torch.testing.assert_close(weight, weights[1][name], rtol=0, atol=5e-5)
 
 
-class Nursery:
-    """A process that has imported everything and forks a child per run, so that a kill costs no import."""
-
-    PROGRAM = """
-import os, sys, threading
-import torch
-import one4d_pl.callbacks.losses, one4d_pl.training.checkpoint, one4d_pl.training.strategy, tensorboard
-from one4d_pl.config import load_config
-from one4d_pl.fit import fit
-print("ready", flush=True)
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        fit(load_config([line.strip()], []))
-        os._exit(0)
-    print(child, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
-
-    def __init__(self, environment: dict[str, str], log: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", self.PROGRAM], env=environment, text=True, bufsize=1,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log.open("w"),
-        )  # fmt: skip
-        assert self._line(120) == "ready"
-
-    def run(self, config_yaml: Path, seconds: float) -> int | None:
-        """Exit code of the run, or None if it was killed after `seconds`."""
-        print(config_yaml, file=self.process.stdin)
-        child = int(self._line(30))
-        status = self._line(seconds)
-        if status is None:
-            os.kill(child, signal.SIGKILL)
-            status = self._line(30)
-            assert status is not None
-            return None if int(status) == -signal.SIGKILL else int(status)
-        return int(status)
-
-    def _line(self, seconds: float) -> str | None:
-        ready, _, _ = select.select([self.process.stdout], [], [], seconds)
-        return self.process.stdout.readline().strip() if ready else None
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.wait(timeout=30)
-
-
-def test_killed_at_random_instants_and_resumed_is_bitwise_undisturbed(run_config, fit_environment, tmp_path):
-    """SIGKILL, no warning: steps, saves, renames and start-up are all hit."""
-    steps = (f"train.max_steps={STEPS_UNDER_FIRE}", "train.save_every=1", "val.every=1000", "val.clips=1")
-
-    def prepare(name: str) -> tuple[Config, Path]:
-        config, path = run_config(f"run_dir={tmp_path}/{name}", *steps), tmp_path / f"{name}.yaml"
-        path.write_text(to_yaml(config))
-        return config, path
-
-    log = tmp_path / "nursery.log"
-    nursery = Nursery(fit_environment, log)
-    try:
-        undisturbed, path = prepare("undisturbed")
-        began = time.monotonic()
-        assert nursery.run(path, 200) == 0, log.read_text()[-3000:]
-        duration = time.monotonic() - began
-        expected = final_hashes(undisturbed)
-
-        chance, kills, runs, steps_at_death = random.Random(0), 0, 0, []
-        config, path = prepare("run0")
-        while kills < KILLS:
-            status = nursery.run(path, chance.uniform(0.1, 0.7) * duration)
-            if status is None:
-                kills += 1
-                newest = newest_checkpoint(config.run_dir)
-                steps_at_death.append(read_step(newest) if newest else 0)
-                continue
-            assert status == 0, log.read_text()[-3000:]
-            assert final_hashes(config) == expected
-            runs += 1
-            config, path = prepare(f"run{runs}")
-        assert nursery.run(path, 200) == 0, log.read_text()[-3000:]  # the last run, however far it came
-        assert final_hashes(config) == expected
-        assert len(set(steps_at_death)) >= KILLS // 3  # deaths were spread over the runs, not all at one place
-    finally:
-        nursery.close()
+def test_two_ranks_killed_at_random_instants_and_resumed_are_bitwise_undisturbed(run_config, tmp_path):
+    """SIGKILL, no warning: steps, saves, renames and start-up are all hit; `make chaos` kills more often."""
+    outcome = chaos(KILLS, 0, run_config, tmp_path)
+    assert outcome.kills == KILLS
+    assert outcome.in_save_window >= 0.2 * KILLS
+    assert len(outcome.steps_at_death) >= KILLS // 3  # deaths were spread over the runs, not all at one place
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(run_config, tmp_path, caplog):

@@ -1,0 +1,35 @@
+"""Laws of the ceiling on the embedded base: true pointmaps through the VAE, whose errors have heavy tails."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from one4d_pl.config import load_config
+from one4d_pl.evaluation.benchmarks import open_benchmark
+from one4d_pl.evaluation.open_model import open_encoders
+from one4d_pl.evaluation.predict import PredictOptions, ceiling_sequence
+
+REPO = Path(__file__).parents[2]
+SCENES = ("toy_3000000", "toy_3000003", "toy_3000007")  # reweighted squares alone creep for more than 25 steps on these
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory) -> dict[str, dict[str, object]]:
+    folder = tmp_path_factory.mktemp("ceiling")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(REPO)  # the embedded base's path is relative
+        encoders = open_encoders(load_config([str(REPO / "configs/dlc.yaml")], []), torch.device("cpu"))
+    for sequence in open_benchmark("toy", None, SCENES):
+        ceiling_sequence(encoders, sequence, PredictOptions(48, 64, 9), folder / sequence.name)
+    return {name: json.loads((folder / name / "cameras.json").read_text())["report"] for name in SCENES}
+
+
+def test_the_cameras_of_decoded_pointmaps_come_to_rest_within_few_steps(reports):
+    for name, report in reports.items():
+        assert report["converged"] and "not converged" not in report["flags"], name
+        assert report["iterations"] <= 20, (name, report["iterations"])
+        assert min(report["inliers"]) < 0.95, name  # of Gaussian errors all but 4e-6 would be

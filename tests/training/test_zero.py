@@ -1,0 +1,211 @@
+"""Real DeepSpeed engines on gloo: every stage trains what one process trains, and nothing is lost in silence."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from one4d_pl.config import load_config, to_yaml
+from one4d_pl.fit import fit
+from one4d_pl.models.transformer import One4DTransformer
+from one4d_pl.training.checkpoint import checkpoint_folder, refuse_started_adapter
+from one4d_pl.training.zero import whole_parameter
+from tests.conftest import REPO, small_run_config
+from tests.training.test_resume import curve
+
+STEPS = 20
+LAUNCH_TIMEOUT_S = 900
+FILES = ("links.safetensors", "rgb/adapter_model.safetensors", "xyz/adapter_model.safetensors",
+         "xyz_patch_embedding.safetensors")  # fmt: skip
+ZERO = ("train.strategy=deepspeed",)
+CHECKPOINTED = "train.activation_checkpointing=true"
+# always clipped, so that a gradient scaled wrongly would show in the norm, a clipped one in the weights
+CLIP, NO_CLIP = "optim.grad_clip=0.05", "optim.grad_clip=0"
+MATRIX = {
+    2: {
+        "zero1": (*ZERO, "train.zero_stage=1", CLIP),
+        "zero2": (*ZERO, "train.zero_stage=2", CLIP, CHECKPOINTED),
+        "zero3": (*ZERO, "train.zero_stage=3", CLIP, CHECKPOINTED, "eval.every=10", "eval.clips=3"),
+        "zero3-free": (*ZERO, "train.zero_stage=3", NO_CLIP, "train.micro_batch_size=2"),
+        "zero2-offload": (*ZERO, "train.zero_stage=2", "train.offload=true", CLIP),
+        "zero3-bf16": (*ZERO, "train.zero_stage=3", CLIP, "base.dtype=bfloat16", "train.precision=bf16-mixed"),
+    },
+    4: {
+        "ddp": ("train.strategy=ddp", NO_CLIP),
+        "zero2": (*ZERO, "train.zero_stage=2", NO_CLIP),
+        "zero3": (*ZERO, "train.zero_stage=3", CLIP),
+    },
+}
+CASES = [(world, name) for world, cases in MATRIX.items() for name in cases]
+ELASTIC = ((1, ("train.strategy=single",)), (4, (*ZERO, "train.zero_stage=3")), (2, (*ZERO, "train.zero_stage=2")),
+           (3, ("train.strategy=ddp",)))  # fmt: skip
+ELASTIC_STEPS = 3  # of each part
+
+
+@dataclass(frozen=True)
+class Runs:
+    """Finished runs by name."""
+
+    folder: Path
+
+    def weights(self, name: str, step: int) -> dict[str, torch.Tensor]:
+        folder = checkpoint_folder(str(self.folder / name), step)
+        return {f"{file}:{key}": t for file in FILES for key, t in load_file(folder / file).items()}
+
+    def losses(self, name: str, modality: str) -> list[float]:
+        return curve(self.folder / name, f"train/loss/{modality}")
+
+
+def launch(world: int, folder: Path, words: list[str]) -> None:
+    """Run the words' runs on `world` processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={port}",
+               str(REPO / "tests" / "training" / "run_cases.py"), *words]  # fmt: skip
+    log = folder / f"launch{world}.log"
+    ours = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
+    with log.open("a") as file:
+        done = subprocess.run(command, env={**os.environ, **ours}, stdout=file, stderr=file, timeout=LAUNCH_TIMEOUT_S)
+    assert done.returncode == 0, log.read_text()[-5000:]
+
+
+@pytest.fixture(scope="module")
+def make(tmp_path_factory, tiny_base_plain, toy_root):
+    folder = tmp_path_factory.mktemp("zero")
+    config = small_run_config(folder, tiny_base_plain, toy_root)
+
+    def prepare(name: str, *overrides: str) -> str:
+        path = folder / f"{name}.yaml"
+        steps = (f"train.max_steps={STEPS}", "train.save_every=1000", "val.every=10", "val.clips=4", "optim.lr=1e-3")
+        path.write_text(to_yaml(config(f"run_dir={folder}/{name}", *steps, "train.micro_batch_size=1", *overrides)))
+        return str(path)
+
+    return folder, prepare
+
+
+def fit_here(path: str) -> None:
+    fit(load_config([path], []))
+
+
+@pytest.fixture(scope="module")
+def references(make) -> Runs:
+    """The same runs in one process."""
+    folder, prepare = make
+    fit_here(prepare("one-clip", CLIP))
+    fit_here(prepare("one-free", NO_CLIP))
+    fit_here(prepare("one-bf16", CLIP, "base.dtype=bfloat16", "train.precision=bf16-mixed"))
+    return Runs(folder)
+
+
+@pytest.fixture(scope="module")
+def two(make, references) -> Runs:
+    folder, prepare = make
+    words = [prepare(f"2-{name}", "train.devices=2", *overrides) for name, overrides in MATRIX[2].items()]
+    launch(2, folder, [*words, f"gathers:{words[2]}:{folder / 'gathers.json'}"])
+    return Runs(folder)
+
+
+@pytest.fixture(scope="module")
+def four(make, references) -> Runs:
+    folder, prepare = make
+    launch(4, folder, [prepare(f"4-{name}", "train.devices=4", *o) for name, o in MATRIX[4].items()])
+    return Runs(folder)
+
+
+@pytest.mark.parametrize(("world", "name"), [case for case in CASES if "bf16" not in case[1]])
+def test_every_strategy_trains_what_one_process_trains(world, name, references, request):
+    """20 steps of AdamW in float32 at the same global batch: losses, gradient norms and trained weights."""
+    runs: Runs = request.getfixturevalue({2: "two", 4: "four"}[world])
+    reference, run = "one-clip" if CLIP in MATRIX[world][name] else "one-free", f"{world}-{name}"
+    for modality in ("rgb", "xyz"):
+        losses, expected = runs.losses(run, modality), references.losses(reference, modality)
+        assert len(losses) == STEPS
+        assert losses == pytest.approx(expected, abs=1e-6, rel=1e-6)
+    expected = references.weights(reference, STEPS)
+    for key, tensor in runs.weights(run, STEPS).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=5e-5, msg=key)
+    validation = [curve(runs.folder / r, "val/loss/xyz") for r in (run, reference)]
+    assert validation[0] == pytest.approx(validation[1], rel=1e-5)
+
+
+@pytest.mark.parametrize(("world", "name"), [(2, "zero1"), (2, "zero2"), (2, "zero3"), (4, "zero3")])
+def test_the_gradients_norm_is_that_of_one_process(world, name, references, request):
+    """Accumulation divides once, not by Lightning and again by the engine; Adam would hide it."""
+    runs: Runs = request.getfixturevalue({2: "two", 4: "four"}[world])
+    parts = [curve(references.folder / "one-clip", f"train/grad_norm/{p}")
+             for p in ("lora", "links", "xyz_patch_embedding")]  # fmt: skip
+    expected = [sum(n**2 for n in step) ** 0.5 for step in zip(*parts, strict=True)]
+    assert min(expected) > 0.05  # every step is clipped
+    assert curve(runs.folder / f"{world}-{name}", "train/grad_norm/all") == pytest.approx(expected, rel=1e-4)
+
+
+def test_bfloat16_base_float32_trainables_under_zero3(two, references):
+    """The engine casts nothing: the same autocast run as in one process, but for the order of bf16 sums."""
+    for modality in ("rgb", "xyz"):
+        losses, expected = two.losses("2-zero3-bf16", modality), references.losses("one-bf16", modality)
+        assert losses == pytest.approx(expected, rel=5e-3)
+        assert losses != pytest.approx(references.losses("one-clip", modality), rel=1e-6)  # it is bf16
+    for name in FILES:
+        for key, tensor in load_file(checkpoint_folder(str(two.folder / "2-zero3-bf16"), STEPS) / name).items():
+            assert tensor.dtype == torch.float32, key
+
+
+def test_every_frozen_weight_is_gathered_once_for_both_branches(two):
+    shares = json.loads((two.folder / "gathers.json").read_text())
+    assert shares["stacked"] <= 2.0  # forward, and once more for recomputation and backward
+    assert shares["stacked"] <= 0.55 * shares["separate"]
+
+
+def test_checkpoints_of_sharded_runs_hold_whole_trainables_and_moments_only(two):
+    folders = [checkpoint_folder(str(two.folder / name), STEPS) for name in ("one-clip", "2-zero3", "2-zero2")]
+    sizes = [{key: t.shape for key, t in load_file(f / "optimizer.safetensors").items()} for f in folders]
+    assert sizes[0] == sizes[1] == sizes[2]
+    trainables = sum(t.numel() for t in two.weights("2-zero3", STEPS).values())
+    tensors = len(sizes[1]) * 3 // 2
+    total = sum(f.stat().st_size for f in folders[1].rglob("*.safetensors"))
+    assert total <= 1.02 * 14 * trainables + 1024 * tensors
+
+
+@pytest.mark.parametrize("first", ["links.0.xyz_to_rgb.weight", "lora_B"])
+def test_training_refuses_to_start_where_zeros_were_lost(tiny_base_plain, run_config, first):
+    transformer = One4DTransformer(tiny_base_plain.transformer(), run_config().dlc, seed=0)
+    refuse_started_adapter(transformer)
+    name, parameter = next((n, p) for n, p in transformer.trainable_parameters() if first in n)
+    with torch.no_grad():
+        parameter.view(-1)[-1] = 1e-3
+    assert whole_parameter(parameter).any()
+    with pytest.raises(RuntimeError, match=name.replace(".", r"\.")):
+        refuse_started_adapter(transformer)
+
+
+def test_a_run_goes_on_with_any_number_of_processes_and_any_strategy(make):
+    """1 -> 4 (ZeRO-3) -> 2 (ZeRO-2) -> 3 (ddp) ranks, mid-epoch: every step's losses are those of one process."""
+    folder, prepare = make
+    batch = ("train.global_batch_size=12", "val.every=1000", "data.block_shards=1")
+    steps = ELASTIC_STEPS * len(ELASTIC)
+    fit_here(prepare("whole", *batch, f"train.max_steps={steps}"))
+    for part, (world, overrides) in enumerate(ELASTIC):
+        path = prepare("elastic", *batch, f"train.max_steps={ELASTIC_STEPS * (part + 1)}", f"train.devices={world}",
+                       *overrides)  # fmt: skip
+        if world == 1:
+            fit_here(path)
+        else:
+            launch(world, folder, [path])
+    runs = Runs(folder)
+    for modality in ("rgb", "xyz"):
+        expected = runs.losses("whole", modality)
+        assert runs.losses("elastic", modality) == pytest.approx(expected, abs=1e-6, rel=1e-6)
+        assert len(expected) == steps
+    expected = runs.weights("whole", steps)
+    for key, tensor in runs.weights("elastic", steps).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=0, atol=5e-5, msg=key)
