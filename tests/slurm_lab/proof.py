@@ -15,7 +15,7 @@ from tests.slurm_lab.lab import Lab, what_is_missing
 from tests.slurm_lab.tiny_run import prepare
 from tests.slurm_lab.trials import HEADER, STRATEGIES, Row, Trials
 
-LONG, SHORT = 100, 20  # steps: of the run that meets three time limits, and of the others
+LONG, SHORT = 60, 20  # steps: of the run that meets three time limits, and of the others
 
 
 def main(arguments: list[str]) -> int:
@@ -53,7 +53,7 @@ def prove(trials: Trials, rows: list[Row]) -> None:
     rows.append(trials.node_killed(SHORT, "node6"))
     rows.append(trials.node_killed(SHORT, "node1"))  # where the batch script runs
     rows.append(trials.scancelled(SHORT))
-    rows.append(trials.time_limit(3))
+    rows.append(trials.time_limit(3, LONG))
     rows.extend(trials.usr1(10, SHORT))
 
 

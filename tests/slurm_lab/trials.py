@@ -91,16 +91,15 @@ class Trials:
             rows.append(row)
         return rows
 
-    def time_limit(self, times: int) -> Row:
-        """SLURM's time limit of three minutes, until the run has met it `times` times."""
-        row = self._trial(
-            "time limit",
-            self.steps,
-            lambda job, run_dir: None,
-            "--time=3",
-            "--signal=B:USR1@60",
-            starts_at_least=times + 1,
-        )
+    def time_limit(self, times: int, steps: int) -> Row:
+        """SLURM's time limit of three minutes, met `times` times; then it is raised, so that the run ends."""
+
+        def disturb(job: int, run_dir: Path) -> None:
+            self.lab.wait(job, times * 2 * START_S, lambda shown: int(shown["Restarts"]) >= times)
+            self.lab.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+
+        sbatch = ("--time=3", "--signal=B:USR1@60")
+        row = self._trial("time limit", steps, disturb, *sbatch, starts_at_least=times + 1)
         row.trial = f"time limit x{row.starts - 1}"
         return row
 
