@@ -8,10 +8,12 @@ STAMP := $(VENV)/.setup-stamp
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # what open3d's shared library links to besides libc
 SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libx11-6
-APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends $(SYSTEM_PACKAGES)
+# a SLURM for the tests' virtual cluster
+SLURM_PACKAGES := slurm-wlm munge
+APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system demo eval test test-long bench chaos lint types clean
+.PHONY: help setup setup-system slurm-setup slurm-test demo eval test test-long bench chaos lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -36,9 +38,14 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 setup-system:  ## install the system libraries that open3d needs (apt-get, as root or with sudo)
 	@if dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1; then echo "setup-system: all there"; \
 	elif ! command -v apt-get >/dev/null; then echo "setup-system: no apt-get here; for the 3-D viewer install libusb-1.0, EGL, GL and X11 yourself"; \
-	elif [ "$$(id -u)" -eq 0 ]; then $(APT); \
-	elif sudo -n true 2>/dev/null; then sudo -n sh -c '$(APT)'; \
+	elif [ "$$(id -u)" -eq 0 ]; then $(APT) $(SYSTEM_PACKAGES); \
+	elif sudo -n true 2>/dev/null; then sudo -n sh -c '$(APT) $(SYSTEM_PACKAGES)'; \
 	else echo "setup-system: needs root; for the 3-D viewer run as root: apt-get install $(SYSTEM_PACKAGES)"; fi
+
+slurm-setup:  ## install the SLURM of the tests' virtual cluster (Debian's, by apt-get, as root)
+	@if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then echo "slurm-setup: all there"; \
+	elif [ "$$(id -u)" -eq 0 ] && command -v apt-get >/dev/null; then $(APT) $(SLURM_PACKAGES); \
+	else echo "slurm-setup: needs root and apt-get (packages: $(SLURM_PACKAGES)); without them the SLURM tests are skipped"; fi
 
 # the first line is the command of every scale; it goes on from the shipped adapters, so that training is seen to work
 demo: $(STAMP)  ## train on a little from the shipped adapters, then sample, measure and draw held-out scenes into demo/
@@ -57,6 +64,9 @@ test: $(STAMP)  ## the tests but the slow ones
 
 test-long: $(STAMP)  ## the slow tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m slow -o faulthandler_timeout=1800
+
+slurm-test: $(STAMP)  ## everything that can befall a job, on a virtual cluster of eight nodes; an hour or two
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m tests.slurm_lab.proof $(SLURM_TEST_ARGS)
 
 bench: $(STAMP)  ## the writer's throughput against the decode + encode limit of the same files
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/data_prep/benchmark_throughput.py

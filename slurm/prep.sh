@@ -10,7 +10,8 @@
 #SBATCH --time=24:00:00
 #SBATCH --requeue
 #SBATCH --output=slurm-prep-%A_%a.out
-# ONE4D_PYTHON: the interpreter (default: .venv/bin/python). ONE4D_PREP_LIMIT: longest run of a task (default: 23h).
+# By environment: VENV, and the site settings of slurm/env.sh (`source slurm/env.sh` first for partition and account);
+# PREP_LIMIT: longest run of a task (default: 23h).
 set -euo pipefail
 
 if [ $# -lt 1 ]; then
@@ -22,8 +23,9 @@ shift
 
 # sbatch runs a copy of this file: the checkout is where the job was submitted
 cd "${SLURM_SUBMIT_DIR:-.}"
-python=${ONE4D_PYTHON:-.venv/bin/python}
-[ -x "$python" ] || python=$(command -v "$python") || { echo "prep: no Python at $python; run make setup" >&2; exit 2; }
+[ ! -f slurm/env.sh ] || source slurm/env.sh
+python=${VENV:-.venv}/bin/python
+[ -n "${CONTAINER:-}" ] || [ -x "$python" ] || { echo "prep: no Python at $python; run make setup, or set VENV" >&2; exit 2; }
 
 rank=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
 world=${SLURM_ARRAY_TASK_COUNT:-1}
@@ -42,8 +44,8 @@ esac
 export OMP_NUM_THREADS=$threads OMP_WAIT_POLICY=PASSIVE
 
 # a filesystem that hangs must not hold the node for ever; what was begun is resumed
-limit=${ONE4D_PREP_LIMIT:-23h}
+limit=${PREP_LIMIT:-23h}
 status=0
-timeout --kill-after=60 "$limit" "$python" -m "data_prep.$command" "${share[@]}" "$@" || status=$?
+timeout --kill-after=60 "$limit" ${CONTAINER:-} "$python" -m "data_prep.$command" "${share[@]}" "$@" || status=$?
 [ "$status" -ne 124 ] || echo "prep: stopped after $limit; submit the same line again to go on" >&2
 exit "$status"

@@ -110,3 +110,4 @@ class LossCurves(Callback):
 def _log(trainer: lightning.Trainer, metrics: dict[str, float], step: int) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step)
+        logger.save()  # flush: what a checkpoint goes on from must not be missing in the curves of a killed run

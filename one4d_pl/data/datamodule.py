@@ -68,6 +68,7 @@ class One4DDataModule(lightning.LightningDataModule):
 
     def __init__(self, config: Config, encoder: Callable[[], ClipEncoder], encoder_fingerprint: str) -> None:
         super().__init__()
+        self.prepare_data_per_node = False  # shards lie on shared storage: eight writers of one cache collide
         self.config = config
         self.encoder = encoder
         self.recipe = encoding_recipe(encoder_fingerprint, config.base.max_text_tokens, config.data)

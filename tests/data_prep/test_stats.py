@@ -82,7 +82,7 @@ def test_the_report_has_a_row_per_folder_and_domain_and_a_picture(folder, tmp_pa
 
 
 def run_prep(cwd: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHONPATH": str(REPO), "ONE4D_PYTHON": sys.executable, **variables}
+    environment = {**os.environ, "PYTHONPATH": str(REPO), "VENV": sys.prefix, **variables}
     command = ["bash", str(REPO / "slurm/prep.sh"), *arguments]
     return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120)
 
@@ -100,5 +100,5 @@ def test_the_array_jobs_tasks_write_one_set(tmp_path):
 def test_the_script_refuses_what_it_does_not_know_and_stops_at_its_limit(tmp_path):
     assert run_prep(tmp_path).returncode == 2 and run_prep(tmp_path, "rm").returncode == 2
     toy = ["--source", "toy", "--count", "300", "--num-frames", "81", "--out", "out"]
-    stopped = run_prep(tmp_path, "write_shards", *toy, ONE4D_PREP_LIMIT="1s")
+    stopped = run_prep(tmp_path, "write_shards", *toy, PREP_LIMIT="1s")
     assert stopped.returncode == 124 and "go on" in stopped.stderr

@@ -1,0 +1,225 @@
+"""What the pre-flight looks at (one4d_pl/preflight.py): files, versions, GPUs, the run folder; light to import."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from one4d_pl.config import Config, ConfigError, SourceConfig
+
+# what computes a step or a file; other packages may differ between nodes
+PACKAGES = (
+    "torch",
+    "lightning",
+    "deepspeed",
+    "peft",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "webdataset",
+    "numpy",
+)
+BYTES_PER_TRAINABLE = 12  # float32: the weight and AdamW's two moments
+SHARED_FOLDER_PATIENCE_S = 10.0  # network filesystems show another node's file late
+
+
+@dataclass(frozen=True)
+class Place:
+    """Which process of the job this is, and where all of them meet."""
+
+    rank: int
+    world: int
+    local_rank: int
+    node: str
+    node_index: int
+    nodes: int
+    launched: bool  # by srun; otherwise one process that checks its own machine
+    address: str
+    port: int  # 0 = any
+
+    @staticmethod
+    def from_environment() -> Place:
+        """As srun sets it; ConfigError where it forgot where to meet."""
+        env = os.environ
+        node = env.get("SLURMD_NODENAME", platform.node())
+        if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
+            return Place(0, 1, 0, node, 0, 1, False, "127.0.0.1", 0)
+        if "MASTER_ADDR" not in env or "MASTER_PORT" not in env:
+            raise ConfigError("MASTER_ADDR, MASTER_PORT: not set; start through slurm/train_8node.sh, which sets them")
+        rank, world, local_rank, node_index, nodes = (
+            int(env[f"SLURM_{name}"]) for name in ("PROCID", "NTASKS", "LOCALID", "NODEID", "NNODES")
+        )
+        port = int(env["MASTER_PORT"])
+        return Place(rank, world, local_rank, node, node_index, nodes, True, env["MASTER_ADDR"], port)
+
+
+@dataclass
+class Report:
+    """What one rank saw."""
+
+    node: str
+    versions: dict[str, str]
+    base_fingerprint: str = ""  # of the node's first rank
+    faults: list[str] = field(default_factory=list)
+
+
+def check_world(config: Config, place: Place) -> None:
+    """ConfigError if SLURM started other processes than the config counts on."""
+    train = config.train
+    if place.launched and (place.world, place.nodes) != (train.world_size, train.num_nodes):
+        raise ConfigError(
+            f"train.num_nodes, train.devices: {train.num_nodes} x {train.devices} = {train.world_size} processes, but "
+            f"SLURM started {place.world} on {place.nodes} nodes; set NODES and GPUS_PER_NODE instead of these keys"
+        )
+
+
+def look(config: Config, place: Place, probe: Path) -> Report:
+    """What this rank sees; files are looked at once per node."""
+    report = Report(place.node, _versions())
+    checks: list[Callable[[], None]] = [lambda: _check_gpus(config, place)]
+    if place.local_rank == 0:
+        checks += [lambda: _check_shared(probe), lambda: _read_base(config, report)]
+        sources = {source.path: source for source in [*config.data.sources, *config.data.val_sources]}
+        checks += [lambda source=source: _read_sample(config, source, place) for source in sources.values()]  # type: ignore[misc]
+    for check in checks:
+        try:
+            check()
+        except (ValueError, OSError) as error:  # ConfigError and the shards' errors are ValueErrors
+            report.faults.append(f"{place.node}: {' '.join(str(error).split())}")
+    return report
+
+
+def differences(reports: list[Report]) -> list[str]:
+    """A line per package, and one for the base, that is not the same on all nodes."""
+    faults = []
+    for name in reports[0].versions:
+        found = _grouped([(report.versions[name], report.node) for report in reports])
+        if len(found) > 1:
+            faults.append(f"mixed versions between nodes: {name} is {_told(found)}; use one VENV that all nodes see")
+    bases = _grouped([(report.base_fingerprint[:12], report.node) for report in reports if report.base_fingerprint])
+    if len(bases) > 1:
+        faults.append(f"base.path: other weights on other nodes: {_told(bases)}; copy them again")
+    return faults
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of one checkpoint, from the adapter's shape on the meta device."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    from one4d_pl.models.base_files import resolve_base
+    from one4d_pl.models.transformer import One4DTransformer
+
+    settings = WanTransformer3DModel.load_config(resolve_base(config.base.path), subfolder="transformer")
+    with torch.device("meta"):
+        model = One4DTransformer(WanTransformer3DModel.from_config(settings), config.dlc, seed=0)
+    return BYTES_PER_TRAINABLE * sum(model.parameter_counts().values())
+
+
+def run_faults(config: Config) -> list[str]:
+    """What is wrong with the run folder: another run's checkpoints, or no room for ours."""
+    folders = sorted((Path(config.run_dir) / "checkpoints").glob("step-*/trainer.json"))
+    if folders and config.train.resume:
+        from one4d_pl.training.checkpoint import refuse_other_run
+
+        try:
+            refuse_other_run(folders[-1].parent, config)
+        except (ConfigError, KeyError) as error:
+            return [str(error)]
+    one = checkpoint_bytes(config)
+    count = config.train.keep_last + config.train.keep_best + 1  # one is written before the oldest goes
+    needed = count * one
+    held = sum(file.stat().st_size for folder in folders for file in folder.parent.rglob("*") if file.is_file())
+    free = shutil.disk_usage(config.run_dir).free
+    if free + held < needed:
+        return [
+            f"run_dir: {free / 1e9:.1f} GB free at {config.run_dir}, checkpoints need {(needed - held) / 1e9:.1f} GB "
+            f"more ({count} x {one / 1e9:.1f} GB); free some or lower train.keep_last"
+        ]
+    return []
+
+
+def _check_shared(probe: Path) -> None:
+    until = time.monotonic() + SHARED_FOLDER_PATIENCE_S
+    while not probe.exists():
+        if time.monotonic() > until:
+            raise ConfigError(f"run_dir: {probe.parent} is not the folder that rank 0 sees; put it on shared storage")
+        time.sleep(0.2)
+
+
+def _check_gpus(config: Config, place: Place) -> None:
+    import torch
+
+    found = torch.cuda.device_count()
+    if torch.cuda.is_available() and found < config.train.devices:
+        raise ConfigError(f"train.devices: {config.train.devices} processes per node, but {found} GPUs")
+
+
+def _read_base(config: Config, report: Report) -> None:
+    """Every file that the folder's own indices name, then its fingerprint."""
+    from one4d_pl.models.base_files import ENCODER_PARTS, fingerprint, resolve_base
+
+    folder = resolve_base(config.base.path)
+    for part in ("transformer", *ENCODER_PARTS):
+        if part != "tokenizer" and (folder / part / "config.json").is_file():
+            named = [
+                json.loads(index.read_text())["weight_map"].values() for index in (folder / part).glob("*.index.json")
+            ]
+            missing = sorted({name for names in named for name in names if not (folder / part / name).is_file()})
+            if missing or not list((folder / part).glob("*.safetensors")):
+                raise ConfigError(
+                    f"base.path: {folder / part} lacks {missing[0] if missing else 'its safetensors'}; get it again"
+                )
+        elif part in ("transformer", "vae"):
+            raise ConfigError(f"base.path: {folder} has no {part}; get it again")
+    report.base_fingerprint = fingerprint(config.base.path)
+
+
+def _read_sample(config: Config, source: SourceConfig, place: Place) -> None:
+    """One sample, another one on every node."""
+    from one4d_pl.data.encoded import open_set
+
+    made_by_fit = config.data.toy.folders() if config.data.toy else []
+    if Path(source.path) in made_by_fit and not (Path(source.path) / "manifest.json").is_file():
+        return
+    shards = open_set(source.path)
+    try:
+        shards.read(len(shards) * place.node_index // place.nodes)
+    except ValueError as error:
+        raise ConfigError(f"{source.path}: {error}; see `python -m data_prep.check_shards {source.path}`") from None
+
+
+def _versions() -> dict[str, str]:
+    """Versions of what must be the same everywhere, this package's own source included."""
+    versions = {"python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+        versions.setdefault(name, "absent")
+    code = hashlib.sha256()
+    for file in sorted(Path(__file__).parents[1].rglob("*.py")):
+        code.update(file.read_bytes())
+    return {**versions, "one4d_pl's code": code.hexdigest()[:12]}
+
+
+def _grouped(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
+    """Value -> nodes, the most common first."""
+    groups: dict[str, list[str]] = {}
+    for value, node in pairs:
+        if node not in groups.setdefault(value, []):
+            groups[value].append(node)
+    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+
+
+def _told(groups: dict[str, list[str]]) -> str:
+    shown = [f"{value} on {', '.join(nodes[:3])}{' ...' if len(nodes) > 3 else ''}" for value, nodes in groups.items()]
+    return "; ".join(shown)
