@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,13 @@ from safetensors.torch import load_file
 
 from one4d_pl.config import ConfigError
 from one4d_pl.fit import fit
-from one4d_pl.training.checkpoint import checkpoint_folder, newest_checkpoint
+from one4d_pl.training.checkpoint import (
+    BackgroundWriter,
+    checkpoint_folder,
+    newest_checkpoint,
+    superfluous,
+    write_score,
+)
 from tests.training.chaos import chaos, final_hashes
 
 KILLS = 10
@@ -144,3 +151,33 @@ def curve(run_dir: Path, tag: str) -> list[float]:
         if tag in events.Tags()["scalars"]:
             values |= {e.step: e.value for e in events.Scalars(tag)}
     return [values[step] for step in sorted(values)]
+
+
+def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
+    folder = tmp_path / "checkpoints"
+    for step in (2, 4, 6, 8):
+        (folder / f"step-{step:08d}").mkdir(parents=True)
+    for step, loss in ((2, 0.9), (4, 0.3), (5, 0.1), (6, 0.5), (8, 0.7)):  # no checkpoint was taken at step 5
+        write_score(str(tmp_path), step, loss)
+    names = [int(f.name[-1]) for f in superfluous(str(tmp_path), keep_last=1, keep_best=1)]
+    assert names == [2, 6]
+    assert [int(f.name[-1]) for f in superfluous(str(tmp_path), 1, 2)] == [2]
+    assert [int(f.name[-1]) for f in superfluous(str(tmp_path), 2, 0)] == [2, 4]
+
+
+def test_a_save_costs_training_no_wait_and_a_failed_one_is_raised_at_the_next():
+    writer, release, written = BackgroundWriter(), threading.Event(), []
+
+    def slow() -> None:
+        assert release.wait(30)
+        written.append(1)
+
+    writer.submit(slow)
+    assert not written  # training goes on while the job waits
+    threading.Timer(0.05, release.set).start()
+    writer.submit(lambda: written.append(2))  # at most one snapshot in memory: waits for the first
+    writer.wait()
+    assert written == [1, 2]
+    writer.submit(lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        writer.wait()

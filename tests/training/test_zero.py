@@ -1,4 +1,11 @@
-"""Real DeepSpeed engines on gloo: every stage trains what one process trains, and nothing is lost in silence."""
+"""Real DeepSpeed engines on gloo: every stage trains what one process trains, and nothing is lost in silence.
+
+Faults that train wrongly without an error, and what would show them here: a lost zero start (the check at start, and
+every comparison), accumulation divided twice (the gradients' norm under clipping), adapters switched under activation
+checkpointing and reentrant checkpointing (checkpointed cases), silent casts to bfloat16 (the float32 and the bfloat16
+case), a second shuffling (losses at every step), random state that is restored wrongly, and moments that the engine
+links to its first parameter group only (the elastic run).
+"""
 
 from __future__ import annotations
 
@@ -23,7 +30,7 @@ from tests.conftest import REPO, small_run_config
 from tests.training.test_resume import curve
 
 STEPS = 20
-LAUNCH_TIMEOUT_S = 900
+LAUNCH_TIMEOUT_S = 280
 FILES = ("links.safetensors", "rgb/adapter_model.safetensors", "xyz/adapter_model.safetensors",
          "xyz_patch_embedding.safetensors")  # fmt: skip
 ZERO = ("train.strategy=deepspeed",)
@@ -37,6 +44,7 @@ MATRIX = {
         "zero3": (*ZERO, "train.zero_stage=3", CLIP, CHECKPOINTED, "eval.every=10", "eval.clips=3"),
         "zero3-free": (*ZERO, "train.zero_stage=3", NO_CLIP, "train.micro_batch_size=2"),
         "zero2-offload": (*ZERO, "train.zero_stage=2", "train.offload=true", CLIP),
+        "zero3-offload": (*ZERO, "train.zero_stage=3", "train.offload=true", CLIP),
         "zero3-bf16": (*ZERO, "train.zero_stage=3", CLIP, "base.dtype=bfloat16", "train.precision=bf16-mixed"),
     },
     4: {
