@@ -33,6 +33,13 @@ PERSISTENT_PARAMETERS = 1_000_000
 BUCKET = 200_000_000  # elements of a reduce or prefetch bucket
 
 
+def skip_compilation() -> None:
+    """On a CPU the engine would compile an operation at its first start that inference alone uses; to be called before."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
 class ZeroPrecision(DeepSpeedPrecision):
     """The engine's own precision is float32; bf16-mixed is an autocast around the steps."""
 
@@ -74,10 +81,7 @@ class ZeroStrategy(DeepSpeedStrategy):
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
             return
-        import deepspeed.ops
-
-        # only inference uses it, and it would be compiled at every first start
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        skip_compilation()
         # the engine tells devices apart by their index
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
         DDPStrategy.setup_environment(self)

@@ -19,7 +19,7 @@ from one4d_pl.config import Config, load_config
 from one4d_pl.fit import fit
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import load_transformer
-from one4d_pl.training.zero import BlockKeeper, StagePartitioner, engine_config
+from one4d_pl.training.zero import BlockKeeper, StagePartitioner, engine_config, skip_compilation
 
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 
@@ -37,6 +37,7 @@ def count_gathers(config: Config) -> dict[str, float]:
         "stage3_max_live_parameters": 0,
         "stage3_prefetch_bucket_size": 0,
     }
+    skip_compilation()
     deepspeed.init_distributed("gloo")
     base = load_transformer(
         config.base.path, "float32", partitioner=StagePartitioner(zero, torch.distributed.get_rank() == 0)

@@ -39,6 +39,7 @@ CHECKPOINTED = "train.activation_checkpointing=true"
 CLIP, NO_CLIP = "optim.grad_clip=0.05", "optim.grad_clip=0"
 MATRIX = {  # by launch, each short enough to be one test's set-up
     "two": {
+        "ddp": ("train.strategy=ddp", CLIP),
         "zero1": (*ZERO, "train.zero_stage=1", CLIP),
         "zero2": (*ZERO, "train.zero_stage=2", CLIP, CHECKPOINTED),
         "zero2-offload": (*ZERO, "train.zero_stage=2", "train.offload=true", CLIP),
@@ -51,6 +52,7 @@ MATRIX = {  # by launch, each short enough to be one test's set-up
     },
     "four": {
         "ddp": ("train.strategy=ddp", NO_CLIP),
+        "zero1": (*ZERO, "train.zero_stage=1", NO_CLIP),
         "zero2": (*ZERO, "train.zero_stage=2", NO_CLIP),
         "zero3": (*ZERO, "train.zero_stage=3", CLIP),
     },
