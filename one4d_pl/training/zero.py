@@ -34,7 +34,7 @@ BUCKET = 200_000_000  # elements of a reduce or prefetch bucket
 
 
 def skip_compilation() -> None:
-    """On a CPU the engine would compile an operation at its first start that inference alone uses; to be called before."""
+    """Call before the engine starts: on a CPU it would compile an operation that inference alone uses."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
