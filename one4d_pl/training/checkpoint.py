@@ -34,15 +34,15 @@ from torch import Tensor
 
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.datamodule import One4DDataModule
+from one4d_pl.inference.scene_files import write_text
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.training.module import One4DModule
-from one4d_pl.training.zero import fill_optimizer, link_moments, whole_moment, whole_parameter
+from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
 from one4d_pl.types import TASKS
 
 log = logging.getLogger(__name__)
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 SCORES = "validation.json"
 VAL_TOTAL = "val/loss/total"  # Lightning's name of what decides on the best
 STEP_FOLDER = re.compile(r"step-(\d{8})")
@@ -125,13 +125,12 @@ class Snapshot:
 
 
 def take_snapshot(
-    module: One4DModule, optimizer: torch.optim.Optimizer, step: int, data_sources: list[dict[str, str]]
+    module: One4DModule, optimizer: torch.optim.Optimizer, step: int, datamodule: One4DDataModule
 ) -> Snapshot | None:
     """Collective: copy what is trained to rank 0; None elsewhere."""
     first = module.global_rank == 0
 
-    def collect(gather: Callable[[], Tensor], into: dict[str, Tensor], name: str) -> None:
-        whole = gather()
+    def keep(whole: Tensor, into: dict[str, Tensor], name: str) -> None:
         if first:
             into[name] = whole.detach().to("cpu", copy=True).contiguous()
 
@@ -139,14 +138,16 @@ def take_snapshot(
     for file, parameters in adapter_tensors(module.transformer).items():
         adapters[file] = {}
         for name, parameter in parameters.items():
-            collect(partial(whole_parameter, parameter), adapters[file], name)
+            keep(whole_parameter(parameter), adapters[file], name)
     moments: dict[str, Tensor] = {}
     link_moments(optimizer)
     for name, parameter in module.transformer.trainable_parameters():
         for moment in MOMENTS:
-            collect(partial(whole_moment, parameter, optimizer, moment), moments, f"{name}.{moment}")
-    state: dict[str, object] = {"step": step, "config": _as_dict(module.config)}
-    return Snapshot(adapters, moments, _card(module, step, data_sources), state) if first else None
+            keep(whole_moment(parameter, optimizer, moment), moments, f"{name}.{moment}")
+    if not first:
+        return None
+    card = _card(module, step, datamodule.describe_sources())  # which reads the manifests: not on every rank
+    return Snapshot(adapters, moments, card, {"step": step, "config": _as_dict(module.config)})
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: One4DTransformer) -> None:
@@ -232,7 +233,7 @@ class StepCheckpoint(Callback):
         self.saved_step = step
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, One4DDataModule)
-        snapshot = take_snapshot(module, trainer.optimizers[0], step, datamodule.describe_sources())
+        snapshot = take_snapshot(module, trainer.optimizers[0], step, datamodule)
         if snapshot is not None:
             self.writer.submit(partial(self._write, snapshot, step, module.transformer))
 
@@ -254,9 +255,7 @@ def write_score(run_dir: str, step: int, loss: float) -> None:
     """Note the validation loss of a step beside the checkpoints, atomically."""
     path = Path(run_dir) / "checkpoints" / SCORES
     path.parent.mkdir(parents=True, exist_ok=True)
-    staging = path.with_name(f".{SCORES}.tmp")
-    staging.write_text(json.dumps({**read_scores(run_dir), str(step): loss}, indent=1) + "\n")
-    staging.replace(path)
+    write_text(path, json.dumps({**read_scores(run_dir), str(step): loss}, indent=1) + "\n")
 
 
 def read_scores(run_dir: str) -> dict[str, float]:

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 # LoRA matrices (327 thousand parameters at the 14B) stay whole: one gather each would cost more than they weigh
 PERSISTENT_PARAMETERS = 1_000_000
 BUCKET = 200_000_000  # elements of a reduce or prefetch bucket
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step
 
 
 def skip_compilation() -> None:
@@ -212,12 +213,12 @@ def fill_optimizer(
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
     step: int,
-    moments: Callable[[int, str], Tensor],  # (index into parameters, exp_avg | exp_avg_sq) -> whole tensor
+    moments: Callable[[int, str], Tensor],  # (index into parameters, one of MOMENTS) -> whole tensor
 ) -> None:
     """Give a fresh AdamW the moments of a run after `step` steps; every process keeps its share."""
     if not _is_sharded(parameters[0]):
         for i, parameter in enumerate(parameters):
-            state = {m: moments(i, m).to(parameter.device, copy=True) for m in ("exp_avg", "exp_avg_sq")}
+            state = {m: moments(i, m).to(parameter.device, copy=True) for m in MOMENTS}
             optimizer.state[parameter] = {"step": torch.tensor(float(step)), **state}
         return
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
@@ -226,11 +227,11 @@ def fill_optimizer(
     stage3 = hasattr(parameters[0], "ds_id")
     flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups  # type: ignore[attr-defined]
     for flat in flats:
-        zeros = {m: torch.zeros_like(flat) for m in ("exp_avg", "exp_avg_sq")}
+        zeros = {m: torch.zeros_like(flat) for m in MOMENTS}
         inner.state[flat] = {"step": torch.tensor(float(step)), **zeros}
     link_moments(optimizer)
     for i, parameter in enumerate(parameters):
-        for moment in ("exp_avg", "exp_avg_sq"):
+        for moment in MOMENTS:
             whole = moments(i, moment).to(flats[0].device)
             if not stage3:
                 safe_set_full_optimizer_state(parameter, whole, moment)
