@@ -123,8 +123,8 @@ def _request(args: argparse.Namespace) -> Request:
 
 def _evaluate(request: Request, model: Model | None) -> None:
     from one4d_pl.evaluation.benchmarks import BenchmarkError
-    from one4d_pl.evaluation.predictions import PredictionError
     from one4d_pl.evaluation.run import evaluate
+    from one4d_pl.inference.predictions import PredictionError
 
     try:
         table = evaluate(request, None if model is None else model.config, () if model is None else model.adapters)

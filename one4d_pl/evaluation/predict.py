@@ -22,12 +22,12 @@ from torch import Tensor
 from one4d_pl.config import SamplerConfig
 from one4d_pl.data.order import derived_generator
 from one4d_pl.evaluation.benchmarks import EvalSequence
-from one4d_pl.evaluation.framing import Framing, Shape, frame_images
-from one4d_pl.evaluation.predictions import Prediction, report_dict, write_prediction
 from one4d_pl.evaluation.sweeps import sparse_indices
 from one4d_pl.geometry.pointmap import is_sky, normalise_pointmap
 from one4d_pl.geometry.se3 import rebase_to_first
+from one4d_pl.inference.framing import Framing, Shape, frame_images
 from one4d_pl.inference.pipeline import One4DPipeline
+from one4d_pl.inference.predictions import Prediction, report_dict, write_prediction
 from one4d_pl.models.wan import WanEncoders
 from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions, recover_scene
 from one4d_pl.postopt.windows import Window, join_windows, plan_windows, window_condition
@@ -87,7 +87,7 @@ def predict_sequence(
         condition = window_condition(frame_mask, windows, index)
         clip = _fill(shown[:, window.start : window.stop], window, dim=1).to(device)
         noise = draw_noise(pipeline.encoders, clip, sequence.name, index, options.seed)
-        scene = pipeline([sequence.caption()], clip[None], condition.frame_mask[None].to(device), noise, on_step)
+        scene = pipeline.sample([sequence.caption()], clip[None], condition.frame_mask[None].to(device), noise, on_step)
         count = window.stop - window.start
         points = framing.cut(scene.pointmap[0, :, :count].cpu()).permute(1, 2, 3, 0)  # [T, h, w, 3]
         scenes.append(_recover(points, sequence))

@@ -76,7 +76,7 @@ def generate_videos(
             if (folder / video_name(entry.prompt, index)).is_file():
                 continue
             noise = draw_noise(encoders, clip, entry.prompt, index, options.seed)
-            scene = pipeline([entry.prompt], clip[None], given, noise)
+            scene = pipeline.sample([entry.prompt], clip[None], given, noise)
             write_video(folder, entry.prompt, index, framing.cut(scene.frames[0].cpu()), fps)
 
 

@@ -72,7 +72,7 @@ class One4DPipeline:
         return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, base.negative_prompt)
 
     @torch.no_grad()
-    def __call__(
+    def sample(
         self,
         prompts: list[str],
         frames: Tensor,  # [B, 3, T, H, W] in [-1, 1]; hidden frames are never read

@@ -19,10 +19,10 @@ from one4d_pl.config import DLCConfig, load_config, to_yaml
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation import benchmarks, predict
 from one4d_pl.evaluation.benchmarks import open_benchmark
-from one4d_pl.evaluation.predictions import Prediction, read_prediction, write_prediction
 from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.vbench import read_i2v_prompts, video_name
 from one4d_pl.geometry.pointmap import depth_to_pointmap
+from one4d_pl.inference.predictions import Prediction, read_prediction, write_prediction
 from one4d_pl.models.adapters import AdapterCard, save_adapters
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import fingerprint

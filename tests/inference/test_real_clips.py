@@ -43,7 +43,7 @@ def test_the_demo_adapters_take_real_clips(read):
     given = torch.tensor([[True] * 9, [True] + [False] * 8])
     pipeline = One4DPipeline.open(config, demo.ADAPTERS)
     noise = torch.randn(4, 16, 3, 12, 16, generator=torch.Generator().manual_seed(0))
-    scene = pipeline(["", "A street."], video.repeat(2, 1, 1, 1, 1), given, noise)
+    scene = pipeline.sample(["", "A street."], video.repeat(2, 1, 1, 1, 1), given, noise)
     assert scene.frames.shape == scene.pointmap.shape == (2, 3, 9, 48, 64)
     assert bool(scene.pointmap.isfinite().all())
     assert (scene.frames[0] - video[0]).square().mean() < 0.1  # the given video comes back through the VAE
