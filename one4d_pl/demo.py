@@ -63,7 +63,7 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     from tqdm import tqdm
 
     from one4d_pl.data.datamodule import VAL_SEED_OFFSET
-    from one4d_pl.evaluation.fit_quality import measure_fit, sample_scenes, sampled_clips
+    from one4d_pl.evaluation.fit_quality import measure_fit, sampled_clips
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.inference.scene_files import write_text
 
@@ -83,12 +83,11 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
         "steps": config.sampler.steps,
         "pointmaps": quality.pointmaps,
         "frames_db": quality.frames_db,
-        "image_to_4d": quality.image_to_4d,
+        "image_to_4d": quality.consistency["image"],
+        "text_to_4d": quality.consistency["text"],
     }
     shown = held_out[:SHOWN]
-    nothing = torch.zeros(len(shown), config.data.num_frames, dtype=torch.bool)
-    text = sample_scenes(pipeline, shown, nothing, SEED, bfloat16)
-    _draw({**quality.scenes, "text": text}, {**quality.masks, "text": nothing}, shown, out)
+    _draw(quality.scenes, quality.masks, shown, out)
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))
     _report(metrics, out, time.monotonic() - began)
@@ -170,9 +169,10 @@ def _report(metrics: dict[str, object], out: Path, seconds: float) -> None:
     print("\nFrames against the true ones, dB:")
     for name, row in metrics["frames_db"].items():  # type: ignore[attr-defined]
         print(f"  {name:18} " + "  ".join(f"{kind} {value:5.1f}" for kind, value in row.items()))
-    print("\nImage to 4D:")
-    for name, value in metrics["image_to_4d"].items():  # type: ignore[attr-defined]
-        print(f"  {name:24} {value:.3f}")
+    for title, key in (("Image to 4D", "image_to_4d"), ("Text to 4D", "text_to_4d")):
+        print(f"\n{title}, median over clips:")
+        for name, value in metrics[key].items():  # type: ignore[attr-defined]
+            print(f"  {name:24} {value:.3f}")
     print(
         f"\nLook at {out}/video_0.png, {out}/video_0.mp4 and {out}/video_0_turntable.mp4; likewise sparse, image, text."
     )

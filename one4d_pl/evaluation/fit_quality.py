@@ -29,13 +29,14 @@ from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.metrics.camera import path_length
 from one4d_pl.metrics.pointmap import pointmap_errors
 from one4d_pl.postopt.recover import RecoverOptions, recover_scene
-from one4d_pl.types import Sample, Task, collate
+from one4d_pl.types import TASKS, Sample, Task, collate
 
 BATCH = 8  # clips that are sampled together
 ZOOMING = RecoverOptions(shared_focal=False)  # half of the toy world's cameras zoom
 SEEN_TWICE = 0.1  # relative depth difference below which two frames show the same place
 TASKS_WITH_TRUTH: tuple[Task, ...] = ("video", "sparse", "image")
 TASKS_WITH_HIDDEN: tuple[Task, ...] = ("sparse", "image")
+GENERATED: tuple[Task, ...] = ("image", "text")
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class FitQuality:
 
     pointmaps: dict[str, dict[str, float]]  # row -> rel_error, inliers, rel_error_moving, inliers_moving
     frames_db: dict[str, dict[str, float]]  # row -> given, hidden; where there are any
-    image_to_4d: dict[str, float]
+    consistency: dict[Task, dict[str, float]]  # of the tasks that have no truth, image and text
     scenes: dict[Task, GeneratedScene]  # [N, ...] each, for the pictures
     masks: dict[Task, Tensor]  # [N, T] bool
 
@@ -69,9 +70,9 @@ def measure_fit(
         on_clip: called with the number of clips just sampled; `sampled_clips` in all.
     """
     batch = collate(clips)
-    masks = {task: _frame_masks(task, len(clips), batch.frames.shape[2], seed) for task in TASKS_WITH_TRUTH}
+    masks = {task: _frame_masks(task, len(clips), batch.frames.shape[2], seed) for task in TASKS}
     sampler = _Sampler(clips, seed, bfloat16, on_clip)
-    scenes = {task: sampler(pipeline, masks[task]) for task in TASKS_WITH_TRUTH}
+    scenes = {task: sampler(pipeline, masks[task]) for task in TASKS}
     base_scenes = {task: sampler(base, masks[task]) for task in TASKS_WITH_HIDDEN}
     with _links_zeroed(pipeline):
         no_links = sampler(pipeline, masks["video"])
@@ -95,7 +96,7 @@ def measure_fit(
             **{task: _decibels(scenes[task].frames, batch.frames, masks[task]) for task in TASKS_WITH_TRUTH},
             **{f"{t}_base_alone": _decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_HIDDEN},
         },
-        image_to_4d=_self_consistency(scenes["image"], clips, train_path),
+        consistency={task: _self_consistency(scenes[task], clips, train_path) for task in GENERATED},
         scenes=scenes,
         masks=masks,
     )
@@ -103,14 +104,7 @@ def measure_fit(
 
 def sampled_clips(clips: int) -> int:
     """How many clips `measure_fit` samples for `clips` held-out ones."""
-    return clips * (len(TASKS_WITH_TRUTH) + len(TASKS_WITH_HIDDEN) + 2)
-
-
-def sample_scenes(
-    pipeline: One4DPipeline, clips: list[Sample], masks: Tensor, seed: int, bfloat16: bool
-) -> GeneratedScene:
-    """Scenes of all clips under their frame masks [N, T], with the noise of `measure_fit`."""
-    return _Sampler(clips, seed, bfloat16, lambda count: None)(pipeline, masks)
+    return clips * (len(TASKS) + len(TASKS_WITH_HIDDEN) + 2)
 
 
 class _Sampler:

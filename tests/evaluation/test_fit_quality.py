@@ -59,7 +59,7 @@ def test_the_truth_is_perfect_and_another_clips_scene_is_not(clips, pipeline):
     assert 0 < quality.pointmaps["first_frame"]["rel_error"] < quality.pointmaps["constant"]["rel_error"]
     assert quality.frames_db["sparse"]["hidden"] == float("inf") and "hidden" not in quality.frames_db["video"]
     assert 0 < quality.frames_db["vae_round_trip"]["given"] < 60
-    consistency = quality.image_to_4d
+    consistency = quality.consistency["image"]
     assert consistency["photometric_ratio"] == pytest.approx(1, abs=0.05)
     assert consistency["camera_path_ratio"] == pytest.approx(consistency["camera_path"] / 0.2)
 
