@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -116,10 +115,10 @@ def checkpoint_bytes(config: Config) -> int:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from one4d_pl.models.base_files import resolve_base
+    from one4d_pl.models.base_files import resolve_base, transformer_config
     from one4d_pl.models.transformer import One4DTransformer
 
-    settings = WanTransformer3DModel.load_config(resolve_base(config.base.path), subfolder="transformer")
+    settings = transformer_config(resolve_base(config.base.path))
     with torch.device("meta"):
         model = One4DTransformer(WanTransformer3DModel.from_config(settings), config.dlc, seed=0)
     return BYTES_PER_TRAINABLE * sum(model.parameter_counts().values())
@@ -165,22 +164,11 @@ def _check_gpus(config: Config, place: Place) -> None:
 
 
 def _read_base(config: Config, report: Report) -> None:
-    """Every file that the folder's own indices name, then its fingerprint."""
-    from one4d_pl.models.base_files import ENCODER_PARTS, fingerprint, resolve_base
+    """Every file that the base needs by its own indices, then its fingerprint."""
+    from one4d_pl.models.base_files import fingerprint, lacking, resolve_base
 
-    folder = resolve_base(config.base.path)
-    for part in ("transformer", *ENCODER_PARTS):
-        if part != "tokenizer" and (folder / part / "config.json").is_file():
-            named = [
-                json.loads(index.read_text())["weight_map"].values() for index in (folder / part).glob("*.index.json")
-            ]
-            missing = sorted({name for names in named for name in names if not (folder / part / name).is_file()})
-            if missing or not list((folder / part).glob("*.safetensors")):
-                raise ConfigError(
-                    f"base.path: {folder / part} lacks {missing[0] if missing else 'its safetensors'}; get it again"
-                )
-        elif part in ("transformer", "vae"):
-            raise ConfigError(f"base.path: {folder} has no {part}; get it again")
+    if missing := lacking(resolve_base(config.base.path)):
+        raise ConfigError(f"base.path: {missing}; get it again")
     report.base_fingerprint = fingerprint(config.base.path)
 
 
