@@ -371,7 +371,7 @@ def to_yaml(config: Config) -> str:
 
 def check_paths(config: Config) -> None:
     """Fail at once, before torch is imported, if a folder that `fit` cannot make is missing."""
-    if not _holds_base(config.base.path):
+    if not holds_base(config.base.path):
         raise ConfigError(
             f"base.path: no base at {config.base.path} (neither {DIFFUSERS_MARK} nor {ORIGINAL_MARK}); get it with "
             f"`python -m one4d_pl.fetch_weights {Path(config.base.path).name} --to {config.base.path} --run`, "
@@ -400,7 +400,7 @@ def base_folder(path: str) -> Path:
     return Path(__file__).parent / "assets" / "tiny_wan" if path == EMBEDDED_BASE else Path(path)
 
 
-def _holds_base(path: str) -> bool:
+def holds_base(path: str) -> bool:
     """Whether `path` is a folder in a known layout or a hub id in the local cache."""
     marks = (DIFFUSERS_MARK, ORIGINAL_MARK)
     if base_folder(path).is_dir():

@@ -20,12 +20,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, ConfigError
-from one4d_pl.models.base_files import ORIGINAL_FILES, ORIGINAL_TOKENIZER, PARTS, is_original, lacking
+from one4d_pl.models.base_files import (
+    ORIGINAL_FILES,
+    ORIGINAL_TOKENIZER,
+    PARTS,
+    is_original,
+    lacking,
+    safetensors_header,
+)
 
 ORIGINAL_PATTERNS = ["config.json", "diffusion_pytorch_model*", *ORIGINAL_FILES.values(), f"{ORIGINAL_TOKENIZER}/*"]
 DIFFUSERS_PATTERNS = [DIFFUSERS_MARK, *(f"{part}/*" for part in PARTS), "scheduler/*"]
 RECORD = "hub_files.json"
-HEADER_LIMIT = 100_000_000  # bytes; safetensors' own
 READ = 1 << 24  # bytes at a time
 
 
@@ -179,24 +185,6 @@ def _differs(file: Path, stated: HubFile, say: Callable[[str], None]) -> str | N
     if digest.hexdigest() != stated.sha256:
         return f"{file}: its bytes differ from the hub's (sha256); delete it and fetch again"
     return None
-
-
-def safetensors_header(file: Path) -> dict[str, dict[str, object]]:
-    """Names, dtypes, shapes and places of a file's tensors; ConfigError where the file is not whole."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > min(size, HEADER_LIMIT):
-            raise ConfigError(f"{file}: {size} bytes: cut short, or no safetensors file")
-        try:
-            header = json.loads(stream.read(length))
-            header.pop("__metadata__", None)
-            ends = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
-        except (ValueError, AttributeError, KeyError, TypeError):
-            raise ConfigError(f"{file}: its header is damaged") from None
-    if size != 8 + length + ends:
-        raise ConfigError(f"{file}: {size} bytes, its header promises {8 + length + ends}")
-    return header
 
 
 def _damage(file: Path) -> str | None:

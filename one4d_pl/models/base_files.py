@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +23,20 @@ ORIGINAL_FILES = {  # the same names in every release of Wan 2.1
 }
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
 TEXT_DIM, IMAGE_DIM = 4096, 1280  # widths of UMT5-XXL and CLIP ViT-H/14, which the original config.json leaves out
+
+_RELEASED = {
+    "patch_size": [1, 2, 2], "attention_head_dim": 128, "freq_dim": 256, "in_channels": 36, "out_channels": 16,
+    "text_dim": TEXT_DIM, "image_dim": IMAGE_DIM,
+}  # fmt: skip
+# transformers of the released bases, for plans made where no weights are; both are image-to-video models
+RELEASED: dict[str, dict[str, object]] = {
+    "14B": {**_RELEASED, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824, "added_kv_proj_dim": 5120},
+    "1.3B": {**_RELEASED, "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960, "added_kv_proj_dim": 1536},
+}
+# Wan 2.1's encoders: parameters, channels, and CLIP's tokens (16 x 16 patches and the class token)
+ENCODER_PARAMETERS = {"vae": 126_892_531, "text_encoder": 5_680_910_336, "image_encoder": 630_766_080}
+VAE_BASE_DIM, IMAGE_TOKENS = 96, 257
+HEADER_LIMIT = 100_000_000  # bytes of a safetensors header; the format's own
 
 
 def resolve_base(path: str) -> Path:
@@ -133,6 +148,39 @@ def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
     for file in (f for f in files if f.name.endswith("config.json")):
         digest.update(json.dumps(json.loads(file.read_text()), sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def safetensors_header(file: Path) -> dict[str, dict[str, object]]:
+    """Names, dtypes, shapes and places of a file's tensors; ConfigError where the file is not whole."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size, HEADER_LIMIT):
+            raise ConfigError(f"{file}: {size} bytes: cut short, or no safetensors file")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            ends = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise ConfigError(f"{file}: its header is damaged") from None
+    if size != 8 + length + ends:
+        raise ConfigError(f"{file}: {size} bytes, its header promises {8 + length + ends}")
+    return header
+
+
+def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:
+    """Numbers of parameters of a base's encoders, and its VAE's width; Wan 2.1's own where no folder tells."""
+    if folder is None or is_original(folder):
+        config = {"image_dim": IMAGE_DIM} if folder is None else transformer_config(folder)
+        parts = [part for part in ENCODER_PARAMETERS if part != "image_encoder" or config["image_dim"] is not None]
+        return {part: ENCODER_PARAMETERS[part] for part in parts}, VAE_BASE_DIM
+    counts = {}
+    for part in ENCODER_PARAMETERS:
+        headers = [safetensors_header(file) for file in weight_files(folder, part)]
+        shapes = [tensor["shape"] for header in headers for tensor in header.values()]
+        counts[part] = sum(math.prod(shape) for shape in shapes if isinstance(shape, list))
+    settings = json.loads((folder / "vae" / "config.json").read_text())
+    return counts, settings.get("base_dim", VAE_BASE_DIM)
 
 
 def _identifying_files(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:

@@ -86,7 +86,7 @@ def look(config: Config, place: Place, probe: Path) -> Report:
     report = Report(place.node, _versions())
     checks: list[Callable[[], None]] = [lambda: _check_gpus(config, place)]
     if place.local_rank == 0:
-        checks += [lambda: _check_shared(probe), lambda: _read_base(config, report)]
+        checks += [lambda: _check_shared(probe), lambda: _read_base(config, report), lambda: _check_memory(config)]
         sources = {source.path: source for source in [*config.data.sources, *config.data.val_sources]}
         checks += [lambda source=source: _read_sample(config, source, place) for source in sources.values()]  # type: ignore[misc]
     for check in checks:
@@ -161,6 +161,33 @@ def _check_gpus(config: Config, place: Place) -> None:
     found = torch.cuda.device_count()
     if torch.cuda.is_available() and found < config.train.devices:
         raise ConfigError(f"train.devices: {config.train.devices} processes per node, but {found} GPUs")
+
+
+def _check_memory(config: Config) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        refuse_too_large(config, gpu.name, gpu.total_memory)
+
+
+def refuse_too_large(config: Config, gpu: str, gpu_bytes: int) -> None:
+    """ConfigError if a training step's tensors and the CUDA context alone exceed the GPU's memory."""
+    from one4d_pl.costs.flops import TransformerShape
+    from one4d_pl.costs.memory import CUDA_CONTEXT, batch_of, layout_of, step_memory
+    from one4d_pl.models.base_files import IMAGE_TOKENS, encoder_sizes, resolve_base, transformer_config
+
+    folder = resolve_base(config.base.path)
+    shape = TransformerShape.of(transformer_config(folder), config.dlc)
+    layout = layout_of(config, *encoder_sizes(folder))
+    memory = step_memory(shape, batch_of(config, IMAGE_TOKENS if shape.image_dim is not None else 0), layout)
+    needed = memory.tensors + CUDA_CONTEXT
+    if needed > gpu_bytes:
+        name, largest = max(memory.parts(), key=lambda part: part[1])
+        raise ConfigError(
+            f"train: a step needs {needed / 2**30:.1f} GiB of a GPU, {gpu} has {gpu_bytes / 2**30:.1f}; the largest "
+            f"part is {name}, {largest / 2**30:.1f} GiB; `python -m one4d_pl.plan` tells what fits"
+        )
 
 
 def _read_base(config: Config, report: Report) -> None:
