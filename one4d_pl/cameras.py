@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
     if not args.pointmaps.is_file():
         raise ConfigError(f"{args.pointmaps}: no such file, need a .npy or .npz of pointmaps [T, H, W, 3]")
 
-    from one4d_pl.evaluation.predictions import Prediction, report_dict, write_prediction
+    from one4d_pl.inference.predictions import Prediction, report_dict, write_prediction
     from one4d_pl.inference.scene_files import write_text
     from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 

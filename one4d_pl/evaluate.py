@@ -23,14 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from one4d_pl.config import Config, ConfigError, load_config
+from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config
 
 if TYPE_CHECKING:
     from one4d_pl.evaluation.run import Request
 
 log = logging.getLogger("one4d_pl")
 
-DEMO_ADAPTERS = Path(__file__).parent / "assets" / "demo_adapters"
 DEMO_CONFIG = Path("configs/demo.yaml")
 
 
@@ -123,8 +122,8 @@ def _request(args: argparse.Namespace) -> Request:
 
 def _evaluate(request: Request, model: Model | None) -> None:
     from one4d_pl.evaluation.benchmarks import BenchmarkError
-    from one4d_pl.evaluation.predictions import PredictionError
     from one4d_pl.evaluation.run import evaluate
+    from one4d_pl.inference.predictions import PredictionError
 
     try:
         table = evaluate(request, None if model is None else model.config, () if model is None else model.adapters)

@@ -127,7 +127,7 @@ class _Sampler:
             shown = collate([self.clips[(n + shift) % len(self.clips)] for n in numbers])
             noise = torch.stack([self._noise(pipeline, n, shown.frames.shape[2:]) for n in numbers], dim=1)
             with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.bfloat16):
-                scenes.append(pipeline(list(shown.captions), shown.frames, masks[numbers], noise.flatten(0, 1)))
+                scenes.append(pipeline.sample(list(shown.captions), shown.frames, masks[numbers], noise.flatten(0, 1)))
             self.on_clip(len(numbers))
         return GeneratedScene(torch.cat([s.frames for s in scenes]), torch.cat([s.pointmap for s in scenes]))
 

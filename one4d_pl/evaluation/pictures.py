@@ -11,11 +11,11 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from one4d_pl.evaluation.benchmarks import EvalSequence
-from one4d_pl.evaluation.framing import to_image
-from one4d_pl.evaluation.predictions import Prediction
 from one4d_pl.evaluation.score import SequenceScore
 from one4d_pl.geometry.alignment import align_sim3
+from one4d_pl.inference.framing import to_image
 from one4d_pl.inference.panels import near_to_far
+from one4d_pl.inference.predictions import Prediction
 from one4d_pl.inference.scene_files import write_whole
 
 COLUMNS = 5  # frames of a strip, evenly spaced, first and last among them

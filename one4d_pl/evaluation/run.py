@@ -13,23 +13,21 @@ from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark, sequence_names
-from one4d_pl.evaluation.framing import Shape
 from one4d_pl.evaluation.open_model import autocast, describe, open_encoders, open_pipeline
 from one4d_pl.evaluation.pictures import save_pictures
 from one4d_pl.evaluation.predict import (
     PredictOptions,
     ceiling_sequence,
     predict_sequence,
-    with_guidance,
-    with_steps,
 )
-from one4d_pl.evaluation.predictions import find_prediction, read_prediction
 from one4d_pl.evaluation.protocols import Protocol
 from one4d_pl.evaluation.score import SequenceScore, score_benchmark
 from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.tables import Row, write_report
 from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
+from one4d_pl.inference.framing import Shape
 from one4d_pl.inference.pipeline import One4DPipeline
+from one4d_pl.inference.predictions import find_prediction, read_prediction
 from one4d_pl.inference.scene_files import write_text
 
 VBENCH_DIMENSIONS = ("i2v_subject", "i2v_background", "dynamic_degree", "aesthetic_quality")
@@ -149,9 +147,9 @@ def _variants(
             if request.sweep == "sparsity":
                 yield label, pipeline, replace(options, sparsity=value)
             elif request.sweep == "guidance":
-                yield label, with_guidance(pipeline, value), options
+                yield label, pipeline.with_settings(guidance=value), options
             else:
-                yield label, with_steps(pipeline, int(value)), options
+                yield label, pipeline.with_settings(steps=int(value)), options
 
 
 def _fill_folder(row: _Stored, sequences: list[EvalSequence], predict: Callable[[EvalSequence, Path], None]) -> None:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from one4d_pl.evaluation.benchmarks import EvalSequence
-from one4d_pl.evaluation.framing import to_image
-from one4d_pl.evaluation.predictions import Prediction, PredictionError, find_prediction, read_prediction
 from one4d_pl.evaluation.protocols import Protocol
+from one4d_pl.inference.framing import to_image
+from one4d_pl.inference.predictions import Prediction, PredictionError, find_prediction, read_prediction
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.camera import camera_errors
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS

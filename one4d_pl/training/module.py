@@ -135,7 +135,9 @@ class One4DModule(lightning.LightningModule):
         pipeline = One4DPipeline(
             self.transformer, self.encoders, sampler, config.flow.shift, config.base.negative_prompt
         )
-        return pipeline(list(batch.captions), batch.frames, batch.frame_mask, self.draw_noise(batch, "sampling noise"))
+        return pipeline.sample(
+            list(batch.captions), batch.frames, batch.frame_mask, self.draw_noise(batch, "sampling noise")
+        )
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return build_optimizer(self.transformer, self.config.optim)

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor
 
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark
-from one4d_pl.evaluation.predictions import (
+from one4d_pl.evaluation.protocols import PROTOCOLS, Protocol
+from one4d_pl.evaluation.score import BenchmarkScore, score_benchmark, score_sequence
+from one4d_pl.evaluation.tables import Row, markdown, sequences_csv, write_report
+from one4d_pl.geometry.pointmap import depth_to_pointmap
+from one4d_pl.geometry.se3 import matrix_to_wxyz, rebase_to_first
+from one4d_pl.inference.predictions import (
     Prediction,
     PredictionError,
     read_prediction,
     read_wxyz_trajectory,
     write_prediction,
 )
-from one4d_pl.evaluation.protocols import PROTOCOLS, Protocol
-from one4d_pl.evaluation.score import BenchmarkScore, score_benchmark, score_sequence
-from one4d_pl.evaluation.tables import Row, markdown, sequences_csv, write_report
-from one4d_pl.geometry.pointmap import depth_to_pointmap
-from one4d_pl.geometry.se3 import matrix_to_wxyz, rebase_to_first
 from one4d_pl.metrics.camera import path_length
 from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 

@@ -57,11 +57,11 @@ def test_a_scene_has_the_size_of_its_frames_and_follows_task_guidance(tiny_base,
     text = pipeline.guided_text(["p"] * 4, given)
     assert text.scale_rgb.tolist() == text.scale_xyz.tolist() == [6, 5, 4, 3]
     noise = torch.randn(8, 16, 2, 4, 6)
-    scene = pipeline(["p"] * 4, frames, given, noise)
+    scene = pipeline.sample(["p"] * 4, frames, given, noise)
     assert scene.frames.shape == scene.pointmap.shape == frames.shape
     assert scene.frames.abs().max() <= 1
     hidden = torch.where(given[:, None, :, None, None], frames, float("nan"))
-    again = pipeline(["p"] * 4, hidden.nan_to_num(7.0), given, noise)
+    again = pipeline.sample(["p"] * 4, hidden.nan_to_num(7.0), given, noise)
     assert torch.equal(scene.frames, again.frames) and torch.equal(scene.pointmap, again.pointmap)
 
 

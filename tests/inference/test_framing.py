@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from one4d_pl.evaluation.framing import frame_images, nearest_size, to_image
 from one4d_pl.geometry.camera import pixel_grid
+from one4d_pl.inference.framing import frame_images, nearest_size, to_image
 
 SIZES = [(436, 1024), (480, 640), (48, 64), (720, 405)]
 

@@ -25,8 +25,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from one4d_pl.evaluation.framing import Placement
 from one4d_pl.geometry.se3 import is_rotation, se3_matrix, wxyz_to_matrix
+from one4d_pl.inference.framing import Placement
 from one4d_pl.inference.scene_files import write_text, write_whole
 from one4d_pl.postopt.recover import RecoverReport
 

@@ -1,0 +1,184 @@
+"""A finished 4D scene and the folder it lives in, which every door can open again.
+
+frames/000000.png ...  the frames, lossless              rgb.mp4, depth.mp4  the same and the depth, to look at
+pointmap.npz           pointmap [T, H, W, 3], valid      depth.npy, valid.npy, cameras.json  as `predictions` has them
+scene.json             prompt, frames per second, how it was made
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from one4d_pl.inference.framing import Placement
+from one4d_pl.inference.panels import SKY_COLOUR, near_to_far, to_bytes
+from one4d_pl.inference.predictions import Prediction, PredictionError, read_prediction, write_prediction
+from one4d_pl.inference.scene_files import save_picture, save_video, write_text, write_whole
+
+FORMAT = "one4d_pl scene 1"
+FRAMES = "frames"
+
+
+class SceneError(ValueError):
+    """A scene folder cannot be used; one line that names the file."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """RGB frames, pointmaps and the cameras and depth recovered from them, on the CPU."""
+
+    frames: Tensor  # [T, H, W, 3] uint8
+    pointmap: Tensor  # [T, H, W, 3] float32, OpenCV axes of the first frame's camera, no metric unit
+    valid: Tensor  # [T, H, W] bool, the point lies on a surface: no sky, and in front of its camera
+    depth: Tensor  # [T, H, W] float32, z in each frame's own camera, unit of the pointmap; 0 = behind it
+    intrinsics: Tensor  # [T, 3, 3] float64, pixels, pixel centres at +0.5
+    cam2world: Tensor  # [T, 4, 4] float64, world of the pointmap
+    fps: float
+    prompt: str = ""
+    given: tuple[int, ...] = ()  # frames that the model was shown
+    placement: Placement | None = None  # of the frames on the images they were made from; None = as large
+    flags: tuple[str, ...] = ()  # what is degenerate, in words
+    report: dict[str, object] = field(default_factory=dict)  # of the camera recovery, as json can hold it
+    made: dict[str, object] = field(default_factory=dict)  # seed, steps, guidance, adapters: how it was made
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.frames)
+
+
+def save_scene(folder: Path, scene: Scene) -> None:
+    """Write the folder; complete once scene.json is there, which is written last."""
+    frames_folder = folder / FRAMES
+    frames_folder.mkdir(parents=True, exist_ok=True)
+    (folder / "scene.json").unlink(missing_ok=True)
+    for old in frames_folder.glob("*.png"):
+        old.unlink()
+    for i, frame in enumerate(scene.frames):
+        save_picture(frames_folder / f"{i:06d}.png", frame, [])
+    save_video(folder / "rgb.mp4", _even(scene.frames), scene.fps)
+    save_video(folder / "depth.mp4", _even(depth_pictures(scene.depth, scene.valid)), scene.fps)
+
+    def write_points(staging: Path) -> None:
+        with staging.open("wb") as file:  # np.savez would add a suffix to a name
+            np.savez_compressed(file, pointmap=scene.pointmap.numpy(), valid=scene.valid.numpy())
+
+    write_whole(folder / "pointmap.npz", write_points)
+    prediction = Prediction(
+        scene.depth, scene.cam2world, scene.intrinsics, scene.valid, scene.placement, scene.given, scene.flags
+    )
+    write_prediction(folder, prediction, scene.report)
+    about = {"format": FORMAT, "prompt": scene.prompt, "fps": scene.fps, "made": scene.made}
+    write_text(folder / "scene.json", json.dumps(about, indent=1) + "\n")
+
+
+def is_scene(folder: Path) -> bool:
+    """Whether a folder holds a scene that was written to its end."""
+    return (folder / "scene.json").is_file()
+
+
+def open_scene(folder: Path) -> Scene:
+    """Read a scene folder; SceneError names the file that is missing or broken. Nothing is unpickled."""
+    if not folder.is_dir():
+        raise SceneError(f"{folder}: no such folder; need a scene that `python -m one4d_pl.generate` wrote")
+    if not is_scene(folder):
+        raise SceneError(f"{folder}: no scene.json; not a scene, or its writer was cut short")
+    for name in ("cameras.json", "depth.npy", "pointmap.npz"):
+        if not (folder / name).is_file():
+            raise SceneError(f"{folder / name}: missing")
+    about = _about(folder / "scene.json")
+    try:
+        prediction = read_prediction(folder)
+    except PredictionError as error:
+        raise SceneError(str(error)) from None
+    pointmap, valid = _points(folder / "pointmap.npz")
+    frames = _frames(folder / FRAMES)
+    size = tuple(pointmap.shape[:3])
+    if prediction.depth is None or prediction.cam2world is None or prediction.intrinsics is None:
+        raise SceneError(f"{folder / 'cameras.json'}: a camera is missing")
+    for name, tensor in (("frames", frames), ("depth.npy", prediction.depth)):
+        if tuple(tensor.shape[:3]) != size:
+            raise SceneError(f"{folder / name}: {list(tensor.shape[:3])}, but pointmap.npz has {list(size)}")
+    if len(prediction.cam2world) != size[0]:
+        raise SceneError(f"{folder / 'cameras.json'}: {len(prediction.cam2world)} cameras for {size[0]} frames")
+    return Scene(
+        frames,
+        pointmap,
+        valid,
+        prediction.depth,
+        prediction.intrinsics.double(),
+        prediction.cam2world,
+        about[1],
+        about[0],
+        prediction.given or (),
+        prediction.placement,
+        prediction.flags,
+        json.loads((folder / "cameras.json").read_text(encoding="utf-8")).get("report", {}),
+        about[2],
+    )
+
+
+def depth_pictures(depth: Tensor, valid: Tensor) -> Tensor:  # [T, H, W] x 2 -> [T, H, W, 3] uint8
+    """Log depth as colours, nearer = lighter, one range for the video; the sky's blue where there is no surface."""
+    seen = depth[valid]
+    if len(seen) == 0:
+        near, far = 1.0, 2.0
+    else:
+        some = seen.float()[:: max(1, len(seen) // 100_000)]
+        near, far = torch.quantile(some, some.new_tensor([0.02, 0.98])).tolist()
+        near = max(near, 1e-6)
+        far = max(far, near * 1.001)
+    colours = near_to_far(torch.log(depth.clamp(near, far) / near) / math.log(far / near))
+    return to_bytes(torch.where(valid[..., None], colours, colours.new_tensor(SKY_COLOUR)))
+
+
+def _even(frames: Tensor) -> Tensor:  # [T, H, W, 3]: H.264 in yuv420 has even sides
+    return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+
+
+def _about(path: Path) -> tuple[str, float, dict[str, object]]:
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise ValueError(f"not of the format {FORMAT!r}")
+        prompt, fps, made = about["prompt"], float(about["fps"]), about["made"]
+        if not isinstance(prompt, str) or not isinstance(made, dict) or not 0 < fps < math.inf:
+            raise ValueError("prompt, fps or made is of the wrong kind")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SceneError(f"{path}: {' '.join(str(error).split())}") from None
+    return prompt, fps, made
+
+
+def _points(path: Path) -> tuple[Tensor, Tensor]:  # [T, H, W, 3] float32, [T, H, W] bool
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            pointmap, valid = arrays["pointmap"], arrays["valid"]
+        if pointmap.dtype != np.float32 or pointmap.ndim != 4 or pointmap.shape[-1] != 3 or 0 in pointmap.shape:
+            raise ValueError(f"pointmap is {pointmap.dtype} {list(pointmap.shape)}, need float32 [T, H, W, 3]")
+        if valid.dtype != np.bool_ or valid.shape != pointmap.shape[:3]:
+            raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}, need bool {list(pointmap.shape[:3])}")
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise SceneError(f"{path}: {' '.join(str(error).split())}") from None
+    return torch.from_numpy(pointmap), torch.from_numpy(valid)
+
+
+def _frames(folder: Path) -> Tensor:  # [T, H, W, 3] uint8
+    pictures = []
+    for path in sorted(folder.glob("*.png")):
+        try:
+            with Image.open(path, formats=["PNG"]) as image:
+                pictures.append(np.asarray(image.convert("RGB")))
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise SceneError(f"{path}: {' '.join(str(error).split())}") from None
+        if pictures[-1].shape != pictures[0].shape:
+            raise SceneError(f"{path}: another size than the first frame")
+    if not pictures:
+        raise SceneError(f"{folder}: no frames (000000.png, ...)")
+    return torch.from_numpy(np.stack(pictures))
