@@ -17,7 +17,7 @@ from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import conv2d, gelu, layer_norm, linear
+from torch.nn.functional import conv2d, gelu, interpolate, layer_norm, linear
 
 from one4d_pl.config import ConfigError, check_paths, load_config
 from one4d_pl.models.base_files import PARTS, fingerprint, lacking, transformer_config
@@ -159,6 +159,38 @@ def test_the_image_encoder_is_wans(twins):
     with torch.no_grad():
         hidden = encoder(image, output_hidden_states=True).hidden_states
     torch.testing.assert_close(hidden[-2][0], x, rtol=1e-5, atol=1e-5)
+
+
+def test_image_tokens_are_wans_clip_features_of_the_squashed_frame(twins):
+    """Wan's order of steps: the frame in [-1, 1] to the encoder's square, then to [0, 1], then CLIP's statistics."""
+    encoders = WanEncoders(str(twins[1]), "float32", 512)
+    frame = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
+    squashed = interpolate(frame, (16, 16), mode="bicubic", align_corners=False) * 0.5 + 0.5
+    mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
+    pixels = (squashed - mean.view(1, 3, 1, 1)) / std.view(1, 3, 1, 1)
+    with torch.no_grad():
+        hidden = encoders.image_encoder(pixels, output_hidden_states=True).hidden_states
+    tokens = encoders.encode_image(frame)
+    torch.testing.assert_close(tokens, hidden[-2], rtol=0, atol=1e-4)
+    assert tokens.shape == (1, 17, 160)
+
+
+def test_without_an_image_the_transformer_gets_zeros_which_is_not_no_image_tokens(twins):
+    """VideoX-Fun's own way: the tokens are zeroed before the projection, whose norms and biases stay."""
+    transformer = load_transformer(str(twins[1]), "float32")
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 36, 2, 4, 6, generator=generator),
+        "timestep": torch.tensor([500.0]),
+        "encoder_hidden_states": torch.randn(1, 512, 16, generator=generator),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        zeros = transformer(**inputs, encoder_hidden_states_image=torch.zeros(1, 17, 160))[0]
+        other = transformer(**inputs, encoder_hidden_states_image=torch.randn(1, 17, 160, generator=generator))[0]
+        projected = transformer.condition_embedder.image_embedder(torch.zeros(1, 17, 160))
+    assert projected.abs().max() > 0 and (projected - projected[:, :1]).abs().max() == 0
+    assert (zeros - other).abs().max() > 1e-4
 
 
 def test_a_text_encoder_whose_file_holds_the_embedding_once_is_whole(twins, tmp_path):
