@@ -25,7 +25,7 @@ PAPER = [DLC, str(REPO / "configs/scale/wan_14b.yaml"), str(REPO / "configs/data
 NODES = [*PAPER, str(REPO / "configs/scale/nodes_8x8.yaml")]
 
 
-def test_the_plan_of_eight_nodes_says_what_the_issue_asks(tmp_path, monkeypatch):
+def test_the_plan_of_eight_nodes_says_all_that_it_promises(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = plan(load_config(NODES, []), 64, "H200", 0.5)
     text = told(run)
