@@ -62,7 +62,7 @@ def resolve_base(path: str) -> Path:
 
 def is_original(folder: Path) -> bool:
     """Whether the base lies in Wan's own layout; diffusers' wins where both are there."""
-    return not (folder / DIFFUSERS_MARK).is_file()
+    return (folder / ORIGINAL_MARK).is_file() and not (folder / DIFFUSERS_MARK).is_file()
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:

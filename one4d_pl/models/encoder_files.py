@@ -38,7 +38,7 @@ EMBEDDINGS = "encoder.embed_tokens.weight"
 CLIP_PREFIX = "vision_model."  # of every name, in some releases of transformers
 
 
-def open_vae(folder: Path) -> AutoencoderKLWan:
+def open_vae(folder: Path, device: torch.device = CPU) -> AutoencoderKLWan:
     """In float32."""
     if is_original(folder):
         source_of = partial(vae_source, residual_blocks=WAN_VAE_RESIDUAL_BLOCKS)
@@ -49,10 +49,10 @@ def open_vae(folder: Path) -> AutoencoderKLWan:
         config = _readable(AutoencoderKLWan.load_config, folder / "vae")
     with init_empty_weights(include_buffers=False):
         model = AutoencoderKLWan.from_config(config)
-    return stream(model, files, torch.float32, CPU)
+    return stream(model, files, torch.float32, device)
 
 
-def open_text_encoder(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+def open_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device = CPU) -> UMT5EncoderModel:
     """UMT5's encoder; its input embedding is the shared one."""
     if is_original(folder):
         files = TensorFiles(weight_files(folder, "text_encoder"), folder, text_encoder_source)
@@ -66,10 +66,10 @@ def open_text_encoder(folder: Path, dtype: torch.dtype) -> UMT5EncoderModel:
         model = UMT5EncoderModel(config)
     if files.source_of(EMBEDDINGS) == files.source_of("shared.weight"):
         model.encoder.embed_tokens = model.shared  # 2.1 GB of bf16 once, not twice
-    return stream(model, files, dtype, CPU)
+    return stream(model, files, dtype, device)
 
 
-def open_image_encoder(folder: Path, dtype: torch.dtype) -> CLIPVisionModel | None:
+def open_image_encoder(folder: Path, dtype: torch.dtype, device: torch.device = CPU) -> CLIPVisionModel | None:
     """CLIP's vision tower; None where the base has no image tokens."""
     if is_original(folder):
         if transformer_config(folder)["image_dim"] is None:
@@ -85,7 +85,7 @@ def open_image_encoder(folder: Path, dtype: torch.dtype) -> CLIPVisionModel | No
         config = _readable(CLIPVisionConfig.from_pretrained, folder / "image_encoder")
     with init_empty_weights(include_buffers=False):
         model = CLIPVisionModel(config)
-    return stream(model, files, dtype, CPU, unused=unused)
+    return stream(model, files, dtype, device, unused=unused)
 
 
 def _diffusers_files(folder: Path, part: str) -> TensorFiles:

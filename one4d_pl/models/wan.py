@@ -17,7 +17,7 @@ from one4d_pl.models.base_files import ENCODER_PARTS as ENCODER_PARTS
 from one4d_pl.models.base_files import fingerprint as fingerprint
 from one4d_pl.models.base_files import resolve_base, tokenizer_folder
 from one4d_pl.models.conditioning import blank_hidden_frames
-from one4d_pl.models.encoder_files import open_image_encoder, open_text_encoder, open_vae
+from one4d_pl.models.encoder_files import CPU, open_image_encoder, open_text_encoder, open_vae
 from one4d_pl.models.weights import Partitioner, stream_transformer
 from one4d_pl.types import Encoded, Sample
 
@@ -33,7 +33,7 @@ def load_transformer(
     partitioner: Partitioner | None = None,  # shards the blocks over processes as they are read
 ) -> WanTransformer3DModel:
     """The transformer alone, in `dtype` (as diffusers does, Wan's norms, time embedding and modulation in float32)."""
-    return stream_transformer(resolve_base(path), getattr(torch, dtype), device or torch.device("cpu"), partitioner)
+    return stream_transformer(resolve_base(path), getattr(torch, dtype), device or CPU, partitioner)
 
 
 class WanEncoders(nn.Module):
@@ -43,15 +43,16 @@ class WanEncoders(nn.Module):
         path: base folder in either layout, or a hub id in the local cache.
         dtype: of the text and image encoder.
         max_text_tokens: prompts are cut and their embeddings zero-padded to this length.
+        device: where the weights are put as they are read.
     """
 
-    def __init__(self, path: str, dtype: str, max_text_tokens: int) -> None:
+    def __init__(self, path: str, dtype: str, max_text_tokens: int, device: torch.device = CPU) -> None:
         super().__init__()
         folder, torch_dtype = resolve_base(path), getattr(torch, dtype)
-        self.vae = open_vae(folder)
-        self.text_encoder = open_text_encoder(folder, torch_dtype)
+        self.vae = open_vae(folder, device)
+        self.text_encoder = open_text_encoder(folder, torch_dtype, device)
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer_folder(folder))
-        self.image_encoder = open_image_encoder(folder, torch_dtype)
+        self.image_encoder = open_image_encoder(folder, torch_dtype, device)
         if self.image_encoder is not None and max_text_tokens != IMAGE_CONTEXT:
             raise ConfigError(
                 f"base.max_text_tokens: {max_text_tokens}, but diffusers' Wan with image tokens fixes "
