@@ -30,7 +30,7 @@ from one4d_pl.config import DEMO_ADAPTERS, SOLVERS, ConfigError
 if TYPE_CHECKING:
     from torch import Generator, Tensor
 
-    from one4d_pl.inference.media import VideoReader
+    from one4d_pl.inference.media import FrameFolder, VideoReader
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.inference.scene import Scene
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     add = parser.add_argument_group("what to make").add_argument
     add("--prompt", default="", help="what the scene shows; may be left out where frames are given")
     add("--image", type=Path, metavar="FILE", help="frame 0")
-    add("--video", type=Path, metavar="FILE", help="all frames")
+    add("--video", type=Path, metavar="FILE", help="all frames; a folder of pictures will do")
     add("--frames", nargs="+", metavar="FILE@N", help="some frames with their numbers from 0; frame 0 among them")
     add("--out", type=Path, required=True, metavar="DIR", help="folder of the scene; a scene that is there is replaced")
     add("--num-frames", type=int, metavar="T", help="length; default: the adapter's, a video's own")
@@ -87,7 +87,7 @@ def generate(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from one4d_pl.inference.media import MediaError, VideoReader
+    from one4d_pl.inference.media import MediaError, open_video
     from one4d_pl.inference.pipeline import FPS, RequestError
     from one4d_pl.inference.scene import save_scene
 
@@ -96,7 +96,7 @@ def generate(args: argparse.Namespace) -> None:
     made_folder = False
     try:
         pictures = _load(numbered)
-        reader = VideoReader(args.video, args.fps) if args.video else None
+        reader = open_video(args.video, args.fps, FPS) if args.video else None
         made_folder = _make_folder(args.out)
         pipeline = _open(args)
         generator = torch.Generator().manual_seed(args.seed)
@@ -234,7 +234,7 @@ def _open(args: argparse.Namespace) -> One4DPipeline:
 
 def _from_video(
     args: argparse.Namespace,
-    reader: VideoReader,
+    reader: VideoReader | FrameFolder,
     pipeline: One4DPipeline,
     generator: Generator,
     on_step: Callable[[int, int], None],

@@ -63,6 +63,23 @@ def check_size(path: Path, height: int, width: int) -> None:
         raise MediaError(f"{path}: {width}x{height} is narrower than 1:{MAX_ASPECT:.0f}; crop it")
 
 
+class FrameFolder:
+    """The pictures of a folder as a video, in the order of their names; MediaError where there is none."""
+
+    def __init__(self, path: Path, fps: float) -> None:
+        self.path, self.fps = path, fps
+        suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+        self._files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
+        if not self._files:
+            raise MediaError(f"{path}: a folder without pictures ({', '.join(suffixes)})")
+
+    def __iter__(self) -> Iterator[Tensor]:  # [H, W, 3] uint8 each
+        return map(load_image, self._files)
+
+    def close(self) -> None:
+        """Nothing is open."""
+
+
 class VideoReader:
     """The frames of a video at a constant rate, upright, one at a time: memory for one.
 
@@ -128,6 +145,11 @@ class VideoReader:
     def _fault(self, error: Exception) -> MediaError:
         reason = " ".join(str(error).replace(str(self.path), "").replace("''", "").split())
         return MediaError(f"{self.path}: not a video that can be read ({reason})")
+
+
+def open_video(path: Path, fps: float | None, folder_fps: float) -> VideoReader | FrameFolder:
+    """A video file at `fps` (None: its own), or a folder of frames at `fps` (None: folder_fps)."""
+    return FrameFolder(path, fps or folder_fps) if path.is_dir() else VideoReader(path, fps)
 
 
 def to_size(frames: Tensor, height: int, width: int) -> Tensor:  # [T, H, W, 3] uint8 -> [T, height, width, 3]

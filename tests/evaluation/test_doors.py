@@ -23,6 +23,7 @@ from one4d_pl.evaluation.benchmarks import open_benchmark
 from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.vbench import read_i2v_prompts, video_name
 from one4d_pl.geometry.pointmap import depth_to_pointmap
+from one4d_pl.inference.long_video import fill_window
 from one4d_pl.inference.predictions import Prediction, read_prediction, write_prediction
 from one4d_pl.models.adapters import AdapterCard, save_adapters
 from one4d_pl.models.transformer import One4DTransformer
@@ -117,7 +118,7 @@ def test_a_video_that_is_not_4k_plus_1_is_filled_and_cut(monkeypatch):
     options = predict.PredictOptions(48, 64, 9)
     assert [(w.start, w.stop, w.length) for w in options.windows(110)] == [(0, 110, 113)]
     assert len(options.windows(114)) == 2
-    clip = predict._fill(torch.arange(6.0)[None], options.windows(6)[0], dim=1)
+    clip = fill_window(torch.arange(6.0)[None], options.windows(6)[0])
     assert clip.tolist() == [[0, 1, 2, 3, 4, 5, 5, 5, 5]]
 
 

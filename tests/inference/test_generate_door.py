@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from one4d_pl import generate
+from one4d_pl import cameras, generate
 from one4d_pl.inference.pipeline import One4DPipeline, RequestError
 from one4d_pl.inference.predictions import read_prediction
 from one4d_pl.inference.scene import SceneError, open_scene, save_scene
@@ -23,10 +23,13 @@ PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory) -> Path:
-    """Pictures in three formats, a video of 13 frames and one of a single frame."""
+    """Pictures in three formats, six as a folder, a video of 13 frames and one of a single frame."""
     folder = tmp_path_factory.mktemp("files")
     for suffix in ("png", "jpg", "webp"):
         Image.fromarray(PICTURE).save(folder / f"a.{suffix}")
+    (folder / "frames").mkdir()
+    for i in range(6):
+        Image.fromarray(np.roll(PICTURE, i, axis=1)).save(folder / f"frames/{i:03d}.jpg")
     for name, count in (("v.mp4", 13), ("one.mp4", 1)):
         with av.open(str(folder / name), "w") as container:
             stream = container.add_stream("libx264", rate=10)
@@ -50,22 +53,25 @@ def run(*arguments: object) -> int:
         ("image", ["--image", "a.jpg", "--num-frames", "6"], 6, [0]),
         ("sparse", ["--frames", "a.png@0", "a.webp@8"], 9, [0, 8]),
         ("video", ["--video", "v.mp4"], 13, list(range(13))),
+        ("video", ["--video", "frames"], 6, list(range(6))),
     ],
 )
 def test_every_task_leaves_a_scene_that_opens_again(files, tmp_path, task, options, num_frames, given):
     out = tmp_path / "scene"
-    named = [str(files / word) if (files / word.split("@")[0]).is_file() else word for word in options]
+    named = [str(files / word) if (files / word.split("@")[0]).exists() else word for word in options]
     assert run(*named, "--out", out) == 0
     scene = open_scene(out)
     assert scene.num_frames == num_frames and list(scene.given) == given and scene.made["task"] == task
     assert {"rgb.mp4", "depth.mp4", "pointmap.npz", "cameras.json", "frames", "panel.png"} <= {
         p.name for p in out.iterdir()
     }
-    assert scene.fps == (10 if task == "video" else 16)
+    assert scene.fps == (10 if "v.mp4" in options else 16)
     with av.open(str(out / "rgb.mp4")) as video:
         assert sum(1 for _ in video.decode(video=0)) == num_frames
     prediction = read_prediction(out)  # what `evaluate --predictions` reads
     assert torch.equal(prediction.cam2world, scene.cam2world) and torch.equal(prediction.depth, scene.depth)
+    assert cameras.main([str(out), "--out", str(tmp_path / "cameras")]) == 0
+    assert len(read_prediction(tmp_path / "cameras").cam2world) == num_frames
     again = tmp_path / "again"
     save_scene(again, scene)
     for name in ("scene.json", "cameras.json", "depth.npy", "frames/000000.png"):
