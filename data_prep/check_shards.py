@@ -26,12 +26,14 @@ from tqdm import tqdm
 from data_prep.geometry_checks import check_geometry
 from data_prep.parallel import run_parallel
 from data_prep.pictures import draw_clips
+from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError, atomic
 from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
+from one4d_pl.models.base_files import weight_files
+from one4d_pl.models.encoder_files import open_vae
 from one4d_pl.types import Clip
 
-SHIPPED_VAE = Path(__file__).parents[1] / "one4d_pl" / "assets" / "tiny_wan" / "vae"
 FAR_LIMIT = 10.0  # as in training (config.DataConfig)
 MAX_PICTURES = 16
 
@@ -115,11 +117,7 @@ def check_shard(task: ShardTask) -> None:
     shards = ShardSet.open(task.folder)
     shard = shards.manifest.shards[task.number]
     every = max(1, -(-len(shards) // max(1, task.vae_clips)))
-    vae = (
-        None
-        if task.vae is None
-        else AutoencoderKLWan.from_pretrained(task.vae, torch_dtype=torch.float32, local_files_only=True)
-    )
+    vae = None if task.vae is None else open_vae(Path(task.vae))
     checks = []
     for index in range(shards.starts[task.number], shards.starts[task.number] + len(shard.samples)):
         try:
@@ -195,11 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--world", type=int, default=1, help="tasks of the array job (default %(default)s)")
     args = parser.parse_args(argv)
     report = args.report or Path(args.folder) / "check"
-    vae = None if args.vae_clips < 1 else str(Path(args.base) / "vae" if args.base else SHIPPED_VAE)
+    vae = None if args.vae_clips < 1 else args.base or str(base_folder(EMBEDDED_BASE))
     tried = hashlib.sha256(f"{vae} {args.vae_clips}".encode()).hexdigest()[:8]
     try:
-        if vae is not None and not (Path(vae) / "config.json").is_file():
-            raise ValueError(f"{vae}: no VAE there; --base takes a folder that holds vae/config.json")
+        if vae is not None and not weight_files(Path(vae), "vae"):
+            raise ValueError(f"{vae}: no VAE there; --base takes a folder in diffusers layout or in Wan's own")
         shards = ShardSet.open(args.folder)
         (report / "parts").mkdir(parents=True, exist_ok=True)
         parts = [

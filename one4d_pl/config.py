@@ -17,6 +17,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
+DIFFUSERS_MARK = "model_index.json"  # a base in diffusers layout holds it
+ORIGINAL_MARK = "Wan2.1_VAE.pth"  # a base in the layout of Wan-AI and VideoX-Fun holds it
 SOLVERS = ("euler", "unipc")
 DEMO_ADAPTERS = Path(__file__).parent / "assets" / "demo_adapters"  # of the embedded base, trained on the toy world
 EMBEDDED_BASE = "embedded"  # base.path's word for the tiny Wan inside the package
@@ -46,7 +48,7 @@ class TinyWanConfig:
 
 @dataclass
 class BaseConfig:
-    """The frozen Wan, in diffusers layout."""
+    """The frozen Wan, in diffusers layout or in that of Wan-AI and VideoX-Fun."""
 
     path: str = EMBEDDED_BASE  # folder, or hub id already in the local cache; the name stands for the shipped one
     dtype: str = "float32"  # of the frozen transformer and text encoder; the VAE stays float32
@@ -373,10 +375,11 @@ def to_yaml(config: Config) -> str:
 
 def check_paths(config: Config) -> None:
     """Fail at once, before torch is imported, if a folder that `fit` cannot make is missing."""
-    if not _holds_base(config.base.path):
+    if not holds_base(config.base.path):
         raise ConfigError(
-            f"base.path: no diffusers folder at {config.base.path}; get it with "
-            f"`hf download <repo of the base in diffusers layout> --local-dir {config.base.path}`, or set base.path"
+            f"base.path: no base at {config.base.path} (neither {DIFFUSERS_MARK} nor {ORIGINAL_MARK}); get it with "
+            f"`python -m one4d_pl.fetch_weights {Path(config.base.path).name} --to {config.base.path} --run`, "
+            "or set base.path"
         )
     made_by_fit = config.data.toy.folders() if config.data.toy else []
     for name, sources in (("sources", config.data.sources), ("val_sources", config.data.val_sources)):
@@ -401,15 +404,16 @@ def base_folder(path: str) -> Path:
     return Path(__file__).parent / "assets" / "tiny_wan" if path == EMBEDDED_BASE else Path(path)
 
 
-def _holds_base(path: str) -> bool:
-    """Whether `path` is a folder in diffusers layout or a hub id in the local cache."""
+def holds_base(path: str) -> bool:
+    """Whether `path` is a folder in a known layout or a hub id in the local cache."""
+    marks = (DIFFUSERS_MARK, ORIGINAL_MARK)
     if base_folder(path).is_dir():
-        return (base_folder(path) / "model_index.json").is_file()
+        return any((base_folder(path) / mark).is_file() for mark in marks)
     from huggingface_hub import try_to_load_from_cache  # knows where the cache lies, and needs no torch
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return isinstance(try_to_load_from_cache(path, "model_index.json"), str)
+        return any(isinstance(try_to_load_from_cache(path, mark), str) for mark in marks)
     except HFValidationError:  # no hub id
         return False
 

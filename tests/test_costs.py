@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from one4d_pl.config import ConfigError, DLCConfig
-from one4d_pl.costs import BatchShape, Flops, TransformerShape, peak_flops, training_flops
+from one4d_pl.costs.flops import BatchShape, Flops, TransformerShape, peak_flops, training_flops
 from one4d_pl.models.transformer import One4DTransformer
 
 SHAPES = 50

@@ -19,7 +19,8 @@ FLOORS = (
     "inference",
     "training evaluation",
     "callbacks",
-    "fit preflight demo build_tiny_vae build_tiny_base evaluate generate cameras view plan export data_prep",
+    "fit preflight demo build_tiny_vae build_tiny_base evaluate generate cameras view plan export fetch_weights "
+    "data_prep",
 )
 SHELF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()} | {"one4d_pl": -1}
 ROOMLESS = {"utils", "util", "common", "misc", "helpers"}

@@ -87,7 +87,7 @@ def no_folder(tmp_path: Path, config: Config) -> list[str]:
 
 FAULTS: dict[str, tuple[Callable[[Path, Config], list[str]], list[str]]] = {  # what is done, words of the line
     "wrong path": (lambda t, c: ["data.sources=[{path: nowhere}]"], ["data.sources", "nowhere", "write_shards"]),
-    "missing weights": (lambda t, c: ["base.path=nowhere"], ["base.path", "nowhere", "hf download"]),
+    "missing weights": (lambda t, c: ["base.path=nowhere"], ["base.path", "nowhere", "fetch_weights"]),
     "incomplete weights": (broken_base, ["base.path", "transformer lacks"]),
     "unreadable shard": (broken_shard, ["shards", "shard-000000.tar", "checksum", "check_shards"]),
     "full disk": (lambda t, c: ["train.keep_last=1000000000"], ["run_dir", "GB free", "train.keep_last"]),

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from one4d_pl.callbacks.losses import LossCurves
 from one4d_pl.config import Config, ConfigError, TrainConfig
-from one4d_pl.costs import BatchShape, TransformerShape, peak_flops, training_flops
+from one4d_pl.costs.flops import BatchShape, TransformerShape, peak_flops, training_flops
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch
 
@@ -89,7 +89,7 @@ class StepLine(Callback):
     """One line per `train.log_every` steps from rank 0: losses, time, throughput, use of the hardware, memory.
 
     Logs `train/flops/{tflops,mfu,hfu}` of one process and `train/memory/gib`, its peak; MFU and HFU where the device's
-    peak is known (costs.py). Comes after LossCurves and Throughput, whose numbers it shows.
+    peak is known (costs/flops.py). Comes after LossCurves and Throughput, whose numbers it shows.
     """
 
     def __init__(self, config: Config, losses: LossCurves, throughput: Throughput) -> None:

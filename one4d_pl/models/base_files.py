@@ -1,14 +1,42 @@
-"""Where a base lies and which one it is: files alone, so that nothing heavy is imported to ask."""
+"""Where a base lies, in which layout, and which one it is: files alone, so that nothing heavy is imported to ask.
+
+Two layouts of a folder are known: diffusers' (model_index.json, a folder per part) and the original one of Wan-AI and
+VideoX-Fun (config.json and diffusion_pytorch_model*.safetensors at the top, one .pth file per encoder).
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
+from collections.abc import Iterator
 from pathlib import Path
 
-from one4d_pl.config import ConfigError, base_folder
+from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, TEMPORAL_FACTOR, ConfigError, base_folder
 
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder")
+PARTS = ("transformer", *ENCODER_PARTS)
+ORIGINAL_FILES = {  # the same names in every release of Wan 2.1
+    "vae": ORIGINAL_MARK,
+    "text_encoder": "models_t5_umt5-xxl-enc-bf16.pth",
+    "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
+}
+ORIGINAL_TOKENIZER = "google/umt5-xxl"
+TEXT_DIM, IMAGE_DIM = 4096, 1280  # widths of UMT5-XXL and CLIP ViT-H/14, which the original config.json leaves out
+
+_RELEASED = {
+    "patch_size": [1, 2, 2], "attention_head_dim": 128, "freq_dim": 256, "in_channels": 36, "out_channels": 16,
+    "text_dim": TEXT_DIM, "image_dim": IMAGE_DIM,
+}  # fmt: skip
+# transformers of the released bases, for plans made where no weights are; both are image-to-video models
+RELEASED: dict[str, dict[str, object]] = {
+    "14B": {**_RELEASED, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824, "added_kv_proj_dim": 5120},
+    "1.3B": {**_RELEASED, "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960, "added_kv_proj_dim": 1536},
+}
+# Wan 2.1's encoders: parameters, channels, and CLIP's tokens (16 x 16 patches and the class token)
+ENCODER_PARAMETERS = {"vae": 126_892_531, "text_encoder": 5_680_910_336, "image_encoder": 630_766_080}
+VAE_BASE_DIM, IMAGE_TOKENS = 96, 257
+HEADER_LIMIT = 100_000_000  # bytes of a safetensors header; the format's own
 
 
 def resolve_base(path: str) -> Path:
@@ -24,29 +52,177 @@ def resolve_base(path: str) -> Path:
                 f"base.path: {path} is neither a folder nor a hub id in the local cache; "
                 f"get it with `hf download {path}` or set base.path"
             ) from None
-    if not (folder / "model_index.json").is_file():
-        raise ConfigError(f"base.path: {folder} is not a diffusers folder (no model_index.json)")
+    if not any((folder / mark).is_file() for mark in (DIFFUSERS_MARK, ORIGINAL_MARK)):
+        raise ConfigError(
+            f"base.path: {folder} is neither in diffusers layout (no {DIFFUSERS_MARK}) nor in Wan's own "
+            f"(no {ORIGINAL_MARK})"
+        )
     return folder
 
 
-def fingerprint(path: str, parts: tuple[str, ...] = ("transformer", *ENCODER_PARTS)) -> str:
-    """Identity of a base: sha256 over every safetensors file's name, size, header and 64 spread samples of 4 KiB.
+def is_original(folder: Path) -> bool:
+    """Whether the base lies in Wan's own layout; diffusers' wins where both are there."""
+    return (folder / ORIGINAL_MARK).is_file() and not (folder / DIFFUSERS_MARK).is_file()
+
+
+def weight_files(folder: Path, part: str) -> list[Path]:
+    """A part's weights, sorted; [] where the base has none of it."""
+    if not is_original(folder):
+        return sorted((folder / part).glob("*.safetensors"))
+    if part == "transformer":
+        return sorted(folder.glob("diffusion_pytorch_model*.safetensors"))
+    return [file for file in [folder / ORIGINAL_FILES[part]] if file.is_file()]
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    return folder / (ORIGINAL_TOKENIZER if is_original(folder) else "tokenizer")
+
+
+def transformer_config(folder: Path) -> dict[str, object]:
+    """The transformer's settings in diffusers' words; ConfigError names what is not there or not One4D's."""
+    file = folder / "config.json" if is_original(folder) else folder / "transformer" / "config.json"
+    try:
+        settings = json.loads(file.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{file.parent}: no readable config.json ({error})") from None
+    if not isinstance(settings, dict):
+        raise ConfigError(f"{file}: holds no settings")
+    config = _in_diffusers_words(settings, file) if is_original(folder) else settings
+    expected = 2 * int(str(config.get("out_channels", 0))) + TEMPORAL_FACTOR
+    if config.get("in_channels") != expected:
+        raise ConfigError(
+            f"base.path: {folder} takes {config.get('in_channels')} input channels, One4D needs an inpainting "
+            f"or image-to-video Wan with {expected} (latents, mask, conditioning latents)"
+        )
+    return config
+
+
+def lacking(folder: Path) -> str | None:
+    """The first thing that the base needs and has not, by its own indices; None if it is whole."""
+    if is_original(folder):
+        needed = ["vae", "text_encoder"]
+        needed += ["image_encoder"] if transformer_config(folder)["image_dim"] is not None else []
+        absent = [ORIGINAL_FILES[part] for part in needed if not weight_files(folder, part)]
+        absent += missing_shards(folder)
+        absent += [] if weight_files(folder, "transformer") else ["diffusion_pytorch_model*.safetensors"]
+        absent += [] if tokenizer_folder(folder).is_dir() else [ORIGINAL_TOKENIZER]
+        return f"{folder} lacks {absent[0]}" if absent else None
+    for part in ("transformer", "vae", "text_encoder", "image_encoder"):
+        place = folder / part
+        if (place / "config.json").is_file():
+            if missing := missing_shards(place):
+                return f"{place} lacks {missing[0]}"
+            if not weight_files(folder, part):
+                return f"{place} lacks its safetensors"
+        elif part != "image_encoder":
+            return f"{folder} has no {part}"
+    return None if tokenizer_folder(folder).is_dir() else f"{folder} has no tokenizer"
+
+
+def missing_shards(place: Path) -> list[str]:
+    """Files that an index of shards in this folder names and that are not there."""
+    named = [json.loads(index.read_text())["weight_map"].values() for index in place.glob("*.index.json")]
+    return sorted({name for names in named for name in names if not (place / name).is_file()})
+
+
+def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
+    """Identity of a base: sha256 over every weight file's name, size, header and 64 spread samples of 4 KiB.
 
     Reading 60 GB to hash them in full would cost minutes at every start; another training of the same architecture
-    differs in every sample.
+    differs in every sample. The same weights in another layout are other files, and another base.
     """
     digest = hashlib.sha256()
     folder = resolve_base(path)
-    files = sorted(file for part in parts for file in (folder / part).glob("*"))
-    for file in (f for f in files if f.suffix == ".safetensors"):
+    files = sorted(_identifying_files(folder, parts))
+    for file in (f for f in files if f.suffix in (".safetensors", ".pth")):
         size = file.stat().st_size
         digest.update(f"{file.relative_to(folder)} {size}".encode())
         with file.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-            digest.update(stream.read(min(header, size)))
+            start = 0
+            if file.suffix == ".safetensors":
+                start = 8 + int.from_bytes(stream.read(8), "little")
+                digest.update(stream.read(min(start - 8, size)))
             for i in range(64):
-                stream.seek(8 + header + (size - 8 - header) * i // 64)
+                stream.seek(start + (size - start) * i // 64)
                 digest.update(stream.read(4096))
     for file in (f for f in files if f.name.endswith("config.json")):
         digest.update(json.dumps(json.loads(file.read_text()), sort_keys=True).encode())
     return digest.hexdigest()
+
+
+def safetensors_header(file: Path) -> dict[str, dict[str, object]]:
+    """Names, dtypes, shapes and places of a file's tensors; ConfigError where the file is not whole."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or length > min(size, HEADER_LIMIT):
+            raise ConfigError(f"{file}: {size} bytes: cut short, or no safetensors file")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            ends = max((int(tensor["data_offsets"][1]) for tensor in header.values()), default=0)
+        except (ValueError, AttributeError, KeyError, TypeError):
+            raise ConfigError(f"{file}: its header is damaged") from None
+    if size != 8 + length + ends:
+        raise ConfigError(f"{file}: {size} bytes, its header promises {8 + length + ends}")
+    return header
+
+
+def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:
+    """Numbers of parameters of a base's encoders, and its VAE's width; Wan 2.1's own where no folder tells."""
+    if folder is None or is_original(folder):
+        config = {"image_dim": IMAGE_DIM} if folder is None else transformer_config(folder)
+        parts = [part for part in ENCODER_PARAMETERS if part != "image_encoder" or config["image_dim"] is not None]
+        return {part: ENCODER_PARAMETERS[part] for part in parts}, VAE_BASE_DIM
+    counts = {}
+    for part in ENCODER_PARAMETERS:
+        headers = [safetensors_header(file) for file in weight_files(folder, part)]
+        shapes = [tensor["shape"] for header in headers for tensor in header.values()]
+        counts[part] = sum(math.prod(shape) for shape in shapes if isinstance(shape, list))
+    settings = json.loads((folder / "vae" / "config.json").read_text())
+    return counts, settings.get("base_dim", VAE_BASE_DIM)
+
+
+def _identifying_files(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
+    for part in parts:
+        if part == "tokenizer":
+            yield from tokenizer_folder(folder).glob("*")
+        elif is_original(folder):
+            yield from weight_files(folder, part)
+        else:
+            yield from (folder / part).glob("*")
+    if is_original(folder) and "transformer" in parts:
+        yield folder / "config.json"
+
+
+def _in_diffusers_words(settings: dict[str, object], file: Path) -> dict[str, object]:
+    """Wan's own config.json; its control variants have more inputs than One4D has anything for."""
+
+    def number(name: str) -> int:
+        value = settings.get(name)
+        if not isinstance(value, int):
+            raise ConfigError(f"{file}: has no number {name}, but {value!r}")
+        return value
+
+    for switch in ("add_control_adapter", "add_ref_conv"):
+        if settings.get(switch):
+            raise ConfigError(f"{file}: {switch} is on: a control variant of Wan; One4D needs the InP one")
+    model_type, cross = settings.get("model_type"), settings.get("cross_attn_type")
+    if model_type not in ("i2v", "t2v") or cross not in (None, f"{model_type}_cross_attn"):
+        raise ConfigError(f"{file}: model_type {model_type!r}, cross_attn_type {cross!r}: not a Wan 2.1 InP or I2V")
+    width, heads = number("dim"), number("num_heads")
+    image = model_type == "i2v"
+    return {
+        "patch_size": settings.get("patch_size", [1, 2, 2]),
+        "num_layers": number("num_layers"),
+        "num_attention_heads": heads,
+        "attention_head_dim": width // heads,
+        "ffn_dim": number("ffn_dim"),
+        "freq_dim": number("freq_dim"),
+        "in_channels": number("in_dim"),
+        "out_channels": number("out_dim"),
+        "text_dim": settings.get("text_dim", TEXT_DIM),
+        "image_dim": settings.get("image_dim", IMAGE_DIM) if image else None,
+        "added_kv_proj_dim": width if image else None,
+        "eps": settings.get("eps", 1e-6),
+    }

@@ -1,22 +1,23 @@
 """The frozen Wan: one loader for every size, and the encoders around the transformer.
 
-The folder is diffusers' layout (vae, transformer, text_encoder, tokenizer, scheduler, and image_encoder where the
-base has image tokens). The flip between diffusers' normalised latents and pixels lives here alone.
+The folder is in diffusers' layout or in Wan's own (base_files.py). The flip between diffusers' normalised latents and
+pixels lives here alone.
 """
 
 from __future__ import annotations
 
 import torch
-from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
-from transformers import AutoTokenizer, CLIPVisionModel, PreTrainedTokenizerBase, UMT5EncoderModel
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from one4d_pl.config import ConfigError
 from one4d_pl.models.base_files import ENCODER_PARTS as ENCODER_PARTS
 from one4d_pl.models.base_files import fingerprint as fingerprint
-from one4d_pl.models.base_files import resolve_base
+from one4d_pl.models.base_files import resolve_base, tokenizer_folder
 from one4d_pl.models.conditioning import blank_hidden_frames
+from one4d_pl.models.encoder_files import CPU, open_image_encoder, open_text_encoder, open_vae
 from one4d_pl.models.weights import Partitioner, stream_transformer
 from one4d_pl.types import Encoded, Sample
 
@@ -32,41 +33,31 @@ def load_transformer(
     partitioner: Partitioner | None = None,  # shards the blocks over processes as they are read
 ) -> WanTransformer3DModel:
     """The transformer alone, in `dtype` (as diffusers does, Wan's norms, time embedding and modulation in float32)."""
-    folder = resolve_base(path)
-    vae_config = AutoencoderKLWan.load_config(folder, subfolder="vae")
-    expected = 2 * vae_config["z_dim"] + vae_config.get("scale_factor_temporal", 4)
-    in_channels = WanTransformer3DModel.load_config(folder, subfolder="transformer").get("in_channels")
-    if in_channels != expected:
-        raise ConfigError(
-            f"base.path: {folder} takes {in_channels} input channels, One4D needs an inpainting "
-            f"or image-to-video Wan with {expected} (latents, mask, conditioning latents)"
-        )
-    return stream_transformer(folder / "transformer", getattr(torch, dtype), device or torch.device("cpu"), partitioner)
+    return stream_transformer(resolve_base(path), getattr(torch, dtype), device or CPU, partitioner)
 
 
 class WanEncoders(nn.Module):
     """VAE, text encoder and (where the base has one) CLIP image encoder, all frozen; the VAE stays float32.
 
     Args:
-        path: base folder in diffusers layout, or a hub id in the local cache.
+        path: base folder in either layout, or a hub id in the local cache.
         dtype: of the text and image encoder.
         max_text_tokens: prompts are cut and their embeddings zero-padded to this length.
+        device: where the weights are put as they are read.
     """
 
-    def __init__(self, path: str, dtype: str, max_text_tokens: int) -> None:
+    def __init__(self, path: str, dtype: str, max_text_tokens: int, device: torch.device = CPU) -> None:
         super().__init__()
         folder, torch_dtype = resolve_base(path), getattr(torch, dtype)
-        self.vae = AutoencoderKLWan.from_pretrained(folder, subfolder="vae", torch_dtype=torch.float32)
-        self.text_encoder = UMT5EncoderModel.from_pretrained(folder / "text_encoder", dtype=torch_dtype)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder / "tokenizer")
-        self.image_encoder: CLIPVisionModel | None = None
-        if (folder / "image_encoder" / "config.json").is_file():
-            self.image_encoder = CLIPVisionModel.from_pretrained(folder / "image_encoder", dtype=torch_dtype)
-            if max_text_tokens != IMAGE_CONTEXT:
-                raise ConfigError(
-                    f"base.max_text_tokens: {max_text_tokens}, but diffusers' Wan with image tokens fixes "
-                    f"{IMAGE_CONTEXT} text tokens; set base.max_text_tokens={IMAGE_CONTEXT}"
-                )
+        self.vae = open_vae(folder, device)
+        self.text_encoder = open_text_encoder(folder, torch_dtype, device)
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer_folder(folder))
+        self.image_encoder = open_image_encoder(folder, torch_dtype, device)
+        if self.image_encoder is not None and max_text_tokens != IMAGE_CONTEXT:
+            raise ConfigError(
+                f"base.max_text_tokens: {max_text_tokens}, but diffusers' Wan with image tokens fixes "
+                f"{IMAGE_CONTEXT} text tokens; set base.max_text_tokens={IMAGE_CONTEXT}"
+            )
         self.max_text_tokens = max_text_tokens
         self.requires_grad_(False).eval()
         shape = (1, -1, 1, 1, 1)

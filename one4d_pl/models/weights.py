@@ -1,16 +1,18 @@
-"""The base transformer's weights, streamed: tensor by tensor into place, block by block, never two copies.
+"""The base's weights, streamed: tensor by tensor into place, never two copies; the transformer block by block.
 
 1. The module is built with empty (meta) parameters; its buffers are real.
-2. Each block's tensors are read from the safetensors files, cast, and put on the device.
-3. Where a `Partitioner` shards the model (ZeRO-3), it takes each block as soon as it is whole, so no process ever
-   holds more than its share and one block. Only one process reads then; the others receive.
+2. Each tensor is read from the files (diffusers' or Wan's own names), cast, and put on the device.
+3. Where a `Partitioner` shards the transformer (ZeRO-3), it takes each block as soon as it is whole, so no process
+   ever holds more than its share and one block. Only one process reads then; the others receive.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol
+from pickle import UnpicklingError
+from typing import Protocol, TypeVar
 
 import torch
 from accelerate import init_empty_weights
@@ -19,6 +21,10 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from one4d_pl.config import ConfigError
+from one4d_pl.models.base_files import is_original, transformer_config, weight_files
+from one4d_pl.models.original_names import Source, same_name, transformer_source
+
+Module = TypeVar("Module", bound=nn.Module)
 
 
 class Partitioner(Protocol):
@@ -31,74 +37,155 @@ class Partitioner(Protocol):
 
 
 class TensorFiles:
-    """The tensors of a folder of safetensors files by name; ConfigError names the file that cannot be read."""
+    """The tensors of some files by our names; ConfigError names the file that cannot be read.
 
-    def __init__(self, folder: Path) -> None:
-        self._files = {}
-        self._shapes: dict[str, list[int]] = {}
-        paths = sorted(folder.glob("*.safetensors"))
+    Args:
+        paths: .safetensors and .pth files; of the latter nothing but tensors is unpickled, and the file is mapped, not
+            read, so that its tensors cost no memory until they are used.
+        where: their folder, for messages.
+        source_of: from our name of a tensor to its place in the files.
+    """
+
+    def __init__(self, paths: Sequence[Path], where: Path, source_of: Callable[[str], Source] = same_name) -> None:
+        self.where, self.source_of = where, source_of
+        self._path: dict[str, Path] = {}
+        self._shape: dict[str, list[int]] = {}
+        self._read: dict[str, Callable[[str], Tensor]] = {}
         if not paths:
-            raise ConfigError(f"base.path: {folder} holds no .safetensors file")
+            raise ConfigError(f"base.path: {where} holds no weights (.safetensors, .pth)")
         for path in paths:
-            try:
-                file = safe_open(path, framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise ConfigError(f"{path}: cannot be read, it is damaged or cut short ({error})") from None
-            for name in file.keys():  # noqa: SIM118 (not a mapping)
-                self._files[name] = file
-                self._shapes[name] = file.get_slice(name).get_shape()
+            shapes, read = _open(path)
+            for key, shape in shapes.items():
+                self._path[key], self._shape[key], self._read[key] = path, shape, read
 
-    def refuse_other(self, expected: dict[str, torch.Size], folder: Path, unused: list[str] | None) -> None:
-        """ConfigError unless exactly these tensors are there, in these shapes; `unused` ones may be, too."""
-        found = {name for name in self._shapes if not any(part in name for part in unused or ())}
-        if differing := sorted(expected.keys() ^ found):
-            what = "is missing" if differing[0] in expected else "is unexpected"
-            raise ConfigError(f"{folder}: {len(differing)} tensors differ; {differing[0]} {what}")
+    def __contains__(self, key: str) -> bool:
+        return key in self._shape
+
+    def shape(self, key: str) -> list[int]:
+        """Of a tensor by its name in the files."""
+        if key not in self._shape:
+            raise ConfigError(f"{self._missing_from(key)}: {key} is missing")
+        return self._shape[key]
+
+    def count(self, pattern: str) -> int:
+        """Numbers i for which `pattern` with i for its # is there: 0, 1, 2, ..."""
+        i = 0
+        while pattern.replace("#", str(i)) in self._shape:
+            i += 1
+        return i
+
+    def refuse_other(self, expected: dict[str, torch.Size], unused: Sequence[str]) -> None:
+        """ConfigError unless exactly these tensors (our names) are there, in these shapes; `unused` ones may be, too.
+
+        The line names the file and the tensor by the file's own name for it.
+        """
+        sources = {name: self.source_of(name) for name in expected}
+        needed = {source.key for source in sources.values()}
+        found = {key for key in self._shape if key in needed or not any(part in key for part in unused)}
+        if differing := sorted(needed ^ found):
+            key = differing[0]
+            told = f"{key} is missing" if key in needed else f"{key} is unexpected"
+            more = f" ({len(differing)} tensors differ)" if len(differing) > 1 else ""
+            raise ConfigError(f"{self._path.get(key) or self._missing_from(key)}: {told}{more}")
         for name, shape in expected.items():
-            if list(shape) != self._shapes[name]:
-                raise ConfigError(f"{folder}: {name} is {self._shapes[name]}, config.json says {list(shape)}")
+            source = sources[name]
+            stored = self._shape[source.key]
+            if stored != [1] * source.leading + [source.parts * shape[0], *shape[1:]]:
+                raise ConfigError(f"{self._path[source.key]}: {source.key} is {stored}, {name} should be {list(shape)}")
 
     def read(self, name: str) -> Tensor:
-        return self._files[name].get_tensor(name)
+        """By our name; a tensor of the file's dtype that may lie in the mapped file."""
+        source = self.source_of(name)
+        tensor = self._read[source.key](source.key)
+        return tensor.flatten(0, source.leading).chunk(source.parts)[source.part]
+
+    def _missing_from(self, key: str) -> Path:
+        """The shard that the index promises the tensor in, or the only file, or the folder."""
+        for index in self.where.glob("*.index.json"):
+            if shard := json.loads(index.read_text()).get("weight_map", {}).get(key):
+                return self.where / shard
+        paths = set(self._path.values())
+        return paths.pop() if len(paths) == 1 else self.where
+
+
+def stream(
+    model: Module,  # with meta parameters
+    files: TensorFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    float32: Sequence[str] = (),  # parts of names that stay in float32
+    unused: Sequence[str] = (),  # parts of names in the files that the model does not have
+    blocks: nn.ModuleList | None = None,  # filled first, and each given to the partitioner
+    partitioner: Partitioner | None = None,
+) -> Module:
+    """Fill the model, frozen and in eval mode; ConfigError names the file and the tensor that does not fit."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    files.refuse_other({name: parameter.shape for name, parameter in model.named_parameters()}, unused)
+
+    def fill(module: nn.Module) -> None:
+        for inner, empty in list(module.named_parameters()):
+            if not empty.is_meta:
+                continue
+            path = names[id(empty)]
+            wanted = torch.float32 if any(part in path.split(".") for part in float32) else dtype
+            if partitioner is None or partitioner.reads:
+                tensor = files.read(path).to(device, wanted, copy=True)
+            else:
+                tensor = torch.empty(empty.shape, dtype=wanted, device=device)
+            owner, _, leaf = inner.rpartition(".")
+            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
+
+    for block in blocks or ():
+        fill(block)
+        if partitioner is not None:
+            partitioner.partition(block)
+    fill(model)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
+    return model.eval()
 
 
 def stream_transformer(
-    folder: Path,  # with config.json and the safetensors files, diffusers' names
+    folder: Path,  # of the base
     dtype: torch.dtype,  # but norms, time embedder and modulation, which diffusers keeps in float32
     device: torch.device,
     partitioner: Partitioner | None,
 ) -> WanTransformer3DModel:
     """The frozen base; ConfigError names what is damaged, missing or of another shape."""
-    try:
-        config = WanTransformer3DModel.load_config(folder)
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{folder}: no readable config.json ({error})") from None
+    config = transformer_config(folder)
     with init_empty_weights(include_buffers=False):
         model = WanTransformer3DModel.from_config(config)
-    files = TensorFiles(folder)
-    files.refuse_other(
-        {name: p.shape for name, p in model.named_parameters()}, folder, model._keys_to_ignore_on_load_unexpected
+    original = is_original(folder)
+    files = TensorFiles(
+        weight_files(folder, "transformer"),
+        folder if original else folder / "transformer",
+        transformer_source if original else same_name,
     )
-    kept = model._keep_in_fp32_modules or []
+    return stream(
+        model,
+        files,
+        dtype,
+        device,
+        float32=model._keep_in_fp32_modules or (),
+        unused=model._keys_to_ignore_on_load_unexpected or (),
+        blocks=model.blocks,
+        partitioner=partitioner,
+    )
 
-    def fill(module: nn.Module, prefix: str) -> None:
-        for name, empty in list(module.named_parameters()):
-            if not empty.is_meta:
-                continue
-            path = f"{prefix}{name}"
-            wanted = torch.float32 if any(part in path.split(".") for part in kept) else dtype
-            if partitioner is None or partitioner.reads:
-                tensor = files.read(path).to(device, wanted, copy=True)
-            else:
-                tensor = torch.empty(empty.shape, dtype=wanted, device=device)
-            owner, _, leaf = name.rpartition(".")
-            setattr(module.get_submodule(owner), leaf, nn.Parameter(tensor, requires_grad=False))
 
-    for i, block in enumerate(model.blocks):
-        fill(block, f"blocks.{i}.")
-        if partitioner is not None:
-            partitioner.partition(block)
-    fill(model, "")
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
-    return model.eval()
+def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
+    """Shapes of a file's tensors, and what reads one."""
+    try:
+        if path.suffix == ".safetensors":
+            file = safe_open(path, framework="pt")
+            names = list(file.keys())  # the file is no mapping
+            return {name: file.get_slice(name).get_shape() for name in names}, file.get_tensor
+        tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except UnpicklingError:
+        raise ConfigError(f"{path}: holds more than tensors, or is no file of torch; it is not opened") from None
+    except (OSError, EOFError, RuntimeError, SafetensorError) as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{path}: cannot be read, it is damaged or cut short ({first})") from None
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ConfigError(f"{path}: is no table of tensors by name")
+    return {name: list(tensor.shape) for name, tensor in tensors.items()}, tensors.__getitem__

@@ -48,8 +48,8 @@ class One4DModule(lightning.LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         device = torch.device("cpu") if strategy is None else strategy.root_device
         partitioner = strategy.partitioner() if isinstance(strategy, ZeroStrategy) else None
-        encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens)
-        self._encoders = (encoders.to(device),)
+        encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens, device)
+        self._encoders = (encoders.to(device),)  # its own constants
         base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
         self.transformer = One4DTransformer(base, config.dlc, config.train.seed)
         if config.train.activation_checkpointing:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import platform
 import shutil
@@ -87,7 +86,7 @@ def look(config: Config, place: Place, probe: Path) -> Report:
     report = Report(place.node, _versions())
     checks: list[Callable[[], None]] = [lambda: _check_gpus(config, place)]
     if place.local_rank == 0:
-        checks += [lambda: _check_shared(probe), lambda: _read_base(config, report)]
+        checks += [lambda: _check_shared(probe), lambda: _read_base(config, report), lambda: _check_memory(config)]
         sources = {source.path: source for source in [*config.data.sources, *config.data.val_sources]}
         checks += [lambda source=source: _read_sample(config, source, place) for source in sources.values()]  # type: ignore[misc]
     for check in checks:
@@ -116,10 +115,10 @@ def checkpoint_bytes(config: Config) -> int:
     import torch
     from diffusers import WanTransformer3DModel
 
-    from one4d_pl.models.base_files import resolve_base
+    from one4d_pl.models.base_files import resolve_base, transformer_config
     from one4d_pl.models.transformer import One4DTransformer
 
-    settings = WanTransformer3DModel.load_config(resolve_base(config.base.path), subfolder="transformer")
+    settings = transformer_config(resolve_base(config.base.path))
     with torch.device("meta"):
         model = One4DTransformer(WanTransformer3DModel.from_config(settings), config.dlc, seed=0)
     return BYTES_PER_TRAINABLE * sum(model.parameter_counts().values())
@@ -164,23 +163,39 @@ def _check_gpus(config: Config, place: Place) -> None:
         raise ConfigError(f"train.devices: {config.train.devices} processes per node, but {found} GPUs")
 
 
-def _read_base(config: Config, report: Report) -> None:
-    """Every file that the folder's own indices name, then its fingerprint."""
-    from one4d_pl.models.base_files import ENCODER_PARTS, fingerprint, resolve_base
+def _check_memory(config: Config) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        gpu = torch.cuda.get_device_properties(0)
+        refuse_too_large(config, gpu.name, gpu.total_memory)
+
+
+def refuse_too_large(config: Config, gpu: str, gpu_bytes: int) -> None:
+    """ConfigError if a training step's tensors and the CUDA context alone exceed the GPU's memory."""
+    from one4d_pl.costs.flops import TransformerShape
+    from one4d_pl.costs.memory import CUDA_CONTEXT, batch_of, layout_of, step_memory
+    from one4d_pl.models.base_files import IMAGE_TOKENS, encoder_sizes, resolve_base, transformer_config
 
     folder = resolve_base(config.base.path)
-    for part in ("transformer", *ENCODER_PARTS):
-        if part != "tokenizer" and (folder / part / "config.json").is_file():
-            named = [
-                json.loads(index.read_text())["weight_map"].values() for index in (folder / part).glob("*.index.json")
-            ]
-            missing = sorted({name for names in named for name in names if not (folder / part / name).is_file()})
-            if missing or not list((folder / part).glob("*.safetensors")):
-                raise ConfigError(
-                    f"base.path: {folder / part} lacks {missing[0] if missing else 'its safetensors'}; get it again"
-                )
-        elif part in ("transformer", "vae"):
-            raise ConfigError(f"base.path: {folder} has no {part}; get it again")
+    shape = TransformerShape.of(transformer_config(folder), config.dlc)
+    layout = layout_of(config, *encoder_sizes(folder))
+    memory = step_memory(shape, batch_of(config, IMAGE_TOKENS if shape.image_dim is not None else 0), layout)
+    needed = memory.tensors + CUDA_CONTEXT
+    if needed > gpu_bytes:
+        name, largest = max(memory.parts(), key=lambda part: part[1])
+        raise ConfigError(
+            f"train: a step needs {needed / 2**30:.1f} GiB of a GPU, {gpu} has {gpu_bytes / 2**30:.1f}; the largest "
+            f"part is {name}, {largest / 2**30:.1f} GiB; `python -m one4d_pl.plan` tells what fits"
+        )
+
+
+def _read_base(config: Config, report: Report) -> None:
+    """Every file that the base needs by its own indices, then its fingerprint."""
+    from one4d_pl.models.base_files import fingerprint, lacking, resolve_base
+
+    if missing := lacking(resolve_base(config.base.path)):
+        raise ConfigError(f"base.path: {missing}; get it again")
     report.base_fingerprint = fingerprint(config.base.path)
 
 

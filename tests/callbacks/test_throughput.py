@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from one4d_pl.callbacks import throughput
 from one4d_pl.callbacks.throughput import step_line
 from one4d_pl.config import Config
-from one4d_pl.costs import BatchShape, TransformerShape, training_flops
+from one4d_pl.costs.flops import BatchShape, TransformerShape, training_flops
 from one4d_pl.fit import fit
 from one4d_pl.models.wan import load_transformer
 

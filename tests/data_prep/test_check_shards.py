@@ -14,8 +14,10 @@ from PIL import Image
 from data_prep.check_shards import ClipCheck, check_clip, main
 from data_prep.geometry_checks import check_geometry
 from data_prep.write_shards import main as write_main
+from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet, write_shards
 from one4d_pl.data.toy_world import render_clip
+from one4d_pl.models.encoder_files import open_vae
 from one4d_pl.types import Clip
 
 CHEAP = ["--vae-clips", "0"]
@@ -93,11 +95,7 @@ def test_damaged_shards_are_told_and_tasks_share_the_work(clips, tmp_path, capsy
 
 
 def test_pointmaps_go_through_the_shipped_vae(clips):
-    from diffusers import AutoencoderKLWan
-
-    from data_prep.check_shards import SHIPPED_VAE
-
-    vae = AutoencoderKLWan.from_pretrained(SHIPPED_VAE, torch_dtype=torch.float32)
+    vae = open_vae(base_folder(EMBEDDED_BASE))
     assert check_clip(clips[0], vae).vae_error < 0.1
     assert math.isnan(check_clip(clips[0], None).vae_error)
 
@@ -123,7 +121,7 @@ def test_a_base_without_a_vae_is_refused_in_one_line_and_nothing_is_downloaded(c
     write_shards(clips[:1], tmp_path / "set", samples_per_shard=1)
     assert main([str(tmp_path / "set"), "--base", str(tmp_path / "nowhere")]) == 2
     error = capsys.readouterr().err
-    assert "nowhere/vae: no VAE there; --base takes a folder" in error and error.count("\n") == 1
+    assert "nowhere: no VAE there; --base takes a folder" in error and error.count("\n") == 1
 
 
 def test_another_question_is_not_answered_by_an_older_check(clips, tmp_path):

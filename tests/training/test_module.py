@@ -95,6 +95,21 @@ def test_image_tokens_reach_the_step(run_config, tiny_base):
     torch.testing.assert_close(losses(module, batch), losses(module, fresh), rtol=0, atol=1e-5)
 
 
+def test_a_step_without_frame_0_gets_zero_image_tokens_cached_or_not(run_config, tiny_base):
+    if not tiny_base.image_tokens:
+        pytest.skip("the base has no image tokens")
+    module = One4DModule(run_config(f"base.path={tiny_base.path}", "base.max_text_tokens=512"), adapters=None)
+    module.configure_model()
+    image, text = stream(module, range(2))
+    given = torch.zeros_like(image.frame_mask)
+    given[0] = True
+    samples = [replace(image, frame_mask=given), replace(text, frame_mask=torch.zeros_like(given))]
+    for batch in (collate(samples), collate([replace(s, encoded=None) for s in samples])):
+        _, _, tokens = module.encode(batch)
+        assert tokens is not None and tokens.shape[:2] == (2, 17)  # there, not absent
+        assert tokens[0].abs().max() > 0 and tokens[1].abs().max() == 0
+
+
 def test_sample_generates_scenes_of_the_batchs_size(module):
     batch = collate(stream(module, range(2)))
     scene = module.sample(batch)
