@@ -21,17 +21,31 @@ def solid_pixels(
     pointmap: Tensor,  # [T, H, W, 3], normalised
     depth: Tensor,  # [T, H, W], z in each frame's own camera; not finite or 0 = unknown
 ) -> Tensor:  # [T, H, W] bool
-    """Pixels that show a surface: no sky, and no flying point between a near and a far one.
+    """Pixels that show a surface: no sky, and no flying point between a near and a far one (`not_flying`)."""
+    return not_flying(~is_sky(pointmap), depth)
+
+
+def not_flying(
+    valid: Tensor,  # [T, H, W] bool, on a surface
+    depth: Tensor,  # [T, H, W], z in each frame's own camera; not finite or 0 = unknown
+) -> Tensor:  # [T, H, W] bool
+    """The valid pixels of known depth without flying points, which lie between a near and a far surface on neither.
 
     Disparity is linear along every plane, however slanted, so what bends it by more than `FLYING` is an edge.
     """
-    known = ~is_sky(pointmap) & depth.isfinite() & (depth > 0)
+    known = valid & depth.isfinite() & (depth > 0)
     disparity = torch.where(known, 1 / depth.clamp_min(1e-6), 0.0)
     flat = torch.nn.functional.pad(disparity[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     here = flat[:, 1:-1, 1:-1]
     bend_u = (flat[:, 1:-1, 2:] + flat[:, 1:-1, :-2] - 2 * here).abs()
     bend_v = (flat[:, 2:, 1:-1] + flat[:, :-2, 1:-1] - 2 * here).abs()
     return known & (torch.maximum(bend_u, bend_v) <= FLYING * here)
+
+
+def frustum_depth(depth: Tensor, valid: Tensor) -> float:  # [T, H, W] x 2
+    """How deep a drawn camera is, in the depth's unit: a tenth of the median distance."""
+    seen = depth[valid & depth.isfinite() & (depth > 0)]
+    return 0.1 * float(seen[:: max(1, len(seen) // 100_000)].median()) if len(seen) else 0.1
 
 
 def draw_points(
