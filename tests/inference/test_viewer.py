@@ -164,6 +164,7 @@ def test_a_browser_shows_the_viewer_and_time_changes_the_picture(scene, browser,
         assert changed > 1.0 and same < changed / 4
         assert not browser.errors
     finally:
+        browser.send("Page.navigate", url="about:blank")  # before its server goes
         live.close()
 
 
