@@ -108,7 +108,7 @@ class Stage:
             thickness=1.5,
             thickness_units="screen",
             color=_time_colours(scene.num_frames)[frame],
-            image=_shrunk(scene.frames[frame], THUMBNAIL),
+            image=_sized(scene.frames[frame], THUMBNAIL),
             wxyz=matrix_to_wxyz(scene.cam2world[frame, :3, :3]).numpy(),
             position=scene.cam2world[frame, :3, 3].numpy(),
             visible=visible,
@@ -150,8 +150,8 @@ class Viewer:
         self._size = gui.add_slider("point size", 0.1, 4.0, 0.1, 1.0, hint="1 = no gaps at the median distance")
         self._still = gui.add_checkbox("static background", False, hint="points of all frames that nothing contradicts")
         self._cameras = gui.add_dropdown("cameras", ("of this time", "all", "none"))
-        self._rgb = gui.add_image(_shrunk(scene.frames[0], PANEL), label="frame")
-        self._depth = gui.add_image(_shrunk(self._pictures[0], PANEL), label="depth (light = near)")
+        self._rgb = gui.add_image(_sized(scene.frames[0], PANEL), label="frame")
+        self._depth = gui.add_image(_sized(self._pictures[0], PANEL), label="depth (light = near)")
         cloud, size = self._stage.cloud(0, stride), self._stage.point_size(stride)
         self._cloud = _add_cloud(self._server, "/points", cloud, size, visible=True)
         self._stage.add_path(self._server, visible=True)
@@ -169,8 +169,7 @@ class Viewer:
         while True:
             time.sleep(1 / self._stage.scene.fps)
             if self._play.value:
-                self.time.value = (self.time.value + 1) % self._stage.scene.num_frames
-                self._draw()
+                self.time.value = (self.time.value + 1) % self._stage.scene.num_frames  # which draws
 
     def close(self) -> None:
         """Stop serving."""
@@ -191,8 +190,8 @@ class Viewer:
                 self._background.point_size = size
             for i, frustum in enumerate(self._frusta):
                 frustum.visible = self._cameras.value == "all" or (self._cameras.value != "none" and i == frame)
-            self._rgb.image = _shrunk(self._stage.scene.frames[frame], PANEL)
-            self._depth.image = _shrunk(self._pictures[frame], PANEL)
+            self._rgb.image = _sized(self._stage.scene.frames[frame], PANEL)
+            self._depth.image = _sized(self._pictures[frame], PANEL)
 
 
 def write_html(
@@ -274,7 +273,11 @@ def _time_colours(count: int) -> NDArray[np.uint8]:  # [T, 3]
     return to_bytes(near_to_far(torch.linspace(0.2, 0.8, count))).numpy()
 
 
-def _shrunk(picture: Tensor, side: int) -> NDArray[np.uint8]:  # [H, W, 3] uint8 -> [h, w, 3]
+def _sized(picture: Tensor, side: int) -> NDArray[np.uint8]:  # [H, W, 3] uint8 -> [h, w, 3]
+    """Shrunk to fit `side`, or enlarged by a whole number: small frames as the pixels that they are."""
     image = Image.fromarray(picture.numpy())
+    zoom = side // max(image.size)
+    if zoom > 1:
+        return np.asarray(image.resize((zoom * image.width, zoom * image.height), Image.Resampling.NEAREST))
     image.thumbnail((side, side))
     return np.asarray(image)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
+import signal
 import socket
+import subprocess
+import sys
 import time
+import urllib.request
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +21,7 @@ from PIL import Image
 
 from one4d_pl import view
 from one4d_pl.data.toy_world import render_clip
-from one4d_pl.geometry.camera import unproject
+from one4d_pl.geometry.camera import to_world, unproject
 from one4d_pl.geometry.se3 import se3_matrix, so3_exp
 from one4d_pl.inference import viewer
 from one4d_pl.inference.exports import shown_pixels
@@ -24,6 +29,7 @@ from one4d_pl.inference.point_cloud import static_pixels
 from one4d_pl.inference.scene import save_scene
 from tests.inference.toy_scene import SEED, exact_scene
 
+REPO = Path(__file__).parents[2]
 needs_viser = pytest.mark.skipif(importlib.util.find_spec("viser") is None, reason="needs viser: the `viz` extra")
 
 
@@ -47,6 +53,17 @@ def test_a_thing_that_leaves_is_seen_through_and_a_hidden_wall_stays():
     assert not bool(static_pixels(points, sky, sky, depth, intrinsics, cam2world)[thing].any())
     unknown = torch.zeros_like(valid)  # flying points all over: nothing is known, so nothing is contradicted
     assert bool(static_pixels(points, valid, unknown, depth, intrinsics, cam2world).all())
+
+
+@pytest.mark.parametrize("degrees", [70, 180])
+def test_what_another_frame_does_not_see_it_does_not_contradict(degrees):
+    intrinsics = torch.tensor([[40.0, 0, 16], [0, 40, 12], [0, 0, 1]]).double().expand(2, 3, 3)
+    turn = so3_exp(torch.tensor([[0.0, 0.0, 0.0], [0.0, math.radians(degrees), 0.0]]).double())
+    cam2world = se3_matrix(turn, torch.zeros(2, 3).double())
+    depth, valid = torch.full((2, 24, 32), 4.0), torch.ones(2, 24, 32, dtype=torch.bool)
+    depth[1] = 100.0  # far behind, but elsewhere
+    points = to_world(unproject(depth, intrinsics.float()), cam2world.float())
+    assert bool(static_pixels(points, valid, valid, depth, intrinsics, cam2world).all())
 
 
 def test_the_exact_world_is_static_where_nothing_moves(scene):
@@ -92,6 +109,9 @@ def test_the_file_takes_the_finest_stride_that_fits_and_says_it(scene, tmp_path,
     limit = size - 30_000
     tight = viewer.write_html(tmp_path / "tight.html", scene, False, limit)
     assert tight == 2 and (tmp_path / "tight.html").stat().st_size <= limit
+    with monkeypatch.context() as patch:
+        patch.setattr(viewer, "POINT_BYTES", 10_000)  # a far too careful guess is followed by what compression allows
+        assert viewer.write_html(tmp_path / "free.html", scene, False) == 1
     with pytest.raises(ValueError, match="100000 bytes do not hold"):
         viewer.write_html(tmp_path / "none.html", scene, False, 100_000)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["free.html", "tight.html"]
@@ -113,6 +133,21 @@ def test_the_door_says_in_one_line_what_is_missing(scene, tmp_path, capsys, monk
     with monkeypatch.context() as patch:
         patch.setattr(importlib.util, "find_spec", lambda name: None)
         refused([str(tmp_path / "scene")], "pip install 'one4d_pl[viz]'")
+
+
+@needs_viser
+def test_the_door_serves_until_it_is_interrupted(scene, tmp_path):
+    save_scene(tmp_path / "scene", scene)
+    command = [sys.executable, "-m", "one4d_pl.view", str(tmp_path / "scene"), "--port", "0"]
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as door:
+        try:
+            said = next(line for line in door.stderr if line.startswith("open "))
+            with urllib.request.urlopen(said.split()[1], timeout=30) as page:
+                assert b"<title>" in page.read()
+            door.send_signal(signal.SIGINT)
+            assert door.wait(30) == 0 and "Traceback" not in door.stderr.read()
+        finally:
+            door.kill()
 
 
 def see(browser, name, folder):  # -> the part of the page without panels and notices
