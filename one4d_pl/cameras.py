@@ -1,7 +1,8 @@
 """python -m one4d_pl.cameras POINTMAPS --out DIR: intrinsics, one camera per frame and depth from a pointmap video.
 
 POINTMAPS is a .npy of shape [T, H, W, 3], or a .npz with the array `pointmap` and, if you like, `valid` [T, H, W]
-(bool, or weights >= 0). Points may be in any frame and unit; what is not finite counts as no point.
+(bool, or weights >= 0), or a scene folder of `generate`. Points may be in any frame and unit; what is not finite
+counts as no point.
 
 DIR gets
   cameras.json   intrinsics (pixels, centres at +0.5) and cam2world (OpenCV axes) per frame, in the pointmap's frame
@@ -35,7 +36,7 @@ def main(arguments: list[str]) -> int:
         prog="python -m one4d_pl.cameras", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("pointmaps", type=Path, metavar="POINTMAPS", help=".npy or .npz, see above")
+    add("pointmaps", type=Path, metavar="POINTMAPS", help=".npy, .npz or a scene folder, see above")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write, made if need be")
     add("--focal", type=float, help="known focal length fx, pixels; default: solved for")
     add("--aspect", type=float, default=1.0, help="known fy / fx; default 1, square pixels")
@@ -52,14 +53,15 @@ def main(arguments: list[str]) -> int:
 
 def run(args: argparse.Namespace) -> None:
     """Recover and write; ConfigError names what is wrong with the input."""
-    if not args.pointmaps.is_file():
-        raise ConfigError(f"{args.pointmaps}: no such file, need a .npy or .npz of pointmaps [T, H, W, 3]")
+    source = args.pointmaps / "pointmap.npz" if args.pointmaps.is_dir() else args.pointmaps
+    if not source.is_file():
+        raise ConfigError(f"{source}: no such file, need a .npy or .npz of pointmaps [T, H, W, 3], or a scene folder")
 
     from one4d_pl.inference.predictions import Prediction, report_dict, write_prediction
     from one4d_pl.inference.scene_files import write_text
     from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 
-    pointmap, valid = read_pointmaps(args.pointmaps)
+    pointmap, valid = read_pointmaps(source)
     start = time.perf_counter()
     try:
         options = RecoverOptions(

@@ -17,6 +17,8 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
+SOLVERS = ("euler", "unipc")
+DEMO_ADAPTERS = Path(__file__).parent / "assets" / "demo_adapters"  # of the embedded base, trained on the toy world
 EMBEDDED_BASE = "embedded"  # base.path's word for the tiny Wan inside the package
 
 
@@ -124,11 +126,13 @@ class SamplerConfig:
     """How a trained model is sampled; the sigma shift is flow.shift."""
 
     steps: int = 50  # One4D, sec. 4.1
+    solver: str = "euler"  # or unipc, Wan's own: of higher order, for few steps
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     guidance_xyz: GuidanceConfig | None = None  # None = as rgb
 
     def __post_init__(self) -> None:
         _at_least("sampler.steps", self.steps, 1)
+        _one_of("sampler.solver", self.solver, SOLVERS)
 
 
 @dataclass

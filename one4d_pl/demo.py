@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from one4d_pl.config import Config, ConfigError, load_config
+from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("one4d_pl")
 
-ADAPTERS = Path(__file__).parent / "assets" / "demo_adapters"
 SEED = 0
 TRAINING_CLIPS = 256  # behind the mean pointmap and the median camera path
 SHOWN = 3  # scenes of each task that are drawn
@@ -38,7 +37,7 @@ def main(arguments: list[str]) -> int:
     """Parse and run; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m one4d_pl.demo", description=__doc__)
     parser.add_argument("--config", action="append", metavar="FILE", help="yaml; default: configs/demo.yaml")
-    parser.add_argument("--adapters", type=Path, default=ADAPTERS, help="adapter folder; default: the shipped one")
+    parser.add_argument("--adapters", type=Path, default=DEMO_ADAPTERS, help="adapter folder; default: the shipped one")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips to measure on (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. sampler.steps=20")

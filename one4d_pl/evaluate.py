@@ -23,14 +23,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from one4d_pl.config import Config, ConfigError, load_config
+from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config
 
 if TYPE_CHECKING:
     from one4d_pl.evaluation.run import Request
 
 log = logging.getLogger("one4d_pl")
 
-DEMO_ADAPTERS = Path(__file__).parent / "assets" / "demo_adapters"
 DEMO_CONFIG = Path("configs/demo.yaml")
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from one4d_pl import demo
-from one4d_pl.config import load_config
+from one4d_pl.config import DEMO_ADAPTERS, load_config
 from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit
 from one4d_pl.inference.pipeline import One4DPipeline
@@ -22,7 +22,7 @@ CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 @pytest.fixture(scope="module")
 def quality() -> FitQuality:
     config = load_config([str(CONFIG)], [])
-    pipeline, base = One4DPipeline.open(config, demo.ADAPTERS), One4DPipeline.open(config, None)
+    pipeline, base = One4DPipeline.open(config, DEMO_ADAPTERS), One4DPipeline.open(config, None)
     first = config.data.toy.seed + VAL_SEED_OFFSET
     clips = demo._render(config, range(first, first + 8), "held-out clips")
     training = demo._render(config, range(config.data.toy.seed, config.data.toy.seed + 32), "training clips")

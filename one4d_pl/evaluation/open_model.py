@@ -22,15 +22,8 @@ def open_encoders(config: Config, device: torch.device) -> WanEncoders:
 def open_pipeline(config: Config, adapters: Path, device: torch.device) -> tuple[One4DPipeline, AdapterCard]:
     """The base with an adapter. Its shape and sigma shift are the card's: the config says only where the base lies."""
     card = AdapterCard.read(adapters)
-    dlc = replace(
-        config.dlc,
-        rank=card.rank,
-        lora_scale=card.lora_scale,
-        num_links=len(card.link_blocks),
-        link_blocks=card.link_blocks,
-        xyz_patch_embedding=card.xyz_patch_embedding,
-    )
-    pipeline = One4DPipeline.open(replace(config, dlc=dlc, flow=replace(config.flow, shift=card.shift)), adapters)
+    flow = replace(config.flow, shift=card.shift)
+    pipeline = One4DPipeline.open(replace(config, dlc=card.dlc, flow=flow), adapters)
     pipeline.transformer.to(device).eval().requires_grad_(False)
     pipeline.encoders.to(device)
     return pipeline, card

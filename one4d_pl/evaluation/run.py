@@ -19,8 +19,6 @@ from one4d_pl.evaluation.predict import (
     PredictOptions,
     ceiling_sequence,
     predict_sequence,
-    with_guidance,
-    with_steps,
 )
 from one4d_pl.evaluation.protocols import Protocol
 from one4d_pl.evaluation.score import SequenceScore, score_benchmark
@@ -149,9 +147,9 @@ def _variants(
             if request.sweep == "sparsity":
                 yield label, pipeline, replace(options, sparsity=value)
             elif request.sweep == "guidance":
-                yield label, with_guidance(pipeline, value), options
+                yield label, pipeline.with_settings(guidance=value), options
             else:
-                yield label, with_steps(pipeline, int(value)), options
+                yield label, pipeline.with_settings(steps=int(value)), options
 
 
 def _fill_folder(row: _Stored, sequences: list[EvalSequence], predict: Callable[[EvalSequence, Path], None]) -> None:

@@ -11,12 +11,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from one4d_pl.evaluation.predict import PredictOptions, draw_noise
+from one4d_pl.inference.media import load_image, to_network
 from one4d_pl.inference.panels import to_bytes
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.inference.scene_files import save_video
@@ -65,28 +64,20 @@ def generate_videos(
     """Image to 4D for every prompt, five samples each; videos that are there already are kept."""
     encoders = pipeline.encoders
     for entry in progress(prompts):
-        picture = read_picture(entry.image)
+        picture = load_image(entry.image)[None]
         framing = options.framing((picture.shape[1], picture.shape[2]))
         placed, _ = framing.place_frames(picture, torch.eye(3)[None])
-        frame = placed.permute(3, 0, 1, 2).float() / 127.5 - 1  # [3, 1, h, w]
-        clip = frame.expand(-1, options.num_frames, -1, -1).to(encoders.latents_mean.device)
+        frame = to_network(placed)  # [3, 1, h, w]
+        clip = frame.expand(-1, options.num_frames, -1, -1).to(pipeline.device)
         given = torch.zeros(1, options.num_frames, dtype=torch.bool, device=clip.device)
         given[:, 0] = True
         for index in range(SAMPLES):
             if (folder / video_name(entry.prompt, index)).is_file():
                 continue
-            noise = draw_noise(encoders, clip, entry.prompt, index, options.seed)
+            shape = (2, *encoders.latent_shape(*clip.shape[1:]))
+            noise = draw_noise(shape, entry.prompt, index, options.seed).to(clip.device)
             scene = pipeline.sample([entry.prompt], clip[None], given, noise)
             write_video(folder, entry.prompt, index, framing.cut(scene.frames[0].cpu()), fps)
-
-
-def read_picture(path: Path) -> Tensor:  # [1, H, W, 3] uint8
-    """An image file; ValueError names a broken one."""
-    try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB")))[None]
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error})") from None
 
 
 def write_video(

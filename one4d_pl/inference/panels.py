@@ -34,10 +34,25 @@ def scene_panel(
         distance_colours(points, near, far),
         distance_colours(true_points, near, far),
     ]
-    chosen = torch.linspace(0, frames.shape[1] - 1, COLUMNS).round().long()
+    return panel(rows, zoom)
+
+
+def panel(rows: list[Tensor], zoom: int = 1) -> Tensor:  # [T, H, W, 3] in [0, 1] each -> [h, w, 3] uint8
+    """One row of pictures per video: the first frame, the last, and some evenly between."""
+    num_frames = len(rows[0])
+    chosen = torch.linspace(0, num_frames - 1, min(COLUMNS, num_frames)).round().long()
     gap = [0, 0, 0, GAP, 0, GAP]
     pictures = [torch.cat([pad(frame, gap, value=1.0) for frame in enlarge(row[chosen], zoom)], dim=1) for row in rows]
     return to_bytes(torch.cat(pictures))
+
+
+def pointmap_colours(points: Tensor, valid: Tensor) -> Tensor:  # [T, H, W, 3], [T, H, W] bool -> [T, H, W, 3] in [0, 1]
+    """x, y, z as red, green, blue; mid-grey is the first camera's place, the range holds 98 % of the surfaces."""
+    reach = points.abs().amax(-1)[valid].float()
+    if len(reach) == 0:
+        return torch.full_like(points, 0.5)
+    some = reach[:: max(1, len(reach) // 100_000)]
+    return ((points / torch.quantile(some, 0.98).clamp_min(1e-6) + 1) / 2).clamp(0, 1)
 
 
 def enlarge(pictures: Tensor, zoom: int) -> Tensor:  # [T, H, W, 3] -> [T, zoom H, zoom W, 3]

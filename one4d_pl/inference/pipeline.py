@@ -1,21 +1,52 @@
-"""The only sampler: prompts and given frames in, RGB frames and pointmaps out."""
+"""The only sampler: a prompt and given frames in, RGB frames and pointmaps out.
+
+`One4DPipeline.from_pretrained(base, adapters)` opens it in the manner of a diffusers pipeline, and calling it makes a
+scene of any length. Training and evaluation use the batched `sample` below it.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
-from torch import Tensor
+from PIL import Image
+from torch import Tensor, nn
 
-from one4d_pl.config import Config, SamplerConfig
+from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, GuidanceConfig, SamplerConfig
 from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
-from one4d_pl.models.adapters import load_adapters
+from one4d_pl.geometry.camera import resize_crop_plan
+from one4d_pl.inference.framing import Framing, Placement, frame_images
+from one4d_pl.inference.long_video import generate_video, joined_frames, recover_video
+from one4d_pl.inference.media import load_image, to_network, to_size
+from one4d_pl.inference.panels import to_bytes
+from one4d_pl.inference.predictions import report_dict
+from one4d_pl.inference.scene import Scene
+from one4d_pl.models.adapters import AdapterCard, load_adapters, model_card, save_adapters
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
+from one4d_pl.postopt.recover import RecoverOptions
+from one4d_pl.postopt.windows import plan_windows
+from one4d_pl.types import MODALITIES
+
+Progress = Callable[[int, int], None]  # (finished steps, all steps)
+Picture = Image.Image | Path | str | Tensor | np.ndarray  # an array is [H, W, 3] uint8
+
+FPS = 16.0  # Wan's own
+OVERLAP = 5  # frames that neighbouring windows share: one latent frame and the first
+
+
+class RequestError(ValueError):
+    """What was asked of the pipeline cannot be made; one line that names the argument."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +66,11 @@ class GuidedText:
     scale_rgb: Tensor  # [B]
     scale_xyz: Tensor  # [B]
 
+    @property
+    def is_off(self) -> bool:
+        """Whether the unconditional branch has no say."""
+        return bool((self.scale_rgb == 1).all() and (self.scale_xyz == 1).all())
+
 
 class One4DPipeline:
     """Sample 4D scenes from an adapted Wan.
@@ -42,9 +78,10 @@ class One4DPipeline:
     Args:
         transformer: base plus adapter.
         encoders: the base's VAE, text and image encoder.
-        config: steps and guidance.
+        config: steps, solver and guidance.
         shift: sigma shift, the one the adapter was trained with.
         negative_prompt: of the unconditional branch.
+        card: of the adapter; None = untrained, or still in training. Calling and saving the pipeline need it.
     """
 
     def __init__(
@@ -54,9 +91,31 @@ class One4DPipeline:
         config: SamplerConfig,
         shift: float,
         negative_prompt: str,
+        card: AdapterCard | None = None,
     ) -> None:
         self.transformer, self.encoders, self.config = transformer, encoders, config
-        self.shift, self.negative_prompt = shift, negative_prompt
+        self.shift, self.negative_prompt, self.card = shift, negative_prompt, card
+        self.two_calls = False  # guidance in two calls instead of one of twice the batch: less memory
+        self.offload = False  # encoders lie on the CPU and visit the device when they are needed
+
+    @staticmethod
+    def from_pretrained(
+        base: str | None = None,  # folder or hub id in the local cache; None = the adapter's own
+        adapters: Path | str = DEMO_ADAPTERS,
+        dtype: str = "float32",  # of the frozen transformer and text encoder; bfloat16 also runs under autocast
+        device: torch.device | str = "cpu",
+    ) -> One4DPipeline:
+        """A base with an adapter, sampled the way its card says. ConfigError where they do not belong together."""
+        folder = Path(adapters)
+        card = AdapterCard.read(folder)
+        path = base or card.base_path
+        encoders = WanEncoders(path, dtype, card.max_text_tokens)
+        transformer = One4DTransformer(load_transformer(path, dtype, torch.device(device)), card.dlc, seed=0)
+        load_adapters(transformer, folder, fingerprint(path))
+        transformer.eval().requires_grad_(False)
+        return One4DPipeline(
+            transformer, encoders.to(device), card.sampler_config, card.shift, card.negative_prompt, card
+        )
 
     @staticmethod
     def open(config: Config, adapters: Path | None) -> One4DPipeline:
@@ -67,9 +126,203 @@ class One4DPipeline:
         base = config.base
         encoders = WanEncoders(base.path, base.dtype, base.max_text_tokens)
         transformer = One4DTransformer(load_transformer(base.path, base.dtype), config.dlc, config.train.seed)
-        if adapters is not None:
-            load_adapters(transformer, adapters, fingerprint(base.path))
-        return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, base.negative_prompt)
+        card = None if adapters is None else load_adapters(transformer, adapters, fingerprint(base.path))
+        return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, base.negative_prompt, card)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs; offloaded encoders lie elsewhere between their uses."""
+        return self.encoders.latents_mean.device
+
+    def __call__(
+        self,
+        prompt: str = "",
+        frames: Mapping[int, Picture] | None = None,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | None = None,
+        generator: torch.Generator | None = None,
+        fps: float = FPS,
+        zooms: bool = False,
+        on_step: Progress = lambda done, total: None,
+    ) -> Scene:
+        """Make one 4D scene: text to 4D without frames, image to 4D with frame 0, and so on up to a whole video.
+
+        Args:
+            prompt: what the scene shows; may be empty where frames are given.
+            frames: index -> picture of the given frames, frame 0 among them. All are covered by and cropped to the
+                scene's size.
+            num_frames: any number; default: the adapter's own. What exceeds it runs in overlapping windows, what is
+                not 4k+1 is filled by repeating the last given frame and cut again.
+            height: of the scene, pixels, with `width` a multiple of what the base takes (16 for Wan). Default: as many
+                pixels as the adapter was trained with, in the shape of the first picture.
+            width: see height.
+            steps: of the solver; default: the card's.
+            guidance_scale: of text, for both branches; 1 = off. Default: the card's, by task.
+            negative_prompt: default: the card's.
+            generator: of the noise, on the CPU; first frames, then pointmaps, window by window.
+            fps: frames per second of the result.
+            zooms: solve for one focal length per frame.
+            on_step: called with the finished steps and all steps, over all windows.
+
+        Raises RequestError naming the argument that is wrong.
+        """
+        pipeline = self.with_settings(steps, guidance_scale, negative_prompt)
+        given = dict(sorted((frames or {}).items()))
+        count = self._num_frames(num_frames, given)
+        pictures = {index: _pixels(picture) for index, picture in given.items()}
+        first = next(iter(pictures.values()), None)
+        framing = self.framing(None if first is None else tuple(first.shape[:2]), height, width)
+        placed = torch.zeros(count, framing.height, framing.width, 3, dtype=torch.uint8)
+        frame_mask = torch.zeros(count, dtype=torch.bool)
+        for index, pixels in pictures.items():
+            placed[index] = to_size(pixels[None], framing.height, framing.width)[0]
+            frame_mask[index] = True
+        placement = framing.placement if given else None
+        return pipeline.make_scene(prompt, placed, frame_mask, placement, generator, fps, zooms, on_step)
+
+    def make_scene(
+        self,
+        prompt: str,
+        frames: Tensor,  # [T, h, w, 3] uint8, as large as the scene; hidden frames are never read
+        frame_mask: Tensor,  # [T] bool, 1 = given
+        placement: Placement | None,  # of the frames on the pictures they come from
+        generator: torch.Generator | None,
+        fps: float,
+        zooms: bool,
+        on_step: Progress = lambda done, total: None,
+    ) -> Scene:
+        """One scene from frames that are framed already."""
+        card = self._card()
+        windows = plan_windows(len(frames), card.num_frames, min(OVERLAP, card.num_frames - 1))
+        done, total = 0, len(windows) * self.config.steps
+
+        def count_step(step: int) -> None:
+            nonlocal done
+            done += 1
+            on_step(done, total)
+
+        def draw_noise(window: int, shape: tuple[int, ...]) -> Tensor:
+            # two draws: a plain Wan pipeline with the same generator starts from the same frames
+            return torch.cat([torch.randn(1, *shape[1:], generator=generator) for _ in MODALITIES])
+
+        with self._precision():
+            video = generate_video(self, prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)
+        joined = recover_video(windows, video.points, RecoverOptions(shared_focal=not zooms))
+        recovered = joined.joined.scene
+        return Scene(
+            frames=to_bytes((joined_frames(video) + 1) / 2),
+            pointmap=joined.pointmap,
+            valid=joined.valid,
+            depth=recovered.depth,
+            intrinsics=recovered.intrinsics.double(),
+            cam2world=recovered.cam2world,
+            fps=fps,
+            prompt=prompt,
+            given=tuple(frame_mask.nonzero()[:, 0].tolist()),
+            placement=placement,
+            flags=joined.flags,
+            report=report_dict(recovered.report),
+            made={
+                "task": task_of(frame_mask),
+                "sampler": asdict(self.config),
+                "shift": self.shift,
+                "negative_prompt": self.negative_prompt,
+                "base": card.base_fingerprint,
+                "adapter_step": card.step,
+                "windows": [[window.start, window.stop] for window in windows],
+            },
+        )
+
+    def with_settings(
+        self,
+        steps: int | None = None,
+        guidance: float | None = None,  # of both branches and every task
+        negative_prompt: str | None = None,
+        solver: str | None = None,  # one of config.SOLVERS
+    ) -> One4DPipeline:
+        """The same model at other settings; None keeps what there is. RequestError names a wrong one."""
+        config = self.config
+        if guidance is not None:
+            if not 0 <= guidance < math.inf:
+                raise RequestError(f"guidance: {guidance}, need 0 or more; 1 = off")
+            same = GuidanceConfig(guidance, guidance, guidance, guidance)
+            config = replace(config, guidance=same, guidance_xyz=None)
+        try:
+            config = replace(config, steps=steps or config.steps, solver=solver or config.solver)
+        except ConfigError as error:
+            raise RequestError(str(error)) from None
+        negative = self.negative_prompt if negative_prompt is None else negative_prompt
+        changed = One4DPipeline(self.transformer, self.encoders, config, self.shift, negative, self.card)
+        changed.two_calls, changed.offload = self.two_calls, self.offload
+        return changed
+
+    def framing(
+        self,
+        picture: tuple[int, int] | None,  # height, width of the first given picture
+        height: int | None = None,  # of the scene; None with width: as many pixels as in training, in its shape
+        width: int | None = None,
+    ) -> Framing:
+        """The scene's size, and where it lies on the picture."""
+        card = self._card()
+        if (height is None) != (width is None):
+            raise RequestError("height, width: give both or none")
+        from_height, from_width = picture or (height or card.height, width or card.width)
+        if height is None or width is None:
+            return frame_images(from_height, from_width, card.height, card.width, "no_squash")
+        patch = self.transformer.base.config.patch_size
+        for name, value, side in (("height", height, patch[1]), ("width", width, patch[2])):
+            unit = self.encoders.spatial_factor * side
+            if value < unit or value % unit:
+                raise RequestError(f"{name}: {value}, need a multiple of {unit} (VAE times patch of this base)")
+        plan = resize_crop_plan(from_height, from_width, height, width)
+        return Framing(height, width, height, width, Placement(plan.scale, plan.top, plan.left))
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the adapter, its card and a hub model card into a new folder, which appears whole or not at all."""
+        target = Path(folder)
+        if target.exists():
+            raise RequestError(f"save_pretrained: {target} exists; name a new folder")
+        staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        staging.mkdir(parents=True)
+        try:
+            save_adapters(self.transformer, staging, self._card())
+            (staging / "README.md").write_text(model_card(self._card()), encoding="utf-8")
+            staging.rename(target)
+        finally:
+            shutil.rmtree(staging, ignore_errors=True)
+
+    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
+        """Upload what `save_pretrained` writes as a model repository, made if need be; returns the commit's address."""
+        from huggingface_hub import HfApi
+
+        api = HfApi(token=token)
+        with TemporaryDirectory() as parent:
+            folder = Path(parent) / "adapters"
+            self.save_pretrained(folder)
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload One4D adapters"))
+
+    def enable_encoder_offload(self) -> None:
+        """Keep text encoder, image encoder and VAE on the CPU; each visits the device while it works."""
+        self.offload = True
+        for encoder in self._encoder_modules():
+            encoder.to("cpu")
+
+    def enable_vae_tiling(self) -> None:
+        """Encode and decode in overlapping tiles, blended: less memory, seams of a few thousandths."""
+        self.encoders.vae.enable_tiling()
+
+    def enable_guidance_in_two_calls(self) -> None:
+        """Ask the base with the prompt and without it one after the other: half the activations, the same result."""
+        self.two_calls = True
+
+    def compile_blocks(self) -> None:
+        """torch.compile of the transformer's blocks, which are all alike: compiled once, used by all."""
+        self.transformer.base.compile_repeated_blocks()
 
     @torch.no_grad()
     def sample(
@@ -80,20 +333,26 @@ class One4DPipeline:
         noise: Tensor,  # [2B, C, t, h, w], rgb first
         on_step: Callable[[int], None] = lambda step: None,
     ) -> GeneratedScene:
-        """Generate; guidance follows each sample's task (none, first, some or all frames given)."""
+        """Generate a batch; guidance follows each sample's task (none, first, some or all frames given)."""
         encoders = self.encoders
-        condition = encode_condition(encoders.encode, frames, frame_mask, encoders.temporal_factor)
-        image_embeds = encode_first_frame(encoders, frames, frame_mask)
-        text = self.guided_text(prompts, frame_mask)
+        with self._at_work(encoders.vae):
+            condition = encode_condition(encoders.encode, frames, frame_mask, encoders.temporal_factor)
+        with self._at_work(encoders.image_encoder):
+            image_embeds = encode_first_frame(encoders, frames, frame_mask)
+        with self._at_work(encoders.text_encoder):
+            text = self.guided_text(prompts, frame_mask)
+        velocity = guided_velocity_in_two_calls if self.two_calls else guided_velocity
         latents = integrate(
-            lambda noisy, sigma: guided_velocity(self.transformer, noisy, condition, sigma, text, image_embeds),
+            lambda noisy, sigma: velocity(self.transformer, noisy, condition, sigma, text, image_embeds),
             noise,
             self.config.steps,
             self.shift,
+            self.config.solver,
             on_step,
         )
         rgb, xyz = latents.chunk(2)
-        return GeneratedScene(encoders.decode(rgb), encoders.decode(xyz))
+        with self._at_work(encoders.vae):
+            return GeneratedScene(encoders.decode(rgb), encoders.decode(xyz))
 
     def guided_text(self, prompts: list[str], frame_mask: Tensor) -> GuidedText:
         """Embed prompts and negative prompt, and look up each sample's guidance by its task."""
@@ -106,6 +365,46 @@ class One4DPipeline:
             scale_rgb=embeds.new_tensor([self.config.guidance.of(task) for task in tasks]),
             scale_xyz=embeds.new_tensor([xyz.of(task) for task in tasks]),
         )
+
+    def _card(self) -> AdapterCard:
+        if self.card is None:
+            raise RequestError("One4DPipeline: no adapter is loaded; open it with from_pretrained(base, adapters)")
+        return self.card
+
+    def _num_frames(self, asked: int | None, given: Mapping[int, Picture]) -> int:
+        count = max(self._card().num_frames, max(given, default=-1) + 1) if asked is None else asked
+        if count < 1:
+            raise RequestError(f"num_frames: {count}, need 1 or more")
+        if given and (min(given) < 0 or max(given) >= count):
+            wrong = min(given) if min(given) < 0 else max(given)
+            raise RequestError(f"frames: index {wrong} is not one of the scene's {count} frames, 0 to {count - 1}")
+        if given and 0 not in given:
+            raise RequestError(
+                f"frames: frame 0 is hidden, but it defines the scene's world (first given: {min(given)}); "
+                "give frame 0, or count from the first frame you have"
+            )
+        return count
+
+    def _precision(self) -> AbstractContextManager[None]:
+        """A base in bfloat16 runs under autocast: the adapter's own weights are float32."""
+        bfloat16 = self.transformer.base.proj_out.weight.dtype == torch.bfloat16
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
+
+    def _encoder_modules(self) -> list[nn.Module]:
+        modules = (self.encoders.vae, self.encoders.text_encoder, self.encoders.image_encoder)
+        return [module for module in modules if module is not None]
+
+    @contextmanager
+    def _at_work(self, module: nn.Module | None) -> Iterator[None]:
+        """Where encoders are offloaded: on the device inside, on the CPU outside."""
+        if module is None or not self.offload:
+            yield
+            return
+        module.to(self.device)
+        try:
+            yield
+        finally:
+            module.to("cpu")
 
 
 def encode_first_frame(
@@ -120,6 +419,17 @@ def encode_first_frame(
     return torch.where(frame_mask[:, :1, None], image_embeds, 0.0)
 
 
+def _pixels(picture: Picture) -> Tensor:  # [H, W, 3] uint8
+    if isinstance(picture, (str, Path)):
+        return load_image(Path(picture))
+    if isinstance(picture, Image.Image):
+        return torch.from_numpy(np.array(picture.convert("RGB")))
+    pixels = torch.as_tensor(picture)
+    if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
+        raise RequestError(f"frames: {pixels.dtype} {list(pixels.shape)}, need uint8 [H, W, 3]")
+    return pixels
+
+
 def guided_velocity(
     transformer: One4DTransformer,
     noisy_latents: Tensor,  # [2B, C, t, h, w], rgb first
@@ -129,7 +439,7 @@ def guided_velocity(
     image_embeds: Tensor | None,  # [B, N, D]
 ) -> Tensor:  # [2B, C, t, h, w]
     """Classifier-free guidance on text alone: given frames and image tokens stay in both passes."""
-    if bool((text.scale_rgb == 1).all() and (text.scale_xyz == 1).all()):
+    if text.is_off:
         return transformer(noisy_latents, condition, sigma, text.prompt_embeds, image_embeds)
     # [rgb_cond, rgb_uncond, xyz_cond, xyz_uncond]: the usual cat(cond, uncond) would send xyz through the rgb LoRA
     rgb, xyz = noisy_latents.chunk(2)
@@ -146,3 +456,21 @@ def guided_velocity(
     return torch.cat(
         [rgb_uncond + scale_rgb * (rgb_cond - rgb_uncond), xyz_uncond + scale_xyz * (xyz_cond - xyz_uncond)]
     )
+
+
+def guided_velocity_in_two_calls(
+    transformer: One4DTransformer,
+    noisy_latents: Tensor,  # [2B, C, t, h, w], rgb first
+    condition: Tensor,  # [B, 4 + C, t, h, w]
+    sigma: Tensor,  # [2B]
+    text: GuidedText,
+    image_embeds: Tensor | None,  # [B, N, D]
+) -> Tensor:  # [2B, C, t, h, w]
+    """`guided_velocity` with half the batch at a time."""
+    inputs = (noisy_latents, condition, sigma)
+    conditional = transformer(*inputs, text.prompt_embeds, image_embeds)
+    if text.is_off:
+        return conditional
+    unconditional = transformer(*inputs, text.negative_embeds, image_embeds)
+    scale = torch.cat([text.scale_rgb, text.scale_xyz]).view(-1, 1, 1, 1, 1)
+    return unconditional + scale * (conditional - unconditional)

@@ -90,6 +90,9 @@ def open_scene(folder: Path) -> Scene:
         raise SceneError(f"{folder}: no such folder; need a scene that `python -m one4d_pl.generate` wrote")
     if not is_scene(folder):
         raise SceneError(f"{folder}: no scene.json; not a scene, or its writer was cut short")
+    for name in ("cameras.json", "depth.npy", "pointmap.npz"):
+        if not (folder / name).is_file():
+            raise SceneError(f"{folder / name}: missing")
     about = _about(folder / "scene.json")
     try:
         prediction = read_prediction(folder)
@@ -99,7 +102,7 @@ def open_scene(folder: Path) -> Scene:
     frames = _frames(folder / FRAMES)
     size = tuple(pointmap.shape[:3])
     if prediction.depth is None or prediction.cam2world is None or prediction.intrinsics is None:
-        raise SceneError(f"{folder}: depth.npy or a camera of cameras.json is missing")
+        raise SceneError(f"{folder / 'cameras.json'}: a camera is missing")
     for name, tensor in (("frames", frames), ("depth.npy", prediction.depth)):
         if tuple(tensor.shape[:3]) != size:
             raise SceneError(f"{folder / name}: {list(tensor.shape[:3])}, but pointmap.npz has {list(size)}")

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from one4d_pl.config import ConfigError
+from one4d_pl.config import ConfigError, DLCConfig, GuidanceConfig, SamplerConfig
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.types import MODALITIES
 
@@ -39,7 +39,32 @@ class AdapterCard:
     tasks: list[str]  # trained on
     shift: float  # sigma shift in training
     step: int
+    num_frames: int  # of the training clips, as height and width
+    height: int
+    width: int
+    max_text_tokens: int
+    negative_prompt: str
+    sampler: dict[str, object]  # steps, solver and guidance of the training's samples: config.SamplerConfig
     data_sources: list[dict[str, str]]  # name and licence tag of each
+
+    @property
+    def dlc(self) -> DLCConfig:
+        """The adapter's shape."""
+        return DLCConfig(
+            self.rank, self.lora_scale, len(self.link_blocks), list(self.link_blocks), self.xyz_patch_embedding
+        )
+
+    @property
+    def sampler_config(self) -> SamplerConfig:
+        """How the training sampled; ConfigError where the card holds something else."""
+        try:
+            guidance, xyz = (
+                None if self.sampler[key] is None else GuidanceConfig(**self.sampler[key])  # type: ignore[arg-type]
+                for key in ("guidance", "guidance_xyz")
+            )
+            return SamplerConfig(self.sampler["steps"], self.sampler["solver"], guidance, xyz)  # type: ignore[arg-type]
+        except (KeyError, TypeError) as error:
+            raise ConfigError(f"{CARD}: sampler: {error}") from None
 
     @staticmethod
     def read(folder: Path) -> AdapterCard:
@@ -132,3 +157,33 @@ def load_adapters(transformer: One4DTransformer, folder: Path, base_fingerprint:
                     )
                 tensor.copy_(stored[name])
     return card
+
+
+def model_card(card: AdapterCard) -> str:
+    """The README of an adapter on the hub: what it adapts, how it was trained, how it is opened."""
+    licences = sorted({source["licence"] for source in card.data_sources})
+    sources = "\n".join(
+        f"- {source['source']} ({source['domain']}): {source['licence']}" for source in card.data_sources
+    )
+    return f"""---
+library_name: one4d_pl
+base_model: {card.base_path}
+tags: [one4d, 4d, video, pointmap, lora]
+---
+# One4D adapters (Decoupled LoRA Control, arXiv 2511.18922)
+
+Rank {card.rank}, alpha {card.rank * card.lora_scale:g}, control links after blocks {card.link_blocks},
+{card.step} steps, clips of {card.num_frames} frames of {card.height}x{card.width}; tasks: {", ".join(card.tasks)}.
+Base: {card.base_path} (fingerprint {card.base_fingerprint[:12]}).
+
+```python
+from one4d_pl.inference.pipeline import One4DPipeline
+
+pipe = One4DPipeline.from_pretrained("{card.base_path}", adapters="FOLDER")
+scene = pipe("a prompt", frames={{0: "first.png"}})
+```
+
+Training data and its licences ({", ".join(licences) or "none stated"}):
+
+{sources or "- none stated"}
+"""

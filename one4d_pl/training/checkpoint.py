@@ -20,7 +20,7 @@ import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -288,6 +288,12 @@ def _card(module: One4DModule, step: int, data_sources: list[dict[str, str]]) ->
         tasks=[task for task, prob in zip(TASKS, probs, strict=True) if prob > 0],
         shift=config.flow.shift,
         step=step,
+        num_frames=config.data.num_frames,
+        height=config.data.height,
+        width=config.data.width,
+        max_text_tokens=config.base.max_text_tokens,
+        negative_prompt=config.base.negative_prompt,
+        sampler=asdict(config.sampler),
         data_sources=data_sources,
     )
 

@@ -6,6 +6,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import av
@@ -15,13 +16,14 @@ import torch
 from PIL import Image
 
 from one4d_pl import cameras, evaluate
-from one4d_pl.config import DLCConfig, load_config, to_yaml
+from one4d_pl.config import DLCConfig, SamplerConfig, load_config, to_yaml
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation import benchmarks, predict
 from one4d_pl.evaluation.benchmarks import open_benchmark
 from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.vbench import read_i2v_prompts, video_name
 from one4d_pl.geometry.pointmap import depth_to_pointmap
+from one4d_pl.inference.long_video import fill_window
 from one4d_pl.inference.predictions import Prediction, read_prediction, write_prediction
 from one4d_pl.models.adapters import AdapterCard, save_adapters
 from one4d_pl.models.transformer import One4DTransformer
@@ -39,9 +41,9 @@ def adapters(tmp_path_factory, tiny_base_plain) -> Path:
     transformer = One4DTransformer(tiny_base_plain.transformer(), DLCConfig(rank=3, num_links=2), seed=0)
     path = tiny_base_plain.path
     blocks = [int(i) for i in transformer.links]
-    save_adapters(
-        transformer, folder, AdapterCard(path, fingerprint(path), 3, 1.0, blocks, True, ["video"], 1.0, 7, [])
-    )
+    sampler = asdict(SamplerConfig())
+    card = AdapterCard(path, fingerprint(path), 3, 1.0, blocks, True, ["video"], 1.0, 7, 9, 32, 48, 16, "", sampler, [])
+    save_adapters(transformer, folder, card)
     return folder
 
 
@@ -116,7 +118,7 @@ def test_a_video_that_is_not_4k_plus_1_is_filled_and_cut(monkeypatch):
     options = predict.PredictOptions(48, 64, 9)
     assert [(w.start, w.stop, w.length) for w in options.windows(110)] == [(0, 110, 113)]
     assert len(options.windows(114)) == 2
-    clip = predict._fill(torch.arange(6.0)[None], options.windows(6)[0], dim=1)
+    clip = fill_window(torch.arange(6.0)[None], options.windows(6)[0])
     assert clip.tolist() == [[0, 1, 2, 3, 4, 5, 5, 5, 5]]
 
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from one4d_pl import demo
-from one4d_pl.config import load_config
+from one4d_pl.config import DEMO_ADAPTERS, load_config
 from one4d_pl.inference.pipeline import One4DPipeline
 
 REPO = Path(__file__).parents[2]
@@ -41,7 +40,7 @@ def test_the_demo_adapters_take_real_clips(read):
     frames = torch.stack([torch.from_numpy(np.array(picture)) for picture in pictures])
     video = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     given = torch.tensor([[True] * 9, [True] + [False] * 8])
-    pipeline = One4DPipeline.open(config, demo.ADAPTERS)
+    pipeline = One4DPipeline.open(config, DEMO_ADAPTERS)
     noise = torch.randn(4, 16, 3, 12, 16, generator=torch.Generator().manual_seed(0))
     scene = pipeline.sample(["", "A street."], video.repeat(2, 1, 1, 1, 1), given, noise)
     assert scene.frames.shape == scene.pointmap.shape == (2, 3, 9, 48, 64)

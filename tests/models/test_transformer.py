@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import asdict
 
 import peft
 import pytest
@@ -11,7 +12,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
-from one4d_pl.config import ConfigError, DLCConfig
+from one4d_pl.config import ConfigError, DLCConfig, SamplerConfig
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, load_adapters, save_adapters
 from one4d_pl.models.control_links import link_positions
 from one4d_pl.models.transformer import One4DTransformer, adapter_part, describe_sizes
@@ -228,6 +229,12 @@ def card_of(model: One4DTransformer) -> AdapterCard:
         tasks=["video"],
         shift=1.0,
         step=0,
+        num_frames=5,
+        height=32,
+        width=48,
+        max_text_tokens=16,
+        negative_prompt="",
+        sampler=asdict(SamplerConfig()),
         data_sources=[],
     )
 

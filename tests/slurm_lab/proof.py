@@ -15,7 +15,7 @@ from tests.slurm_lab.lab import Lab, what_is_missing
 from tests.slurm_lab.tiny_run import prepare
 from tests.slurm_lab.trials import HEADER, STRATEGIES, Row, Trials
 
-LONG, SHORT = 60, 20  # steps: of the run that meets three time limits, and of the others
+LONG, SHORT = 300, 20  # steps: of the run that meets three time limits, and of the others
 
 
 def main(arguments: list[str]) -> int:

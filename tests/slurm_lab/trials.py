@@ -92,14 +92,22 @@ class Trials:
         return rows
 
     def time_limit(self, times: int, steps: int) -> Row:
-        """SLURM's time limit of three minutes, met `times` times; then it is raised, so that the run ends."""
+        """SLURM's time limit, met `times` times, each once the run has trained further; then it is far off again."""
 
         def disturb(job: int, run_dir: Path) -> None:
-            self.lab.wait(job, times * 2 * START_S, lambda shown: int(shown["Restarts"]) >= times)
+            reached = 0
+            for hit in range(1, times + 1):
+                self._wait_for_training(job, run_dir, beyond=reached)
+                hours, minutes, _ = (int(part) for part in self.lab.job(job)["RunTime"].split(":"))
+                limit = 60 * hours + minutes + 2  # between one and two minutes from now, whatever the machine's speed
+                self._say(f"time limit {hit}: {limit} minutes at step {last_step(run_dir)}+")
+                self.lab.command("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+                self._wait_for_restart(job, hit)
+                reached = last_step(run_dir)
             self.lab.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
-        sbatch = ("--time=3", "--signal=B:USR1@60")
-        row = self._trial("time limit", steps, disturb, *sbatch, starts_at_least=times + 1)
+        # SLURM looks every 30 s and signals up to that much earlier
+        row = self._trial("time limit", steps, disturb, "--signal=B:USR1@90", starts_at_least=times + 1)
         row.trial = f"time limit x{row.starts - 1}"
         return row
 
@@ -190,12 +198,16 @@ class Trials:
         began = time.monotonic()
         self._say(f"{name}: {steps} steps")
         job = self._submit(run_dir, steps, *sbatch)
-        disturb(job, run_dir)
+        remarks = []
+        try:
+            disturb(job, run_dir)
+        except (RuntimeError, LookupError, OSError) as error:  # the job ended before it could be disturbed
+            remarks.append(f"not disturbed: {str(error).splitlines()[0]}")
         if resubmit:
             job = self._submit(run_dir, steps, *sbatch)
         state = self.lab.wait(job, 3 * START_S + 6 * steps)
         starts = 1 + int(self.lab.job(job)["Restarts"]) + resubmit
-        remarks = self._leftovers(run_dir)
+        remarks += self._leftovers(run_dir)
         if state != "COMPLETED":
             remarks.append(f"{state}: {self._log_end(run_dir)}")
         if starts < starts_at_least:
@@ -227,7 +239,7 @@ class Trials:
         time.sleep(self.chance.uniform(0, 2))
 
     def _wait_for_restart(self, job: int, restarts: int) -> None:
-        self.lab.wait(job, 120, lambda shown: int(shown["Restarts"]) >= restarts)
+        self.lab.wait(job, 240, lambda shown: int(shown["Restarts"]) >= restarts)
 
     def _sleep_in_job(self, job: int, seconds: float) -> bool:
         """Sleep from now on, the queue not counted; False once the job has ended."""
