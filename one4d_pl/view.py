@@ -28,6 +28,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--keep-flying-points", action="store_true", help="keep points between two surfaces, at edges")
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("websockets").setLevel(logging.WARNING)  # it announces every connection
     try:
         view(args.scene, args.html, args.port, args.keep_flying_points)
     except ConfigError as error:
