@@ -264,6 +264,8 @@ def _stop(server: ViserServer) -> None:
 
 
 def _add_cloud(server: ViserServer, name: str, cloud: Cloud, size: float, visible: bool) -> PointCloudHandle:
+    if len(cloud.points) == 0:  # which viser's client calls an error: one white point of no size instead
+        cloud, size = Cloud(np.zeros((1, 3), np.float32), np.full((1, 3), 255, np.uint8)), 0.0
     return server.scene.add_point_cloud(
         name, cloud.points, cloud.colours, point_size=size, point_shading="flat", visible=visible
     )

@@ -205,7 +205,9 @@ def test_a_browser_shows_the_viewer_and_time_changes_the_picture(scene, browser,
 
 @needs_viser
 def test_a_browser_shows_the_file_offline_and_time_changes_the_picture(scene, browser, tmp_path):
-    save_scene(tmp_path / "scene", scene)
+    valid = scene.valid.clone()
+    valid[2] = False  # a frame of sky alone
+    save_scene(tmp_path / "scene", replace(scene, valid=valid))
     assert view.main([str(tmp_path / "scene"), "--html", str(tmp_path / "scene.html")]) == 0
     browser.errors.clear()
     browser.requests.clear()
