@@ -41,7 +41,7 @@ class Oracle:
     encoders: torch.nn.Module
     transformer: torch.nn.Module
 
-    def __call__(self, prompts, frames, frame_mask, noise) -> GeneratedScene:
+    def sample(self, prompts, frames, frame_mask, noise) -> GeneratedScene:
         shown = [next(c for c in self.clips if torch.equal(c.frames, one)) for one in frames]
         return GeneratedScene(torch.stack([c.frames for c in shown]), torch.stack([c.pointmap for c in shown]))
 
