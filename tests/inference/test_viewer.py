@@ -1,4 +1,7 @@
-"""The viewer and its offline file: what is sent is the scene, upright, within its size, and a real browser shows it."""
+"""The viewer and its offline file: what is sent is the scene, upright, within its size, and a real browser shows it.
+
+ONE4D_SCREENSHOTS=FOLDER keeps what the browser showed.
+"""
 
 from __future__ import annotations
 
