@@ -8,9 +8,12 @@ STAMP := $(VENV)/.setup-stamp
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # what open3d's shared library links to besides libc
 SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libx11-6
+# where the viewer is tested; Debian's name, other systems may have none (the tests are skipped then)
+BROWSER_PACKAGE := chromium
 # a SLURM for the tests' virtual cluster
 SLURM_PACKAGES := slurm-wlm munge
 APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq install -y --no-install-recommends
+INSTALL_SYSTEM = $(APT) $(SYSTEM_PACKAGES) && { $(APT) $(BROWSER_PACKAGE) || echo "setup-system: no $(BROWSER_PACKAGE): the browser tests are skipped"; }
 
 .DEFAULT_GOAL := help
 .PHONY: help setup setup-system slurm-setup slurm-test demo eval test test-long bench chaos lint types clean
@@ -35,11 +38,11 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 		|| echo "setup: open3d or viser cannot be imported ($$(tail -n 1 $(VENV)/viz.log)): no 3-D viewer, all else works; make setup-system may help"
 	@touch $@
 
-setup-system:  ## install the system libraries that open3d needs (apt-get, as root or with sudo)
-	@if dpkg -s $(SYSTEM_PACKAGES) >/dev/null 2>&1; then echo "setup-system: all there"; \
+setup-system:  ## install what open3d links to, and Chromium for the viewer's tests (apt-get, as root or with sudo)
+	@if dpkg -s $(SYSTEM_PACKAGES) $(BROWSER_PACKAGE) >/dev/null 2>&1; then echo "setup-system: all there"; \
 	elif ! command -v apt-get >/dev/null; then echo "setup-system: no apt-get here; for the 3-D viewer install libusb-1.0, EGL, GL and X11 yourself"; \
-	elif [ "$$(id -u)" -eq 0 ]; then $(APT) $(SYSTEM_PACKAGES); \
-	elif sudo -n true 2>/dev/null; then sudo -n sh -c '$(APT) $(SYSTEM_PACKAGES)'; \
+	elif [ "$$(id -u)" -eq 0 ]; then $(INSTALL_SYSTEM); \
+	elif sudo -n true 2>/dev/null; then sudo -n sh -c '$(INSTALL_SYSTEM)'; \
 	else echo "setup-system: needs root; for the 3-D viewer run as root: apt-get install $(SYSTEM_PACKAGES)"; fi
 
 slurm-setup:  ## install the SLURM of the tests' virtual cluster (Debian's, by apt-get, as root)

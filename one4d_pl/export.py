@@ -1,6 +1,8 @@
-"""python -m one4d_pl.export: an adapter without its optimiser state, from any checkpoint or run folder.
+"""python -m one4d_pl.export: a scene in other programs' formats, or an adapter without its optimiser state.
 
-Leaves what training starts from and inference loads: rgb/ and xyz/ in PEFT's format, links, xyz patch embedding, card.
+From a scene folder: point clouds (.ply, .glb), COLMAP, nerfstudio, a TUM trajectory, 16-bit depth; a folder each.
+From a checkpoint or run folder: what training starts from and inference loads: rgb/ and xyz/ in PEFT's format, links,
+xyz patch embedding, card.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ import logging
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from one4d_pl.config import ConfigError
@@ -17,23 +20,65 @@ from one4d_pl.config import ConfigError
 log = logging.getLogger("one4d_pl")
 
 DTYPES = ("float32", "bfloat16")
+FORMATS = ("ply", "glb", "colmap", "nerfstudio", "tum", "depth16")  # of inference.exports, which imports torch
 
 
 def main(arguments: list[str]) -> int:
     """Parse and export; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m one4d_pl.export", description=__doc__)
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint (step-*), or a run folder: its newest checkpoint")
-    parser.add_argument("--out", type=Path, required=True, help="the adapter folder to write; must not exist")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="on disk; default: as trained")
+    parser = argparse.ArgumentParser(
+        prog="python -m one4d_pl.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "what", type=Path, help="a scene folder; a checkpoint (step-*); or a run folder: its newest checkpoint"
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
+    adapter = parser.add_argument_group("of an adapter")
+    adapter.add_argument("--dtype", choices=DTYPES, help="on disk; default: as trained")
+    scene = parser.add_argument_group("of a scene")
+    scene.add_argument("--formats", nargs="+", choices=FORMATS, metavar="FORMAT", help=f"default: {' '.join(FORMATS)}")
+    scene.add_argument("--keep-flying-points", action="store_true", help="keep points between two surfaces, at edges")
+    scene.add_argument(
+        "--points", type=int, help="most points of a cloud of all frames, evenly thinned; default: 500000"
+    )
     args = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
+    from one4d_pl.inference.scene import is_scene
+
     try:
-        size = export(args.checkpoint, args.out, args.dtype)
+        if is_scene(args.what):
+            if args.dtype is not None:
+                raise ConfigError(f"--dtype: {args.what} is a scene, it belongs to adapters")
+            export_scene_folder(args.what, args.out, args.formats or FORMATS, args.keep_flying_points, args.points)
+            log.info("scene: %s", args.out)
+        else:
+            if args.formats or args.keep_flying_points or args.points:
+                raise ConfigError(f"--formats, --keep-flying-points, --points: {args.what} is no scene (no scene.json)")
+            size = export(args.what, args.out, args.dtype or DTYPES[0])
+            log.info("adapter: %s (%.1f MB)", args.out, size / 1e6)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    log.info("adapter: %s (%.1f MB)", args.out, size / 1e6)
     return 0
+
+
+def export_scene_folder(
+    folder: Path, out: Path, formats: Sequence[str], keep_flying_points: bool, points: int | None
+) -> None:
+    """Write a stored scene to `out`, one folder per format; ConfigError where it cannot be."""
+    if points is not None and points < 1:
+        raise ConfigError(f"--points: {points}, need 1 or more")
+    if out.exists():
+        raise ConfigError(f"--out: {out} exists; name a new folder")
+
+    from one4d_pl.inference.exports import POINT_LIMIT, export_scene
+    from one4d_pl.inference.scene import SceneError, open_scene
+
+    try:
+        export_scene(open_scene(folder), out, tuple(dict.fromkeys(formats)), keep_flying_points, points or POINT_LIMIT)
+    except SceneError as error:
+        raise ConfigError(str(error)) from None
+    except OSError as error:
+        raise ConfigError(f"--out: cannot write {out} ({error})") from None
 
 
 def export(checkpoint: Path, out: Path, dtype: str) -> int:
@@ -46,7 +91,10 @@ def export(checkpoint: Path, out: Path, dtype: str) -> int:
 
     folder = checkpoint if (checkpoint / "card.json").is_file() else newest_checkpoint(str(checkpoint))
     if folder is None:
-        raise ConfigError(f"{checkpoint}: neither a checkpoint (no card.json) nor a run folder with checkpoints/step-*")
+        raise ConfigError(
+            f"{checkpoint}: neither a checkpoint (card.json) nor a scene (scene.json) nor a run folder with "
+            "checkpoints/step-*"
+        )
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name a new folder")
     AdapterCard.read(folder)

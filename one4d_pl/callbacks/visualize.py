@@ -1,18 +1,33 @@
-"""Pictures where people would look: one panel per task, given | generated | pointmap colours | distance."""
+"""Pictures where people would look: a panel per task (given | generated | pointmap colours | distance), and its points.
+
+The points need open3d (the `viz` extra) here, and in the TensorBoard that shows them, under its tab "Open3D".
+"""
 
 from __future__ import annotations
 
+import importlib.util
+import logging
+from functools import cache
+
 import lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
 
 from one4d_pl.callbacks.scene_samples import SceneSamples
-from one4d_pl.inference.panels import scene_panel
+from one4d_pl.geometry.pointmap import is_sky
+from one4d_pl.inference.panels import scene_panel, to_bytes
 from one4d_pl.models.conditioning import blank_hidden_frames
+
+log = logging.getLogger("one4d_pl")
+
+POINTS = 20_000  # of a cloud in TensorBoard, evenly thinned
+UPRIGHT = (1.0, -1.0, -1.0)  # open3d looks along -z with y up
 
 
 class Visualize(Callback):
-    """Writes `val/scene/<task>` image panels of this rank's sampled scenes (rank 0's) to TensorBoard."""
+    """Writes `val/scene/<task>` panels and `val/points/<task>` clouds of rank 0's sampled scenes to TensorBoard."""
 
     def __init__(self, samples: SceneSamples) -> None:
         self.samples = samples
@@ -20,13 +35,46 @@ class Visualize(Callback):
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
             return
+        writer = trainer.logger.experiment
         drawn: set[str] = set()
         for batch, scene in self.samples.scenes:
-            if batch.tasks[0] in drawn:
+            task = batch.tasks[0]
+            if task in drawn:
                 continue
-            drawn.add(batch.tasks[0])
+            drawn.add(task)
             given = blank_hidden_frames(batch.frames, batch.frame_mask)
             panel = scene_panel(given[0], scene.frames[0], scene.pointmap[0], batch.pointmap[0])
-            trainer.logger.experiment.add_image(
-                f"val/scene/{batch.tasks[0]}", panel, trainer.global_step, dataformats="HWC"
-            )
+            writer.add_image(f"val/scene/{task}", panel, trainer.global_step, dataformats="HWC")
+            if has_open3d_plugin():
+                cloud = scene_points(scene.frames[0], scene.pointmap[0])
+                writer.add_3d(f"val/points/{task}", cloud, trainer.global_step)
+
+
+def scene_points(
+    frames: Tensor,  # [3, T, H, W] in [-1, 1]
+    pointmap: Tensor,  # [3, T, H, W], normalised
+) -> dict[str, Tensor]:  # vertex_positions [1, N, 3], vertex_colors [1, N, 3] uint8
+    """The points of all frames but the sky, in open3d's axes; where all is sky, the first camera's centre alone."""
+    points, colours = pointmap.movedim(0, -1).float().cpu(), to_bytes((frames.movedim(0, -1) + 1) / 2)
+    surface = ~is_sky(points)
+    points, colours = points[surface], colours[surface]
+    if len(points) == 0:
+        points, colours = torch.zeros(1, 3), torch.zeros(1, 3, dtype=torch.uint8)
+    chosen = torch.arange(min(POINTS, len(points))) * len(points) // min(POINTS, len(points))
+    return {
+        "vertex_positions": points[chosen][None] * points.new_tensor(UPRIGHT),
+        "vertex_colors": colours[chosen][None],
+    }
+
+
+@cache
+def has_open3d_plugin() -> bool:
+    """Whether open3d is installed and works; importing its plugin gives TensorBoard's writer `add_3d`."""
+    if importlib.util.find_spec("open3d") is None:
+        return False
+    try:
+        importlib.import_module("open3d.visualization.tensorboard_plugin.summary")
+    except (ImportError, OSError) as error:  # OSError: its shared libraries
+        log.warning("no point clouds in TensorBoard: open3d cannot be imported (%s)", error)
+        return False
+    return True

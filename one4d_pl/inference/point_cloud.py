@@ -8,12 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from one4d_pl.geometry.camera import project, to_camera
 from one4d_pl.geometry.pointmap import is_sky
 from one4d_pl.geometry.se3 import se3_matrix, so3_exp
 from one4d_pl.postopt.recover import RecoveredScene
 
 FLYING = 0.15  # of the disparity: a pixel whose neighbours' disparities bend by more lies between two surfaces
 SWING = math.radians(25)  # of the turntable's camera to either side
+SEEN_THROUGH = 0.1  # of the distance: a surface this much behind a point shows that the point is not there
+PROBES = 8  # frames, evenly spaced, that a point is compared with
 STEP_BACK = 0.15  # of the distance to the scene's middle, so that its borders are in the picture
 
 
@@ -21,17 +24,56 @@ def solid_pixels(
     pointmap: Tensor,  # [T, H, W, 3], normalised
     depth: Tensor,  # [T, H, W], z in each frame's own camera; not finite or 0 = unknown
 ) -> Tensor:  # [T, H, W] bool
-    """Pixels that show a surface: no sky, and no flying point between a near and a far one.
+    """Pixels that show a surface: no sky, and no flying point between a near and a far one (`not_flying`)."""
+    return not_flying(~is_sky(pointmap), depth)
+
+
+def not_flying(
+    valid: Tensor,  # [T, H, W] bool, on a surface
+    depth: Tensor,  # [T, H, W], z in each frame's own camera; not finite or 0 = unknown
+) -> Tensor:  # [T, H, W] bool
+    """The valid pixels of known depth without flying points, which lie between a near and a far surface on neither.
 
     Disparity is linear along every plane, however slanted, so what bends it by more than `FLYING` is an edge.
     """
-    known = ~is_sky(pointmap) & depth.isfinite() & (depth > 0)
+    known = valid & depth.isfinite() & (depth > 0)
     disparity = torch.where(known, 1 / depth.clamp_min(1e-6), 0.0)
     flat = torch.nn.functional.pad(disparity[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
     here = flat[:, 1:-1, 1:-1]
     bend_u = (flat[:, 1:-1, 2:] + flat[:, 1:-1, :-2] - 2 * here).abs()
     bend_v = (flat[:, 2:, 1:-1] + flat[:, :-2, 1:-1] - 2 * here).abs()
     return known & (torch.maximum(bend_u, bend_v) <= FLYING * here)
+
+
+def static_pixels(
+    points: Tensor,  # [T, h, w, 3], world; any subset of the pixels
+    valid: Tensor,  # [T, H, W] bool, on a surface; the rest is sky
+    solid: Tensor,  # [T, H, W] bool, and no flying point
+    depth: Tensor,  # [T, H, W], z in each frame's own camera
+    intrinsics: Tensor,  # [T, 3, 3], pixels of depth
+    cam2world: Tensor,  # [T, 4, 4]
+) -> Tensor:  # [T, h, w] bool
+    """Points that stand still as far as can be seen: none of `PROBES` frames looks through them at something behind.
+
+    A point that is hidden in another frame, or outside of it, is not contradicted by it.
+    """
+    height, width = depth.shape[1:]
+    surface = torch.where(valid, depth, torch.inf).where(solid | ~valid, 0.0)  # 0 = nothing is known
+    static = torch.ones(points.shape[:3], dtype=torch.bool)
+    for probe in torch.linspace(0, len(depth) - 1, min(PROBES, len(depth))).round().long().tolist():
+        local = to_camera(points, cam2world[probe].to(points))
+        pixels, z = project(local, intrinsics[probe].to(points))
+        column, row = pixels.nan_to_num(-1.0, -1.0, -1.0).clamp(-1, max(height, width)).floor().long().unbind(-1)
+        inside = (z > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
+        behind = surface[probe][row.clamp(0, height - 1), column.clamp(0, width - 1)]
+        static &= ~(inside & (behind > (1 + SEEN_THROUGH) * z))
+    return static
+
+
+def frustum_depth(depth: Tensor, valid: Tensor) -> float:  # [T, H, W] x 2
+    """How deep a drawn camera is, in the depth's unit: a tenth of the median distance."""
+    seen = depth[valid & depth.isfinite() & (depth > 0)]
+    return 0.1 * float(seen[:: max(1, len(seen) // 100_000)].median()) if len(seen) else 0.1
 
 
 def draw_points(

@@ -184,7 +184,10 @@ def read_wxyz_trajectory(path: Path) -> Tensor:  # [T, 4, 4] float64, camera to 
 def _load(path: Path) -> Tensor | None:
     if not path.is_file():
         return None
-    array = np.load(path, allow_pickle=False)
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path.name}: no array of numbers ({error})") from None
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{path.name}: {array.dtype}, need numbers")
     return torch.from_numpy(array)

@@ -6,11 +6,14 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pycolmap
 import pytest
 import torch
 from PIL import Image
 
+from one4d_pl import export, generate
 from one4d_pl.config import DEMO_ADAPTERS, load_config
+from one4d_pl.inference.exports import FORMATS
 from one4d_pl.inference.pipeline import One4DPipeline
 
 REPO = Path(__file__).parents[2]
@@ -46,3 +49,21 @@ def test_the_demo_adapters_take_real_clips(read):
     assert scene.frames.shape == scene.pointmap.shape == (2, 3, 9, 48, 64)
     assert bool(scene.pointmap.isfinite().all())
     assert (scene.frames[0] - video[0]).square().mean() < 0.1  # the given video comes back through the VAE
+
+
+@pytest.mark.realdata
+@pytest.mark.skipif(not SHARED.is_dir(), reason="shared/data is not here")
+@pytest.mark.parametrize(
+    ("option", "file"), [("--video", "lady-running"), ("--image", "lady-running/*0.jpg"), ("--image", "drift-turn.mp4")]
+)
+def test_scenes_of_real_clips_go_through_every_export(option, file, tmp_path):
+    source = sorted((SHARED / "videos").glob(file))[0]
+    if source.suffix == ".mp4":
+        drift_turn()[0].save(tmp_path / "frame.png")
+        source = tmp_path / "frame.png"
+    assert generate.main([option, str(source), "--out", str(tmp_path / "scene"), "--steps", "1"]) == 0
+    assert export.main([str(tmp_path / "scene"), "--out", str(tmp_path / "out")]) == 0
+    model = pycolmap.Reconstruction(str(tmp_path / "out" / "colmap" / "sparse" / "0"))
+    count = len(list((tmp_path / "scene" / "frames").iterdir()))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == set(FORMATS)
+    assert model.num_images() == count and model.num_points3D() > 100

@@ -1,0 +1,74 @@
+"""python -m one4d_pl.view: look at a 4D scene in the browser, or make one html file of it that needs no server.
+
+The viewer listens on 127.0.0.1 only; from elsewhere go through `ssh -L 8080:127.0.0.1:8080`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import logging
+import sys
+from pathlib import Path
+
+from one4d_pl.config import ConfigError
+
+log = logging.getLogger("one4d_pl")
+
+
+def main(arguments: list[str]) -> int:
+    """Parse, then serve until Ctrl-C or write the file; returns the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m one4d_pl.view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("scene", type=Path, help="a scene folder, as `python -m one4d_pl.generate` leaves it")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write one offline file (25 MB at most) and end")
+    parser.add_argument("--port", type=int, default=8080, help="the next free one from here (default %(default)s)")
+    parser.add_argument("--keep-flying-points", action="store_true", help="keep points between two surfaces, at edges")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("websockets").setLevel(logging.WARNING)  # it announces every connection
+    try:
+        view(args.scene, args.html, args.port, args.keep_flying_points)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def view(folder: Path, html: Path | None, port: int, keep_flying_points: bool) -> None:
+    """Serve a stored scene, or write it as html; ConfigError says what is missing."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"--port: {port}, need 0 to 65535")
+    if importlib.util.find_spec("viser") is None:
+        raise ConfigError("the viewer needs viser, which is not installed: pip install 'one4d_pl[viz]'")
+
+    from one4d_pl.inference.scene import SceneError, open_scene
+    from one4d_pl.inference.viewer import Viewer, write_html
+
+    try:
+        scene = open_scene(folder)
+    except SceneError as error:
+        raise ConfigError(str(error)) from None
+    if html is not None:
+        try:
+            stride = write_html(html, scene, keep_flying_points)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"--html: cannot write {html} ({error})") from None
+        log.info("%s: %.1f MB, stride %d (every n-th pixel both ways)", html, html.stat().st_size / 1e6, stride)
+        return
+    try:
+        viewer = Viewer(scene, port, keep_flying_points)
+    except OSError as error:
+        raise ConfigError(f"--port: cannot listen on {port} ({error})") from None
+    log.info("open %s (Ctrl-C ends)", viewer.address)
+    try:
+        with contextlib.suppress(KeyboardInterrupt):
+            viewer.play_forever()
+    finally:
+        viewer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
