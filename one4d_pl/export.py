@@ -2,7 +2,7 @@
 
 From a scene folder: point clouds (.ply, .glb), COLMAP, nerfstudio, a TUM trajectory, 16-bit depth; a folder each.
 From a checkpoint or run folder: what training starts from and inference loads: rgb/ and xyz/ in PEFT's format, links,
-xyz patch embedding, card.
+xyz patch embedding, card; on request the rgb and xyz LoRA as diffusers or Wan's own tools read them.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from one4d_pl.config import ConfigError
 log = logging.getLogger("one4d_pl")
 
 DTYPES = ("float32", "bfloat16")
+LAYOUTS = ("diffusers", "wan")  # of models.lora_formats, which imports torch
 FORMATS = ("ply", "glb", "colmap", "nerfstudio", "tum", "depth16")  # of inference.exports, which imports torch
 
 
@@ -34,6 +35,13 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write; must not exist")
     adapter = parser.add_argument_group("of an adapter")
     adapter.add_argument("--dtype", choices=DTYPES, help="on disk; default: as trained")
+    adapter.add_argument(
+        "--lora-for",
+        nargs="+",
+        choices=LAYOUTS,
+        default=[],
+        help="also one file per branch for diffusers' load_lora_weights, or under Wan's own names; the LoRA alone",
+    )
     scene = parser.add_argument_group("of a scene")
     scene.add_argument("--formats", nargs="+", choices=FORMATS, metavar="FORMAT", help=f"default: {' '.join(FORMATS)}")
     scene.add_argument("--keep-flying-points", action="store_true", help="keep points between two surfaces, at edges")
@@ -46,14 +54,14 @@ def main(arguments: list[str]) -> int:
 
     try:
         if is_scene(args.what):
-            if args.dtype is not None:
-                raise ConfigError(f"--dtype: {args.what} is a scene, it belongs to adapters")
+            if args.dtype is not None or args.lora_for:
+                raise ConfigError(f"--dtype, --lora-for: {args.what} is a scene, they belong to adapters")
             export_scene_folder(args.what, args.out, args.formats or FORMATS, args.keep_flying_points, args.points)
             log.info("scene: %s", args.out)
         else:
             if args.formats or args.keep_flying_points or args.points:
                 raise ConfigError(f"--formats, --keep-flying-points, --points: {args.what} is no scene (no scene.json)")
-            size = export(args.what, args.out, args.dtype or DTYPES[0])
+            size = export(args.what, args.out, args.dtype or DTYPES[0], args.lora_for)
             log.info("adapter: %s (%.1f MB)", args.out, size / 1e6)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -81,13 +89,15 @@ def export_scene_folder(
         raise ConfigError(f"--out: cannot write {out} ({error})") from None
 
 
-def export(checkpoint: Path, out: Path, dtype: str) -> int:
+def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()) -> int:
     """Write the adapter of `checkpoint` to `out`, atomically; returns its size in bytes."""
     import torch
     from safetensors.torch import load_file, save_file
 
     from one4d_pl.models.adapters import AdapterCard, adapter_files
+    from one4d_pl.models.lora_formats import save_lora
     from one4d_pl.training.checkpoint import newest_checkpoint
+    from one4d_pl.types import MODALITIES
 
     folder = checkpoint if (checkpoint / "card.json").is_file() else newest_checkpoint(str(checkpoint))
     if folder is None:
@@ -108,6 +118,9 @@ def export(checkpoint: Path, out: Path, dtype: str) -> int:
                 save_file(cast, target)
             else:
                 shutil.copyfile(folder / file, target)
+        for layout in dict.fromkeys(lora_for):
+            for modality in MODALITIES:
+                save_lora(staging, modality, layout, staging / f"{modality}_lora_{layout}.safetensors")
         size = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
         staging.rename(out)
     except OSError as error:

@@ -1,0 +1,56 @@
+"""One branch's LoRA in the formats of other programs: diffusers' `load_lora_weights`, and Wan's original names.
+
+Both hold the LoRA alone: control links and the xyz patch embedding have no place there. The rgb LoRA is a plain Wan
+LoRA, our rgb branch with the links off.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from one4d_pl.models.adapters import PEFT_PREFIX, AdapterCard
+from one4d_pl.models.original_names import transformer_source
+
+
+def diffusers_lora(folder: Path, modality: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and file metadata of a branch's LoRA as diffusers' `save_lora_weights` writes them."""
+    card = AdapterCard.read(folder)
+    tensors = {f"transformer.{path}.{part}.weight": tensor for path, part, tensor in _parts(folder, modality)}
+    targets = sorted({path for path, _, _ in _parts(folder, modality)})
+    adapter = {"r": card.rank, "lora_alpha": card.rank * card.lora_scale, "target_modules": targets}
+    metadata = {f"transformer.{key}": value for key, value in adapter.items()}
+    return tensors, {"format": "pt", "lora_adapter_metadata": json.dumps(metadata, sort_keys=True)}
+
+
+def original_lora(folder: Path, modality: str) -> dict[str, Tensor]:
+    """The same under Wan's own names, with an alpha beside every pair, as its trainers and node editors read it."""
+    card = AdapterCard.read(folder)
+    tensors = {}
+    for path, part, tensor in _parts(folder, modality):
+        name = f"diffusion_model.{transformer_source(f'{path}.weight').key.removesuffix('.weight')}"
+        tensors[f"{name}.{part}.weight"] = tensor
+        tensors[f"{name}.alpha"] = torch.tensor(card.rank * card.lora_scale)
+    return tensors
+
+
+def save_lora(folder: Path, modality: str, layout: str, path: Path) -> None:
+    """Write a branch's LoRA of an adapter folder as one safetensors file; `layout` is diffusers or wan."""
+    if layout == "diffusers":
+        tensors, metadata = diffusers_lora(folder, modality)
+        save_file(tensors, path, metadata)
+    else:
+        save_file(original_lora(folder, modality), path, {"format": "pt"})
+
+
+def _parts(folder: Path, modality: str) -> list[tuple[str, str, Tensor]]:
+    """(path of the linear in the transformer, lora_A or lora_B, weight)."""
+    found = []
+    for name, tensor in load_file(folder / modality / "adapter_model.safetensors").items():
+        path, part, _ = name.removeprefix(PEFT_PREFIX).rsplit(".", 2)
+        found.append((path, part, tensor))
+    return found
