@@ -1,7 +1,8 @@
 """Every knob of the project: typed dataclasses, filled from yaml files that merge left to right, then `a.b=c`.
 
-omegaconf only, no torch: a login node parses a config in a second. The yaml tree dies in `load_config`; each class
-of the project gets its own node. A default lives here or, where it belongs to a scale or a data mix, in one yaml.
+omegaconf only, no torch: a login node parses a config in a second; and omegaconf only where yaml is read, so that the
+classes alone need nothing. The yaml tree dies in `load_config`; each class of the project gets its own node. A default
+lives here or, where it belongs to a scale or a data mix, in one yaml.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
 DIFFUSERS_MARK = "model_index.json"  # a base in diffusers layout holds it
@@ -351,6 +352,9 @@ def legal_worlds(global_batch_size: int, micro_batch_size: int) -> list[int]:
 
 def load_config(paths: list[str], overrides: list[str]) -> Config:
     """Merge yaml files left to right (each after its own `include`s), then `a.b=c` overrides, into a typed Config."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     merged = OmegaConf.structured(Config)
     for path in paths:
         for name, node in _read_with_includes(Path(path), ()):
@@ -370,6 +374,8 @@ def load_config(paths: list[str], overrides: list[str]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config, in a form that `load_config` reads back to an equal one."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -420,6 +426,8 @@ def holds_base(path: str) -> bool:
 
 def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
     """The file's includes (relative to it), depth first, then the file itself."""
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
     if path.resolve() in seen:
         raise ConfigError(f"{path}: includes itself")
     if not path.is_file():
@@ -440,6 +448,8 @@ def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, D
 
 
 def _parse_override(override: str) -> DictConfig:
+    from omegaconf import OmegaConf
+
     if "=" not in override:
         raise ConfigError(f"override {override!r}: write it as section.key=value")
     try:
@@ -449,6 +459,9 @@ def _parse_override(override: str) -> DictConfig:
 
 
 def _merge(merged: DictConfig, node: DictConfig, name: str) -> DictConfig:
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     _refuse_unknown_keys(Config, node, name, prefix="")
     try:
         result = OmegaConf.merge(merged, node)
@@ -460,6 +473,8 @@ def _merge(merged: DictConfig, node: DictConfig, name: str) -> DictConfig:
 
 def _refuse_unknown_keys(cls: type, node: DictConfig, name: str, prefix: str) -> None:
     """Name the file, the key and the nearest right one."""
+    from omegaconf import DictConfig
+
     hints = get_type_hints(cls)
     for key in node:
         key = str(key)
