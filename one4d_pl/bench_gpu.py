@@ -56,7 +56,7 @@ class Case:
     @property
     def memory(self) -> Memory:
         """What the planner says: one process, no encoders."""
-        return step_memory(self.shape, self.batch, Layout(1, 0, True, False, True, True, 0.0, 0))
+        return step_memory(self.shape, self.batch, Layout(1, 0, "full", False, True, True, 0.0, 0))
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def measure(case: Case, device: torch.device, steps: int, warmup: int, ceiling: 
     transformer = One4DTransformer(random_base(case.settings, device), case.dlc, seed=0)
     for _, parameter in transformer.trainable_parameters():
         nn.init.normal_(parameter, std=SPREAD / 10)
-    transformer.enable_activation_checkpointing()
+    transformer.set_activation_checkpointing("full")
     optimizer = build_optimizer(transformer, OptimConfig())
     inputs = random_inputs(case, device)
 
@@ -172,7 +172,7 @@ def measure(case: Case, device: torch.device, steps: int, warmup: int, ceiling: 
     reserved_gib = torch.cuda.max_memory_reserved() / GIB if device.type == "cuda" else None
     if profile:
         _profile(step, device)
-    flops = training_flops(case.shape, case.batch, checkpointing=True, flash=True)
+    flops = training_flops(case.shape, case.batch, "full", flash=True)
     peak = peak_flops(_name(device), "bf16-mixed")
     median = statistics.median(times)
     return Measured(
