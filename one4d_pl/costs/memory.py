@@ -1,8 +1,8 @@
 """What a training step keeps in memory, in closed form from its shape: parameters, states, activations, per process.
 
 The activations are those of the diffusers Wan block with our LoRAs and links, counted tensor by tensor; the largest
-moment of a step is, under activation checkpointing, the recomputation of a block at its feed-forward's first linear,
-and without it the end of the forward pass. Counted is what tensors hold; what else a GPU holds is `allowance`.
+moment of a step is, under activation checkpointing, a recomputed block's residual sum or its feed-forward's backward
+pass, and without it the same of the last block. Counted is what tensors hold; what else a GPU holds is `allowance`.
 """
 
 from __future__ import annotations
@@ -188,15 +188,14 @@ def step_activations(
     shared += pixels * (shape.in_channels + 4 * shape.out_channels) * FLOAT  # inputs, noise, velocities
     if bfloat16:
         shared += pixels * shape.in_channels * wide
-    up = 2 * ffn * wide  # the up-projection's parts (base, LoRA, scaled LoRA, sum) over the two that are kept
-    widened = hidden * FLOAT if bfloat16 else 0  # a float32 copy on its way
+    # beyond what a block saves: gradients around its GELU, or its residual sum in float32
+    last = max(2 * ffn * wide, 4 * hidden * FLOAT)
     if checkpointing != "none":
         kept = shape.num_layers * hidden * wide
         if checkpointing == "selective":  # and of self-attention result and statistics; the block at work has its own
             kept += (shape.num_layers - 1) * (hidden * wide + rows * _heads(d) * FLOAT)
-        return kept, shared + block + up + hidden * wide + widened
+        return kept, shared + block + last
     links = shape.num_links * (hidden * wide + (2 * d * d * wide if bfloat16 else 0))
-    last = max(up + widened, 4 * hidden * FLOAT)  # or the residual sum in float32
     return 0.0, shared + shape.num_layers * block + links + hidden * FLOAT + last
 
 
