@@ -11,17 +11,16 @@ import gc
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
 
-from one4d_pl.config import DLCConfig, OptimConfig
+from one4d_pl.config import ATTENTION, CHECKPOINTING, ConfigError, DLCConfig, OptimConfig
+from one4d_pl.costs.ceiling import measure_ceiling, seconds
 from one4d_pl.costs.flops import BatchShape, TransformerShape, peak_flops, training_flops
 from one4d_pl.costs.memory import Layout, Memory, step_memory
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample
@@ -45,9 +44,16 @@ class Case:
     """One way to train one model."""
 
     model: str
+    checkpointing: str
+    attention: str
+    compile: bool
     settings: dict[str, object]  # of the transformer, diffusers' words
     dlc: DLCConfig
     batch: BatchShape
+
+    @property
+    def name(self) -> str:
+        return ", ".join([self.model, self.checkpointing, self.attention, *(["compiled"] if self.compile else [])])
 
     @property
     def shape(self) -> TransformerShape:
@@ -56,14 +62,13 @@ class Case:
     @property
     def memory(self) -> Memory:
         """What the planner says: one process, no encoders."""
-        return step_memory(self.shape, self.batch, Layout(1, 0, "full", False, True, True, 0.0, 0))
+        return step_memory(self.shape, self.batch, Layout(1, 0, self.checkpointing, False, True, True, 0.0, 0))
 
 
 @dataclass(frozen=True)
 class Measured:
     """One row of the table; None = not known here."""
 
-    model: str
     seconds: float  # of a dual sample, median over the steps
     slowest: float
     tflops: float  # of the model's operations, per second
@@ -79,6 +84,9 @@ class Measured:
 def main(arguments: list[str]) -> int:
     """Measure and print; returns the exit code: 1 where a case did not fit."""
     args = _parser().parse_args(arguments)
+    if args.compile and "selective" in args.checkpointing:
+        print("error: --compile decides itself what to keep; give it --checkpointing full or none", file=sys.stderr)
+        return 2
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         print("error: no CUDA device; --tiny runs the same on a CPU", file=sys.stderr)
@@ -93,9 +101,12 @@ def main(arguments: list[str]) -> int:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
         try:
-            rows[case.model] = measure(case, device, args.steps, args.warmup, best, args.profile)
+            rows[case.name] = measure(case, device, args.steps, args.warmup, best, args.profile)
         except torch.OutOfMemoryError:
-            rows[case.model] = _out_of_memory(case, device)
+            rows[case.name] = _out_of_memory(case, device)
+        except ConfigError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
     _tell([*table(rows), "", *method(args, device)])
     if args.out is not None:
         _write(Path(args.out), {"device": _name(device), "torch": torch.__version__, "ceiling": ceiling}, rows)
@@ -107,6 +118,9 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m one4d_pl.bench_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--models", nargs="+", choices=RELEASED, default=["14B", "1.3B"], help="default: both")
+    parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING, default=["full"], help="default: full")
+    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=["native"], help="default: native")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks; not with selective")
     parser.add_argument("--rank", type=int, default=64, help="of the LoRAs (default 64)")
     parser.add_argument("--steps", type=int, default=5, help="measured steps (default 5)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default 2)")
@@ -118,10 +132,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def cases(args: argparse.Namespace) -> list[Case]:
     """The cases that the command line asks for."""
-    dlc = DLCConfig(rank=args.rank)
-    if args.tiny:
-        return [Case("tiny", TINY, replace(dlc, num_links=1), TINY_CLIP)]
-    return [Case(name, RELEASED[name], dlc, CLIP) for name in args.models]
+    models = {"tiny": TINY} if args.tiny else {name: RELEASED[name] for name in args.models}
+    dlc, batch = DLCConfig(rank=args.rank, num_links=1 if args.tiny else 5), TINY_CLIP if args.tiny else CLIP
+    return [
+        Case(model, checkpointing, attention, args.compile, settings, dlc, batch)
+        for model, settings in models.items()
+        for checkpointing in args.checkpointing
+        for attention in args.attention
+    ]
 
 
 def random_base(settings: dict[str, object], device: torch.device) -> WanTransformer3DModel:
@@ -156,7 +174,10 @@ def measure(case: Case, device: torch.device, steps: int, warmup: int, ceiling: 
     transformer = One4DTransformer(random_base(case.settings, device), case.dlc, seed=0)
     for _, parameter in transformer.trainable_parameters():
         nn.init.normal_(parameter, std=SPREAD / 10)
-    transformer.set_activation_checkpointing("full")
+    transformer.set_attention(case.attention)
+    transformer.set_activation_checkpointing(case.checkpointing)
+    if case.compile:
+        transformer.compile_blocks()
     optimizer = build_optimizer(transformer, OptimConfig())
     inputs = random_inputs(case, device)
 
@@ -172,11 +193,10 @@ def measure(case: Case, device: torch.device, steps: int, warmup: int, ceiling: 
     reserved_gib = torch.cuda.max_memory_reserved() / GIB if device.type == "cuda" else None
     if profile:
         _profile(step, device)
-    flops = training_flops(case.shape, case.batch, "full", flash=True)
+    flops = training_flops(case.shape, case.batch, case.checkpointing, flash=True)
     peak = peak_flops(_name(device), "bf16-mixed")
     median = statistics.median(times)
     return Measured(
-        model=case.model,
         seconds=median,
         slowest=max(times),
         tflops=flops.model / median / TERA,
@@ -236,59 +256,6 @@ def training_step(transformer: One4DTransformer, optimizer: torch.optim.Optimize
     return loss.detach()
 
 
-def measure_ceiling(device: torch.device, tiny: bool) -> dict[str, float]:
-    """TFLOP/s of bfloat16 matrix products and of attention, by name; medians of five runs of ten."""
-    if tiny:
-        products, attention = [(64, 64, 64), (96, 64, 96)], (1, 2, 72, 16)
-    else:
-        rows = 2 * 21 * 22 * 39  # both branches
-        products = [(4096,) * 3, (8192,) * 3, (16384,) * 3]
-        products += [(rows, 5120, 5120), (rows, 5120, 13824), (rows, 13824, 5120), (rows, 1536, 8960)]
-        attention = (2, 40, rows // 2, 128)
-    found = {}
-    for m, k, n in products:
-        a = torch.randn(m, k, device=device, dtype=torch.bfloat16)
-        b = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-        found[f"{m} x {k} x {n}"] = 2 * m * k * n / _repeated(lambda a=a, b=b: linear(a, b), device) / TERA
-    query, key, value = (torch.randn(attention, device=device, dtype=torch.bfloat16) for _ in range(3))
-    samples, heads, tokens, width = attention
-    product = 2 * samples * heads * tokens * tokens * width
-
-    def attend() -> Tensor:
-        return scaled_dot_product_attention(query, key, value)
-
-    found[f"attention {tokens} x {heads} x {width}, forward"] = 2 * product / _repeated(attend, device) / TERA
-    for tensor in (query, key, value):
-        tensor.requires_grad_()
-    # five products in the backward pass, the scores once more among them
-    both = _repeated(lambda: torch.autograd.grad(attend().sum(), (query, key, value)), device)
-    found[f"attention {tokens} x {heads} x {width}, forward and backward"] = 7 * product / both / TERA
-    return found
-
-
-def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall clock of one call, the device idle before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    work()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
-
-
-def _repeated(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: median of five runs of ten, after three."""
-
-    def ten() -> None:
-        for _ in range(10):
-            work()
-
-    for _ in range(3):
-        work()
-    return statistics.median(seconds(ten, device) / 10 for _ in range(5))
-
-
 def _profile(step: Callable[[], object], device: torch.device) -> None:
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
@@ -335,8 +302,8 @@ def method(args: argparse.Namespace, device: torch.device) -> list[str]:
         f"bf16 weights, LoRA rank {args.rank} and links float32, bf16 autocast, no encoders, one process.",
         f"s/sample: wall clock of forward, loss, backward, clipping and AdamW, median of {args.steps} steps after "
         f"{args.warmup}. MFU, HFU: operations by one4d_pl/costs/flops.py over the data sheet's dense bf16 peak; of "
-        "ceiling: HFU's operations over the fastest product above (median of five runs of ten). Peak: most bytes of tensors; "
-        "planned: the same by one4d_pl/costs/memory.py.",
+        "ceiling: HFU's operations over the fastest product above (median of five runs of ten). Peak: most bytes of "
+        "tensors; planned: the same by one4d_pl/costs/memory.py.",
     ]
 
 
