@@ -71,7 +71,8 @@ test-long: $(STAMP)  ## the slow tests
 slurm-test: $(STAMP)  ## everything that can befall a job, on a virtual cluster of eight nodes; an hour or two
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m tests.slurm_lab.proof $(SLURM_TEST_ARGS)
 
-bench: $(STAMP)  ## the writer's throughput against the decode + encode limit of the same files
+bench: $(STAMP)  ## on a CPU: coupling two branches beside its alternatives, the writer beside its decode + encode limit
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/models/benchmark_coupling.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/data_prep/benchmark_throughput.py
 
 BENCH_GPU_ARGS ?=
