@@ -23,22 +23,12 @@ import torch
 from data_prep.geometry_checks import check_geometry
 from data_prep.pictures import draw_bars
 from one4d_pl.data.encoded import EncodedSet
+from one4d_pl.data.latent_stats import LatentStats, latent_statistics, spread
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError, atomic
 
 COLUMNS = ("folder", "source", "domain", "split", "licence", "clips", "scenes", "hours", "size", "MB/clip",
            "motion %", "turn deg", "depth 2-98 %", "words")  # fmt: skip
-
-
-@dataclass(frozen=True)
-class LatentStats:
-    """Per channel, over all clips and places."""
-
-    rgb_mean: list[float]
-    rgb_std: list[float]
-    xyz_mean: list[float]
-    xyz_std: list[float]
-    clips: int
 
 
 @dataclass(frozen=True)
@@ -107,12 +97,6 @@ def measure_set(folder: str, num_clips: int) -> SetStats:
     )
 
 
-def spread(length: int, count: int) -> list[int]:
-    """At most `count` evenly spaced indices."""
-    count = min(count, length)
-    return [round(n * (length - 1) / max(count - 1, 1)) for n in range(count)]
-
-
 def _depth_range(depth: torch.Tensor) -> tuple[float, float]:  # [N]
     some = depth[:: max(1, len(depth) // 100_000)]
     near, far = torch.quantile(some, torch.tensor([0.02, 0.98])).tolist()
@@ -129,17 +113,7 @@ def measure_latents(folder: str, num_clips: int) -> LatentStats | None:
     found = sorted(Path(folder).glob("encoded/*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         return None
-    encoded = EncodedSet.open(found[-1].parent)
-    indices = spread(len(encoded), num_clips)
-    count, total, squares = 0, 0.0, 0.0
-    for index in indices:
-        latents = encoded.read(index).latents.double().flatten(2)  # [2, C, N]
-        count += latents.shape[-1]
-        total, squares = total + latents.sum(-1), squares + latents.square().sum(-1)  # [2, C]
-    mean = torch.as_tensor(total) / count
-    std = (torch.as_tensor(squares) / count - mean.square()).clamp_min(0).sqrt()
-    (rgb_mean, xyz_mean), (rgb_std, xyz_std) = mean.tolist(), std.tolist()
-    return LatentStats(rgb_mean, rgb_std, xyz_mean, xyz_std, len(indices))
+    return latent_statistics([EncodedSet.open(found[-1].parent)], num_clips)
 
 
 def table(found: list[SetStats]) -> str:

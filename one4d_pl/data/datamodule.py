@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import lightning
@@ -22,6 +22,7 @@ from one4d_pl.data.encoded import (
     open_set,
     raw_digest,
 )
+from one4d_pl.data.latent_stats import latent_statistics
 from one4d_pl.data.order import EachOnceOrder, MixtureOrder, rank_positions
 from one4d_pl.data.ranged_reads import RangeReader, is_remote, one_line
 from one4d_pl.data.read_cache import RangeCache
@@ -30,6 +31,7 @@ from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.types import Batch, Sample, collate
 
 WORKER_TIMEOUT_S = 600.0  # a batch that takes longer ends the run instead of hanging it
+MEASURED_CLIPS = 16  # of each training source, for the statistics in the adapter card
 VAL_SEED_OFFSET = 1_000_000  # toy seeds of the validation split never meet those of the training splits
 REAL_SEED_OFFSET = 2_000_000
 
@@ -72,6 +74,7 @@ class One4DDataModule(lightning.LightningDataModule):
         self.config = config
         self.encoder = encoder
         self.recipe = encoding_recipe(encoder_fingerprint, config.base.max_text_tokens, config.data)
+        self._latents: dict[str, object] | None = None  # described once; {} = nothing to describe
         self.start_step = 0  # set on resume, before the loaders are built
 
     def prepare_data(self) -> None:
@@ -117,6 +120,15 @@ class One4DDataModule(lightning.LightningDataModule):
         """Name and licence tag of every training source, for the adapter's card."""
         manifests = [open_set(source.path).manifest for source in self.config.data.sources]
         return [{"source": m.source, "domain": m.domain, "licence": m.licence} for m in manifests]
+
+    def describe_latents(self) -> dict[str, object] | None:
+        """Statistics of some training clips' latents, for the adapter's card; None where none is encoded ahead."""
+        if self._latents is None:
+            sources = [open_set(source.path) for source in self.config.data.sources]
+            sets = [s if isinstance(s, EncodedSet) else self._cache(s) for s in sources]
+            known = [s for s in sets if s is not None]
+            self._latents = asdict(latent_statistics(known, MEASURED_CLIPS)) if known else {}
+        return self._latents or None
 
     def _loader(self, stream: ClipStream | PaddedStream, batches: StepSampler | list[list[int]]) -> DataLoader[Sample]:
         workers = self.config.data.num_workers

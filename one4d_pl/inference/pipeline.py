@@ -313,7 +313,7 @@ class One4DPipeline:
             encoder.to("cpu")
 
     def enable_vae_tiling(self) -> None:
-        """Encode and decode in overlapping tiles, blended: less memory, seams of a few thousandths."""
+        """Encode and decode in overlapping tiles, blended: less memory; neighbouring tiles do not see each other."""
         self.encoders.vae.enable_tiling()
 
     def enable_guidance_in_two_calls(self) -> None:

@@ -45,6 +45,7 @@ class AdapterCard:
     max_text_tokens: int
     negative_prompt: str
     sampler: dict[str, object]  # steps, solver and guidance of the training's samples: config.SamplerConfig
+    latent_statistics: dict[str, object] | None  # of training clips: data.latent_stats; None = not measured
     data_sources: list[dict[str, str]]  # name and licence tag of each
 
     @property

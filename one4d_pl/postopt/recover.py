@@ -219,8 +219,8 @@ def _solve_with(blocks: Samples, grid: Samples, focal: Tensor, mode: FocalMode, 
     objective = Objective(options.alpha1, options.alpha2, mode)
     cameras = solve_poses(blocks, focal.expand(len(blocks.points)))
     coarse = refine(cameras, blocks, replace(objective, alpha2=0.0), 1e-4)
-    objective = replace(objective, alpha2=credible_alpha2(coarse.cameras, grid, objective))
-    dense = refine(coarse.cameras, grid, objective, 1e-6)
+    alpha2, start = credible_alpha2(coarse.cameras, grid, objective)
+    dense = refine(coarse.cameras, grid, replace(objective, alpha2=alpha2), 1e-6, start)
     return replace(dense, iterations=coarse.iterations + dense.iterations)
 
 

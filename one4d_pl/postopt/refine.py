@@ -4,10 +4,12 @@
 
 With the best depth of each pixel put in, |X - X̂| is the distance from the point to its pixel's ray: 6 T + 1 unknowns
 are left. The distance enters through Tukey's biweight, whose weights equal those of |r| on average over inliers and
-are nil beyond six times the noise (from the frame's own median distance): where the noise is Gaussian it is as accurate
-as least squares to about 1 %, and flying points are left out. Reweighted squares (IRLS) descend surely but overrate the
-curvature, by far where many points lie near the gate, and then creep; Newton's matrix is right near the minimum and
-wild elsewhere. The steps pass from the one to the other as they succeed.
+are nil beyond six times the noise (from the frame's own median distance): flying points are left out. In a frame that
+has no point out there the gate stands so wide that these are least squares, the most accurate where noise is Gaussian.
+
+Reweighted squares (IRLS) descend surely but overrate the curvature, by far where many points lie near the gate, and
+then creep; Newton's matrix is right near the minimum and wild elsewhere. The steps pass from the one to the other as
+they succeed.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ _DAMPING = 1e-9  # of a unit diagonal: far below what the data say, but a singul
 _RAYLEIGH_MEDIAN = 1.1774  # median length of a 2-D Gaussian vector of unit deviation per axis
 _MEAN_INVERSE = 1.2533  # mean of 1 / length of the same: the average weight that |r| gives to noise
 _GATE = 6.0  # noise deviations; a point farther from its ray is no measurement of it
+_WIDE_GATE = 60.0  # where (nearly) no point is: Gaussian noise has one in 10^8 beyond the narrow gate
+_BEYOND = 1e-4  # share of a frame's points beyond the narrow gate that narrows it
 _STILL = 1e-3  # of the scene's unit (and radians): shorter camera steps are smoothed quadratically
 _REACH = 64.0  # steps are at most so many times longer than those of reweighted squares
 _TILES = 8  # along each side of the picture
@@ -63,6 +67,17 @@ class Refined:
 
 
 @dataclass(frozen=True)
+class Noise:
+    """How far a frame's points lie from their rays."""
+
+    level: Tensor  # [T], robust deviation per axis
+    gate: Tensor  # [T], distance beyond which a point has no weight
+
+    def take(self, frames: Tensor) -> Noise:
+        return Noise(self.level[frames], self.gate[frames])
+
+
+@dataclass(frozen=True)
 class _Normal:
     """Normal equations of the data term at some cameras; unknowns of a frame: rotation, centre, log focal."""
 
@@ -70,6 +85,14 @@ class _Normal:
     matrix: Tensor  # [T, 7, 7], of the reweighted squares
     gradient: Tensor  # [T, 7]
     bend: Tensor  # [T, 7, 7], by how much the loss's Hessian is below matrix
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """The data term at some cameras, for `refine` to start from."""
+
+    noise: Noise
+    normal: _Normal
 
 
 @dataclass(frozen=True)
@@ -81,9 +104,13 @@ class _Smooth:
     gradient: Tensor  # [T, 6]
 
 
-def noise_level(samples: Samples, cameras: Cameras) -> Tensor:  # [T]
-    """Robust deviation of each frame's points from their rays, per axis."""
-    return weighted_median(ray_distance(samples, cameras), samples.weights) / _RAYLEIGH_MEDIAN + NOISE_FLOOR
+def measure_noise(samples: Samples, cameras: Cameras) -> Noise:
+    """Deviation of each frame's points from their rays, and the gate that their tail asks for."""
+    distance = ray_distance(samples, cameras)
+    level = weighted_median(distance, samples.weights) / _RAYLEIGH_MEDIAN + NOISE_FLOOR
+    beyond = ((distance > _GATE * level[:, None]) & (samples.weights > 0)).sum(-1)
+    narrow = beyond > _BEYOND * (samples.weights > 0).sum(-1)
+    return Noise(level, level * torch.where(narrow, _GATE, _WIDE_GATE))
 
 
 def refine(
@@ -91,37 +118,45 @@ def refine(
     samples: Samples,  # in units of the scene, every frame with weight
     objective: Objective,
     tolerance: float,  # gain of a step, relative to the objective, that is not worth another
+    start: Linearised | None = None,  # at these cameras, where known: spares a pass over all points
 ) -> Refined:
     """Minimise the objective over poses and focal length, anew as long as that lowers the measured noise."""
-    iterations, noise = 0, noise_level(samples, cameras)
+    iterations, noise = 0, measure_noise(samples, cameras) if start is None else start.noise
+    normal = None if start is None else start.normal
     for _ in range(_ROUNDS):
-        cameras, normal, used, converged = _minimise(cameras, samples, noise, objective, tolerance)
-        iterations += used
-        before, noise = noise, noise_level(samples, cameras)
-        if bool((noise > 0.8 * before).all()) or bool((noise < 3 * NOISE_FLOOR).all()):
+        normal = _linearise(cameras, samples, noise, objective) if normal is None else normal
+        cameras, normal, used, converged = _minimise(cameras, samples, noise, normal, objective, tolerance)
+        iterations, known = iterations + used, normal
+        normal = None
+        before, noise = noise, measure_noise(samples, cameras)
+        if bool((noise.level > 0.8 * before.level).all()) or bool((noise.level < 3 * NOISE_FLOOR).all()):
             break
-    condition, deviation = _focal_condition(normal, samples, cameras, before, objective)
-    return Refined(cameras, noise, iterations, converged, objective.alpha2, condition, deviation)
+    condition, deviation = _focal_condition(known, samples, cameras, before.level, objective)
+    return Refined(cameras, noise.level, iterations, converged, objective.alpha2, condition, deviation)
 
 
-def credible_alpha2(cameras: Cameras, samples: Samples, objective: Objective) -> float:
-    """The largest part of alpha2, down to none, that pixels left out of the fit confirm.
+def credible_alpha2(cameras: Cameras, samples: Samples, objective: Objective) -> tuple[float, Linearised | None]:
+    """The largest part of alpha2, down to none, that pixels left out of the fit confirm; the data term, if computed.
 
     The smoothness of Eq. 12 has a fixed weight, so many pixels or much tremble make it a bias rather than a help. The
     picture is cut into tiles (errors of neighbouring pixels are alike) of four sorts. Three sorts are fitted by one
     step from the same cameras with parts of alpha2, and the data term of the fourth is the judge, each sort once.
     """
     if objective.alpha2 == 0 or len(cameras.centre) == 1:
-        return objective.alpha2
-    noise = noise_level(samples, cameras)
-    if bool((noise < 3 * NOISE_FLOOR).all()):
-        return 0.0  # exact points need no help
+        return objective.alpha2, None
+    noise = measure_noise(samples, cameras)
+    if bool((noise.level < 3 * NOISE_FLOOR).all()):
+        return 0.0, None  # exact points need no help
     tile = [((p - p.amin()) / (p.amax() - p.amin()).clamp_min(1e-12) * _TILES).long() for p in (samples.x, samples.y)]
     sort = (tile[0] + 2 * tile[1]) % 4
     used = (samples.pixels(sort == number) for number in range(4))  # one at a time: bounds the memory
-    normals = [_linearise(cameras, part, noise, objective) for part in used if bool((part.weights > 0).any())]
+    shares, normals = [], []
+    for part in used:
+        if bool((part.weights > 0).any()):
+            shares.append(float(part.weights.sum() / samples.weights.sum()))
+            normals.append(_linearise(cameras, part, noise, objective))
     if len(normals) < 2:
-        return objective.alpha2
+        return objective.alpha2, None
     nothing = _smoothness(cameras, replace(objective, alpha2=0.0))
     judges = [_assemble(normal, nothing, objective.focal_mode) for normal in normals]
     scores = []
@@ -129,14 +164,16 @@ def credible_alpha2(cameras: Cameras, samples: Samples, objective: Objective) ->
         smooth = _smoothness(cameras, replace(objective, alpha2=part * objective.alpha2))
         score = 0.0
         for number, judge in enumerate(judges):
-            others = _mean_normal(normals[:number] + normals[number + 1 :])
+            others = normals[:number] + normals[number + 1 :]
+            others = _weighted_normal(others, [1 / len(others)] * len(others))
             score += _model_cost(*judge, _solve(*_assemble(others, smooth, objective.focal_mode), _DAMPING))
         scores.append(score)
     best = min(range(len(scores)), key=scores.__getitem__)
     # What a fit without smoothing loses against the judge's own best: one part its own errors, the others the judge's.
     own = sum(_model_cost(*judge, _solve(*judge, _DAMPING)) for judge in judges)
     loss = (scores[-1] - own) / len(judges)
-    return _ALPHA2_PARTS[best] * objective.alpha2 if scores[-1] - scores[best] > _CREDIBLE * loss else 0.0
+    alpha2 = _ALPHA2_PARTS[best] * objective.alpha2 if scores[-1] - scores[best] > _CREDIBLE * loss else 0.0
+    return alpha2, Linearised(noise, _weighted_normal(normals, shares))
 
 
 def _model_cost(matrix: Tensor, gradient: Tensor, step: Tensor) -> float:
@@ -144,15 +181,16 @@ def _model_cost(matrix: Tensor, gradient: Tensor, step: Tensor) -> float:
     return float(gradient @ step + step @ matrix @ step / 2)
 
 
-def _mean_normal(normals: list[_Normal]) -> _Normal:
-    return _Normal(*(torch.stack([getattr(n, field.name) for n in normals]).mean(0) for field in fields(_Normal)))
+def _weighted_normal(normals: list[_Normal], shares: list[float]) -> _Normal:
+    parts = ([share * getattr(n, f.name) for n, share in zip(normals, shares, strict=True)] for f in fields(_Normal))
+    return _Normal(*(torch.stack(part).sum(0) for part in parts))
 
 
 def _minimise(
-    cameras: Cameras, samples: Samples, noise: Tensor, objective: Objective, tolerance: float
+    cameras: Cameras, samples: Samples, noise: Noise, normal: _Normal, objective: Objective, tolerance: float
 ) -> tuple[Cameras, _Normal, int, bool]:
     """Damped steps for fixed noise levels: cameras, normal equations there, steps used, whether at rest."""
-    normal, smooth = _linearise(cameras, samples, noise, objective), _smoothness(cameras, objective)
+    smooth = _smoothness(cameras, objective)
     cost, damping, reach = normal.cost + smooth.cost, _DAMPING, 2.0
     for step in range(1, _STEPS + 1):
         full, gradient = _assemble(_less_bend(normal, reach), smooth, objective.focal_mode)
@@ -177,13 +215,13 @@ def _minimise(
     return cameras, normal, _STEPS, False
 
 
-def _linearise(cameras: Cameras, samples: Samples, noise: Tensor, objective: Objective) -> _Normal:
+def _linearise(cameras: Cameras, samples: Samples, noise: Noise, objective: Objective) -> _Normal:
     """Data term of all frames, a few frames at a time."""
     num_frames, num_points = samples.weights.shape
     total = samples.weights.sum()
     size = max(1, _CHUNK // num_points)
     parts = [
-        _linearise_frames(cameras.take(part), samples.take(part), noise[part])
+        _linearise_frames(cameras.take(part), samples.take(part), noise.take(part))
         for part in torch.arange(num_frames, device=total.device).split(size)
     ]
     factor = objective.alpha1 / total
@@ -192,7 +230,7 @@ def _linearise(cameras: Cameras, samples: Samples, noise: Tensor, objective: Obj
 
 
 def _linearise_frames(
-    cameras: Cameras, samples: Samples, noise: Tensor
+    cameras: Cameras, samples: Samples, noise: Noise
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # cost [t], matrix [t, 7, 7], gradient [t, 7], bend [t, 7, 7]
     """Distance to the ray as two coordinates across it, and their derivatives; weights from the loss."""
     focal = cameras.log_focal.exp()[:, None]  # [t, 1]
@@ -208,7 +246,7 @@ def _linearise_frames(
     bx, bz = -x * y * b_scale, -y * b_scale
     residual_a, residual_b = ax * px + az * pz, bx * px + by * py + bz * pz
     depth = (x * px + y * py + pz) / length.square()  # best depth, z
-    cost, weights, bends = _loss(residual_a.square() + residual_b.square(), noise[:, None])
+    cost, weights, bends = _loss(residual_a.square() + residual_b.square(), noise)
     weights = weights * samples.weights
 
     zero = torch.zeros_like(ax)
@@ -228,11 +266,11 @@ def _linearise_frames(
     return (cost * samples.weights).sum(-1), change.mT @ matrix @ change, gradient, change.mT @ bend @ change
 
 
-def _loss(squared: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:  # [t, N], [t, 1] -> [t, N] each
+def _loss(squared: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:  # [t, N], [t] -> [t, N] each
     """Tukey's biweight rho of the distance r, its weight rho'/r, and -(rho'/r)'/r, by which that falls."""
-    gate = (_GATE * noise).square()
+    gate = noise.gate.square()[:, None]
     left = (1 - squared / gate).clamp_min(0)
-    scale = _MEAN_INVERSE / noise
+    scale = _MEAN_INVERSE / noise.level[:, None]
     return scale * gate / 6 * (1 - left**3), scale * left.square(), 4 * scale / gate * left
 
 

@@ -147,7 +147,8 @@ def take_snapshot(
             keep(whole_moment(parameter, optimizer, moment), moments, f"{name}.{moment}")
     if not first:
         return None
-    card = _card(module, step, datamodule.describe_sources())  # which reads the manifests: not on every rank
+    # which reads manifests and some clips: not on every rank
+    card = _card(module, step, datamodule.describe_latents(), datamodule.describe_sources())
     return Snapshot(adapters, moments, card, {"step": step, "config": _as_dict(module.config)})
 
 
@@ -276,7 +277,9 @@ def superfluous(run_dir: str, keep_last: int, keep_best: int) -> list[Path]:
     return [f for f in folders[:-keep_last] if f not in best]
 
 
-def _card(module: One4DModule, step: int, data_sources: list[dict[str, str]]) -> AdapterCard:
+def _card(
+    module: One4DModule, step: int, latents: dict[str, object] | None, data_sources: list[dict[str, str]]
+) -> AdapterCard:
     config, masking = module.config, module.config.masking
     probs = (masking.text_prob, masking.image_prob, masking.sparse_prob, masking.video_prob)
     return AdapterCard(
@@ -295,6 +298,7 @@ def _card(module: One4DModule, step: int, data_sources: list[dict[str, str]]) ->
         max_text_tokens=config.base.max_text_tokens,
         negative_prompt=config.base.negative_prompt,
         sampler=asdict(config.sampler),
+        latent_statistics=latents,
         data_sources=data_sources,
     )
 

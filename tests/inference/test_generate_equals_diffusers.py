@@ -30,7 +30,7 @@ def ours(base, num_frames: int, solver: str) -> One4DPipeline:
     config = SamplerConfig(STEPS, solver)
     card = AdapterCard(
         base.path, "", 4, 1.0, blocks, True, ["image"], SHIFT, 0, num_frames, 32, 48, base.max_text_tokens, "bad",
-        asdict(config), [],
+        asdict(config), None, [],
     )  # fmt: skip
     return One4DPipeline(transformer, base.encoders(), config, SHIFT, "bad", card)
 

@@ -42,6 +42,7 @@ def adapter(request, tiny_base, tmp_path):
         16,
         "",
         asdict(SamplerConfig()),
+        None,
         [],
     )
     (tmp_path / "step").mkdir()

@@ -296,6 +296,7 @@ def card_of(model: One4DTransformer) -> AdapterCard:
         max_text_tokens=16,
         negative_prompt="",
         sampler=asdict(SamplerConfig()),
+        latent_statistics=None,
         data_sources=[],
     )
 

@@ -9,7 +9,17 @@ import torch
 
 from one4d_pl.geometry.se3 import so3_exp
 from one4d_pl.postopt.intrinsics import Samples
-from one4d_pl.postopt.refine import Objective, _linearise, _minimise, _move, _smoothness, noise_level, refine
+from one4d_pl.postopt.refine import (
+    Noise,
+    Objective,
+    _linearise,
+    _minimise,
+    _move,
+    _smoothness,
+    credible_alpha2,
+    measure_noise,
+    refine,
+)
 from one4d_pl.postopt.trajectory import Cameras, rays, solve_poses
 
 FOCAL = 0.8
@@ -33,7 +43,7 @@ def random_problem(noise: float, frames: int = 4, points: int = 60) -> tuple[Sam
     return replace(empty, points=world), cameras
 
 
-def total(cameras: Cameras, samples: Samples, noise: torch.Tensor, objective: Objective) -> float:
+def total(cameras: Cameras, samples: Samples, noise: Noise, objective: Objective) -> float:
     return float(_linearise(cameras, samples, noise, objective).cost + _smoothness(cameras, objective).cost)
 
 
@@ -42,7 +52,7 @@ def test_the_gradient_is_that_of_the_objective(mode):
     samples, cameras = random_problem(noise=0.1)
     cameras = replace(cameras, centre=cameras.centre + 0.02, log_focal=cameras.log_focal + 0.05)
     objective = Objective(alpha1=1.0, alpha2=0.3, focal_mode=mode)
-    noise = noise_level(samples, cameras)
+    noise = measure_noise(samples, cameras)
     normal, smooth = _linearise(cameras, samples, noise, objective), _smoothness(cameras, objective)
     poses = (normal.gradient[:, :6] + smooth.gradient).flatten()
     focal = {"shared": normal.gradient[:, 6].sum()[None], "per_frame": normal.gradient[:, 6], "fixed": poses[:0]}[mode]
@@ -60,10 +70,12 @@ def test_the_gradient_is_that_of_the_objective(mode):
     torch.testing.assert_close(torch.tensor(numeric).double(), gradient, rtol=1e-2, atol=2e-4)
 
 
-def test_the_curvature_is_that_of_the_loss_where_the_distances_are_straight():
+@pytest.mark.parametrize("gate", [2.0, 60.0])  # in noise levels: with points beyond it, and without
+def test_the_curvature_is_that_of_the_loss_where_the_distances_are_straight(gate):
     samples, cameras = random_problem(noise=0.1)
     objective = Objective(alpha1=1.0, alpha2=0.0, focal_mode="fixed")
-    noise = noise_level(samples, cameras)
+    noise = measure_noise(samples, cameras)
+    noise = replace(noise, gate=gate * noise.level)
     normal = _linearise(cameras, samples, noise, objective)
 
     def gradient(axis: int, step: float) -> torch.Tensor:  # [T, 3]
@@ -85,9 +97,11 @@ def test_at_rest_no_stricter_criterion_moves_the_cameras(seed):
     samples = replace(samples, points=samples.points + torch.where(bad[..., None], 8 * errors, errors))
     objective = Objective(alpha1=1.0, alpha2=0.0, focal_mode="per_frame")
     start = solve_poses(samples, 1.05 * cameras.log_focal.exp())
-    noise = noise_level(samples, start)
-    usual, _, _, at_rest = _minimise(start, samples, noise, objective, 1e-6)
-    strict = _minimise(usual, samples, noise, objective, 1e-14)[0]
+    noise = measure_noise(samples, start)
+    usual, normal, _, at_rest = _minimise(
+        start, samples, noise, _linearise(start, samples, noise, objective), objective, 1e-6
+    )
+    strict = _minimise(usual, samples, noise, normal, objective, 1e-14)[0]
     deviation = refine(usual, samples, objective, 1e-6).focal_deviation
     assert at_rest
     # A 20th of what the points leave open.
@@ -116,12 +130,13 @@ def test_the_minimum_is_no_higher_than_the_truth_and_its_neighbours():
     objective = Objective(alpha1=1.0, alpha2=0.01, focal_mode="shared")
     refined = refine(solve_poses(samples, cameras.log_focal.exp()), samples, objective, tolerance=1e-9)
     assert refined.converged
-    lowest = total(refined.cameras, samples, refined.noise, objective)
-    assert lowest <= total(cameras, samples, refined.noise, objective)
+    noise = measure_noise(samples, refined.cameras)
+    lowest = total(refined.cameras, samples, noise, objective)
+    assert lowest <= total(cameras, samples, noise, objective)
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         step = 1e-3 * torch.randn(6 * 4 + 1, generator=generator, dtype=torch.float64)
-        assert lowest <= total(_move(refined.cameras, step, "shared"), samples, refined.noise, objective)
+        assert lowest <= total(_move(refined.cameras, step, "shared"), samples, noise, objective)
 
 
 def test_stronger_smoothing_shortens_the_path():
@@ -133,3 +148,22 @@ def test_stronger_smoothing_shortens_the_path():
         lengths.append(float(torch.linalg.vector_norm(centre[1:] - centre[:-1], dim=-1).sum()))
     assert lengths[0] > lengths[1] > lengths[2]
     assert lengths[2] < 0.1 * lengths[0]
+
+
+def test_the_gate_is_wide_in_clean_frames_and_narrow_in_those_with_outliers():
+    samples, cameras = random_problem(noise=0.01, points=3000)
+    wild = samples.points.clone()
+    wild[1, :30] += 3.0
+    noise = measure_noise(replace(samples, points=wild), cameras)
+    factor = noise.gate / noise.level
+    assert float(factor[1]) == pytest.approx(6) and bool((factor[torch.arange(len(factor)) != 1] == 60).all())
+
+
+def test_what_judging_the_smoothness_has_linearised_is_the_data_term():
+    samples, cameras = random_problem(noise=0.1, points=300)
+    objective = Objective(alpha1=1.0, alpha2=0.01, focal_mode="shared")
+    alpha2, start = credible_alpha2(cameras, samples, objective)
+    assert start is not None and alpha2 <= 0.01
+    expected = _linearise(cameras, samples, start.noise, objective)
+    for name in ("cost", "matrix", "gradient", "bend"):
+        torch.testing.assert_close(getattr(start.normal, name), getattr(expected, name), rtol=1e-9, atol=1e-9)

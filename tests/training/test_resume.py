@@ -106,7 +106,9 @@ def test_a_checkpoint_holds_trainables_and_moments_only(run_config):
     kept = sorted(f.name for f in folder.parent.iterdir())
     # keep_last, the scores that decide on the best, and no leftover of a staging folder
     assert kept == ["step-00000004", "step-00000006", "validation.json"]
-    assert json.loads(files["card.json"].read_text())["data_sources"][0]["licence"] == "CC0-1.0"
+    card = json.loads(files["card.json"].read_text())
+    assert card["data_sources"][0]["licence"] == "CC0-1.0"
+    assert len(card["latent_statistics"]["xyz_mean"]) == 16 and card["latent_statistics"]["clips"] > 4
 
 
 def test_init_from_starts_from_the_adapter_with_a_fresh_optimiser(run_config, tmp_path):
