@@ -144,8 +144,8 @@ def report(coupling: Coupling, seconds: dict[str, float], repeats: int) -> str:
         "",
         f"Width {width}, {len(coupling.plain.blocks)} blocks, {tokens} tokens per branch ({tokens / width:.1f} times "
         f"the width), rank {coupling.rank}, {len(coupling.dlc.links)} link(s), float32, no checkpointing; step = "
-        f"forward and backward. CPU seconds of one thread, medians of {repeats} interleaved runs after one to warm up; torch "
-        f"{torch.__version__}.",
+        f"forward and backward. CPU seconds of one thread, medians of {repeats} interleaved runs after one to warm up; "
+        f"torch {torch.__version__}.",
     ]
     return "\n".join(lines)
 
