@@ -98,13 +98,13 @@ class Trials:
             reached = 0
             for hit in range(1, times + 1):
                 self._wait_for_training(job, run_dir, beyond=reached)
-                hours, minutes, _ = (int(part) for part in self.lab.job(job)["RunTime"].split(":"))
-                limit = 60 * hours + minutes + 2  # between one and two minutes from now, whatever the machine's speed
+                hours, minutes, seconds = (int(part) for part in self.lab.job(job)["RunTime"].split(":"))
+                limit = 60 * hours + minutes + (1 if seconds < 20 else 2)  # 40 to 100 s from now, at any speed
                 self._say(f"time limit {hit}: {limit} minutes at step {last_step(run_dir)}+")
                 self.lab.command("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
                 self._wait_for_restart(job, hit)
+                self.lab.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")  # a start takes its time
                 reached = last_step(run_dir)
-            self.lab.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
         # SLURM looks every 30 s and signals up to that much earlier
         row = self._trial("time limit", steps, disturb, "--signal=B:USR1@90", starts_at_least=times + 1)
