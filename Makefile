@@ -16,7 +16,7 @@ APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq 
 INSTALL_SYSTEM = $(APT) $(SYSTEM_PACKAGES) && { $(APT) $(BROWSER_PACKAGE) || echo "setup-system: no $(BROWSER_PACKAGE): the browser tests are skipped"; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system slurm-setup slurm-test demo eval test test-long bench chaos lint types clean
+.PHONY: help setup setup-system slurm-setup slurm-test demo eval test test-long bench bench-gpu chaos lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -71,8 +71,13 @@ test-long: $(STAMP)  ## the slow tests
 slurm-test: $(STAMP)  ## everything that can befall a job, on a virtual cluster of eight nodes; an hour or two
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m tests.slurm_lab.proof $(SLURM_TEST_ARGS)
 
-bench: $(STAMP)  ## the writer's throughput against the decode + encode limit of the same files
+bench: $(STAMP)  ## on a CPU: coupling two branches beside its alternatives, the writer beside its decode + encode limit
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/models/benchmark_coupling.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/data_prep/benchmark_throughput.py
+
+BENCH_GPU_ARGS ?=
+bench-gpu: $(STAMP)  ## a training step of the 14B and the 1.3B at random on this GPU; BENCH_GPU_ARGS=--tiny runs on a CPU
+	$(VENV)/bin/python -m one4d_pl.bench_gpu $(BENCH_GPU_ARGS)
 
 chaos: $(STAMP)  ## KILLS=200: SIGKILL a 2-rank run again and again; survivors must equal the undisturbed one bit for bit
 	PYTHONPATH=. $(VENV)/bin/python -m tests.training.chaos

@@ -1,7 +1,8 @@
 """Every knob of the project: typed dataclasses, filled from yaml files that merge left to right, then `a.b=c`.
 
-omegaconf only, no torch: a login node parses a config in a second. The yaml tree dies in `load_config`; each class
-of the project gets its own node. A default lives here or, where it belongs to a scale or a data mix, in one yaml.
+omegaconf only, no torch: a login node parses a config in a second; and omegaconf only where yaml is read, so that the
+classes alone need nothing. The yaml tree dies in `load_config`; each class of the project gets its own node. A default
+lives here or, where it belongs to a scale or a data mix, in one yaml.
 """
 
 from __future__ import annotations
@@ -11,15 +12,18 @@ import difflib
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import get_args, get_origin, get_type_hints
+from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
 DIFFUSERS_MARK = "model_index.json"  # a base in diffusers layout holds it
 ORIGINAL_MARK = "Wan2.1_VAE.pth"  # a base in the layout of Wan-AI and VideoX-Fun holds it
 SOLVERS = ("euler", "unipc")
+CHECKPOINTING = ("none", "full", "selective")
+NATIVE_ATTENTION = ("native", "_native_cudnn", "_native_flash", "_native_efficient")  # torch's fused kernels
+ATTENTION = (*NATIVE_ATTENTION, "_native_math", "flash", "_flash_3")  # diffusers' names; the last two are own packages
 DEMO_ADAPTERS = Path(__file__).parent / "assets" / "demo_adapters"  # of the embedded base, trained on the toy world
 EMBEDDED_BASE = "embedded"  # base.path's word for the tiny Wan inside the package
 
@@ -52,12 +56,14 @@ class BaseConfig:
 
     path: str = EMBEDDED_BASE  # folder, or hub id already in the local cache; the name stands for the shipped one
     dtype: str = "float32"  # of the frozen transformer and text encoder; the VAE stays float32
+    attention: str = "native"  # kernels, by diffusers' name; native = torch chooses, flash and _flash_3 need flash-attn
     max_text_tokens: int = 192  # prompts are cut or zero-padded to this, as Wan does with 512
     negative_prompt: str = ""  # inference only; training drops captions to the empty prompt
     tiny: TinyWanConfig | None = None  # for build_tiny_base alone
 
     def __post_init__(self) -> None:
         _one_of("base.dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("base.attention", self.attention, ATTENTION)
         _at_least("base.max_text_tokens", self.max_text_tokens, 1)
 
 
@@ -239,7 +245,10 @@ class TrainConfig:
     num_nodes: int = 1
     devices: int = 1  # processes per node (GPUs where there are any)
     precision: str = "32-true"  # 32-true | bf16-mixed; trainables and optimiser stay float32
-    activation_checkpointing: bool = False
+    activation_checkpointing: str = (
+        "none"  # full: blocks run again in the backward pass; selective: less self-attention
+    )
+    compile: bool = False  # torch.compile of the blocks: needs a C++ compiler, or Triton's on a GPU
     seed: int = 0
     overfit_clips: int = 0  # train on the first n clips only; 0 = off
     init_from: str | None = None  # adapter folder to start from, with a fresh optimiser
@@ -254,6 +263,10 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _one_of("train.strategy", self.strategy, ("single", "ddp", "deepspeed"))
         _one_of("train.zero_stage", self.zero_stage, (1, 2, 3))
+        # what yaml's true and false become here: the knob was a switch once
+        switch = {"True": "full", "False": "none"}
+        self.activation_checkpointing = switch.get(self.activation_checkpointing, self.activation_checkpointing)
+        _one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
         _one_of("train.precision", self.precision, ("32-true", "bf16-mixed"))
         for name in ("max_steps", "global_batch_size", "micro_batch_size", "num_nodes", "devices", "save_every"):
             _at_least(f"train.{name}", getattr(self, name), 1)
@@ -261,6 +274,14 @@ class TrainConfig:
             _at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("seed", "overfit_clips", "keep_best", "hang_minutes", "max_restarts"):
             _at_least(f"train.{name}", getattr(self, name), 0)
+        if self.compile and self.activation_checkpointing == "selective":
+            raise ConfigError(
+                "train.compile: decides itself what to keep; set train.activation_checkpointing=full or none"
+            )
+        if self.compile and self.strategy == "deepspeed" and self.zero_stage == 3:
+            raise ConfigError(
+                "train.compile: blocks whose weights come and go are not compiled; set train.zero_stage=2"
+            )
         if self.strategy == "single" and self.world_size != 1:
             raise ConfigError(
                 f"train.strategy: single runs one process, asked for {self.world_size}; use ddp or deepspeed"
@@ -341,6 +362,11 @@ class Config:
     def __post_init__(self) -> None:
         if self.base.dtype == "bfloat16" and self.train.precision != "bf16-mixed":
             raise ConfigError("base.dtype: bfloat16 needs train.precision=bf16-mixed (the trainables are float32)")
+        if self.train.activation_checkpointing == "selective" and self.base.attention not in NATIVE_ATTENTION:
+            raise ConfigError(
+                f"train.activation_checkpointing: selective knows torch's own fused kernels, not base.attention="
+                f"{self.base.attention}; take one of {', '.join(NATIVE_ATTENTION)}, or full"
+            )
 
 
 def legal_worlds(global_batch_size: int, micro_batch_size: int) -> list[int]:
@@ -351,6 +377,9 @@ def legal_worlds(global_batch_size: int, micro_batch_size: int) -> list[int]:
 
 def load_config(paths: list[str], overrides: list[str]) -> Config:
     """Merge yaml files left to right (each after its own `include`s), then `a.b=c` overrides, into a typed Config."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     merged = OmegaConf.structured(Config)
     for path in paths:
         for name, node in _read_with_includes(Path(path), ()):
@@ -370,6 +399,8 @@ def load_config(paths: list[str], overrides: list[str]) -> Config:
 
 def to_yaml(config: Config) -> str:
     """The resolved config, in a form that `load_config` reads back to an equal one."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
@@ -420,6 +451,8 @@ def holds_base(path: str) -> bool:
 
 def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
     """The file's includes (relative to it), depth first, then the file itself."""
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
     if path.resolve() in seen:
         raise ConfigError(f"{path}: includes itself")
     if not path.is_file():
@@ -440,6 +473,8 @@ def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, D
 
 
 def _parse_override(override: str) -> DictConfig:
+    from omegaconf import OmegaConf
+
     if "=" not in override:
         raise ConfigError(f"override {override!r}: write it as section.key=value")
     try:
@@ -449,6 +484,9 @@ def _parse_override(override: str) -> DictConfig:
 
 
 def _merge(merged: DictConfig, node: DictConfig, name: str) -> DictConfig:
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     _refuse_unknown_keys(Config, node, name, prefix="")
     try:
         result = OmegaConf.merge(merged, node)
@@ -460,6 +498,8 @@ def _merge(merged: DictConfig, node: DictConfig, name: str) -> DictConfig:
 
 def _refuse_unknown_keys(cls: type, node: DictConfig, name: str, prefix: str) -> None:
     """Name the file, the key and the nearest right one."""
+    from omegaconf import DictConfig
+
     hints = get_type_hints(cls)
     for key in node:
         key = str(key)

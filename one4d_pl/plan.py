@@ -46,11 +46,11 @@ class Run:
     def accumulation(self) -> int:
         return self.global_batch // (self.layout.world * self.batch.clips)
 
-    def flops(self, checkpointing: bool) -> Flops:
+    def flops(self, checkpointing: str) -> Flops:
         """Of one GPU and optimiser step."""
         return training_flops(self.shape, self.batch, checkpointing, flash=True) * self.accumulation
 
-    def seconds(self, checkpointing: bool) -> float:
+    def seconds(self, checkpointing: str) -> float:
         """Of a step, at the stated share of the GPU's peak."""
         peak = peak_flops(f"NVIDIA {self.gpu}", "bf16-mixed")
         assert peak is not None
@@ -173,7 +173,11 @@ def _way(layout: Layout) -> str:
         if layout.world > 1
         else "one process"
     )
-    recompute = "blocks recomputed" if layout.checkpointing else "every activation kept"
+    recompute = {
+        "none": "every activation kept",
+        "full": "blocks recomputed",
+        "selective": "blocks recomputed but for self-attention",
+    }[layout.checkpointing]
     return f"{stage}, {recompute}{', offload' if layout.offload else ''}"
 
 
@@ -184,14 +188,14 @@ def _ways(run: Run) -> list[str]:
         f"  {'ZeRO':<6}{'recompute':<11}{'offload':<9}{'GiB':>7}{'without':>9}{'s/step':>10}  fits",
     ]
     for stage in range(4):
-        for checkpointing in (True, False):
+        for checkpointing in ("full", "selective", "none"):
             for offload in (False, True) if stage else (False,):
                 layout = replace(run.layout, zero_stage=stage, checkpointing=checkpointing, offload=offload)
                 encoded = replace(layout, encoder_bytes=0.0, vae_base_dim=0)
                 both = [step_memory(run.shape, run.batch, way) for way in (layout, encoded)]
                 mark = "*" if layout == run.layout else " "
                 lines.append(
-                    f"{mark} {stage:<6}{_said(checkpointing):<11}{_said(offload):<9}{both[0].total / GIB:7.1f}"
+                    f"{mark} {stage:<6}{checkpointing:<11}{_said(offload):<9}{both[0].total / GIB:7.1f}"
                     f"{both[1].total / GIB:9.1f}{run.seconds(checkpointing):10.3g}  {_fits(*both)}"
                 )
     return lines

@@ -6,8 +6,9 @@ L text tokens, D text width. Geometry side `[..., H, W, 3]`, network side `[B, C
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ TASKS = ("text", "image", "sparse", "video")  # which frames are given: none, th
 DOMAINS = ("synthetic", "real")
 
 Task = Literal["text", "image", "sparse", "video"]
+Record = TypeVar("Record", "PointmapScale", "Encoded", "Batch")
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class PointmapScale:
 
     def to(self, device: torch.device | str) -> PointmapScale:
         """The same similarity on `device`."""
-        return PointmapScale(self.scale.to(device), self.offset.to(device))
+        return _with_tensors(self, lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
@@ -61,12 +63,6 @@ class Encoded:
     prompt_embeds: Tensor  # [n, D], not padded; of the caption, or of the empty prompt where it was dropped
     image_embeds: Tensor | None  # [N, D], CLIP tokens of frame 0, where the base has them
     condition: Tensor | None = None  # [C, t, h, w] conditioning latents of the sample's given frames, where stored
-
-    def to(self, device: torch.device) -> Encoded:
-        """The same tensors on `device`."""
-        image = None if self.image_embeds is None else self.image_embeds.to(device)
-        condition = None if self.condition is None else self.condition.to(device)
-        return Encoded(self.latents.to(device), self.prompt_embeds.to(device), image, condition)
 
 
 @dataclass(frozen=True)
@@ -116,15 +112,25 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device` (strings stay)."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        for name, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device, non_blocking=True)
-        moved["scale"] = self.scale.to(device)
-        if self.encoded is not None:
-            moved["encoded"] = tuple(e.to(device) for e in self.encoded)
-        return replace(self, **moved)
+        """The same batch on `device` (strings stay); pinned tensors are copied while the CPU goes on."""
+        return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; torch's DataLoader calls it where there is a GPU, in its own thread."""
+        return _with_tensors(self, Tensor.pin_memory)
+
+
+def _with_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
+    """The same record with every tensor changed, those of the records inside it too."""
+    values = {f.name: getattr(record, f.name) for f in fields(record)}
+    for name, value in values.items():
+        if isinstance(value, Tensor):
+            values[name] = change(value)
+        elif isinstance(value, PointmapScale):
+            values[name] = _with_tensors(value, change)
+        elif name == "encoded" and value is not None:
+            values[name] = tuple(_with_tensors(encoded, change) for encoded in value)
+    return replace(record, **values)
 
 
 def collate(samples: list[Sample]) -> Batch:

@@ -161,7 +161,7 @@ RECIPE = {  # paper.md sec. 6, then sec. 8
     "dlc.link_blocks": None,
     "dlc.xyz_patch_embedding": True,
     "train.precision": "bf16-mixed",
-    "train.activation_checkpointing": True,
+    "train.activation_checkpointing": "full",
     "train.overfit_clips": 0,
     "train.init_from": None,
 }
@@ -438,6 +438,29 @@ def test_legal_worlds_are_exactly_those_that_a_run_accepts(global_batch, micro_b
         else:
             with pytest.raises(ConfigError, match=r"legal numbers of processes: \[1"):
                 TrainConfig(strategy="ddp", **knobs)
+
+
+@pytest.mark.parametrize(("word", "mode"), [("true", "full"), ("false", "none"), ("selective", "selective")])
+def test_activation_checkpointing_was_a_switch_once_and_still_understands_it(word, mode):
+    config = load_config(PAPER, [f"train.activation_checkpointing={word}"])
+    assert (
+        config.train.activation_checkpointing == mode and load_config([], []).train.activation_checkpointing == "none"
+    )
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["train.activation_checkpointing=half"], ["train.activation_checkpointing", "none, full, selective"]),
+        (["base.attention=fast"], ["base.attention", "native"]),
+        (["train.activation_checkpointing=selective", "base.attention=flash"], ["base.attention=flash", "or full"]),
+        (["train.compile=true", "train.activation_checkpointing=selective"], ["train.compile", "=full or none"]),
+        (["train.compile=true", "train.strategy=deepspeed", "train.zero_stage=3"], ["train.compile", "zero_stage=2"]),
+    ],
+)
+def test_knobs_of_speed_that_exclude_each_other_say_so(overrides, words):
+    message = error_of(PAPER, overrides)
+    assert [word for word in words if word not in message] == []
 
 
 def test_nodes_times_devices_is_the_world():

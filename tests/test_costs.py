@@ -71,24 +71,26 @@ class Case:
                 velocity.square().mean().backward()
         return counter.get_total_flops()
 
-    def ours(self, checkpointing: bool, flash: bool) -> Flops:
+    def ours(self, checkpointing: str, flash: bool) -> Flops:
         return training_flops(TransformerShape.of(self.wan, self.dlc), self.batch, checkpointing, flash)
 
 
 @pytest.mark.parametrize("seed", range(SHAPES))
 def test_our_count_is_torchs(seed):
     case = Case(seed)
-    flops = case.ours(checkpointing=False, flash=False)
+    flops = case.ours("none", flash=False)
     assert flops.recompute == 0
     assert flops.forward == pytest.approx(case.count(backward=False, flash=False), rel=EXACT)
     assert flops.model == pytest.approx(case.count(backward=True, flash=False), rel=EXACT)
-    flash = case.ours(checkpointing=False, flash=True)
+    flash = case.ours("none", flash=True)
     assert flash.model == flops.model
     assert flash.hardware == pytest.approx(case.count(backward=True, flash=True), rel=EXACT)
-    case.transformer.enable_activation_checkpointing()
-    checkpointed = case.ours(checkpointing=True, flash=True)
-    assert checkpointed.model == flops.model
-    assert checkpointed.hardware == pytest.approx(case.count(backward=True, flash=True), rel=EXACT)
+    for mode in ("full", "selective"):
+        case.transformer.set_activation_checkpointing(mode)
+        checkpointed = case.ours(mode, flash=True)
+        assert checkpointed.model == flops.model
+        assert checkpointed.hardware == pytest.approx(case.count(backward=True, flash=True), rel=EXACT), mode
+    assert case.ours("none", flash=True).recompute < checkpointed.recompute < case.ours("full", flash=True).recompute
 
 
 def test_the_papers_step_in_numbers():
@@ -98,13 +100,15 @@ def test_the_papers_step_in_numbers():
         "out_channels": 16, "text_dim": 4096, "freq_dim": 256, "ffn_dim": 13824, "num_layers": 40, "image_dim": 1280,
     }  # fmt: skip
     batch = BatchShape(1, (21, 44, 78), 512, 257)
-    flops = training_flops(TransformerShape.of(wan, DLCConfig()), batch, checkpointing=True, flash=True)
+    flops = training_flops(TransformerShape.of(wan, DLCConfig()), batch, "full", flash=True)
     tokens, width = 21 * 22 * 39, 5120
     linears = 40 * 2 * (6 * width**2 + 2 * width * 13824) * 2 * tokens
     attention = 40 * 4 * 2 * tokens**2 * width
     assert flops.forward == pytest.approx(linears + attention, rel=0.06)  # LoRAs, context and embedders: 5 %
     assert 1.0 <= flops.backward / flops.forward <= 1.5  # attention's backward is double, the frozen linears' single
     assert flops.recompute / flops.forward == pytest.approx(1.15, abs=0.1)
+    selective = training_flops(TransformerShape.of(wan, DLCConfig()), batch, "selective", flash=True)
+    assert flops.recompute - selective.recompute == attention
 
 
 @pytest.mark.parametrize(

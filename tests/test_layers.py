@@ -20,6 +20,7 @@ FLOORS = (
     "training evaluation",
     "callbacks",
     "fit preflight demo build_tiny_vae build_tiny_base evaluate generate cameras view plan export fetch_weights "
+    "bench_gpu "
     "data_prep",
 )
 SHELF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()} | {"one4d_pl": -1}

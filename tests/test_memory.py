@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from one4d_pl.config import DLCConfig
+from one4d_pl.config import CHECKPOINTING, DLCConfig
 from one4d_pl.costs.flops import BatchShape, TransformerShape
 from one4d_pl.costs.memory import Layout, count_parameters, step_activations, step_memory
 from one4d_pl.models.base_files import RELEASED
@@ -65,7 +65,7 @@ def wan(size: dict[str, int], image: bool) -> dict[str, object]:
     }  # fmt: skip
 
 
-def measured(settings: dict[str, object], batch: BatchShape, checkpointing: bool, bfloat16: bool) -> dict[str, int]:
+def measured(settings: dict[str, object], batch: BatchShape, checkpointing: str, bfloat16: bool) -> dict[str, int]:
     """Bytes by part of a real step on the CPU, its gradients there already."""
     width = 128 * int(str(settings["num_attention_heads"]))
     added = {"added_kv_proj_dim": width} if settings["image_dim"] else {}
@@ -76,8 +76,7 @@ def measured(settings: dict[str, object], batch: BatchShape, checkpointing: bool
             if not any(part in name.split(".") for part in kept):
                 parameter.data = parameter.data.bfloat16()
     model = One4DTransformer(base, DLCConfig(rank=8, num_links=1), seed=0)
-    if checkpointing:
-        model.enable_activation_checkpointing()
+    model.set_activation_checkpointing(checkpointing)
     trainables = [parameter for _, parameter in model.trainable_parameters()]
     optimizer = torch.optim.AdamW(trainables)
     for parameter in trainables:
@@ -105,7 +104,7 @@ def measured(settings: dict[str, object], batch: BatchShape, checkpointing: bool
 
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bf16-mixed"])
-@pytest.mark.parametrize("checkpointing", [False, True], ids=["whole", "checkpointing"])
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("name", SIZES)
 def test_live_tensor_bytes_are_within_five_percent(name, checkpointing, bfloat16, record_property):
     size, grid, image = SIZES[name]
@@ -155,7 +154,7 @@ PAPER = BatchShape(1, (21, 44, 78), 512, 257)
 
 def plan(**changes: object) -> float:
     shape = TransformerShape.of(RELEASED["14B"], DLCConfig())
-    layout = Layout(64, 2, True, False, True, True, 13e9, 96)
+    layout = Layout(64, 2, "full", False, True, True, 13e9, 96)
     return step_memory(shape, PAPER, replace(layout, **changes)).total
 
 
@@ -164,8 +163,8 @@ def test_what_is_shared_or_moved_away_costs_less():
     assert stages == sorted(stages, reverse=True)
     assert plan(zero_stage=3, world=8) > plan(zero_stage=3, world=64)
     assert plan(offload=True) < plan() and plan(zero_stage=3, offload=True) < plan(zero_stage=3)
-    assert plan(checkpointing=False) > 10 * 2**30 + plan()
+    assert plan(checkpointing="none") > 10 * 2**30 + plan(checkpointing="selective") > 20 * 2**30 + plan()
     moved = step_memory(
-        TransformerShape.of(RELEASED["14B"], DLCConfig()), PAPER, Layout(64, 3, True, True, True, True, 13e9, 96)
+        TransformerShape.of(RELEASED["14B"], DLCConfig()), PAPER, Layout(64, 3, "full", True, True, True, 13e9, 96)
     ).host
     assert moved > 0.5e9

@@ -111,14 +111,15 @@ class Flops:
         return Flops(passes * self.forward, passes * self.backward, passes * self.recompute)
 
 
-def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: bool, flash: bool) -> Flops:
+def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: str, flash: bool) -> Flops:
     """One forward and backward pass.
 
     Args:
         shape: of the transformer.
         batch: of the pass.
-        checkpointing: every block is computed a second time in the backward pass.
-        flash: attention kernels recompute the scores in the backward pass (they do on GPUs).
+        checkpointing: none; full: every block is computed a second time in the backward pass; selective: all of it but
+            self-attention, whose result is kept (where `flash`).
+        flash: attention runs in fused kernels, which recompute the scores in the backward pass (they do on GPUs).
     """
     samples, width = 2 * batch.clips, shape.width
     tokens = _tokens(shape, batch)
@@ -134,7 +135,9 @@ def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: bo
         backward += embed  # its weight gradient; nothing trainable lies before
     else:  # then nothing before the first self-attention's output either: its q, k, v have no input gradient
         backward -= 3 * 2 * samples * tokens * width * (width + shape.rank)
-    recompute = (again if checkpointing else 0) + (shape.num_layers * scores if flash else 0)
+    if checkpointing == "selective" and flash:
+        again -= shape.num_layers * 2 * 2 * samples * tokens * tokens * width  # scores and values
+    recompute = (again if checkpointing != "none" else 0) + (shape.num_layers * scores if flash else 0)
     forward = embed * (1 + shape.xyz_patch_embedding) + _condition(shape, batch) + blocks + head
     return Flops(float(forward), float(backward), float(recompute))
 

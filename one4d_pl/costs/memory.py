@@ -1,8 +1,8 @@
 """What a training step keeps in memory, in closed form from its shape: parameters, states, activations, per process.
 
 The activations are those of the diffusers Wan block with our LoRAs and links, counted tensor by tensor; the largest
-moment of a step is, under activation checkpointing, the recomputation of a block at its feed-forward's first linear,
-and without it the end of the forward pass. Counted is what tensors hold; what else a GPU holds is `allowance`.
+moment of a step is, under activation checkpointing, a recomputed block's residual sum or its feed-forward's backward
+pass, and without it the same of the last block. Counted is what tensors hold; what else a GPU holds is `allowance`.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Layout:
 
     world: int  # processes
     zero_stage: int  # 0 = ddp or a single process
-    checkpointing: bool
+    checkpointing: str  # train.activation_checkpointing
     offload: bool
     bfloat16: bool  # autocast of activations; else float32
     bfloat16_base: bool  # the frozen transformer's weights
@@ -73,7 +73,7 @@ class Memory:
     gradients: float
     optimizer: float  # moments, and DeepSpeed's float32 copy
     encoders: float
-    checkpoints: float  # inputs of the blocks, where activations are recomputed
+    checkpoints: float  # inputs of the blocks, where activations are recomputed, and what selective keeps besides
     activations: float  # everything else that is computed; without checkpointing of every block
     allowance: float  # CUDA context, NCCL, fragmentation: an estimate
     host: float  # not on the GPU: what offload moved away
@@ -170,9 +170,9 @@ def step_memory(shape: TransformerShape, batch: BatchShape, layout: Layout) -> M
 
 
 def step_activations(
-    shape: TransformerShape, batch: BatchShape, checkpointing: bool, bfloat16: bool
+    shape: TransformerShape, batch: BatchShape, checkpointing: str, bfloat16: bool
 ) -> tuple[float, float]:
-    """Bytes of the blocks' kept inputs (0 without checkpointing) and of all else, at the largest moment."""
+    """Bytes kept of every block (0 without checkpointing) and of all else, at the largest moment."""
     wide = 2 if bfloat16 else FLOAT  # bytes of what linears and attention read and write
     samples, d = 2 * batch.clips, shape.width
     grid = [size // patch for size, patch in zip(batch.latent_grid, shape.patch, strict=True)]
@@ -188,13 +188,14 @@ def step_activations(
     shared += pixels * (shape.in_channels + 4 * shape.out_channels) * FLOAT  # inputs, noise, velocities
     if bfloat16:
         shared += pixels * shape.in_channels * wide
-    up = 2 * ffn * wide  # the up-projection's parts (base, LoRA, scaled LoRA, sum) over the two that are kept
-    widened = hidden * FLOAT if bfloat16 else 0  # a float32 copy on its way
-    if checkpointing:
+    # beyond what a block saves: gradients around its GELU, or its residual sum in float32
+    last = max(2 * ffn * wide, 4 * hidden * FLOAT)
+    if checkpointing != "none":
         kept = shape.num_layers * hidden * wide
-        return kept, shared + block + up + hidden * wide + widened
+        if checkpointing == "selective":  # and of self-attention result and statistics; the block at work has its own
+            kept += (shape.num_layers - 1) * (hidden * wide + rows * _heads(d) * FLOAT)
+        return kept, shared + block + last
     links = shape.num_links * (hidden * wide + (2 * d * d * wide if bfloat16 else 0))
-    last = max(up + widened, 4 * hidden * FLOAT)  # or the residual sum in float32
     return 0.0, shared + shape.num_layers * block + links + hidden * FLOAT + last
 
 

@@ -322,7 +322,7 @@ class One4DPipeline:
 
     def compile_blocks(self) -> None:
         """torch.compile of the transformer's blocks, which are all alike: compiled once, used by all."""
-        self.transformer.base.compile_repeated_blocks()
+        self.transformer.compile_blocks()
 
     @torch.no_grad()
     def sample(

@@ -36,9 +36,10 @@ class BranchLinear(nn.Module):
             nn.init.zeros_(self.lora_B[modality].weight)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [2B, L, D] -> [2B, L, D']
-        halves = zip(MODALITIES, hidden.chunk(2), strict=True)
-        delta = torch.cat([self.lora_B[m](self.lora_A[m](half)) for m, half in halves])
-        return self.base(hidden) + self.scale * delta
+        low = {m: self.lora_A[m](half) for m, half in zip(MODALITIES, hidden.chunk(2), strict=True)}
+        if self.scale != 1:  # here, where it costs rank instead of D' numbers a token
+            low = {m: self.scale * half for m, half in low.items()}
+        return self.base(hidden) + torch.cat([self.lora_B[m](low[m]) for m in MODALITIES])
 
 
 class BranchPatchEmbedding(nn.Module):

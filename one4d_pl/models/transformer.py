@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from diffusers import WanTransformer3DModel
+from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 
-from one4d_pl.config import DLCConfig
+from one4d_pl.config import ConfigError, DLCConfig
+from one4d_pl.models.checkpointing import run_checkpointed
 from one4d_pl.models.control_links import ControlLink, link_positions
 from one4d_pl.models.lora import BranchPatchEmbedding, wrap_linears
 
@@ -54,11 +57,24 @@ class One4DTransformer(nn.Module):
             return_dict=False,
         )[0]
 
-    def enable_activation_checkpointing(self) -> None:
-        """Recompute each block in the backward pass (non-reentrant: everything upstream of the LoRAs is frozen)."""
-        self.base.enable_gradient_checkpointing()
-        # diffusers checkpoints only in training mode or where gradients are on; frozen modules have no dropout
-        self.base.gradient_checkpointing = True
+    def set_activation_checkpointing(self, mode: str) -> None:
+        """none; full: each block, with its link, runs again in the backward pass; selective: all but self-attention."""
+        self.base.gradient_checkpointing = mode != "none"
+        self.base._gradient_checkpointing_func = partial(run_checkpointed, keep_attention=mode == "selective")
+
+    def set_attention(self, backend: str) -> None:
+        """Which kernels attend, by diffusers' name (base.attention); ConfigError where they are not there."""
+        if backend == "native":
+            return  # torch's own choice, or that of diffusers' environment variable
+        try:
+            with attention_backend("native"):  # restores the choice for other models, which diffusers changes with it
+                self.base.set_attention_backend(backend)
+        except (RuntimeError, ValueError) as error:
+            raise ConfigError(f"base.attention: {backend} cannot be used here ({error}); native always can") from error
+
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile of the blocks, which are all alike: compiled once, used by all; links likewise."""
+        self.base.compile_repeated_blocks(backend=backend)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named trainables in a fixed order: the adapter, nothing of the base."""

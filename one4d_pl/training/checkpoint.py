@@ -48,12 +48,13 @@ VAL_TOTAL = "val/loss/total"  # Lightning's name of what decides on the best
 STEP_FOLDER = re.compile(r"step-(\d{8})")
 # what may change between the parts of one run without changing the sequence of updates
 FREE_KEYS = (
-    "run_dir", "scale", "sampler", "val", "eval", "base.path", "base.negative_prompt", "base.tiny", "data.toy",
-    "data.val_sources", "data.num_workers", "data.cache_latents", "data.cache_dir", "data.cache_gib",
+    "run_dir", "scale", "sampler", "val", "eval", "base.path", "base.attention", "base.negative_prompt", "base.tiny",
+    "data.toy", "data.val_sources", "data.num_workers", "data.cache_latents", "data.cache_dir", "data.cache_gib",
     "data.max_skip_share", "train.max_steps",
     "train.micro_batch_size", "train.strategy", "train.zero_stage", "train.offload", "train.num_nodes",
-    "train.devices", "train.activation_checkpointing", "train.init_from", "train.resume", "train.save_every",
-    "train.keep_last", "train.keep_best", "train.log_every", "train.hang_minutes", "train.max_restarts",
+    "train.devices", "train.activation_checkpointing", "train.compile", "train.init_from", "train.resume",
+    "train.save_every", "train.keep_last", "train.keep_best", "train.log_every", "train.hang_minutes",
+    "train.max_restarts",
     "optim.cooldown_steps",  # with train.max_steps, as long as no cooldown has begun: see refuse_other_run
 )  # fmt: skip
 

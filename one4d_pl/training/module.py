@@ -52,8 +52,10 @@ class One4DModule(lightning.LightningModule):
         self._encoders = (encoders.to(device),)  # its own constants
         base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
         self.transformer = One4DTransformer(base, config.dlc, config.train.seed)
-        if config.train.activation_checkpointing:
-            self.transformer.enable_activation_checkpointing()
+        self.transformer.set_attention(config.base.attention)
+        self.transformer.set_activation_checkpointing(config.train.activation_checkpointing)
+        if config.train.compile:
+            self.transformer.compile_blocks()
         if self.adapters is not None:
             load_adapters(self.transformer, self.adapters, self.base_fingerprint)
         self._built = True

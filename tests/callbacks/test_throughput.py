@@ -36,14 +36,14 @@ def lines_of(caplog: pytest.LogCaptureFixture) -> list[re.Match[str]]:
 
 
 def test_one_line_per_logged_step_whose_numbers_belong_together(run_config, caplog):
-    config = run_config("train.log_every=2", "train.micro_batch_size=1", "train.activation_checkpointing=true")
+    config = run_config("train.log_every=2", "train.micro_batch_size=1", "train.activation_checkpointing=full")
     with caplog.at_level(logging.INFO):
         fit(config)
     lines, logged = lines_of(caplog), scalars(config)
     assert [int(line["step"]) for line in lines] == [2, 4, 6]
     wan = load_transformer(config.base.path, "float32").config
     batch = BatchShape(1, (5, 4, 6), config.base.max_text_tokens)  # 17 frames of 32x48
-    flops = training_flops(TransformerShape.of(dict(wan), config.dlc), batch, checkpointing=True, flash=False)
+    flops = training_flops(TransformerShape.of(dict(wan), config.dlc), batch, "full", flash=False)
     for line in lines:
         step = int(line["step"])
         assert line["mfu"] is None and "train/flops/mfu" not in logged  # no peak of this machine is known
@@ -59,7 +59,7 @@ def test_one_line_per_logged_step_whose_numbers_belong_together(run_config, capl
 
 def test_with_a_peak_mfu_counts_the_method_and_hfu_what_is_executed(run_config, caplog, monkeypatch):
     monkeypatch.setattr(throughput, "peak_flops", lambda name, precision: 1e12)
-    config = run_config("train.max_steps=6", "train.log_every=3", "train.activation_checkpointing=true")
+    config = run_config("train.max_steps=6", "train.log_every=3", "train.activation_checkpointing=full")
     with caplog.at_level(logging.INFO):
         fit(config)
     logged = scalars(config)

@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data._utils.pin_memory import pin_memory
 
 from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, TrainConfig, ValConfig
 from one4d_pl.data import order as order_module
@@ -295,6 +296,33 @@ def test_toy_shards_and_encodings_are_made_once(toy_config, tmp_path):
         for frames, pointmap, prompt, encoded in zip(batch.frames, batch.pointmap, batch.prompts, batch.encoded):
             assert torch.equal(encoded.latents, torch.stack([frames, pointmap])[:, :, ::4, ::8, ::8])
             assert float(encoded.prompt_embeds) == len(prompt)
+
+
+def test_every_tensor_of_a_batch_is_pinned_where_there_is_a_gpu(toy_config, monkeypatch):
+    encoder = PlainEncoder()
+    make_module(toy_config, encoder=encoder).prepare_data()
+    batch = next(iter(make_module(toy_config).train_dataloader()))
+    pinned: list[int] = []
+
+    def pin(tensor: Tensor) -> Tensor:  # what a machine without CUDA can do of it
+        copy = tensor.clone()
+        pinned.append(id(copy))
+        return copy
+
+    monkeypatch.setattr(Tensor, "pin_memory", pin)
+    locked = pin_memory(batch)  # as the DataLoader's thread calls it
+    assert isinstance(locked, Batch) and locked.encoded is not None and batch.encoded is not None
+    assert_same_batches([dataclasses.replace(locked, encoded=None)], [dataclasses.replace(batch, encoded=None)])
+    inner = [*vars(locked.scale).values(), *(e.latents for e in locked.encoded)]
+    inner += [e.prompt_embeds for e in locked.encoded]
+    tensors = [t for t in vars(locked).values() if isinstance(t, Tensor)] + inner
+    assert len(tensors) >= 14 and {id(t) for t in tensors} <= set(pinned)
+
+
+def test_loaders_pin_and_keep_their_workers_where_they_can(folder, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loader = make_module(make_config(folder, num_workers=1)).train_dataloader()
+    assert loader.pin_memory and loader.persistent_workers and loader.prefetch_factor == 2
 
 
 def test_an_interrupted_encoding_continues(toy_config, tmp_path):

@@ -11,21 +11,22 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from one4d_pl.config import ConfigError, DLCConfig, SamplerConfig
+from one4d_pl.config import CHECKPOINTING, ConfigError, DLCConfig, SamplerConfig
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, load_adapters, save_adapters
 from one4d_pl.models.control_links import link_positions
 from one4d_pl.models.transformer import One4DTransformer, adapter_part, describe_sizes
 from one4d_pl.types import MODALITIES
+from tests.conftest import TinyBase
 
 RANK = 4
-checkpointing = pytest.mark.parametrize("checkpointing", [False, True], ids=["stored", "checkpointed"])
+checkpointing = pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 
 
-def build(base: WanTransformer3DModel, checkpointing: bool = False, **changes: object) -> One4DTransformer:
+def build(base: WanTransformer3DModel, checkpointing: str = "none", **changes: object) -> One4DTransformer:
     model = One4DTransformer(base, DLCConfig(rank=RANK, **changes), seed=0)  # type: ignore[arg-type]
-    if checkpointing:
-        model.enable_activation_checkpointing()
+    model.set_activation_checkpointing(checkpointing)
     return model
 
 
@@ -120,15 +121,75 @@ def _assert_every_trainable_has_a_gradient(model: One4DTransformer) -> None:
             assert parameter.grad.abs().max() > 0, name
 
 
-def test_checkpointing_changes_no_gradient(tiny_base):
-    gradients = []
-    for checkpointed in (False, True):
-        model, inputs = build(tiny_base.transformer(), checkpointed), tiny_base.inputs(batch=2)
-        perturb(model)
-        model(*inputs.one4d()).square().mean().backward()
-        gradients.append({name: p.grad for name, p in model.trainable_parameters()})
-    for name, gradient in gradients[0].items():
-        assert torch.equal(gradient, gradients[1][name]), name
+@pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bf16-mixed"])
+@pytest.mark.parametrize("mode", ["full", "selective"])
+def test_checkpointing_changes_no_gradient(tiny_base, mode, bfloat16):
+    expected, actual = (gradients(build(tiny_base.transformer(), m), tiny_base, bfloat16) for m in ("none", mode))
+    for name, gradient in expected.items():
+        assert torch.equal(gradient, actual[name]), name
+
+
+def gradients(model: One4DTransformer, base: TinyBase, bfloat16: bool = False) -> dict[str, Tensor]:
+    """Of every trainable, all of them moved from their start."""
+    perturb(model)
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        velocity = model(*base.inputs(batch=2).one4d())
+    velocity.float().square().mean().backward()
+    return {name: p.grad for name, p in model.trainable_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize(("mode", "times"), [("none", 1), ("full", 2), ("selective", 1)])
+def test_selective_checkpointing_attends_to_the_clip_once(tiny_base, mode, times):
+    """And to the text twice, which is cheap."""
+    model, counter = build(tiny_base.transformer(), mode), SelfAttentions(2 * 2 * 3)
+    with counter:
+        gradients(model, tiny_base)
+    assert counter.found == times * len(model.base.blocks)
+
+
+class SelfAttentions(TorchDispatchMode):
+    """Counts forward passes of self-attention over so many tokens."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__()
+        self.tokens, self.found = tokens, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if "_scaled_dot_product" in str(func) and "backward" not in str(func):
+            self.found += args[0].shape[-2] == args[1].shape[-2] == self.tokens
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("backend", ["_native_flash", "_native_math"])
+def test_an_attention_backend_computes_the_same(tiny_base, backend):
+    expected = gradients(build(tiny_base.transformer()), tiny_base)
+    model = build(tiny_base.transformer())
+    model.set_attention(backend)
+    for name, gradient in gradients(model, tiny_base).items():
+        assert (gradient - expected[name]).norm() < 1e-5 * expected[name].norm(), name
+    assert build(tiny_base.transformer()).base.blocks[0].attn1.processor._attention_backend is None
+    with SelfAttentions(2 * 2 * 3) as counter:  # another model's kernels stay torch's choice
+        build(tiny_base.transformer())(*tiny_base.inputs(batch=1).one4d())
+    assert counter.found == 5
+
+
+def test_an_attention_backend_that_is_not_installed_is_named(tiny_base):
+    with pytest.raises(ConfigError, match=r"base\.attention: .*_flash_3"):
+        build(tiny_base.transformer()).set_attention("_flash_3")
+
+
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_compiled_blocks_have_the_same_gradients_and_links(tiny_base, mode):
+    expected = gradients(build(tiny_base.transformer()), tiny_base)
+    model = build(tiny_base.transformer(), mode)
+    model.compile_blocks("aot_eager")  # traces forward and backward as inductor does, but needs no C++ compiler
+    torch._dynamo.utils.counters.clear()
+    for name, gradient in gradients(model, tiny_base).items():
+        assert (gradient - expected[name]).norm() <= 1e-6 * expected[name].norm(), name
+    counters = torch._dynamo.utils.counters
+    # one graph serves all blocks, another all links
+    assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
+    assert all(link.ratio > 0 for link in model.links.values())
 
 
 @checkpointing

@@ -43,7 +43,7 @@ def count_gathers(config: Config) -> dict[str, float]:
         config.base.path, "float32", partitioner=StagePartitioner(zero, torch.distributed.get_rank() == 0)
     )
     transformer = One4DTransformer(base, config.dlc, seed=0)
-    transformer.enable_activation_checkpointing()
+    transformer.set_activation_checkpointing("full")
     frozen = [p for p in transformer.parameters() if not p.requires_grad]
     engine, *_ = deepspeed.initialize(
         model=transformer,

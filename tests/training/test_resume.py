@@ -41,7 +41,7 @@ def test_loader_workers_micro_batches_and_checkpointing_leave_the_losses_alone(r
     weights = []
     for name, overrides in {
         "a": ["train.micro_batch_size=4"],
-        "b": ["train.micro_batch_size=1", "data.num_workers=2", "train.activation_checkpointing=true"],
+        "b": ["train.micro_batch_size=1", "data.num_workers=2", "train.activation_checkpointing=selective"],
     }.items():
         config = run_config(f"run_dir={tmp_path}/{name}", *overrides)
         fit(config)

@@ -34,7 +34,8 @@ LAUNCH_TIMEOUT_S = 280
 FILES = ("links.safetensors", "rgb/adapter_model.safetensors", "xyz/adapter_model.safetensors",
          "xyz_patch_embedding.safetensors")  # fmt: skip
 ZERO = ("train.strategy=deepspeed",)
-CHECKPOINTED = "train.activation_checkpointing=true"
+CHECKPOINTED = "train.activation_checkpointing=full"
+SELECTIVE = "train.activation_checkpointing=selective"
 # always clipped, so that a gradient scaled wrongly would show in the norm, a clipped one in the weights
 CLIP, NO_CLIP = "optim.grad_clip=0.05", "optim.grad_clip=0"
 MATRIX = {  # by launch, each short enough to be one test's set-up
@@ -48,7 +49,7 @@ MATRIX = {  # by launch, each short enough to be one test's set-up
         "zero3": (*ZERO, "train.zero_stage=3", CLIP, CHECKPOINTED, "eval.every=20", "eval.clips=3"),
     },
     "two_sharded": {
-        "zero3-free": (*ZERO, "train.zero_stage=3", NO_CLIP, "train.micro_batch_size=2"),
+        "zero3-free": (*ZERO, "train.zero_stage=3", NO_CLIP, SELECTIVE, "train.micro_batch_size=2"),
         "zero3-offload": (*ZERO, "train.zero_stage=3", "train.offload=true", CLIP),
         "zero3-bf16": (*ZERO, "train.zero_stage=3", CLIP, "base.dtype=bfloat16", "train.precision=bf16-mixed"),
     },
