@@ -15,6 +15,7 @@ import sys
 import time
 import urllib.request
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,7 +143,9 @@ def test_the_door_says_in_one_line_what_is_missing(scene, tmp_path, capsys, monk
 def test_the_door_serves_until_it_is_interrupted(scene, tmp_path):
     save_scene(tmp_path / "scene", scene)
     command = [sys.executable, "-m", "one4d_pl.view", str(tmp_path / "scene"), "--port", "0"]
-    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as door:
+    # a shell that runs the tests in the background makes them, and so the door, deaf to SIGINT
+    hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, preexec_fn=hearing) as door:
         try:
             said = next(line for line in door.stderr if line.startswith("open "))
             with urllib.request.urlopen(said.split()[1], timeout=30) as page:
