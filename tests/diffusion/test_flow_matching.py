@@ -39,10 +39,11 @@ def test_losses_are_means_per_sample_and_branch():
 
 @pytest.mark.parametrize("steps", [1, 7])
 @pytest.mark.parametrize("shift", [1.0, 5.0])
-def test_euler_with_the_true_velocity_returns_the_latents(steps, shift):
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_every_solver_with_the_true_velocity_returns_the_latents(steps, shift, solver):
     latents, noise = torch.randn(2, 4, 2, 3, 3), torch.randn(2, 4, 2, 3, 3)
     seen: list[int] = []
-    sampled = integrate(lambda noisy, sigma: noise - latents, noise, steps, shift, seen.append)
+    sampled = integrate(lambda noisy, sigma: noise - latents, noise, steps, shift, solver, seen.append)
     torch.testing.assert_close(sampled, latents, rtol=0, atol=1e-5)
     assert seen == list(range(1, steps + 1))
 
@@ -55,4 +56,4 @@ def test_the_sampler_hands_over_the_sigma_of_the_noisy_latents():
         torch.testing.assert_close(noisy, expected, rtol=0, atol=1e-5)
         return noise - latents
 
-    integrate(velocity, noise, 10, 5.0, lambda step: None)
+    integrate(velocity, noise, 10, 5.0, "euler", lambda step: None)
