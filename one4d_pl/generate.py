@@ -67,7 +67,11 @@ def main(arguments: list[str]) -> int:
     add("--offload", action="store_true", help="encoders wait on the CPU while the transformer works")
     add("--tile-vae", action="store_true", help="encode and decode in tiles")
     add("--guidance-in-two-calls", action="store_true", help="half the activations, the same result")
-    add("--compile", action="store_true", help="compile the transformer's blocks; pays from about 20 steps on")
+    add(
+        "--compile",
+        action="store_true",
+        help="compile the transformer's blocks: the first step takes longer, the others less",
+    )
     args = parser.parse_args(arguments)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
     try:

@@ -25,6 +25,7 @@ from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
 from one4d_pl.geometry.camera import resize_crop_plan
 from one4d_pl.inference.framing import Framing, Placement, frame_images
+from one4d_pl.inference.guidance import GuidedText, guided_velocity
 from one4d_pl.inference.long_video import generate_video, joined_frames, recover_video
 from one4d_pl.inference.media import load_image, to_network, to_size
 from one4d_pl.inference.panels import to_bytes
@@ -55,21 +56,6 @@ class GeneratedScene:
 
     frames: Tensor  # [B, 3, T, H, W] in [-1, 1]; given frames are decoded, never pasted
     pointmap: Tensor  # [B, 3, T, H, W] in [-1, 1], camera-0 coordinates, normalised
-
-
-@dataclass(frozen=True)
-class GuidedText:
-    """Text for classifier-free guidance."""
-
-    prompt_embeds: Tensor  # [B, L, D]
-    negative_embeds: Tensor  # [B, L, D]
-    scale_rgb: Tensor  # [B]
-    scale_xyz: Tensor  # [B]
-
-    @property
-    def is_off(self) -> bool:
-        """Whether the unconditional branch has no say."""
-        return bool((self.scale_rgb == 1).all() and (self.scale_xyz == 1).all())
 
 
 class One4DPipeline:
@@ -252,7 +238,8 @@ class One4DPipeline:
             same = GuidanceConfig(guidance, guidance, guidance, guidance)
             config = replace(config, guidance=same, guidance_xyz=None)
         try:
-            config = replace(config, steps=steps or config.steps, solver=solver or config.solver)
+            changes = {"steps": steps, "solver": solver}
+            config = replace(config, **{name: value for name, value in changes.items() if value is not None})
         except ConfigError as error:
             raise RequestError(str(error)) from None
         negative = self.negative_prompt if negative_prompt is None else negative_prompt
@@ -341,9 +328,10 @@ class One4DPipeline:
             image_embeds = encode_first_frame(encoders, frames, frame_mask)
         with self._at_work(encoders.text_encoder):
             text = self.guided_text(prompts, frame_mask)
-        velocity = guided_velocity_in_two_calls if self.two_calls else guided_velocity
         latents = integrate(
-            lambda noisy, sigma: velocity(self.transformer, noisy, condition, sigma, text, image_embeds),
+            lambda noisy, sigma: guided_velocity(
+                self.transformer, noisy, condition, sigma, text, image_embeds, self.two_calls
+            ),
             noise,
             self.config.steps,
             self.shift,
@@ -428,49 +416,3 @@ def _pixels(picture: Picture) -> Tensor:  # [H, W, 3] uint8
     if pixels.dtype != torch.uint8 or pixels.ndim != 3 or pixels.shape[-1] != 3:
         raise RequestError(f"frames: {pixels.dtype} {list(pixels.shape)}, need uint8 [H, W, 3]")
     return pixels
-
-
-def guided_velocity(
-    transformer: One4DTransformer,
-    noisy_latents: Tensor,  # [2B, C, t, h, w], rgb first
-    condition: Tensor,  # [B, 4 + C, t, h, w]
-    sigma: Tensor,  # [2B]
-    text: GuidedText,
-    image_embeds: Tensor | None,  # [B, N, D]
-) -> Tensor:  # [2B, C, t, h, w]
-    """Classifier-free guidance on text alone: given frames and image tokens stay in both passes."""
-    if text.is_off:
-        return transformer(noisy_latents, condition, sigma, text.prompt_embeds, image_embeds)
-    # [rgb_cond, rgb_uncond, xyz_cond, xyz_uncond]: the usual cat(cond, uncond) would send xyz through the rgb LoRA
-    rgb, xyz = noisy_latents.chunk(2)
-    sigma_rgb, sigma_xyz = sigma.chunk(2)
-    velocity = transformer(
-        torch.cat([rgb, rgb, xyz, xyz]),
-        condition.repeat(2, 1, 1, 1, 1),
-        torch.cat([sigma_rgb, sigma_rgb, sigma_xyz, sigma_xyz]),
-        torch.cat([text.prompt_embeds, text.negative_embeds]),
-        None if image_embeds is None else image_embeds.repeat(2, 1, 1),
-    )
-    rgb_cond, rgb_uncond, xyz_cond, xyz_uncond = velocity.chunk(4)
-    scale_rgb, scale_xyz = (s.view(-1, 1, 1, 1, 1) for s in (text.scale_rgb, text.scale_xyz))
-    return torch.cat(
-        [rgb_uncond + scale_rgb * (rgb_cond - rgb_uncond), xyz_uncond + scale_xyz * (xyz_cond - xyz_uncond)]
-    )
-
-
-def guided_velocity_in_two_calls(
-    transformer: One4DTransformer,
-    noisy_latents: Tensor,  # [2B, C, t, h, w], rgb first
-    condition: Tensor,  # [B, 4 + C, t, h, w]
-    sigma: Tensor,  # [2B]
-    text: GuidedText,
-    image_embeds: Tensor | None,  # [B, N, D]
-) -> Tensor:  # [2B, C, t, h, w]
-    """`guided_velocity` with half the batch at a time."""
-    inputs = (noisy_latents, condition, sigma)
-    conditional = transformer(*inputs, text.prompt_embeds, image_embeds)
-    if text.is_off:
-        return conditional
-    unconditional = transformer(*inputs, text.negative_embeds, image_embeds)
-    scale = torch.cat([text.scale_rgb, text.scale_xyz]).view(-1, 1, 1, 1, 1)
-    return unconditional + scale * (conditional - unconditional)

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from one4d_pl.config import DLCConfig, GuidanceConfig, SamplerConfig
-from one4d_pl.inference.pipeline import GuidedText, One4DPipeline, encode_first_frame, guided_velocity
+from one4d_pl.inference.guidance import GuidedText, guided_velocity
+from one4d_pl.inference.pipeline import One4DPipeline, RequestError, encode_first_frame
 from one4d_pl.models.transformer import One4DTransformer
 
 
@@ -32,9 +33,11 @@ def test_stacked_guidance_equals_two_calls_with_its_own_scale_per_task_and_branc
         rest = (inputs.noisy_latents, inputs.condition, inputs.sigma)
         conditional = perturbed(*rest, inputs.prompt_embeds, inputs.image_embeds)
         unconditional = perturbed(*rest, negative, inputs.image_embeds)
+        apart = guided_velocity(perturbed, *rest, text, inputs.image_embeds, two_calls=True)
     scale = torch.cat([scale_rgb, scale_xyz]).view(4, 1, 1, 1, 1)
     expected = unconditional + scale * (conditional - unconditional)
     torch.testing.assert_close(stacked, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(apart, expected, rtol=0, atol=1e-5)
     assert (conditional - unconditional).abs().max() > 1e-3  # else the law would hold for nothing
 
 
@@ -74,3 +77,11 @@ def test_image_tokens_are_zeros_not_absent_where_frame_0_is_hidden(tiny_base):
         return
     assert embeds is not None and embeds.shape == (2, 17, 32)
     assert embeds[0].abs().max() > 0 and embeds[1].abs().max() == 0
+
+
+def test_settings_that_cannot_be_are_refused_and_absent_ones_kept(tiny_base, perturbed):
+    pipeline = One4DPipeline(perturbed, tiny_base.encoders(), SamplerConfig(steps=7), 1.0, "bad")
+    assert pipeline.with_settings(solver="unipc").config == SamplerConfig(steps=7, solver="unipc")
+    for wrong in ({"steps": 0}, {"solver": "heun"}, {"guidance": float("nan")}):
+        with pytest.raises(RequestError, match=next(iter(wrong))):
+            pipeline.with_settings(**wrong)
