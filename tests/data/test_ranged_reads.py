@@ -28,6 +28,7 @@ from one4d_pl.data.ranged_reads import RangeReader, StoreError
 from one4d_pl.data.read_cache import LEDGER, RangeCache
 from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_shards
 from one4d_pl.data.toy_world import render_clip
+from tests.own_process import in_own_process
 
 CONFIG = DataConfig(num_frames=17, height=16, width=32)
 POSITIONS = range(14)  # two epochs of seven clips
@@ -300,6 +301,10 @@ def fill(folder: Path, limit: int, seed: int) -> None:
 
 
 def test_several_processes_share_a_cache(tmp_path):
+    in_own_process(share_a_cache, tmp_path)
+
+
+def share_a_cache(tmp_path: Path) -> None:
     cache = make_cache(tmp_path, 2000)
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=fill, args=(cache.folder, cache.limit, seed)) for seed in range(4)]

@@ -29,6 +29,7 @@ from one4d_pl.data.shards import (
     write_shards,
 )
 from one4d_pl.types import Clip
+from tests.own_process import in_own_process
 
 T, H, W = 17, 16, 24
 
@@ -269,9 +270,12 @@ def test_a_url_needs_one_ranged_read_per_sample(folder, serve):
     assert server.requests == [("/shard-000001.tar", (entry.offset, entry.offset + entry.size))]
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork.*:DeprecationWarning")
 def test_workers_may_fork_after_the_parent_has_read_a_url(folder, serve):
-    shard_set = ShardSet.open(serve(folder).url)
+    in_own_process(fork_workers, serve(folder).url)
+
+
+def fork_workers(url: str) -> None:
+    shard_set = ShardSet.open(url)
     expected = torch.stack([shard_set.read(index).cam2world for index in range(5)])
     loader = DataLoader(Reader(shard_set), batch_size=1, num_workers=2, multiprocessing_context="fork", timeout=60)
     assert torch.equal(torch.cat(list(loader)), expected)

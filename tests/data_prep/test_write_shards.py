@@ -31,6 +31,7 @@ from one4d_pl.data.staging import Plan
 from one4d_pl.data.tar_set import Manifest
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.types import Clip
+from tests.own_process import in_own_process
 
 SIZE = ["--num-frames", "9", "--height", "16", "--width", "32"]
 TOY = ["--source", "toy", *SIZE, "--count", "7", "--samples-per-shard", "2"]
@@ -74,8 +75,7 @@ def run_in_fork(out: Path) -> int:
     return pid
 
 
-def test_killed_at_20_random_instants_it_ends_byte_identical(undisturbed, tmp_path):
-    expected = contents(undisturbed)
+def kill_at_20_random_instants(expected: dict[str, str], tmp_path: Path) -> None:
     start = time.monotonic()
     os.waitpid(run_in_fork(tmp_path / "timed"), 0)
     duration = time.monotonic() - start
@@ -99,6 +99,10 @@ def test_killed_at_20_random_instants_it_ends_byte_identical(undisturbed, tmp_pa
         assert contents(out) == expected
         shutil.rmtree(out)
     assert killed == 20 and len(stages) > 2, stages  # it did die at different stages
+
+
+def test_killed_at_20_random_instants_it_ends_byte_identical(undisturbed, tmp_path):
+    in_own_process(kill_at_20_random_instants, contents(undisturbed), tmp_path)
 
 
 def test_several_processes_killed_with_their_parent_leave_nothing_running_and_the_same_bytes(undisturbed, tmp_path):

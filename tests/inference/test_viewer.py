@@ -12,10 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import urllib.request
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -142,10 +142,15 @@ def test_the_door_says_in_one_line_what_is_missing(scene, tmp_path, capsys, monk
 @needs_viser
 def test_the_door_serves_until_it_is_interrupted(scene, tmp_path):
     save_scene(tmp_path / "scene", scene)
-    command = [sys.executable, "-m", "one4d_pl.view", str(tmp_path / "scene"), "--port", "0"]
     # a shell that runs the tests in the background makes them, and so the door, deaf to SIGINT
-    hearing = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True, preexec_fn=hearing) as door:
+    program = (
+        "import runpy, signal; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "runpy.run_module('one4d_pl.view', run_name='__main__', alter_sys=True)"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "scene"), "--port", "0"]
+    with subprocess.Popen(command, cwd=REPO, stderr=subprocess.PIPE, text=True) as door:
+        watch = threading.Timer(120, door.kill)  # a door that says nothing ends, and with it the wait for a line
+        watch.start()
         try:
             said = next(line for line in door.stderr if line.startswith("open "))
             with urllib.request.urlopen(said.split()[1], timeout=30) as page:
@@ -153,6 +158,7 @@ def test_the_door_serves_until_it_is_interrupted(scene, tmp_path):
             door.send_signal(signal.SIGINT)
             assert door.wait(30) == 0 and "Traceback" not in door.stderr.read()
         finally:
+            watch.cancel()
             door.kill()
 
 
