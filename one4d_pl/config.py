@@ -76,6 +76,8 @@ class DLCConfig:
     num_links: int = 5  # One4D, sec. 3.2; 0 leaves the branches independent
     link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
     xyz_patch_embedding: bool = True  # own trainable copy; makes the paper's 935.7 exact (our guess, paper.md sec. 3)
+    link_direction: str = "both"  # or rgb_to_xyz: frames steer pointmaps and are left alone by them
+    coupling: str = "decoupled"  # or what One4D is compared with (Fig. 2-3): channel, width; one LoRA, no links
 
     def __post_init__(self) -> None:
         _at_least("dlc.rank", self.rank, 1)
@@ -83,6 +85,8 @@ class DLCConfig:
         _at_least("dlc.num_links", self.num_links, 0)
         if self.link_blocks is not None and len(set(self.link_blocks)) != len(self.link_blocks):
             raise ConfigError(f"dlc.link_blocks: {self.link_blocks} names a block twice")
+        _one_of("dlc.link_direction", self.link_direction, ("both", "rgb_to_xyz"))
+        _one_of("dlc.coupling", self.coupling, ("decoupled", "channel", "width"))
 
 
 @dataclass
@@ -109,6 +113,7 @@ class FlowConfig:
     shift: float = 1.0  # sigma' = k sigma / (1 + (k - 1) sigma); from here, never from the base's scheduler file
     xyz_weight: float = 1.0  # loss = rgb + xyz_weight * xyz, each a mean
     caption_dropout: float = 0.1  # one draw for both branches
+    separate_sigma: bool = False  # each branch its own noise level in training; the paper draws one t for both (Eq. 3)
 
     def __post_init__(self) -> None:
         _positive("flow.shift", self.shift)
@@ -360,6 +365,9 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
+        if self.dlc.coupling != "decoupled" and (self.flow.separate_sigma or self.train.strategy == "deepspeed"):
+            knob = "flow.separate_sigma" if self.flow.separate_sigma else "train.strategy=deepspeed"
+            raise ConfigError(f"dlc.coupling: {self.dlc.coupling} does not go with {knob}; only decoupled does")
         if self.base.dtype == "bfloat16" and self.train.precision != "bf16-mixed":
             raise ConfigError("base.dtype: bfloat16 needs train.precision=bf16-mixed (the trainables are float32)")
         if self.train.activation_checkpointing == "selective" and self.base.attention not in NATIVE_ATTENTION:

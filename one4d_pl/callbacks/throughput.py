@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from one4d_pl.callbacks.losses import LossCurves
 from one4d_pl.config import Config, ConfigError, TrainConfig
-from one4d_pl.costs.flops import BatchShape, TransformerShape, peak_flops, training_flops
+from one4d_pl.costs.flops import BatchShape, Flops, TransformerShape, peak_flops, training_flops
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch
 
@@ -88,8 +88,9 @@ class Throughput(Callback):
 class StepLine(Callback):
     """One line per `train.log_every` steps from rank 0: losses, time, throughput, use of the hardware, memory.
 
-    Logs `train/flops/{tflops,mfu,hfu}` of one process and `train/memory/gib`, its peak; MFU and HFU where the device's
-    peak is known (costs/flops.py). Comes after LossCurves and Throughput, whose numbers it shows.
+    Logs `train/flops/{tflops,mfu,hfu}` of one process and `train/memory/gib`, its peak; operations where costs/flops.py
+    counts them, MFU and HFU where it knows the device's peak too. Comes after LossCurves and Throughput, whose numbers
+    it shows.
     """
 
     def __init__(self, config: Config, losses: LossCurves, throughput: Throughput) -> None:
@@ -100,9 +101,11 @@ class StepLine(Callback):
         train = self.config.train
         self.step = trainer.global_step
         self.on_gpu = module.device.type == "cuda"
-        shape = TransformerShape.of(dict(module.transformer.base.config), self.config.dlc)
-        batch = batch_shape(self.config, module)
-        self.flops = training_flops(shape, batch, train.activation_checkpointing, self.on_gpu) * train.accumulation
+        self.flops: Flops | None = None
+        if self.config.dlc.coupling == "decoupled":
+            shape = TransformerShape.of(dict(module.transformer.base.config), self.config.dlc)
+            batch = batch_shape(self.config, module)
+            self.flops = training_flops(shape, batch, train.activation_checkpointing, self.on_gpu) * train.accumulation
         name = torch.cuda.get_device_name(module.device) if self.on_gpu else "cpu"
         self.peak = peak_flops(name, train.precision)
 
@@ -131,8 +134,10 @@ class StepLine(Callback):
             memory = torch.cuda.max_memory_allocated()
         else:
             memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
-        metrics = {"train/flops/tflops": self.flops.model / step_s / 1e12, "train/memory/gib": memory / GIB}
-        if self.peak is not None:
+        metrics = {"train/memory/gib": memory / GIB}
+        if self.flops is not None:
+            metrics["train/flops/tflops"] = self.flops.model / step_s / 1e12
+        if self.flops is not None and self.peak is not None:
             metrics["train/flops/mfu"] = self.flops.model / step_s / self.peak
             metrics["train/flops/hfu"] = self.flops.hardware / step_s / self.peak
         return metrics
@@ -157,7 +162,8 @@ def step_line(step: int, max_steps: int, losses: dict[str, float], metrics: dict
     parts.append(f"{metrics['train/time/step_s']:.3g} s/step")
     parts.append(f"{metrics['train/time/samples_per_s']:.3g} samples/s")
     parts.append(f"data wait {metrics['train/time/data_wait']:.1%}")
-    parts.append(f"{metrics['train/flops/tflops']:.3g} TFLOP/s")
+    if "train/flops/tflops" in metrics:
+        parts.append(f"{metrics['train/flops/tflops']:.3g} TFLOP/s")
     if "train/flops/mfu" in metrics:
         parts += [f"MFU {metrics['train/flops/mfu']:.1%}", f"HFU {metrics['train/flops/hfu']:.1%}"]
     parts.append(f"{metrics['train/memory/gib']:.3g} GiB")

@@ -48,6 +48,7 @@ class TransformerShape:
     image_dim: int | None  # None: no image tokens
     rank: int
     num_links: int
+    link_ways: int  # products of each: 2, or 1 from frames to pointmaps alone
     xyz_patch_embedding: bool
 
     @staticmethod
@@ -60,6 +61,8 @@ class TransformerShape:
                 raise ConfigError(f"base.path: transformer/config.json has no number {name}, but {value!r}")
             return value
 
+        if dlc.coupling != "decoupled":
+            raise ConfigError(f"dlc.coupling: the costs of {dlc.coupling} are not known, only those of decoupled")
         patch = wan.get("patch_size")
         if not isinstance(patch, list | tuple) or len(patch) != 3:
             raise ConfigError(f"base.path: transformer/config.json needs a patch_size of three numbers, has {patch!r}")
@@ -75,6 +78,7 @@ class TransformerShape:
             image_dim=None if wan.get("image_dim") is None else number("image_dim"),
             rank=dlc.rank,
             num_links=dlc.num_links if dlc.link_blocks is None else len(dlc.link_blocks),
+            link_ways=2 if dlc.link_direction == "both" else 1,
             xyz_patch_embedding=dlc.xyz_patch_embedding,
         )
 
@@ -127,9 +131,10 @@ def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: st
     embed = 2 * samples * tokens * width * shape.in_channels * patch_row  # one convolution over the whole batch
     head = 2 * samples * tokens * width * shape.out_channels * patch_row
     block_forward, block_backward, scores = _block(shape, batch)
-    links = shape.num_links * 2 * samples * tokens * width * width
+    one_way = shape.num_links * samples * tokens * width * width
+    links = shape.link_ways * one_way
     blocks = shape.num_layers * block_forward + links
-    again = blocks - links // 2  # torch stops once it has what the backward pass reads: before a link's second product
+    again = blocks - one_way  # torch stops once it has what the backward pass reads: before a link's last product
     backward = shape.num_layers * block_backward + 2 * links + head  # the head is frozen: input gradient alone
     if shape.xyz_patch_embedding:
         backward += embed  # its weight gradient; nothing trainable lies before

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from one4d_pl.models.transformer import One4DTransformer
+from one4d_pl.models.transformer import CoupledTransformer
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class GuidedText:
 
 
 def guided_velocity(
-    transformer: One4DTransformer,
+    transformer: CoupledTransformer,
     noisy_latents: Tensor,  # [2B, C, t, h, w], rgb first
     condition: Tensor,  # [B, 4 + C, t, h, w]
     sigma: Tensor,  # [2B]

@@ -33,7 +33,8 @@ from one4d_pl.inference.predictions import report_dict
 from one4d_pl.inference.scene import Scene
 from one4d_pl.models.adapters import AdapterCard, load_adapters, model_card, save_adapters
 from one4d_pl.models.conditioning import encode_condition
-from one4d_pl.models.transformer import One4DTransformer
+from one4d_pl.models.coupling import couple
+from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
 from one4d_pl.postopt.recover import RecoverOptions
 from one4d_pl.postopt.windows import plan_windows
@@ -72,7 +73,7 @@ class One4DPipeline:
 
     def __init__(
         self,
-        transformer: One4DTransformer,
+        transformer: CoupledTransformer,
         encoders: WanEncoders,
         config: SamplerConfig,
         shift: float,
@@ -96,7 +97,7 @@ class One4DPipeline:
         card = AdapterCard.read(folder)
         path = base or card.base_path
         encoders = WanEncoders(path, dtype, card.max_text_tokens)
-        transformer = One4DTransformer(load_transformer(path, dtype, torch.device(device)), card.dlc, seed=0)
+        transformer = couple(load_transformer(path, dtype, torch.device(device)), card.dlc, seed=0)
         load_adapters(transformer, folder, fingerprint(path))
         transformer.eval().requires_grad_(False)
         return One4DPipeline(
@@ -111,7 +112,7 @@ class One4DPipeline:
         """
         base = config.base
         encoders = WanEncoders(base.path, base.dtype, base.max_text_tokens)
-        transformer = One4DTransformer(load_transformer(base.path, base.dtype), config.dlc, config.train.seed)
+        transformer = couple(load_transformer(base.path, base.dtype), config.dlc, config.train.seed)
         card = None if adapters is None else load_adapters(transformer, adapters, fingerprint(base.path))
         return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, base.negative_prompt, card)
 

@@ -3,6 +3,7 @@
 rgb/adapter_model.safetensors, rgb/adapter_config.json    PEFT's format and names; alpha stored
 xyz/...                                                   the same for the other branch
 links.safetensors, xyz_patch_embedding.safetensors        what PEFT has no name for
+coupled.safetensors                                       all of an adapter whose dlc.coupling is not decoupled
 card.json                                                 base fingerprint, shape of the adapter, how it was trained
 """
 
@@ -19,11 +20,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from one4d_pl.config import ConfigError, DLCConfig, GuidanceConfig, SamplerConfig
-from one4d_pl.models.transformer import One4DTransformer
+from one4d_pl.models.concat import ConcatTransformer
+from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.types import MODALITIES
 
 PEFT_PREFIX = "base_model.model."
 CARD = "card.json"
+COUPLED = "coupled.safetensors"
 
 
 @dataclass(frozen=True)
@@ -47,12 +50,20 @@ class AdapterCard:
     sampler: dict[str, object]  # steps, solver and guidance of the training's samples: config.SamplerConfig
     latent_statistics: dict[str, object] | None  # of training clips: data.latent_stats; None = not measured
     data_sources: list[dict[str, str]]  # name and licence tag of each
+    link_direction: str = "both"  # as coupling: config.DLCConfig
+    coupling: str = "decoupled"
 
     @property
     def dlc(self) -> DLCConfig:
         """The adapter's shape."""
         return DLCConfig(
-            self.rank, self.lora_scale, len(self.link_blocks), list(self.link_blocks), self.xyz_patch_embedding
+            rank=self.rank,
+            lora_scale=self.lora_scale,
+            num_links=len(self.link_blocks),
+            link_blocks=list(self.link_blocks),
+            xyz_patch_embedding=self.xyz_patch_embedding,
+            link_direction=self.link_direction,
+            coupling=self.coupling,
         )
 
     @property
@@ -76,8 +87,10 @@ class AdapterCard:
             raise ConfigError(f"{folder / CARD}: not an adapter of one4d_pl ({error})") from None
 
 
-def adapter_tensors(transformer: One4DTransformer) -> dict[str, dict[str, Tensor]]:
+def adapter_tensors(transformer: CoupledTransformer) -> dict[str, dict[str, Tensor]]:
     """File -> name in the file -> parameter; every trainable occurs exactly once."""
+    if isinstance(transformer, ConcatTransformer):
+        return {COUPLED: {name: p for name, p in transformer.named_parameters() if name in transformer.adapter_names}}
     files: dict[str, dict[str, Tensor]] = {f"{m}/adapter_model.safetensors": {} for m in MODALITIES}
     for path in transformer.linear_paths:
         linear = transformer.base.blocks.get_submodule(path)
@@ -94,13 +107,15 @@ def adapter_tensors(transformer: One4DTransformer) -> dict[str, dict[str, Tensor
 
 def adapter_files(folder: Path) -> list[Path]:
     """The files of the adapter inside a checkpoint or adapter folder, relative to it; the optional ones where there."""
+    if (folder / COUPLED).is_file():
+        return [Path(COUPLED), Path(CARD)]
     names = [f"{m}/{file}" for m in MODALITIES for file in ("adapter_model.safetensors", "adapter_config.json")]
     optional = ["links.safetensors", "xyz_patch_embedding.safetensors"]
     return [Path(name) for name in [*names, *(o for o in optional if (folder / o).is_file()), CARD]]
 
 
 def save_adapters(
-    transformer: One4DTransformer,
+    transformer: CoupledTransformer,
     folder: Path,
     card: AdapterCard,
     files: dict[str, dict[str, Tensor]] | None = None,  # values to write; None = the transformer's, where it is whole
@@ -111,7 +126,7 @@ def save_adapters(
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     config = transformer.config
-    for modality in MODALITIES:
+    for modality in () if isinstance(transformer, ConcatTransformer) else MODALITIES:
         LoraConfig(
             r=config.rank,
             lora_alpha=config.rank * config.lora_scale,
@@ -122,7 +137,7 @@ def save_adapters(
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
 
-def load_adapters(transformer: One4DTransformer, folder: Path, base_fingerprint: str) -> AdapterCard:
+def load_adapters(transformer: CoupledTransformer, folder: Path, base_fingerprint: str) -> AdapterCard:
     """Fill the transformer's trainables from an adapter folder.
 
     Raises ConfigError where the adapter belongs to another base or has another shape, naming what differs.
@@ -138,6 +153,8 @@ def load_adapters(transformer: One4DTransformer, folder: Path, base_fingerprint:
         "lora_scale": config.lora_scale,
         "link_blocks": [int(i) for i in transformer.links],
         "xyz_patch_embedding": config.xyz_patch_embedding,
+        "link_direction": config.link_direction,
+        "coupling": config.coupling,
     }
     for key, value in ours.items():
         if getattr(card, key) != value:

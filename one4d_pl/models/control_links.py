@@ -9,20 +9,24 @@ from one4d_pl.config import ConfigError
 
 
 class ControlLink(nn.Module):
-    """Exchange features between the branches, pixel by pixel: rgb' = rgb + A xyz, xyz' = xyz + B rgb."""
+    """Exchange features between the branches, pixel by pixel: rgb' = rgb + A xyz, xyz' = xyz + B rgb.
+
+    One-way, frames are left as they are: A is not there.
+    """
 
     ratio: Tensor  # |link's addition| / |hidden| of the last forward pass
 
-    def __init__(self, width: int, device: torch.device) -> None:
+    def __init__(self, width: int, device: torch.device, both_ways: bool) -> None:
         super().__init__()
         # zero: at step 0 the branches are independent and rgb is exactly the base model
-        self.xyz_to_rgb = _zero_linear(width, device)
+        self.xyz_to_rgb = _zero_linear(width, device) if both_ways else None
         self.rgb_to_xyz = _zero_linear(width, device)
         self.register_buffer("ratio", torch.zeros((), device=device), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [2B, L, D] -> [2B, L, D]
         rgb, xyz = hidden.chunk(2)
-        exchanged = torch.cat([self.xyz_to_rgb(xyz), self.rgb_to_xyz(rgb)])  # both from the values before
+        to_xyz = self.rgb_to_xyz(rgb)  # both from the values before
+        exchanged = torch.cat([torch.zeros_like(to_xyz) if self.xyz_to_rgb is None else self.xyz_to_rgb(xyz), to_xyz])
         with torch.no_grad():  # dtype: sums in float32 without a float32 copy of the hidden state
             added, present = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (exchanged, hidden))
             self.ratio = added / present.clamp_min(1e-12)

@@ -16,46 +16,29 @@ from one4d_pl.models.control_links import ControlLink, link_positions
 from one4d_pl.models.lora import BranchPatchEmbedding, wrap_linears
 
 
-class One4DTransformer(nn.Module):
-    """Decoupled LoRA Control around a frozen Wan (One4D, Eq. 5-9); the branches are the two halves of the batch.
+class CoupledTransformer(nn.Module):
+    """A frozen Wan that denoises frames and pointmaps together; how the two are coupled is the subclass's.
 
     Args:
-        base: a 36-channel (inpainting layout) Wan; its block linears and patch embedding are wrapped in place.
-        config: rank, scale, links.
-        seed: of the LoRA A matrices; everything else starts at zero or as a copy.
+        base: a 36-channel (inpainting layout) Wan, changed in place.
+        config: shape of the adapter.
     """
 
-    def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int) -> None:
+    def __init__(self, base: WanTransformer3DModel, config: DLCConfig) -> None:
         super().__init__()
         self.base = base.requires_grad_(False).eval()
         self.config = config
-        generator = torch.Generator().manual_seed(seed)
-        self.linear_paths = wrap_linears(base.blocks, config.rank, config.lora_scale, generator)
-        if config.xyz_patch_embedding:
-            base.patch_embedding = BranchPatchEmbedding(base.patch_embedding)
-        width = base.config.num_attention_heads * base.config.attention_head_dim
-        positions = link_positions(len(base.blocks), config.num_links, config.link_blocks)
-        device = base.proj_out.weight.device
-        self.links = nn.ModuleDict({str(i): ControlLink(width, device) for i in positions})
-        for i in positions:
-            # after the block and before the next one; inside the checkpointed region, so it is recomputed with it
-            base.blocks[i].register_forward_hook(_LinkHook(self.links[str(i)]))
+        self.links = nn.ModuleDict()  # block -> ControlLink; only Decoupled LoRA Control has any
 
     def forward(
         self,
         noisy_latents: Tensor,  # [2B, C, t, h, w], rgb first
-        condition: Tensor,  # [B, 4 + C, t, h, w], the rgb branch's; xyz is fed zeros
+        condition: Tensor,  # [B, 4 + C, t, h, w], of the frames; pointmaps get none
         sigma: Tensor,  # [2B], in [0, 1], 1 = noise
-        prompt_embeds: Tensor,  # [B, L, D], both branches see the same text
+        prompt_embeds: Tensor,  # [B, L, D], one text for both
         image_embeds: Tensor | None,  # [B, N, D], where the base has image tokens
     ) -> Tensor:  # [2B, C, t, h, w] velocity = noise - latents
-        return self.base(
-            hidden_states=torch.cat([noisy_latents, torch.cat([condition, torch.zeros_like(condition)])], dim=1),
-            timestep=1000 * sigma,
-            encoder_hidden_states=prompt_embeds.repeat(2, 1, 1),
-            encoder_hidden_states_image=None if image_embeds is None else image_embeds.repeat(2, 1, 1),
-            return_dict=False,
-        )[0]
+        raise NotImplementedError
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """none; full: each block, with its link, runs again in the backward pass; selective: all but self-attention."""
@@ -87,6 +70,47 @@ class One4DTransformer(nn.Module):
             # a parameter that ZeRO-3 has sharded is empty between its uses
             counts[adapter_part(name)] += getattr(parameter, "ds_numel", parameter.numel())
         return counts
+
+
+class One4DTransformer(CoupledTransformer):
+    """Decoupled LoRA Control around a frozen Wan (One4D, Eq. 5-9); the branches are the two halves of the batch.
+
+    Args:
+        base: a 36-channel (inpainting layout) Wan; its block linears and patch embedding are wrapped in place.
+        config: rank, scale, links.
+        seed: of the LoRA A matrices; everything else starts at zero or as a copy.
+    """
+
+    def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int) -> None:
+        super().__init__(base, config)
+        generator = torch.Generator().manual_seed(seed)
+        self.linear_paths = wrap_linears(base.blocks, config.rank, config.lora_scale, generator)
+        if config.xyz_patch_embedding:
+            base.patch_embedding = BranchPatchEmbedding(base.patch_embedding)
+        width = base.config.num_attention_heads * base.config.attention_head_dim
+        positions = link_positions(len(base.blocks), config.num_links, config.link_blocks)
+        device = base.proj_out.weight.device
+        both_ways = config.link_direction == "both"
+        self.links = nn.ModuleDict({str(i): ControlLink(width, device, both_ways) for i in positions})
+        for i in positions:
+            # after the block and before the next one; inside the checkpointed region, so it is recomputed with it
+            base.blocks[i].register_forward_hook(_LinkHook(self.links[str(i)]))
+
+    def forward(
+        self,
+        noisy_latents: Tensor,  # [2B, C, t, h, w], rgb first
+        condition: Tensor,  # [B, 4 + C, t, h, w], the rgb branch's; xyz is fed zeros
+        sigma: Tensor,  # [2B], in [0, 1], 1 = noise
+        prompt_embeds: Tensor,  # [B, L, D], both branches see the same text
+        image_embeds: Tensor | None,  # [B, N, D], where the base has image tokens
+    ) -> Tensor:  # [2B, C, t, h, w] velocity = noise - latents
+        return self.base(
+            hidden_states=torch.cat([noisy_latents, torch.cat([condition, torch.zeros_like(condition)])], dim=1),
+            timestep=1000 * sigma,
+            encoder_hidden_states=prompt_embeds.repeat(2, 1, 1),
+            encoder_hidden_states_image=None if image_embeds is None else image_embeds.repeat(2, 1, 1),
+            return_dict=False,
+        )[0]
 
 
 class _LinkHook:

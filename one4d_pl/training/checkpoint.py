@@ -36,7 +36,7 @@ from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.inference.scene_files import write_text
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
-from one4d_pl.models.transformer import One4DTransformer
+from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.training.module import One4DModule
 from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
 from one4d_pl.types import TASKS
@@ -152,7 +152,7 @@ def take_snapshot(
     return Snapshot(adapters, moments, card, {"step": step, "config": _as_dict(module.config)})
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: One4DTransformer) -> None:
+def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTransformer) -> None:
     """Write one checkpoint, atomically; what an earlier, killed writer of the run has left goes."""
     for leftover in folder.parent.glob(".step-*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -239,14 +239,14 @@ class StepCheckpoint(Callback):
         if snapshot is not None:
             self.writer.submit(partial(self._write, snapshot, step, module.transformer))
 
-    def _write(self, snapshot: Snapshot, step: int, transformer: One4DTransformer) -> None:
+    def _write(self, snapshot: Snapshot, step: int, transformer: CoupledTransformer) -> None:
         write_checkpoint(checkpoint_folder(self.config.run_dir, step), snapshot, transformer)
         train = self.config.train
         for folder in superfluous(self.config.run_dir, train.keep_last, train.keep_best):
             shutil.rmtree(folder)
 
 
-def refuse_started_adapter(transformer: One4DTransformer) -> None:
+def refuse_started_adapter(transformer: CoupledTransformer) -> None:
     """RuntimeError unless what must be zero before the first step is: a lost zero start trains wrongly in silence."""
     for name, parameter in transformer.trainable_parameters():
         if (".lora_B." in name or name.startswith("links.")) and bool(whole_parameter(parameter).any()):
@@ -300,6 +300,8 @@ def _card(
         sampler=asdict(config.sampler),
         latent_statistics=latents,
         data_sources=data_sources,
+        link_direction=config.dlc.link_direction,
+        coupling=config.dlc.coupling,
     )
 
 

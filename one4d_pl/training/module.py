@@ -16,7 +16,8 @@ from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample, shift_
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline, encode_first_frame
 from one4d_pl.models.adapters import load_adapters
 from one4d_pl.models.conditioning import encode_condition
-from one4d_pl.models.transformer import One4DTransformer
+from one4d_pl.models.coupling import couple
+from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
 from one4d_pl.training.optim import build_optimizer, set_learning_rates
 from one4d_pl.training.zero import ZeroStrategy
@@ -31,7 +32,7 @@ class One4DModule(lightning.LightningModule):
         adapters: folder to start from (a checkpoint, or train.init_from); None = a fresh adapter.
     """
 
-    transformer: One4DTransformer
+    transformer: CoupledTransformer
 
     def __init__(self, config: Config, adapters: Path | None) -> None:
         super().__init__()
@@ -51,7 +52,7 @@ class One4DModule(lightning.LightningModule):
         encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens, device)
         self._encoders = (encoders.to(device),)  # its own constants
         base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
-        self.transformer = One4DTransformer(base, config.dlc, config.train.seed)
+        self.transformer = couple(base, config.dlc, config.train.seed)
         self.transformer.set_attention(config.base.attention)
         self.transformer.set_activation_checkpointing(config.train.activation_checkpointing)
         if config.train.compile:
@@ -73,7 +74,11 @@ class One4DModule(lightning.LightningModule):
         """One micro batch: the loss, and each sample's loss per branch for the callbacks."""
         seed, positions = self.config.train.seed, batch.position.tolist()
         uniform = torch.cat([torch.rand(1, generator=derived_generator(seed, p, "sigma")) for p in positions])
-        sigma = shift_sigma(uniform, self.config.flow.shift).to(self.device)
+        if self.config.flow.separate_sigma:
+            xyz = torch.cat([torch.rand(1, generator=derived_generator(seed, p, "sigma xyz")) for p in positions])
+        else:
+            xyz = uniform
+        sigma = shift_sigma(torch.cat([uniform, xyz]), self.config.flow.shift).to(self.device)
         rgb, xyz = self.losses(batch, sigma, self.draw_noise(batch, "noise"))
         return {"loss": rgb.mean() + self.config.flow.xyz_weight * xyz.mean(), "rgb": rgb.detach(), "xyz": xyz.detach()}
 
@@ -81,14 +86,14 @@ class One4DModule(lightning.LightningModule):
         """Loss at fixed sigmas, noise and frame masks."""
         noise = self.draw_noise(batch, "validation noise")
         for sigma in self.config.val.sigmas:
-            losses = self.losses(batch, torch.full((len(batch),), sigma, device=self.device), noise)
+            losses = self.losses(batch, torch.full((2 * len(batch),), sigma, device=self.device), noise)
             for modality, loss in zip(MODALITIES, losses, strict=True):
                 self.val_loss[modality].update(loss[batch.counted])
 
     def losses(
         self,
         batch: Batch,
-        sigma: Tensor,  # [B], shared by both branches (One4D, Eq. 3)
+        sigma: Tensor,  # [2B], rgb first; alike unless flow.separate_sigma (One4D, Eq. 3)
         noise: Tensor,  # [2B, C, t, h, w], each branch its own
     ) -> tuple[Tensor, Tensor]:  # rgb [B], xyz [B]
         """Velocity error of each sample and branch (One4D, Eq. 4)."""
@@ -101,7 +106,6 @@ class One4DModule(lightning.LightningModule):
             latents[: len(batch)],
             () if batch.encoded is None else [e.condition for e in batch.encoded],
         )
-        sigma = sigma.repeat(2)
         noisy_latents, velocity = interpolate(latents, noise, sigma)
         velocity_pred = self.transformer(noisy_latents, condition, sigma, prompt_embeds, image_embeds)
         return mse_per_sample(velocity_pred, velocity)

@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from one4d_pl.config import OptimConfig
-from one4d_pl.models.transformer import One4DTransformer, adapter_part
+from one4d_pl.models.transformer import CoupledTransformer, adapter_part
 
 
-def build_optimizer(transformer: One4DTransformer, config: OptimConfig) -> torch.optim.AdamW:
+def build_optimizer(transformer: CoupledTransformer, config: OptimConfig) -> torch.optim.AdamW:
     """Groups lora, links and xyz_patch_embedding, each with its own `base_lr`; empty groups are left out."""
     width = transformer.base.proj_out.in_features
     parts: dict[str, list[nn.Parameter]] = {"lora": [], "links": [], "xyz_patch_embedding": []}

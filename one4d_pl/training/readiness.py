@@ -116,11 +116,11 @@ def checkpoint_bytes(config: Config) -> int:
     from diffusers import WanTransformer3DModel
 
     from one4d_pl.models.base_files import resolve_base, transformer_config
-    from one4d_pl.models.transformer import One4DTransformer
+    from one4d_pl.models.coupling import couple
 
     settings = transformer_config(resolve_base(config.base.path))
     with torch.device("meta"):
-        model = One4DTransformer(WanTransformer3DModel.from_config(settings), config.dlc, seed=0)
+        model = couple(WanTransformer3DModel.from_config(settings), config.dlc, seed=0)
     return BYTES_PER_TRAINABLE * sum(model.parameter_counts().values())
 
 

@@ -88,7 +88,7 @@ def losses(
 
     monkeypatch.setattr(module_room, "encode_condition", watched)
     noise = module.draw_noise(batch, "noise")
-    sigma = torch.linspace(0.2, 0.9, len(batch))
+    sigma = torch.linspace(0.2, 0.9, len(batch)).repeat(2)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bfloat16"):
         return torch.stack(module.losses(batch, sigma, noise)).float(), conditions[-1]
 

@@ -69,6 +69,15 @@ def test_a_link_in_the_last_block_changes_the_half_it_leads_to(tiny_base, direct
     assert (after[changed] - before[changed]).abs().max() > 1e-3
 
 
+def test_one_way_links_leave_the_frames_to_their_own_lora(tiny_base):
+    inputs, model = tiny_base.inputs(batch=2), build(tiny_base.transformer(), link_direction="rgb_to_xyz")
+    before = dict(zip(MODALITIES, model(*inputs.one4d()).chunk(2), strict=True))
+    assert not [name for name, _ in model.trainable_parameters() if "xyz_to_rgb" in name]
+    perturb(model, lambda name: name.startswith("links."))
+    after = dict(zip(MODALITIES, model(*inputs.one4d()).chunk(2), strict=True))
+    assert torch.equal(after["rgb"], before["rgb"]) and (after["xyz"] - before["xyz"]).abs().max() > 1e-3
+
+
 def test_links_use_the_values_before_the_exchange(tiny_base):
     model, width = build(tiny_base.transformer()), 24
     link = model.links["2"]

@@ -1,0 +1,20 @@
+"""Which transformer `dlc.coupling` asks for."""
+
+from __future__ import annotations
+
+from diffusers import WanTransformer3DModel
+
+from one4d_pl.config import DLCConfig
+from one4d_pl.models.concat import ChannelTransformer, WidthTransformer
+from one4d_pl.models.transformer import CoupledTransformer, One4DTransformer
+
+COUPLINGS: dict[str, type[CoupledTransformer]] = {
+    "decoupled": One4DTransformer,
+    "channel": ChannelTransformer,
+    "width": WidthTransformer,
+}
+
+
+def couple(base: WanTransformer3DModel, config: DLCConfig, seed: int) -> CoupledTransformer:
+    """The base with a fresh adapter around it; the base is changed in place."""
+    return COUPLINGS[config.coupling](base, config, seed)
