@@ -16,7 +16,7 @@ APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq 
 INSTALL_SYSTEM = $(APT) $(SYSTEM_PACKAGES) && { $(APT) $(BROWSER_PACKAGE) || echo "setup-system: no $(BROWSER_PACKAGE): the browser tests are skipped"; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system slurm-setup slurm-test demo eval test test-long bench bench-gpu chaos lint types clean
+.PHONY: help setup setup-system slurm-setup slurm-test demo eval nano test test-long bench bench-gpu chaos lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -74,6 +74,10 @@ slurm-test: $(STAMP)  ## everything that can befall a job, on a virtual cluster 
 bench: $(STAMP)  ## on a CPU: coupling two branches beside its alternatives, the writer beside its decode + encode limit
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/models/benchmark_coupling.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/data_prep/benchmark_throughput.py
+
+NANO_ARGS ?=
+nano: $(STAMP)  ## the paper's claims at laptop scale: dozens of short trainings, a report in runs/nano; a few hours, resumable
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl.nano $(NANO_ARGS)
 
 BENCH_GPU_ARGS ?=
 bench-gpu: $(STAMP)  ## a training step of the 14B and the 1.3B at random on this GPU; BENCH_GPU_ARGS=--tiny runs on a CPU

@@ -64,6 +64,7 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
 
     from one4d_pl.data.datamodule import VAL_SEED_OFFSET
     from one4d_pl.evaluation.fit_quality import measure_fit, sampled_clips
+    from one4d_pl.evaluation.toy_clips import render_samples
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.inference.scene_files import write_text
 
@@ -71,8 +72,8 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
         raise ConfigError("data.toy: null, but the demo renders its clips; add --config configs/data/toy.yaml")
     pipeline, base = One4DPipeline.open(config, adapters), One4DPipeline.open(config, None)
     seed = config.data.toy.seed
-    held_out = _render(config, range(seed + VAL_SEED_OFFSET, seed + VAL_SEED_OFFSET + clips), "held-out clips")
-    training = _render(config, range(seed, seed + TRAINING_CLIPS), "training clips")
+    held_out = render_samples(config, range(seed + VAL_SEED_OFFSET, seed + VAL_SEED_OFFSET + clips), "held-out clips")
+    training = render_samples(config, range(seed, seed + TRAINING_CLIPS), "training clips")
     mean_pointmap = torch.stack([clip.pointmap for clip in training]).mean(0)
     bfloat16 = config.train.precision == "bf16-mixed"
     with tqdm(total=sampled_clips(clips), desc="sampling 4D scenes", unit="clip") as bar:
@@ -91,22 +92,6 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     write_text(out / "metrics.json", json.dumps(metrics, indent=2) + "\n")
     write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))
     _report(metrics, out, time.monotonic() - began)
-
-
-def _render(config: Config, seeds: range, what: str) -> list[Sample]:
-    import torch
-    from tqdm import tqdm
-
-    from one4d_pl.data.decode import Draw, make_sample
-    from one4d_pl.data.toy_world import render_clip
-
-    data = config.data
-    draw = Draw("video", torch.ones(data.num_frames, dtype=torch.bool), drop_caption=False)
-    bar = tqdm(seeds, desc=f"rendering {what}", unit="clip")
-    return [
-        make_sample(render_clip(seed, data.num_frames, data.height, data.width), n, draw, data, None)
-        for n, seed in enumerate(bar)
-    ]
 
 
 def _median_path(clips: list[Sample]) -> float:

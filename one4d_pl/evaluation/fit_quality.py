@@ -70,14 +70,14 @@ def measure_fit(
         on_clip: called with the number of clips just sampled; `sampled_clips` in all.
     """
     batch = collate(clips)
-    masks = {task: _frame_masks(task, len(clips), batch.frames.shape[2], seed) for task in TASKS}
-    sampler = _Sampler(clips, seed, bfloat16, on_clip)
+    masks = {task: task_masks(task, len(clips), batch.frames.shape[2], seed) for task in TASKS}
+    sampler = ClipSampler(clips, seed, bfloat16, on_clip)
     scenes = {task: sampler(pipeline, masks[task]) for task in TASKS}
     base_scenes = {task: sampler(base, masks[task]) for task in TASKS_WITH_HIDDEN}
     with _links_zeroed(pipeline):
         no_links = sampler(pipeline, masks["video"])
     other = sampler(pipeline, masks["video"], shift=1)
-    frames_rt, pointmaps_rt = (_round_trip(pipeline, videos) for videos in (batch.frames, batch.pointmap))
+    frames_rt, pointmaps_rt = (round_trip(pipeline, videos) for videos in (batch.frames, batch.pointmap))
 
     first = scenes["video"].pointmap
     rows = {
@@ -90,11 +90,11 @@ def measure_fit(
         "ceiling": pointmaps_rt,
     }
     return FitQuality(
-        pointmaps={name: _mean_errors(preds, clips) for name, preds in rows.items()},
+        pointmaps={name: mean_errors(preds, clips) for name, preds in rows.items()},
         frames_db={
-            "vae_round_trip": _decibels(frames_rt, batch.frames, masks["video"]),
-            **{task: _decibels(scenes[task].frames, batch.frames, masks[task]) for task in TASKS_WITH_TRUTH},
-            **{f"{t}_base_alone": _decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_HIDDEN},
+            "vae_round_trip": decibels(frames_rt, batch.frames, masks["video"]),
+            **{task: decibels(scenes[task].frames, batch.frames, masks[task]) for task in TASKS_WITH_TRUTH},
+            **{f"{t}_base_alone": decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_HIDDEN},
         },
         consistency={task: _self_consistency(scenes[task], clips, train_path) for task in GENERATED},
         scenes=scenes,
@@ -107,7 +107,7 @@ def sampled_clips(clips: int) -> int:
     return clips * (len(TASKS) + len(TASKS_WITH_HIDDEN) + 2)
 
 
-class _Sampler:
+class ClipSampler:
     """Samples all clips in batches, each clip's noise from (seed, its number)."""
 
     def __init__(self, clips: list[Sample], seed: int, bfloat16: bool, on_clip: Callable[[int], None]) -> None:
@@ -146,18 +146,18 @@ class _links_zeroed:
             weight.data.copy_(kept)
 
 
-def _frame_masks(task: Task, count: int, num_frames: int, seed: int) -> Tensor:  # [N, T] bool
+def task_masks(task: Task, count: int, num_frames: int, seed: int) -> Tensor:  # [N, T] bool
     generators = (derived_numpy_generator(seed, number, "evaluation frames") for number in range(count))
     return torch.stack([draw_frame_mask(task, num_frames, generator) for generator in generators])
 
 
 @torch.no_grad()
-def _round_trip(pipeline: One4DPipeline, videos: Tensor) -> Tensor:  # [N, 3, T, H, W] -> the same through the VAE
+def round_trip(pipeline: One4DPipeline, videos: Tensor) -> Tensor:  # [N, 3, T, H, W] -> the same through the VAE
     encoders = pipeline.encoders
     return torch.cat([encoders.decode(encoders.encode(some)) for some in videos.split(BATCH)])
 
 
-def _mean_errors(preds: Tensor, clips: list[Sample]) -> dict[str, float]:  # preds [N, 3, T, H, W]
+def mean_errors(preds: Tensor, clips: list[Sample]) -> dict[str, float]:  # preds [N, 3, T, H, W]
     """Means over clips; over those that show motion where only moving pixels count."""
     errors = []
     for points, clip in zip(preds, clips, strict=True):
@@ -172,7 +172,7 @@ def _mean_errors(preds: Tensor, clips: list[Sample]) -> dict[str, float]:  # pre
     }
 
 
-def _decibels(preds: Tensor, target: Tensor, given: Tensor) -> dict[str, float]:
+def decibels(preds: Tensor, target: Tensor, given: Tensor) -> dict[str, float]:
     """Mean over clips of the PSNR of given and of hidden frames; [N, 3, T, H, W] x 2 in [-1, 1], [N, T]."""
     found: dict[str, list[Tensor]] = {"given": [], "hidden": []}
     for ours, truth, shown in zip(preds, target, given, strict=True):

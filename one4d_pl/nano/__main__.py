@@ -1,0 +1,147 @@
+"""python -m one4d_pl.nano: re-show the paper's claims at laptop scale; a few CPU hours, or minutes on a GPU.
+
+Trains and measures the runs of one4d_pl/nano/experiments.py, as many at a time as there are cores, each in a folder of
+its own below --out; a run that was interrupted goes on, a finished one is kept. Writes report.md, its figures and
+results.json after every run, so that there is always something to read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import logging
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from one4d_pl.config import DEMO_ADAPTERS, ConfigError
+from one4d_pl.nano.experiments import EXPERIMENTS, RUNS, Experiment, Run
+from one4d_pl.nano.work import CLIPS, Plan, read_result, work
+
+log = logging.getLogger("one4d_pl")
+
+RUN_TIMEOUT_S = 6 * 3600
+POLL_S = 1.0
+
+
+def main(arguments: list[str]) -> int:
+    """Parse and run; returns the exit code."""
+    names = [experiment.name for experiment in EXPERIMENTS]
+    parser = argparse.ArgumentParser(
+        prog="python -m one4d_pl.nano", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=Path("runs/nano"), help="folder of runs and report (default %(default)s)")
+    add("--only", action="append", choices=names, metavar="NAME", help=f"of {', '.join(names)}; may be repeated")
+    add("--config", action="append", metavar="FILE", help="yaml; default: configs/nano.yaml")
+    add("--adapters", type=Path, default=DEMO_ADAPTERS, help="what sweeps sample from; default: the shipped ones")
+    add("--clips", type=int, default=CLIPS, help="held-out clips to measure on (default %(default)s)")
+    add("--seeds", type=int, help="at most so many per run; with one no verdict can be given")
+    add(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default %(default)s); 0: in this process"
+    )
+    add("--report-only", action="store_true", help="write the report of what is finished")
+    add("--run", metavar="NAME:SEED", help="do this one run and nothing else")
+    add("overrides", nargs="*", metavar="section.key=value", help="of every run, e.g. train.max_steps=20")
+    args = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
+    plan = Plan(args.out, tuple(args.config or Plan.configs), tuple(args.overrides), args.adapters, args.clips)
+    try:
+        if args.clips < 2 or args.jobs < 0 or (args.seeds is not None and args.seeds < 1):
+            raise ConfigError("--clips, --seeds, --jobs: need at least 2, 1 and 0")
+        if args.run:
+            work(plan, *_parse_run(args.run))
+            return 0
+        if importlib.util.find_spec("matplotlib") is None:  # now, not after hours
+            raise ConfigError("the report's figures need matplotlib: pip install 'one4d_pl[dev]'")
+        experiments = [experiment for experiment in EXPERIMENTS if experiment.name in (args.only or names)]
+        if not args.report_only:
+            _run_all(plan, jobs_of(experiments, args.seeds), args.jobs)
+        _report(plan, experiments)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def jobs_of(experiments: list[Experiment], seeds: int | None = None) -> list[tuple[Run, int]]:
+    """Every run of the experiments once per seed; first seeds first, so that an early report has all rows."""
+    names = list(dict.fromkeys(name for experiment in experiments for name in experiment.runs))
+    jobs = [(RUNS[name], seed) for name in names for seed in range(min(RUNS[name].seeds, seeds or RUNS[name].seeds))]
+    return sorted(jobs, key=lambda job: job[1])
+
+
+def _parse_run(text: str) -> tuple[Run, int]:
+    name, _, seed = text.partition(":")
+    if name not in RUNS or not seed.isdigit():
+        raise ConfigError(f"--run: {text!r}, need NAME:SEED with a name of {', '.join(RUNS)}")
+    return RUNS[name], int(seed)
+
+
+def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int) -> None:
+    """All jobs, `at_once` processes at a time; the first training alone: it writes the data that all of them share."""
+    from tqdm import tqdm
+
+    waiting = [job for job in jobs if read_result(plan, *job) is None]
+    log.info("%d runs, %d of them finished; logs: %s/*/log.txt", len(jobs), len(jobs) - len(waiting), plan.out)
+    running: dict[tuple[Run, int], tuple[subprocess.Popen[bytes], float]] = {}
+    alone = any(run.kind == "train" for run, _ in waiting)
+    with tqdm(total=len(waiting), desc="runs", unit="run") as bar:
+        try:
+            while waiting or running:
+                while waiting and len(running) < (1 if alone else max(1, at_once)):
+                    job = waiting.pop(0)
+                    if at_once == 0:
+                        work(plan, *job)
+                        bar.update()
+                        continue
+                    running[job] = (_start(plan, *job), time.monotonic())
+                for job, (process, began) in list(running.items()):
+                    if process.poll() is None:
+                        if time.monotonic() - began > RUN_TIMEOUT_S:
+                            raise ConfigError(
+                                f"{plan.folder(*job)}: not done after {RUN_TIMEOUT_S} s; see log.txt there"
+                            )
+                        continue
+                    del running[job]
+                    if process.returncode:
+                        raise ConfigError(f"{plan.folder(*job)}: exit code {process.returncode}; see log.txt there")
+                    alone = alone and job[0].kind != "train"
+                    bar.update()
+                time.sleep(POLL_S if running else 0)
+        finally:
+            for process, _ in running.values():
+                process.terminate()
+            for process, _ in running.values():
+                process.wait(120)  # fit saves where it is
+
+
+def _start(plan: Plan, run: Run, seed: int) -> subprocess.Popen[bytes]:
+    folder = plan.folder(run, seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    command = [sys.executable, "-m", "one4d_pl.nano", "--run", f"{run.name}:{seed}", "--out", str(plan.out)]
+    command += ["--adapters", str(plan.adapters), "--clips", str(plan.clips)]
+    command += [word for path in plan.configs for word in ("--config", path)]
+    with (folder / "log.txt").open("ab") as output:
+        return subprocess.Popen(
+            [*command, *plan.overrides],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env={"OMP_NUM_THREADS": "1", **os.environ},  # a core each
+        )
+
+
+def _report(plan: Plan, experiments: list[Experiment]) -> None:
+    from one4d_pl.nano.report import write_report
+
+    path = write_report(plan, experiments)
+    print(path.read_text())
+    log.info("report: %s", path)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

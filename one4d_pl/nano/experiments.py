@@ -1,0 +1,202 @@
+"""What `make nano` asks, of which runs, and which answer the paper claims.
+
+A run is one training, or one measuring of adapters that exist; several experiments may look at the same one. `dlc` is
+One4D as configs/nano.yaml has it, three seeds; every other training changes what its name says and nothing else.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["train", "sample", "references"]
+
+SEEDS = 3  # where a verdict depends on chance
+REFERENCE = "dlc"
+CONCAT_RANK = 96  # one LoRA with as many parameters as two of rank 40 and five links
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of configs/nano.yaml, or one sampling from adapters that exist."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    seeds: int = 1  # of the training; of the noise where nothing is trained
+    kind: Kind = "train"
+    given: float | None = None  # sample: share of the frames that are shown, 0 = the first alone; None = every task
+
+
+@dataclass(frozen=True)
+class Claim:
+    """`better` has the better `metric`; with a `factor`, it may even be so much worse and still be."""
+
+    text: str
+    metric: str
+    better: str
+    than: str
+    factor: float = 1.0
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A question, who claims what, and the runs that answer."""
+
+    name: str
+    question: str
+    claim: str
+    source: str
+    runs: tuple[str, ...]
+    metrics: tuple[str, ...]  # columns of its table; the first is drawn
+    claims: tuple[Claim, ...]
+
+
+def _guidance(scale: int) -> str:
+    return f"sampler.guidance={{text: {scale}, image: {scale}, sparse: {scale}, video: {scale}}}"
+
+
+def _masking(text: float, image: float, sparse: float, video: float) -> str:
+    return f"masking={{text_prob: {text}, image_prob: {image}, sparse_prob: {sparse}, video_prob: {video}}}"
+
+
+RUNS = {
+    run.name: run
+    for run in (
+        Run("references", kind="references"),
+        Run(REFERENCE, seeds=SEEDS),
+        Run("channel", ("dlc.coupling=channel", "dlc.num_links=0", f"dlc.rank={CONCAT_RANK}"), SEEDS),
+        Run("width", ("dlc.coupling=width", "dlc.num_links=0", f"dlc.rank={CONCAT_RANK}"), SEEDS),
+        Run("links_0", ("dlc.num_links=0",), SEEDS),
+        Run("links_1", ("dlc.num_links=1",)),
+        Run("links_3", ("dlc.num_links=3",)),
+        Run("links_one_way", ("dlc.link_direction=rgb_to_xyz",), SEEDS),
+        Run("links_3_early", ("dlc.link_blocks=[0,1,2]",)),
+        Run("links_3_late", ("dlc.link_blocks=[3,4,5]",)),
+        Run("reconstruction_only", (_masking(0, 0, 0, 1),), SEEDS),
+        Run("generation_only", (_masking(0.3, 0.7, 0, 0),), SEEDS),
+        Run("synthetic_only", ("data.sources=[{path: data/toy_nano/train_synthetic}]",), SEEDS),
+        *(Run(f"given_{share:g}", kind="sample", seeds=SEEDS, given=share) for share in (1, 0.5, 0.25, 0.1, 0)),
+        *(Run(f"guidance_{n}", (_guidance(n),), SEEDS, "sample") for n in (1, 2, 4, 6)),
+        *(Run(f"steps_{n}", (f"sampler.steps={n}",), SEEDS, "sample") for n in (2, 5, 15, 50)),
+        Run("shared_patch_embedding", ("dlc.xyz_patch_embedding=false",)),
+        Run("z_offset", ("data.z_offset=true",)),
+        Run("far_limit_5", ("data.far_limit=5",)),
+        *(Run(f"rank_{n}", (f"dlc.rank={n}",)) for n in (4, 16, 64)),
+        Run("lora_scale_2", ("dlc.lora_scale=2",)),
+        *(Run(f"shift_{n}", (f"flow.shift={n}",)) for n in (1, 5)),
+        Run("separate_sigma", ("flow.separate_sigma=true",)),
+        Run("xyz_weight_2", ("flow.xyz_weight=2",)),
+        Run("link_lr_quarter", ("optim.link_lr_width=64",)),  # of 256 channels
+    )
+}
+
+OPEN_KNOBS = (
+    "shared_patch_embedding", "z_offset", "far_limit_5", "rank_4", "rank_16", "rank_64", "lora_scale_2", "shift_1",
+    "shift_5", "separate_sigma", "xyz_weight_2", "link_lr_quarter",
+)  # fmt: skip
+
+ERROR, MOVING, EDGES, HIDDEN = "video.rel_error", "video.rel_error_moving", "video.rel_error_edges", "image.hidden_db"
+XYZ, RGB = "val.xyz", "val.rgb"
+
+EXPERIMENTS = (
+    Experiment(
+        "coupling",
+        "How should frames and pointmaps share one transformer?",
+        "Joining along channels degrades both, along the width aligns them weakly; Decoupled LoRA Control keeps frames "
+        "and follows them.",
+        "Fig. 2-3",
+        (REFERENCE, "channel", "width", "references"),
+        (ERROR, MOVING, EDGES, HIDDEN, "image.fd_vae", "video.given_db", XYZ, RGB),
+        (
+            Claim("frames are kept better than by channels", HIDDEN, REFERENCE, "channel"),
+            Claim("frames are kept better than along the width", HIDDEN, REFERENCE, "width"),
+            Claim("frames' loss is lower than by channels", RGB, REFERENCE, "channel"),
+            Claim("frames' loss is lower than along the width", RGB, REFERENCE, "width"),
+            Claim("pointmaps are better than by channels", ERROR, REFERENCE, "channel"),
+            Claim("pointmaps are better than along the width", ERROR, REFERENCE, "width"),
+            Claim("pointmaps' loss is lower than by channels", XYZ, REFERENCE, "channel"),
+            Claim("pointmaps' loss is lower than along the width", XYZ, REFERENCE, "width"),
+        ),
+    ),
+    Experiment(
+        "links",
+        "Are control links needed, how many, both ways, and where?",
+        "A few links (5) let each branch steer the other, pixel by pixel.",
+        "Eq. 9, sec. 3.2",
+        (REFERENCE, "links_0", "links_1", "links_3", "links_one_way", "links_3_early", "links_3_late", "references"),
+        (ERROR, MOVING, HIDDEN, XYZ, RGB),
+        (
+            Claim("without links geometry cannot follow the frames", ERROR, REFERENCE, "links_0"),
+            Claim("without links the pointmaps' loss stays high", XYZ, REFERENCE, "links_0"),
+            Claim("five links are better than one", XYZ, REFERENCE, "links_1"),
+            Claim("five links are better than three", XYZ, REFERENCE, "links_3"),
+            Claim("both ways are better for pointmaps than one", XYZ, REFERENCE, "links_one_way"),
+            Claim("both ways cost the frames nothing", RGB, REFERENCE, "links_one_way"),
+            Claim("three spread links are better than three early ones", XYZ, "links_3", "links_3_early"),
+            Claim("three spread links are better than three late ones", XYZ, "links_3", "links_3_late"),
+        ),
+    ),
+    Experiment(
+        "unified",
+        "What does one model for generation and reconstruction cost?",
+        "One model does both at once, near models made for one.",
+        "Tables 3-4",
+        (REFERENCE, "reconstruction_only", "generation_only", "references"),
+        (ERROR, MOVING, "sparse.rel_error", "image.rel_error", HIDDEN, "image.fd_vae"),
+        (
+            Claim("within 10 % of the reconstruction-only twin", ERROR, REFERENCE, "reconstruction_only", 1.1),
+            Claim("generates frames as well as the generation-only twin", HIDDEN, REFERENCE, "generation_only"),
+            Claim("only the unified model reconstructs as well", ERROR, REFERENCE, "generation_only"),
+            Claim("only the unified model generates as well", HIDDEN, REFERENCE, "reconstruction_only"),
+        ),
+    ),
+    Experiment(
+        "sparsity",
+        "Does geometry get worse gracefully where fewer frames are given? (shipped adapters)",
+        "Accuracy falls slowly from all frames to a tenth of them.",
+        "Table 5",
+        ("given_1", "given_0.5", "given_0.25", "given_0.1", "given_0", "references"),
+        (ERROR, MOVING, "video.hidden_db"),
+        (
+            Claim("half of the frames: within 10 %", ERROR, "given_0.5", "given_1", 1.1),
+            Claim("a tenth of them (first and last): within 10 %", ERROR, "given_0.1", "given_1", 1.1),
+            Claim("all frames are better than the first alone", ERROR, "given_1", "given_0"),
+        ),
+    ),
+    Experiment(
+        "guidance",
+        "How much guidance, how many sampling steps? (shipped adapters)",
+        "Guidance 4 is better than 6 for reconstruction; 50 steps.",
+        "Table 6, sec. 4.1",
+        ("guidance_1", "guidance_2", "guidance_4", "guidance_6", "steps_2", "steps_5", "steps_15", "steps_50"),
+        (ERROR, MOVING, HIDDEN, "image.fd_vae"),
+        (
+            Claim("guidance 4 is better than 6", ERROR, "guidance_4", "guidance_6"),
+            Claim("guidance 1 (none) is better than 4", ERROR, "guidance_1", "guidance_4"),
+            Claim("50 steps are better than 15", ERROR, "steps_50", "steps_15"),
+            Claim("15 steps are better than 5", ERROR, "steps_15", "steps_5"),
+            Claim("5 steps are better than 2", ERROR, "steps_5", "steps_2"),
+        ),
+    ),
+    Experiment(
+        "data",
+        "Do noisy clips with pseudo cameras beside the synthetic ones help?",
+        "Synthetic and real clips together are the training mixture.",
+        "sec. 4.1",
+        (REFERENCE, "synthetic_only", "references"),
+        (ERROR, MOVING, HIDDEN, XYZ, RGB),
+        (
+            Claim("the mixture is better on clean clips", ERROR, REFERENCE, "synthetic_only"),
+            Claim("its pointmaps' loss is lower there", XYZ, REFERENCE, "synthetic_only"),
+        ),
+    ),
+    Experiment(
+        "open",
+        "What the paper leaves open: does another choice do better than ours?",
+        "None; each line says whether the other choice is better.",
+        "paper.md sec. 8",
+        (REFERENCE, *OPEN_KNOBS),
+        (ERROR, MOVING, HIDDEN, XYZ, RGB),
+        tuple(Claim(f"{name} is better", ERROR, name, REFERENCE) for name in OPEN_KNOBS),
+    ),
+)

@@ -1,0 +1,164 @@
+"""One run of `make nano`: train or sample, measure, leave result.json. Resumable: fit goes on from its checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config, to_yaml
+from one4d_pl.nano.experiments import Run
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from one4d_pl.inference.pipeline import One4DPipeline
+    from one4d_pl.types import Sample
+
+log = logging.getLogger("one4d_pl")
+
+CLIPS = 64  # held-out ones; more than the 48 features of fd_vae
+MEAN_CLIPS = 256  # training clips behind the mean pointmap
+RESULT = "result.json"
+CURVES = ("rgb", "xyz")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all runs share."""
+
+    out: Path
+    configs: tuple[str, ...] = ("configs/nano.yaml",)
+    overrides: tuple[str, ...] = ()
+    adapters: Path = DEMO_ADAPTERS  # of the runs that only sample
+    clips: int = CLIPS
+
+    def folder(self, run: Run, seed: int) -> Path:
+        return self.out / f"{run.name}-{seed}"
+
+    def config(self, run: Run, seed: int) -> Config:
+        """Of one run; the same whatever else is run, and on any machine."""
+        place = [f"run_dir={self.folder(run, seed)}", f"train.seed={seed}"]
+        return load_config(list(self.configs), [*self.overrides, *run.overrides, *place])
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a finished run has left."""
+
+    numbers: dict[str, float]
+    curves: dict[str, list[tuple[int, float]]]  # val/loss of rgb and xyz by step
+    minutes: float
+    steps: int
+
+
+def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
+    """None where the run is not finished; ConfigError where the folder holds one of another recipe."""
+    path = plan.folder(run, seed) / RESULT
+    try:
+        stored = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}); remove the folder to run it again") from None
+    if stored.pop("recipe") != _recipe(plan, run, seed):
+        raise ConfigError(f"{path.parent}: a run of another config; remove the folder, or choose another --out")
+    return Result(**stored)
+
+
+def work(plan: Plan, run: Run, seed: int) -> None:
+    """Do one run, unless it is done."""
+    if read_result(plan, run, seed) is not None:
+        return
+    from tqdm import tqdm
+
+    from one4d_pl.inference.scene_files import write_text
+    from one4d_pl.nano.measure import measure, measure_references, sampled_clips
+
+    folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
+    folder.mkdir(parents=True, exist_ok=True)
+    curves: dict[str, list[tuple[int, float]]] = {}
+    if run.kind == "train":
+        _train(config)
+        curves = _read_curves(folder)
+    pipeline, clips = _open(config, run, plan.adapters), _held_out(config, plan.clips)
+    count = sampled_clips(len(clips), run.given)
+    with tqdm(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
+        if run.kind == "references":
+            numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
+        else:
+            numbers = measure(pipeline, clips, seed, run.given, bar.update)
+    numbers |= {f"val.{name}": points[-1][1] for name, points in curves.items()}
+    stored = {
+        "numbers": numbers,
+        "curves": curves,
+        "minutes": (time.monotonic() - began) / 60,
+        "steps": config.train.max_steps if run.kind == "train" else 0,
+        "recipe": _recipe(plan, run, seed),
+    }
+    write_text(folder / RESULT, json.dumps(stored, indent=1) + "\n")
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # dozens of runs; what they showed is kept
+
+
+def _train(config: Config) -> None:
+    from one4d_pl.fit import fit
+
+    if fit(config):
+        raise ConfigError(f"{config.run_dir}: stopped by a signal; the same command goes on from there")
+
+
+def _open(config: Config, run: Run, adapters: Path) -> One4DPipeline:
+    from one4d_pl.inference.pipeline import One4DPipeline
+    from one4d_pl.training.checkpoint import newest_checkpoint
+
+    if run.kind == "references":
+        return One4DPipeline.open(config, None)
+    return One4DPipeline.open(config, newest_checkpoint(config.run_dir) if run.kind == "train" else adapters)
+
+
+def _held_out(config: Config, count: int) -> list[Sample]:
+    from one4d_pl.data.datamodule import VAL_SEED_OFFSET
+    from one4d_pl.evaluation.toy_clips import render_samples
+
+    first = _toy_seed(config) + VAL_SEED_OFFSET
+    return render_samples(config, range(first, first + count), "held-out clips")
+
+
+def _mean_pointmap(config: Config) -> Tensor:  # [3, T, H, W]
+    import torch
+
+    from one4d_pl.evaluation.toy_clips import render_samples
+
+    assert config.data.toy is not None
+    first, count = config.data.toy.seed, min(MEAN_CLIPS, config.data.toy.train_synthetic)
+    clips = render_samples(config, range(first, first + count), "training clips")
+    return torch.stack([clip.pointmap for clip in clips]).mean(0)
+
+
+def _toy_seed(config: Config) -> int:
+    if config.data.toy is None:
+        raise ConfigError("data.toy: null, but nano measures on clips it renders; leave configs/nano.yaml's")
+    return config.data.toy.seed
+
+
+def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    """The validation losses that TensorBoard shows; of a resumed run all its parts."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"))
+    events.Reload()
+    return {name: [(e.step, e.value) for e in events.Scalars(f"val/loss/{name}")] for name in CURVES}
+
+
+def _recipe(plan: Plan, run: Run, seed: int) -> str:
+    """A digest of all that decides a run's numbers."""
+    parts = [to_yaml(plan.config(run, seed)).replace(str(plan.out), ""), str(plan.clips), str(run.given)]
+    if run.kind == "sample":
+        card = plan.adapters / "card.json"
+        parts.append(hashlib.sha256(card.read_bytes() if card.is_file() else b"").hexdigest())
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]

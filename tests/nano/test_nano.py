@@ -1,0 +1,164 @@
+"""`make nano` in short: every experiment runs, a finished run is kept, a verdict needs a difference."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from PIL import Image
+
+from one4d_pl.config import load_config
+from one4d_pl.data.decode import Draw, make_sample
+from one4d_pl.data.toy_world import render_clip
+from one4d_pl.models.base_files import resolve_base, transformer_config
+from one4d_pl.models.coupling import couple
+from one4d_pl.nano.__main__ import jobs_of, main
+from one4d_pl.nano.experiments import EXPERIMENTS, REFERENCE, RUNS, Claim
+from one4d_pl.nano.measure import edge_pixels
+from one4d_pl.nano.report import LABELS
+from one4d_pl.nano.verdicts import judge
+
+SMALL = [
+    "data.height=16", "data.width=32", "train.max_steps=1", "train.global_batch_size=2", "train.micro_batch_size=2",
+    "val.every=1", "val.clips=2", "val.sigmas=[0.5]", "optim.cooldown_steps=0", "train.save_every=1",
+]  # fmt: skip
+TOY = {"train_synthetic": 4, "train_real": 2, "val": 2, "seed": 20000}
+
+
+@pytest.fixture(scope="module")
+def short(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list[str]]:
+    """Makes arguments of a `make nano` of one step a run on two clips, on a world of its own; later options win."""
+    folder = tmp_path_factory.mktemp("nano")
+    world = folder / "toy"
+    toy = ", ".join([f"root: {world}", *(f"{name}: {value}" for name, value in TOY.items())])
+    yaml = folder / "short.yaml"
+    yaml.write_text(f"""
+data:
+  sources: [{{path: {world}/train_synthetic, weight: 0.75}}, {{path: {world}/train_real, weight: 0.25}}]
+  val_sources: [{{path: {world}/val}}]
+  toy: {{{toy}}}
+""")
+    files = ["--config", "configs/nano.yaml", "--config", str(yaml)]
+    options = [*files, "--out", str(folder / "out"), "--clips", "2", "--seeds", "1", "--jobs", "0"]
+    return lambda *more, override=(): [*options, *more, *SMALL, *override]
+
+
+def folder_of(arguments: list[str]) -> Path:
+    return Path(arguments[arguments.index("--out") + 1])
+
+
+@pytest.mark.filterwarnings("ignore:.*biased upwards.*")
+@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+def test_every_experiment_runs_and_is_reported(short, experiment, capsys, monkeypatch):
+    out = folder_of(short())
+    world = out.parent / "toy"
+    synthetic = f"data.sources=[{{path: {world}/train_synthetic}}]"  # the one run that names a folder of its own
+    run = RUNS["synthetic_only"]
+    monkeypatch.setitem(RUNS, run.name, type(run)(run.name, (synthetic,), run.seeds))
+    assert main(short("--only", experiment.name)) == 0
+    report = capsys.readouterr().out
+    assert report == (out / "report.md").read_text() + "\n"
+    assert f"## {experiment.name}" in report and "(not run)" not in report
+    for name in experiment.runs:
+        assert (RUNS[name].kind == "references") != (f"| `{name}` |" in report), name
+    for claim in experiment.claims:
+        assert claim.text in report and "cannot tell" in report  # one seed shows no spread
+    with Image.open(out / "figures" / f"{experiment.name}.png") as figure:
+        assert figure.size[1] > 200
+    results = json.loads((out / "results.json").read_text())
+    for name in experiment.runs:
+        (found,) = results[name]
+        assert all(math.isfinite(value) for value in found["numbers"].values()), name
+        metrics = [m for m in experiment.metrics if RUNS[name].kind == "train"]
+        assert set(metrics) <= found["numbers"].keys() and bool(found["curves"]) == bool(metrics)
+    assert not list(out.glob("*/checkpoints"))
+
+
+@pytest.mark.filterwarnings("ignore:.*biased upwards.*")
+def test_a_finished_run_is_kept_and_run_again_it_gives_its_numbers(short, capsys):
+    arguments = short("--run", f"{REFERENCE}:0")
+    out = folder_of(arguments)
+    assert main(arguments) == 0
+    path = out / f"{REFERENCE}-0" / "result.json"
+    first, written = json.loads(path.read_text()), path.stat().st_mtime_ns
+    assert main(arguments) == 0
+    assert path.stat().st_mtime_ns == written
+    path.unlink()
+    (out / f"{REFERENCE}-0" / "tensorboard").rename(out / "moved")  # or the curves of both would be read
+    assert main(arguments) == 0
+    again = json.loads(path.read_text())
+    assert again["numbers"] == first["numbers"] and again["curves"] == first["curves"]
+    assert main(short("--run", f"{REFERENCE}:0", override=["optim.lr=1e-5"])) == 2
+    assert "a run of another config" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:.*biased upwards.*")
+def test_runs_of_their_own_processes_and_one_that_fails(short, tmp_path, capsys):
+    options = ["--only", "sparsity", "--jobs", "2"]
+    assert main(short(*options, "--out", str(tmp_path))) == 0
+    assert len(list(tmp_path.glob("*/result.json"))) == 6 and all(p.stat().st_size for p in tmp_path.glob("*/log.txt"))
+    assert main(short(*options, "--out", str(tmp_path / "b"), override=["dlc.rank=3"])) == 2
+    assert "exit code 2; see log.txt there" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("wrong", [["--run", "dlc"], ["--run", "nothing:0"], ["--clips", "1"], ["--seeds", "0"]])
+def test_a_mistake_is_one_line(wrong, capsys):
+    assert main(wrong) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_claims_speak_of_what_is_run_and_measured():
+    for experiment in EXPERIMENTS:
+        assert set(experiment.runs) <= RUNS.keys() and set(experiment.metrics) <= LABELS.keys()
+        for claim in experiment.claims:
+            assert {claim.better, claim.than} <= set(experiment.runs) and claim.metric in experiment.metrics
+    jobs = jobs_of(list(EXPERIMENTS))
+    assert len(set(jobs)) == len(jobs) == sum(run.seeds for run in RUNS.values())  # none is forgotten
+    assert [seed for _, seed in jobs] == sorted(seed for _, seed in jobs)
+
+
+def test_all_couplings_train_as_many_parameters():
+    settings, counts = transformer_config(resolve_base("embedded")), {}
+    for name in (REFERENCE, "channel", "width"):
+        config = load_config(["configs/nano.yaml"], list(RUNS[name].overrides))
+        with torch.device("meta"):
+            model = couple(WanTransformer3DModel.from_config(settings), config.dlc, seed=0)
+        counts[name] = sum(parameter.numel() for _, parameter in model.trainable_parameters())
+    for name, count in counts.items():
+        assert count == pytest.approx(counts[REFERENCE], rel=0.02), name
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "metric", "factor", "word"),
+    [
+        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "video.rel_error", 1.0, "holds"),
+        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "video.rel_error", 1.0, "does not hold"),
+        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "image.hidden_db", 1.0, "holds"),
+        ([1.0, 1.1, 0.9], [1.05, 1.15, 0.95], "video.rel_error", 1.0, "cannot tell"),
+        ([1.05, 1.051, 1.049], [1.0, 1.001, 0.999], "video.rel_error", 1.1, "holds"),
+        ([1.0], [2.0], "video.rel_error", 1.0, "holds"),  # with the spread of the third run
+        ([], [2.0], "video.rel_error", 1.0, None),
+    ],
+)
+def test_a_verdict_needs_a_difference_beyond_chance(better, worse, metric, factor, word):
+    claim = Claim("", metric, "a", "b", factor)
+    verdict = judge(claim, {"a": better, "b": worse, "c": [1.0, 1.01, 0.99]}, "c")
+    assert (None if verdict is None else verdict.word) == word
+    if word and len(better) == 1:
+        assert judge(claim, {"a": better, "b": worse}, "c").word == "cannot tell"  # no spread is known
+
+
+def test_edges_are_where_distances_jump():
+    data = load_config(["configs/nano.yaml"], []).data
+    clip = make_sample(render_clip(3, 9, 48, 64), 0, Draw("video", torch.ones(9, dtype=torch.bool), False), data, None)
+    edges = edge_pixels(clip)
+    assert 0.01 < float(edges.float().mean()) < 0.5 and not bool((edges & ~clip.valid).any())
+    flat = clip.pointmap.clone()
+    flat[:, :, :, :32], flat[:, :, :, 32:] = 0.2, 0.6
+    steps = edge_pixels(type(clip)(**{**clip.__dict__, "pointmap": flat, "valid": torch.ones_like(clip.valid)}))
+    assert steps[:, :, 31:33].all() and not steps[:, :, :31].any() and not steps[:, :, 33:].any()
