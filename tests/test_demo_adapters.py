@@ -14,6 +14,7 @@ from one4d_pl import demo
 from one4d_pl.config import DEMO_ADAPTERS, load_config
 from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit
+from one4d_pl.evaluation.toy_clips import render_samples
 from one4d_pl.inference.pipeline import One4DPipeline
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
@@ -24,8 +25,8 @@ def quality() -> FitQuality:
     config = load_config([str(CONFIG)], [])
     pipeline, base = One4DPipeline.open(config, DEMO_ADAPTERS), One4DPipeline.open(config, None)
     first = config.data.toy.seed + VAL_SEED_OFFSET
-    clips = demo._render(config, range(first, first + 8), "held-out clips")
-    training = demo._render(config, range(config.data.toy.seed, config.data.toy.seed + 32), "training clips")
+    clips = render_samples(config, range(first, first + 8), "held-out clips")
+    training = render_samples(config, range(config.data.toy.seed, config.data.toy.seed + 32), "training clips")
     mean = torch.stack([clip.pointmap for clip in training]).mean(0)
     return measure_fit(pipeline, base, clips, mean, demo._median_path(training), seed=0, bfloat16=True)
 

@@ -32,7 +32,8 @@ def measure(
         given: share of the frames that are shown, under the name of the video task; None = all three tasks.
         on_clip: called with the number of clips just sampled.
     """
-    sampler, numbers = ClipSampler(clips, seed, True, on_clip), {}
+    sampler = ClipSampler(clips, seed, True, on_clip)
+    numbers: dict[str, float] = {}
     num_frames = clips[0].frames.shape[1]
     for task in TASKS if given is None else TASKS[:1]:
         masks = task_masks(task, len(clips), num_frames, MASK_SEED)
