@@ -22,6 +22,7 @@ FLOORS = (
     "fit preflight demo build_tiny_vae build_tiny_base evaluate generate cameras view plan export fetch_weights "
     "bench_gpu "
     "data_prep",
+    "nano",  # runs fit
 )
 SHELF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()} | {"one4d_pl": -1}
 ROOMLESS = {"utils", "util", "common", "misc", "helpers"}
