@@ -165,7 +165,7 @@ class ClipStream(Dataset[Sample]):
         sources: opened shard sets, in the order of the mixture.
         caches: one per source; None = encode in the training step, or the source is encoded itself.
         order: who stands where.
-        config, masking, caption_dropout, seed: see config.py.
+        config, masking, caption_dropout, seed: see one4d_pl.config.
         overfit_clips: n > 0 walks over the stream's first n clips only; the draws still change with the position.
         validation: fixed draws instead of random ones.
     """

@@ -1,0 +1,77 @@
+"""Every knob of the project: typed dataclasses, filled from yaml files that merge left to right, then `a.b=c`.
+
+omegaconf only, no torch: a login node parses a config in a second; and omegaconf only where yaml is read, so that the
+classes alone need nothing. The yaml tree dies in `load_config`; each class of the project gets its own node. A default
+lives here or, where it belongs to a scale or a data mix, in one yaml.
+"""
+
+from one4d_pl.config.checks import ConfigError
+from one4d_pl.config.load import load_config, to_yaml
+from one4d_pl.config.model import (
+    ATTENTION,
+    EMBEDDED_BASE,
+    NATIVE_ATTENTION,
+    SOLVERS,
+    BaseConfig,
+    DLCConfig,
+    FlowConfig,
+    GuidanceConfig,
+    MaskingConfig,
+    SamplerConfig,
+    TinyWanConfig,
+)
+from one4d_pl.config.places import (
+    DEMO_ADAPTERS,
+    DIFFUSERS_MARK,
+    ORIGINAL_MARK,
+    base_folder,
+    check_paths,
+    holds_base,
+)
+from one4d_pl.config.run import (
+    CHECKPOINTING,
+    TEMPORAL_FACTOR,
+    Config,
+    DataConfig,
+    EvalConfig,
+    OptimConfig,
+    SourceConfig,
+    ToyConfig,
+    TrainConfig,
+    ValConfig,
+    legal_worlds,
+)
+
+__all__ = [
+    "ATTENTION",
+    "CHECKPOINTING",
+    "DEMO_ADAPTERS",
+    "DIFFUSERS_MARK",
+    "EMBEDDED_BASE",
+    "NATIVE_ATTENTION",
+    "ORIGINAL_MARK",
+    "SOLVERS",
+    "TEMPORAL_FACTOR",
+    "BaseConfig",
+    "Config",
+    "ConfigError",
+    "DLCConfig",
+    "DataConfig",
+    "EvalConfig",
+    "FlowConfig",
+    "GuidanceConfig",
+    "MaskingConfig",
+    "OptimConfig",
+    "SamplerConfig",
+    "SourceConfig",
+    "TinyWanConfig",
+    "ToyConfig",
+    "TrainConfig",
+    "ValConfig",
+    "base_folder",
+    "check_paths",
+    "holds_base",
+    "legal_worlds",
+    "load_config",
+    "to_yaml",
+]

@@ -1,0 +1,120 @@
+"""yaml files that merge left to right, then `a.b=c`, into a typed Config; omegaconf is imported here alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from pathlib import Path
+from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
+
+from one4d_pl.config.checks import ConfigError
+from one4d_pl.config.run import Config
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+def load_config(paths: list[str], overrides: list[str]) -> Config:
+    """Merge yaml files left to right (each after its own `include`s), then `a.b=c` overrides, into a typed Config."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    merged = OmegaConf.structured(Config)
+    for path in paths:
+        for name, node in _read_with_includes(Path(path), ()):
+            merged = _merge(merged, node, name)
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override), f"override {override!r}")
+    try:
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise ConfigError(f"{paths[-1] if paths else 'config'}: no value for {', '.join(missing)}")
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ConfigError(_one_line(error)) from None
+    assert isinstance(config, Config)
+    return config
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config, in a form that `load_config` reads back to an equal one."""
+    from omegaconf import OmegaConf
+
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
+    """The file's includes (relative to it), depth first, then the file itself."""
+    from omegaconf import DictConfig, ListConfig, OmegaConf
+
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: includes itself")
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file")
+    try:
+        node = OmegaConf.load(path)
+    except Exception as error:  # yaml has many error classes, all of them the user's
+        raise ConfigError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
+    if not isinstance(node, DictConfig):
+        raise ConfigError(f"{path}: the top level must be a mapping of sections")
+    includes = node.pop("include", [])
+    if not isinstance(includes, ListConfig) and includes != []:
+        raise ConfigError(f"{path}: include: need a list of files, e.g. [{includes or 'scale/tiny.yaml'}]")
+    nodes: list[tuple[str, DictConfig]] = []
+    for name in includes:
+        nodes += _read_with_includes(path.parent / name, (*seen, path.resolve()))
+    return [*nodes, (str(path), node)]
+
+
+def _parse_override(override: str) -> DictConfig:
+    from omegaconf import OmegaConf
+
+    if "=" not in override:
+        raise ConfigError(f"override {override!r}: write it as section.key=value")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except Exception as error:  # the value is yaml, see above
+        raise ConfigError(f"override {override!r}: {_one_line(error)}") from None
+
+
+def _merge(merged: DictConfig, node: DictConfig, name: str) -> DictConfig:
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    _refuse_unknown_keys(Config, node, name, prefix="")
+    try:
+        result = OmegaConf.merge(merged, node)
+    except (OmegaConfBaseException, TypeError) as error:  # TypeError: a mapping where a list stands
+        raise ConfigError(f"{name}: {_one_line(error)}") from None
+    assert isinstance(result, DictConfig)
+    return result
+
+
+def _refuse_unknown_keys(cls: type, node: DictConfig, name: str, prefix: str) -> None:
+    """Name the file, the key and the nearest right one."""
+    from omegaconf import DictConfig
+
+    hints = get_type_hints(cls)
+    for key in node:
+        key = str(key)
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"
+            raise ConfigError(f"{name}: unknown key {prefix}{key}; {hint}")
+        child, nested = node._get_node(key), _dataclass_in(hints[key])
+        if nested is not None and isinstance(child, DictConfig) and not child._is_none():
+            _refuse_unknown_keys(nested, child, name, f"{prefix}{key}.")
+
+
+def _dataclass_in(hint: object) -> type | None:
+    """The dataclass in `X`, `X | None`; lists are checked by omegaconf itself."""
+    if get_origin(hint) is list:
+        return None
+    candidates = [hint, *get_args(hint)]
+    return next((c for c in candidates if isinstance(c, type) and dataclasses.is_dataclass(c)), None)
+
+
+def _one_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    key = next((line.removeprefix("full_key: ") for line in lines if line.startswith("full_key:")), "")
+    return f"{key}: {lines[0]}" if key and key not in lines[0] else lines[0] if lines else type(error).__name__

@@ -1,0 +1,128 @@
+"""Knobs of the method: base, adapter, conditioning, flow, sampler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from one4d_pl.config.checks import ConfigError, at_least, one_of, positive, share
+
+SOLVERS = ("euler", "unipc")
+NATIVE_ATTENTION = ("native", "_native_cudnn", "_native_flash", "_native_efficient")  # torch's fused kernels
+ATTENTION = (*NATIVE_ATTENTION, "_native_math", "flash", "_flash_3")  # diffusers' names; the last two are own packages
+EMBEDDED_BASE = "embedded"  # base.path's word for the tiny Wan inside the package
+
+
+@dataclass
+class TinyWanConfig:
+    """Shape of the seeded tiny Wan that `build_tiny_base` pretrains."""
+
+    seed: int = 0
+    num_layers: int = 10
+    num_heads: int = 4
+    head_dim: int = 48
+    ffn_dim: int = 512
+    text_dim: int = 64
+    image_tokens: bool = False  # with CLIP image keys and values, as the 14B has them
+
+    def __post_init__(self) -> None:
+        at_least("base.tiny.seed", self.seed, 0)
+        for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "text_dim"):
+            at_least(f"base.tiny.{name}", getattr(self, name), 1)
+
+
+@dataclass
+class BaseConfig:
+    """The frozen Wan, in diffusers layout or in that of Wan-AI and VideoX-Fun."""
+
+    path: str = EMBEDDED_BASE  # folder, or hub id already in the local cache; the name stands for the shipped one
+    dtype: str = "float32"  # of the frozen transformer and text encoder; the VAE stays float32
+    attention: str = "native"  # kernels, by diffusers' name; native = torch chooses, flash and _flash_3 need flash-attn
+    max_text_tokens: int = 192  # prompts are cut or zero-padded to this, as Wan does with 512
+    negative_prompt: str = ""  # inference only; training drops captions to the empty prompt
+    tiny: TinyWanConfig | None = None  # for build_tiny_base alone
+
+    def __post_init__(self) -> None:
+        one_of("base.dtype", self.dtype, ("float32", "bfloat16"))
+        one_of("base.attention", self.attention, ATTENTION)
+        at_least("base.max_text_tokens", self.max_text_tokens, 1)
+
+
+@dataclass
+class DLCConfig:
+    """Decoupled LoRA Control (One4D, Eq. 5-9)."""
+
+    rank: int = 64  # One4D, sec. 4.1
+    lora_scale: float = 1.0  # alpha / rank; not in the paper, stored with every adapter
+    num_links: int = 5  # One4D, sec. 3.2; 0 leaves the branches independent
+    link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
+    xyz_patch_embedding: bool = True  # own trainable copy; makes the paper's 935.7 exact (our guess, paper.md sec. 3)
+    link_direction: str = "both"  # or rgb_to_xyz: frames steer pointmaps and are left alone by them
+    coupling: str = "decoupled"  # or what One4D is compared with (Fig. 2-3): channel, width; one LoRA, no links
+
+    def __post_init__(self) -> None:
+        at_least("dlc.rank", self.rank, 1)
+        positive("dlc.lora_scale", self.lora_scale)
+        at_least("dlc.num_links", self.num_links, 0)
+        if self.link_blocks is not None and len(set(self.link_blocks)) != len(self.link_blocks):
+            raise ConfigError(f"dlc.link_blocks: {self.link_blocks} names a block twice")
+        one_of("dlc.link_direction", self.link_direction, ("both", "rgb_to_xyz"))
+        one_of("dlc.coupling", self.coupling, ("decoupled", "channel", "width"))
+
+
+@dataclass
+class MaskingConfig:
+    """How many frames of a training clip the model is shown (One4D, sec. 4.1; sparse draw: paper.md sec. 8)."""
+
+    text_prob: float = 0.0  # no frame, prompt only; not in the paper's training
+    image_prob: float = 0.35  # only frame 0
+    sparse_prob: float = 0.30  # 2 .. T-1 frames, count log-uniform, frame 0 always, the last with p 0.5
+    video_prob: float = 0.35  # every frame: pure reconstruction
+
+    def __post_init__(self) -> None:
+        probs = (self.text_prob, self.image_prob, self.sparse_prob, self.video_prob)
+        if not (min(probs) >= 0 and abs(sum(probs) - 1) <= 1e-6):  # so worded that nan fails
+            raise ConfigError(
+                f"masking: text/image/sparse/video_prob must be >= 0 and sum to 1, got {probs} = {sum(probs):.3f}"
+            )
+
+
+@dataclass
+class FlowConfig:
+    """Flow matching in Wan's sign (One4D, Eq. 1-4): sigma 1 = noise, velocity = noise - latents."""
+
+    shift: float = 1.0  # sigma' = k sigma / (1 + (k - 1) sigma); from here, never from the base's scheduler file
+    xyz_weight: float = 1.0  # loss = rgb + xyz_weight * xyz, each a mean
+    caption_dropout: float = 0.1  # one draw for both branches
+    separate_sigma: bool = False  # each branch its own noise level in training; the paper draws one t for both (Eq. 3)
+
+    def __post_init__(self) -> None:
+        positive("flow.shift", self.shift)
+        at_least("flow.xyz_weight", self.xyz_weight, 0)
+        share("flow.caption_dropout", self.caption_dropout)
+
+
+@dataclass
+class GuidanceConfig:
+    """Classifier-free guidance per task; 1 switches it off. The paper's own value is 6 for all (Table 6 prefers 4)."""
+
+    text: float = 6.0
+    image: float = 6.0
+    sparse: float = 4.0
+    video: float = 4.0
+
+    def of(self, task: str) -> float:
+        return {"text": self.text, "image": self.image, "sparse": self.sparse, "video": self.video}[task]
+
+
+@dataclass
+class SamplerConfig:
+    """How a trained model is sampled; the sigma shift is flow.shift."""
+
+    steps: int = 50  # One4D, sec. 4.1
+    solver: str = "euler"  # or unipc, Wan's own: of higher order, for few steps
+    guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
+    guidance_xyz: GuidanceConfig | None = None  # None = as rgb
+
+    def __post_init__(self) -> None:
+        at_least("sampler.steps", self.steps, 1)
+        one_of("sampler.solver", self.solver, SOLVERS)

@@ -1,0 +1,59 @@
+"""Where a base, an adapter and shards lie, and whether they are there."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from one4d_pl.config.checks import ConfigError
+from one4d_pl.config.model import EMBEDDED_BASE
+from one4d_pl.config.run import Config
+
+DIFFUSERS_MARK = "model_index.json"  # a base in diffusers layout holds it
+ORIGINAL_MARK = "Wan2.1_VAE.pth"  # a base in the layout of Wan-AI and VideoX-Fun holds it
+ASSETS = Path(__file__).parents[1] / "assets"
+DEMO_ADAPTERS = ASSETS / "demo_adapters"  # of the embedded base, trained on the toy world
+
+
+def check_paths(config: Config) -> None:
+    """Fail at once, before torch is imported, if a folder that `fit` cannot make is missing."""
+    if not holds_base(config.base.path):
+        raise ConfigError(
+            f"base.path: no base at {config.base.path} (neither {DIFFUSERS_MARK} nor {ORIGINAL_MARK}); get it with "
+            f"`python -m one4d_pl.fetch_weights {Path(config.base.path).name} --to {config.base.path} --run`, "
+            "or set base.path"
+        )
+    made_by_fit = config.data.toy.folders() if config.data.toy else []
+    for name, sources in (("sources", config.data.sources), ("val_sources", config.data.val_sources)):
+        if not sources:
+            raise ConfigError(f"data.{name}: empty; add `--config configs/data/toy.yaml` or list shard folders")
+        for path in (Path(source.path) for source in sources if "://" not in source.path):
+            if path not in made_by_fit and not (path / "manifest.json").is_file():
+                raise ConfigError(
+                    f"data.{name}: no shards at {path} (no manifest.json); write them with "
+                    f"`python -m data_prep.write_shards --source <dataset> --root <raw folder> --out {path}`"
+                )
+    if config.train.init_from and not (Path(config.train.init_from) / "card.json").is_file():
+        raise ConfigError(f"train.init_from: no adapter at {config.train.init_from} (no card.json)")
+    if config.eval.i3d is not None and not Path(config.eval.i3d).is_file():
+        raise ConfigError(
+            f"eval.i3d: no I3D TorchScript file at {config.eval.i3d}; set eval.i3d=null for val/video/fd_vae"
+        )
+
+
+def base_folder(path: str) -> Path:
+    """Where a base that is no hub id lies."""
+    return ASSETS / "tiny_wan" if path == EMBEDDED_BASE else Path(path)
+
+
+def holds_base(path: str) -> bool:
+    """Whether `path` is a folder in a known layout or a hub id in the local cache."""
+    marks = (DIFFUSERS_MARK, ORIGINAL_MARK)
+    if base_folder(path).is_dir():
+        return any((base_folder(path) / mark).is_file() for mark in marks)
+    from huggingface_hub import try_to_load_from_cache  # knows where the cache lies, and needs no torch
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        return any(isinstance(try_to_load_from_cache(path, mark), str) for mark in marks)
+    except HFValidationError:  # no hub id
+        return False
