@@ -107,7 +107,9 @@ def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()
         )
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name a new folder")
-    AdapterCard.read(folder)
+    coupling = AdapterCard.read(folder).coupling
+    if lora_for and coupling != "decoupled":
+        raise ConfigError(f"--lora-for: {folder} couples by {coupling}, it has no LoRA of the frames alone")
     staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         for file in adapter_files(folder):

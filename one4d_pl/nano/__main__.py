@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from pathlib import Path
 from one4d_pl.config import DEMO_ADAPTERS, ConfigError
 from one4d_pl.nano.experiments import EXPERIMENTS, RUNS, Experiment, Run
 from one4d_pl.nano.work import CLIPS, Plan, read_result, work
+from one4d_pl.training.signals import INTERRUPTED
 
 log = logging.getLogger("one4d_pl")
 
@@ -64,6 +66,9 @@ def main(arguments: list[str]) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from there", file=sys.stderr)
+        return INTERRUPTED
     return 0
 
 
@@ -144,4 +149,5 @@ def _report(plan: Plan, experiments: list[Experiment]) -> None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or its runs would go on without it
     sys.exit(main(sys.argv[1:]))

@@ -83,8 +83,11 @@ def read_step(folder: Path) -> int:
 
 
 def refuse_other_run(folder: Path, config: Config) -> None:
-    """ConfigError naming the keys, if resuming would continue a different sequence of updates."""
-    stored = _flatten(json.loads((folder / "trainer.json").read_text())["config"])
+    """ConfigError naming the keys, if resuming would continue a different sequence of updates.
+
+    A knob that the checkpoint does not know is younger than it, and its default is what was done before.
+    """
+    stored = _flatten(_as_dict(Config())) | _flatten(json.loads((folder / "trainer.json").read_text())["config"])
     ours = _flatten(_as_dict(config))
     cooling = _cooldown_start(stored) < read_step(folder)
     differing = sorted(

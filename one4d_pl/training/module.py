@@ -72,13 +72,12 @@ class One4DModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """One micro batch: the loss, and each sample's loss per branch for the callbacks."""
+        purposes = ["sigma", "sigma xyz" if self.config.flow.separate_sigma else "sigma"]
         seed, positions = self.config.train.seed, batch.position.tolist()
-        uniform = torch.cat([torch.rand(1, generator=derived_generator(seed, p, "sigma")) for p in positions])
-        if self.config.flow.separate_sigma:
-            xyz = torch.cat([torch.rand(1, generator=derived_generator(seed, p, "sigma xyz")) for p in positions])
-        else:
-            xyz = uniform
-        sigma = shift_sigma(torch.cat([uniform, xyz]), self.config.flow.shift).to(self.device)
+        uniform = [
+            torch.rand(1, generator=derived_generator(seed, p, purpose)) for purpose in purposes for p in positions
+        ]
+        sigma = shift_sigma(torch.cat(uniform), self.config.flow.shift).to(self.device)
         rgb, xyz = self.losses(batch, sigma, self.draw_noise(batch, "noise"))
         return {"loss": rgb.mean() + self.config.flow.xyz_weight * xyz.mean(), "rgb": rgb.detach(), "xyz": xyz.detach()}
 

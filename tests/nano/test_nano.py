@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -22,6 +26,7 @@ from one4d_pl.nano.experiments import EXPERIMENTS, REFERENCE, RUNS, Claim
 from one4d_pl.nano.measure import edge_pixels
 from one4d_pl.nano.report import LABELS
 from one4d_pl.nano.verdicts import judge
+from one4d_pl.training.signals import INTERRUPTED
 
 SMALL = [
     "data.height=16", "data.width=32", "train.max_steps=1", "train.global_batch_size=2", "train.micro_batch_size=2",
@@ -104,6 +109,22 @@ def test_runs_of_their_own_processes_and_one_that_fails(short, tmp_path, capsys)
     assert len(list(tmp_path.glob("*/result.json"))) == 6 and all(p.stat().st_size for p in tmp_path.glob("*/log.txt"))
     assert main(short(*options, "--out", str(tmp_path / "b"), override=["dlc.rank=3"])) == 2
     assert "exit code 2; see log.txt there" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_ended_from_outside_it_ends_its_runs(short, tmp_path):
+    command = [sys.executable, "-m", "one4d_pl.nano", *short("--only", "data", "--jobs", "1", "--out", str(tmp_path))]
+    log = tmp_path / f"{REFERENCE}-0" / "log.txt"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as nano:
+        try:
+            deadline = time.monotonic() + 120
+            while not log.exists() or not (children := Path(f"/proc/{nano.pid}/task/{nano.pid}/children").read_text()):
+                assert time.monotonic() < deadline and nano.poll() is None
+                time.sleep(0.1)
+            nano.send_signal(signal.SIGTERM)
+            assert nano.wait(150) == INTERRUPTED and "the same command goes on" in nano.stderr.read()
+        finally:
+            nano.kill()
+    assert not [child for child in children.split() if Path(f"/proc/{child}").exists()]
 
 
 @pytest.mark.parametrize("wrong", [["--run", "dlc"], ["--run", "nothing:0"], ["--clips", "1"], ["--seeds", "0"]])

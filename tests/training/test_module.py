@@ -72,6 +72,18 @@ def test_noise_and_sigma_derive_from_the_position_alone(module):
     assert not any(torch.equal(a, b) for a, b in itertools.combinations(drawn, 2))
 
 
+def test_both_branches_have_one_noise_level_unless_asked_otherwise(module, monkeypatch):
+    seen = []
+    monkeypatch.setattr(module.transformer, "forward", lambda noisy, _, sigma, *rest: seen.append(sigma) or noisy)
+    batch = collate(stream(module, range(4)))
+    for separate in (False, True):
+        module.config.flow.separate_sigma = separate
+        losses(module, batch)
+    (rgb, xyz), (rgb_again, own) = (sigma.chunk(2) for sigma in seen)
+    assert torch.equal(rgb, xyz) and torch.equal(rgb, rgb_again)
+    assert not bool((own == rgb).any()) and bool(((own > 0) & (own < 1)).all())
+
+
 def test_the_condition_of_every_task_is_the_plain_one(module):
     samples = stream(module, range(12))
     batch = collate(samples)

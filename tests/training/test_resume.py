@@ -11,12 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from one4d_pl import export
 from one4d_pl.config import ConfigError
 from one4d_pl.fit import fit
 from one4d_pl.training.checkpoint import (
     BackgroundWriter,
     checkpoint_folder,
     newest_checkpoint,
+    refuse_other_run,
     superfluous,
     write_score,
 )
@@ -77,6 +79,32 @@ def test_resume_refuses_another_config_naming_the_keys(run_config):
     with pytest.raises(ConfigError, match=r"optim\.lr .*flow\.shift|flow\.shift .*optim\.lr"):
         fit(run_config("optim.lr=5e-4", "flow.shift=2.0"))
     fit(run_config("train.max_steps=3", "train.log_every=5", "train.micro_batch_size=1"))  # free to change
+
+
+def test_a_knob_younger_than_the_checkpoint_counts_as_its_default(run_config):
+    fit(run_config("train.max_steps=2"))
+    path = checkpoint_folder(run_config().run_dir, 2) / "trainer.json"
+    state = json.loads(path.read_text())
+    del state["config"]["dlc"]["coupling"], state["config"]["flow"]["separate_sigma"]
+    path.write_text(json.dumps(state))
+    with pytest.raises(ConfigError, match=r"flow\.separate_sigma \(False -> True\)"):
+        refuse_other_run(path.parent, run_config("flow.separate_sigma=true"))
+    refuse_other_run(path.parent, run_config())
+
+
+@pytest.mark.parametrize("kind", ["channel", "width"])
+def test_other_couplings_resume_and_export_as_decoupled_lora_control_does(run_config, tmp_path, kind, capsys):
+    coupled = [f"dlc.coupling={kind}", "dlc.num_links=0"]
+    undisturbed = run_config(*coupled, "train.max_steps=4", f"run_dir={tmp_path}/whole")
+    fit(undisturbed)
+    for steps in (2, 4):
+        fit(run_config(*coupled, f"train.max_steps={steps}"))
+    assert final_hashes(run_config(*coupled, "train.max_steps=4")) == final_hashes(undisturbed)
+    out = tmp_path / "adapter"
+    assert export.main([undisturbed.run_dir, "--out", str(out), "--lora-for", "diffusers"]) == 2
+    assert "no LoRA of the frames alone" in capsys.readouterr().err and not out.exists()
+    assert export.main([undisturbed.run_dir, "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["card.json", "coupled.safetensors"]
 
 
 def test_a_cooldown_is_decided_before_it_begins_and_not_after(run_config):
