@@ -19,6 +19,8 @@ from one4d_pl.models.transformer import CoupledTransformer
 class ConcatTransformer(CoupledTransformer):
     """One LoRA, PEFT's own, on every linear of the blocks that Decoupled LoRA Control adapts; B starts at zero."""
 
+    joined_dim: int  # of the output, along which frames come first
+
     def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int) -> None:
         super().__init__(base, config)
         paths = [f"blocks.{name}" for name, module in base.blocks.named_modules() if isinstance(module, nn.Linear)]
@@ -37,17 +39,9 @@ class ConcatTransformer(CoupledTransformer):
         """Replace what the joined sequence needs differently, in place."""
         raise NotImplementedError
 
-
-class ChannelTransformer(ConcatTransformer):
-    """Joined along channels: each token holds a patch of frames and the same patch of pointmaps.
-
-    The patch embedding takes 16 channels more, through weights that start at zero, and the output layer gives 16 more,
-    from a copy: at step 0 the frames are the base model's. Half the tokens of Decoupled LoRA Control.
-    """
-
-    def join(self, base: WanTransformer3DModel) -> None:
-        base.patch_embedding = _WiderPatchEmbedding(base.patch_embedding, base.config.out_channels)
-        base.proj_out = _DoubledHead(base.proj_out, base.config.out_channels)
+    def pack(self, noisy_latents: Tensor, condition: Tensor) -> Tensor:
+        """The base's input, [B, ...], from [2B, C, t, h, w] and [B, 4 + C, t, h, w]."""
+        raise NotImplementedError
 
     def forward(
         self,
@@ -57,15 +51,32 @@ class ChannelTransformer(ConcatTransformer):
         prompt_embeds: Tensor,
         image_embeds: Tensor | None,
     ) -> Tensor:
-        rgb, xyz = noisy_latents.chunk(2)
         velocity = self.base(
-            hidden_states=torch.cat([rgb, condition, xyz], dim=1),
+            hidden_states=self.pack(noisy_latents, condition),
             timestep=1000 * sigma.chunk(2)[0],
             encoder_hidden_states=prompt_embeds,
             encoder_hidden_states_image=image_embeds,
             return_dict=False,
         )[0]
-        return torch.cat(velocity.chunk(2, dim=1))
+        return torch.cat(velocity.chunk(2, dim=self.joined_dim))
+
+
+class ChannelTransformer(ConcatTransformer):
+    """Joined along channels: each token holds a patch of frames and the same patch of pointmaps.
+
+    The patch embedding takes 16 channels more, through weights that start at zero, and the output layer gives 16 more,
+    from a copy: at step 0 the frames are the base model's. Half the tokens of Decoupled LoRA Control.
+    """
+
+    joined_dim = 1
+
+    def join(self, base: WanTransformer3DModel) -> None:
+        base.patch_embedding = _WiderPatchEmbedding(base.patch_embedding, base.config.out_channels)
+        base.proj_out = _DoubledHead(base.proj_out, base.config.out_channels)
+
+    def pack(self, noisy_latents: Tensor, condition: Tensor) -> Tensor:  # -> [B, 36 + 16, t, h, w]
+        rgb, xyz = noisy_latents.chunk(2)
+        return torch.cat([rgb, condition, xyz], dim=1)
 
 
 class WidthTransformer(ConcatTransformer):
@@ -75,27 +86,15 @@ class WidthTransformer(ConcatTransformer):
     tells them apart. As many tokens as Decoupled LoRA Control, but each attends to both halves.
     """
 
+    joined_dim = -1
+
     def join(self, base: WanTransformer3DModel) -> None:
         base.patch_embedding = _SidedPatchEmbedding(base.patch_embedding)
         base.rope = _SharedPositions(base.rope, tuple(base.config.patch_size))
 
-    def forward(
-        self,
-        noisy_latents: Tensor,
-        condition: Tensor,
-        sigma: Tensor,
-        prompt_embeds: Tensor,
-        image_embeds: Tensor | None,
-    ) -> Tensor:
+    def pack(self, noisy_latents: Tensor, condition: Tensor) -> Tensor:  # -> [B, 36, t, h, 2 w]
         hidden = torch.cat([noisy_latents, torch.cat([condition, torch.zeros_like(condition)])], dim=1)
-        velocity = self.base(
-            hidden_states=torch.cat(hidden.chunk(2), dim=-1),
-            timestep=1000 * sigma.chunk(2)[0],
-            encoder_hidden_states=prompt_embeds,
-            encoder_hidden_states_image=image_embeds,
-            return_dict=False,
-        )[0]
-        return torch.cat(velocity.chunk(2, dim=-1))
+        return torch.cat(hidden.chunk(2), dim=-1)
 
 
 class _WiderPatchEmbedding(nn.Module):

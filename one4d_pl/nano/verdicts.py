@@ -41,11 +41,14 @@ def judge(claim: Claim, values: Values, spread_of: str) -> Verdict | None:
     if not better or not worse:
         return None
     if higher_is_better(claim.metric):
-        advantage = fmean(better) - fmean(worse)
+        advantage = claim.factor * fmean(better) - fmean(worse)
+        scales = (claim.factor, 1.0)
     else:
         advantage = claim.factor * fmean(worse) - fmean(better)
+        scales = (1.0, claim.factor)
     spare = values.get(spread_of) or ()
-    error = math.sqrt(_squared_error(better, spare) + claim.factor**2 * _squared_error(worse, spare))
+    errors = (_squared_error(seeds, spare) for seeds in (better, worse))
+    error = math.sqrt(sum(scale**2 * squared for scale, squared in zip(scales, errors, strict=True)))
     if not abs(advantage) > SURE * error:  # so worded that nan is no proof
         return Verdict("cannot tell", advantage, error)
     return Verdict("holds" if advantage > 0 else "does not hold", advantage, error)

@@ -147,12 +147,12 @@ def _toy_seed(config: Config) -> int:
 
 
 def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The validation losses that TensorBoard shows; of a resumed run all its parts."""
+    """The validation losses that TensorBoard shows; of steps that a resumed run did twice, the last."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
     events.Reload()
-    return {name: [(e.step, e.value) for e in events.Scalars(f"val/loss/{name}")] for name in CURVES}
+    return {name: sorted({e.step: e.value for e in events.Scalars(f"val/loss/{name}")}.items()) for name in CURVES}
 
 
 def _recipe(plan: Plan, run: Run, seed: int) -> str:
