@@ -68,7 +68,8 @@ def encode(arguments: Arguments, config: Config) -> list[str]:
 
     def open_encoders() -> WanEncoders:
         if not opened:
-            opened.append(WanEncoders(base.path, base.dtype, base.max_text_tokens).to(device))
+            power = config.data.pointmap_power
+            opened.append(WanEncoders(base.path, base.dtype, base.max_text_tokens, power).to(device))
         return opened[0]
 
     lines = []

@@ -60,7 +60,7 @@ def build(config: Config, vae_folder: Path) -> None:
     # the latents depend on the VAE alone; the text encoder is being trained
     datamodule = One4DDataModule(
         config,
-        encoder=lambda: WanEncoders(base.path, base.dtype, base.max_text_tokens),
+        encoder=lambda: WanEncoders(base.path, base.dtype, base.max_text_tokens, config.data.pointmap_power),
         encoder_fingerprint=fingerprint(base.path, ("vae",)),
     )
     state = BaseState(config)

@@ -24,6 +24,8 @@ from one4d_pl.training.watchdog import rank_log
 if TYPE_CHECKING:
     from lightning.pytorch.callbacks import Callback
 
+    from one4d_pl.data.datamodule import One4DDataModule
+
 log = logging.getLogger("one4d_pl")
 
 LARGE_SCALE = (
@@ -92,10 +94,8 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.callbacks.losses import LossCurves
     from one4d_pl.callbacks.survival import Heartbeat, Preempted, Preemption
     from one4d_pl.callbacks.throughput import StepBar, StepLine, Throughput
-    from one4d_pl.data.datamodule import One4DDataModule
     from one4d_pl.data.shards import SampleError, ShardSetError
     from one4d_pl.models.transformer import describe_sizes
-    from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
     from one4d_pl.training.checkpoint import StepCheckpoint, newest_checkpoint, read_step, refuse_other_run
     from one4d_pl.training.module import One4DModule
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
@@ -117,12 +117,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     if early_rank(config.train.devices) == 0:
         _write_config(config)
 
-    base = config.base
-    datamodule = One4DDataModule(
-        config,
-        encoder=lambda: WanEncoders(base.path, base.dtype, base.max_text_tokens),
-        encoder_fingerprint=fingerprint(base.path, ENCODER_PARTS),
-    )
+    datamodule = training_data(config)
     datamodule.start_step = start_step
     init_from = Path(config.train.init_from) if config.train.init_from else None
     module = One4DModule(config, adapters=resume_from or init_from)
@@ -151,6 +146,19 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         checkpoint.writer.wait()  # a checkpoint at work is finished, whatever ended the run
     log.info("adapter: %s; trainables %s", config.run_dir, describe_sizes(module.transformer.parameter_counts()))
     return 0
+
+
+def training_data(config: Config) -> One4DDataModule:
+    """The run's clips; its encoders are opened only where some are not encoded yet."""
+    from one4d_pl.data.datamodule import One4DDataModule
+    from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
+
+    base, power = config.base, config.data.pointmap_power
+    return One4DDataModule(
+        config,
+        encoder=lambda: WanEncoders(base.path, base.dtype, base.max_text_tokens, power),
+        encoder_fingerprint=fingerprint(base.path, ENCODER_PARTS),
+    )
 
 
 def scene_callbacks(config: EvalConfig) -> list[Callback]:

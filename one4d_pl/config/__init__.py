@@ -6,7 +6,7 @@ lives here or, where it belongs to a scale or a data mix, in one yaml.
 """
 
 from one4d_pl.config.checks import ConfigError
-from one4d_pl.config.load import load_config, to_yaml
+from one4d_pl.config.load import as_dict, flatten, load_config, to_yaml
 from one4d_pl.config.model import (
     ATTENTION,
     EMBEDDED_BASE,
@@ -68,8 +68,10 @@ __all__ = [
     "ToyConfig",
     "TrainConfig",
     "ValConfig",
+    "as_dict",
     "base_folder",
     "check_paths",
+    "flatten",
     "holds_base",
     "legal_worlds",
     "load_config",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
@@ -41,6 +42,24 @@ def to_yaml(config: Config) -> str:
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+def as_dict(config: Config) -> dict[str, object]:
+    """The config as json gives it back (tuples become lists)."""
+    from omegaconf import OmegaConf
+
+    return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(config))))
+
+
+def flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    """section.key -> value, of a config's `as_dict`."""
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
 
 
 def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:

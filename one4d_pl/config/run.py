@@ -74,6 +74,7 @@ class DataConfig:
     width: int = 96
     far_limit: float = 10.0  # valid depth ends at far_limit x the clip's median distance (design.md, Normalisation)
     z_offset: bool = False  # move the normalisation's centre along z
+    pointmap_power: float = 1.0  # distances r from camera 0 are r ** power to the VAE: below 1 near points get room
     block_shards: int = 8  # samples are shuffled inside blocks of this many shards
     num_workers: int = 2
     cache_latents: bool = True  # encode clips once and keep the latents beside the shards; local shards only
@@ -91,6 +92,10 @@ class DataConfig:
                 )
         if not 1 < self.far_limit < math.inf:
             raise ConfigError(f"data.far_limit: must be > 1 (x median distance), got {self.far_limit}")
+        if not 0 < self.pointmap_power <= 1:
+            raise ConfigError(f"data.pointmap_power: need a value in (0, 1], got {self.pointmap_power}; 1 = linear")
+        if self.z_offset and self.pointmap_power != 1:
+            raise ConfigError("data.pointmap_power: bends about camera 0, which data.z_offset moves; set it to 1")
         at_least("data.block_shards", self.block_shards, 1)
         at_least("data.num_workers", self.num_workers, 0)
         positive("data.cache_gib", self.cache_gib)

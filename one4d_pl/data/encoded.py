@@ -71,6 +71,7 @@ def encoding_recipe(encoders: str, max_text_tokens: int, config: DataConfig) -> 
         "width": config.width,
         "far_limit": config.far_limit,
         "z_offset": config.z_offset,
+        "pointmap_power": config.pointmap_power,
         "format": FORMAT,
     }
 

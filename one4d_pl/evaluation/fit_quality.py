@@ -77,7 +77,7 @@ def measure_fit(
     with _links_zeroed(pipeline):
         no_links = sampler(pipeline, masks["video"])
     other = sampler(pipeline, masks["video"], shift=1)
-    frames_rt, pointmaps_rt = (round_trip(pipeline, videos) for videos in (batch.frames, batch.pointmap))
+    ceiling = round_trip(pipeline, clips)
 
     first = scenes["video"].pointmap
     rows = {
@@ -87,12 +87,12 @@ def measure_fit(
         **{task: scenes[task].pointmap for task in TASKS_WITH_TRUTH},
         "video_other_clip": other.pointmap,
         "video_no_links": no_links.pointmap,
-        "ceiling": pointmaps_rt,
+        "ceiling": ceiling.pointmap,
     }
     return FitQuality(
         pointmaps={name: mean_errors(preds, clips) for name, preds in rows.items()},
         frames_db={
-            "vae_round_trip": decibels(frames_rt, batch.frames, masks["video"]),
+            "vae_round_trip": decibels(ceiling.frames, batch.frames, masks["video"]),
             **{task: decibels(scenes[task].frames, batch.frames, masks[task]) for task in TASKS_WITH_TRUTH},
             **{f"{t}_base_alone": decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_HIDDEN},
         },
@@ -152,9 +152,13 @@ def task_masks(task: Task, count: int, num_frames: int, seed: int) -> Tensor:  #
 
 
 @torch.no_grad()
-def round_trip(pipeline: One4DPipeline, videos: Tensor) -> Tensor:  # [N, 3, T, H, W] -> the same through the VAE
-    encoders = pipeline.encoders
-    return torch.cat([encoders.decode(encoders.encode(some)) for some in videos.split(BATCH)])
+def round_trip(pipeline: One4DPipeline, clips: list[Sample]) -> GeneratedScene:
+    """The true frames and pointmaps through the VAE and back."""
+    encoders, batches = pipeline.encoders, [collate(clips[i : i + BATCH]) for i in range(0, len(clips), BATCH)]
+    return GeneratedScene(
+        torch.cat([encoders.decode(encoders.encode(batch.frames)) for batch in batches]),
+        torch.cat([encoders.decode_pointmap(encoders.encode_pointmap(batch.pointmap)) for batch in batches]),
+    )
 
 
 def mean_errors(preds: Tensor, clips: list[Sample]) -> dict[str, float]:  # preds [N, 3, T, H, W]

@@ -16,14 +16,15 @@ from one4d_pl.models.wan import WanEncoders, fingerprint
 
 def open_encoders(config: Config, device: torch.device) -> WanEncoders:
     """The base's frozen VAE, text and image encoder."""
-    return WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens).to(device)
+    base = config.base
+    return WanEncoders(base.path, base.dtype, base.max_text_tokens, config.data.pointmap_power).to(device)
 
 
 def open_pipeline(config: Config, adapters: Path, device: torch.device) -> tuple[One4DPipeline, AdapterCard]:
-    """The base with an adapter. Its shape and sigma shift are the card's: the config says only where the base lies."""
+    """The base with an adapter. All that belongs to the adapter is its card's: the config says where the base lies."""
     card = AdapterCard.read(adapters)
-    flow = replace(config.flow, shift=card.shift)
-    pipeline = One4DPipeline.open(replace(config, dlc=card.dlc, flow=flow), adapters)
+    flow, data = replace(config.flow, shift=card.shift), replace(config.data, pointmap_power=card.pointmap_power)
+    pipeline = One4DPipeline.open(replace(config, dlc=card.dlc, flow=flow, data=data), adapters)
     pipeline.transformer.to(device).eval().requires_grad_(False)
     pipeline.encoders.to(device)
     return pipeline, card

@@ -130,7 +130,7 @@ def _through_vae(encoders: WanEncoders, points: Tensor, window: Window, framing:
     top, left = framing.bars
     right, bottom = framing.width - framing.inner_width - left, framing.height - framing.inner_height - top
     video = torch.nn.functional.pad(video, (left, right, top, bottom), mode="replicate")
-    decoded = encoders.decode(encoders.encode(video[None].to(device)))[0].cpu()
+    decoded = encoders.decode_pointmap(encoders.encode_pointmap(video[None].to(device)))[0].cpu()
     return framing.cut(decoded)[:, : window.stop - window.start].permute(1, 2, 3, 0)
 
 

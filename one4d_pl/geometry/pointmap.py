@@ -9,6 +9,9 @@ The scale is the smallest that holds the clip's valid points, their extents cut 
     min(1.25 x 98th percentile, far_limit x median) of their distances, max|x| from camera 0:
 a compact scene keeps every point, a few flying points cannot stretch the cube, and a VAE error e costs at most
 e · far_limit / 0.90 of the median distance. Only the camera path can enlarge the cube further.
+
+Linear maps make that error large for near points. `bend` moves every point along its ray from camera 0 so that
+distances r become r ** power, for the VAE's eyes alone: everything else sees the cube as it is.
 """
 
 from __future__ import annotations
@@ -76,6 +79,35 @@ def denormalise(
 def is_sky(points: Tensor) -> Tensor:  # [..., H, W, 3], the cube -> [..., H, W] bool
     """Whether a normalised, possibly decoded, point is a sky code rather than geometry: max|x| > 0.935."""
     return points.abs().amax(-1) > SKY_THRESHOLD
+
+
+def bend(
+    points: Tensor,  # [..., H, W, 3], the cube without an offset: camera 0 is its centre
+    power: float,  # in (0, 1]; 1 = as they are
+) -> Tensor:  # [..., H, W, 3], the bent cube: geometry stays within max|x| <= 0.90, sky where it is
+    """Distances r from camera 0 become 0.90 (r / 0.90) ** power, on their rays: near points get more of the cube."""
+    if power == 1:
+        return points
+    return torch.where(is_sky(points)[..., None], points, _raise_distances(points, power))
+
+
+def unbend(
+    points: Tensor,  # [..., H, W, 3], the bent cube, possibly decoded
+    power: float,  # of `bend`
+) -> Tensor:  # [..., H, W, 3], the cube
+    """Undo `bend`. Geometry that a decoder put beyond 0.90 comes to lie there: outside it would read as sky."""
+    if power == 1:
+        return points
+    straight = _raise_distances(points, 1 / power)
+    extent = straight.abs().amax(-1, keepdim=True)
+    straight = straight * (GEOMETRY_EXTENT / extent.clamp_min(GEOMETRY_EXTENT))
+    return torch.where(is_sky(points)[..., None], points, straight)
+
+
+def _raise_distances(points: Tensor, power: float) -> Tensor:
+    distance = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
+    # camera 0 itself has no ray; no surface lies there
+    return points * (distance / GEOMETRY_EXTENT).clamp_min(1e-6) ** (power - 1)
 
 
 def normalise_pointmap(

@@ -96,9 +96,9 @@ class One4DPipeline:
         folder = Path(adapters)
         card = AdapterCard.read(folder)
         path = base or card.base_path
-        encoders = WanEncoders(path, dtype, card.max_text_tokens)
+        encoders = WanEncoders(path, dtype, card.max_text_tokens, card.pointmap_power)
         transformer = couple(load_transformer(path, dtype, torch.device(device)), card.dlc, seed=0)
-        load_adapters(transformer, folder, fingerprint(path))
+        load_adapters(transformer, folder, fingerprint(path), card.pointmap_power)
         transformer.eval().requires_grad_(False)
         return One4DPipeline(
             transformer, encoders.to(device), card.sampler_config, card.shift, card.negative_prompt, card
@@ -110,10 +110,10 @@ class One4DPipeline:
 
         Raises ConfigError where the adapter is not of this base or not of the config's shape.
         """
-        base = config.base
-        encoders = WanEncoders(base.path, base.dtype, base.max_text_tokens)
+        base, power = config.base, config.data.pointmap_power
+        encoders = WanEncoders(base.path, base.dtype, base.max_text_tokens, power)
         transformer = couple(load_transformer(base.path, base.dtype), config.dlc, config.train.seed)
-        card = None if adapters is None else load_adapters(transformer, adapters, fingerprint(base.path))
+        card = None if adapters is None else load_adapters(transformer, adapters, fingerprint(base.path), power)
         return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, base.negative_prompt, card)
 
     @property
@@ -339,9 +339,9 @@ class One4DPipeline:
             self.config.solver,
             on_step,
         )
-        rgb, xyz = latents.chunk(2)
+        rgb, xyz = self.transformer.restore(latents).chunk(2)
         with self._at_work(encoders.vae):
-            return GeneratedScene(encoders.decode(rgb), encoders.decode(xyz))
+            return GeneratedScene(encoders.decode(rgb), encoders.decode_pointmap(xyz))
 
     def guided_text(self, prompts: list[str], frame_mask: Tensor) -> GuidedText:
         """Embed prompts and negative prompt, and look up each sample's guidance by its task."""

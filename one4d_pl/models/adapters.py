@@ -52,6 +52,8 @@ class AdapterCard:
     data_sources: list[dict[str, str]]  # name and licence tag of each
     link_direction: str = "both"  # as coupling: config.DLCConfig
     coupling: str = "decoupled"
+    pointmap_power: float = 1.0  # as the VAE was shown pointmaps: config.DataConfig
+    xyz_statistics: dict[str, list[float]] | None = None  # mean and std of dlc.standardise_xyz; None = off
 
     @property
     def dlc(self) -> DLCConfig:
@@ -63,6 +65,7 @@ class AdapterCard:
             link_blocks=list(self.link_blocks),
             xyz_patch_embedding=self.xyz_patch_embedding,
             link_direction=self.link_direction,
+            standardise_xyz=self.xyz_statistics is not None,
             coupling=self.coupling,
         )
 
@@ -137,7 +140,9 @@ def save_adapters(
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
 
-def load_adapters(transformer: CoupledTransformer, folder: Path, base_fingerprint: str) -> AdapterCard:
+def load_adapters(
+    transformer: CoupledTransformer, folder: Path, base_fingerprint: str, pointmap_power: float
+) -> AdapterCard:
     """Fill the transformer's trainables from an adapter folder.
 
     Raises ConfigError where the adapter belongs to another base or has another shape, naming what differs.
@@ -155,10 +160,13 @@ def load_adapters(transformer: CoupledTransformer, folder: Path, base_fingerprin
         "xyz_patch_embedding": config.xyz_patch_embedding,
         "link_direction": config.link_direction,
         "coupling": config.coupling,
+        "standardise_xyz": config.standardise_xyz,
+        "pointmap_power": pointmap_power,
     }
+    theirs = asdict(card) | {"standardise_xyz": card.dlc.standardise_xyz}
     for key, value in ours.items():
-        if getattr(card, key) != value:
-            raise ConfigError(f"{folder}: adapter has {key} = {getattr(card, key)}, the config asks for {value}")
+        if theirs[key] != value:
+            raise ConfigError(f"{folder}: adapter has {key} = {theirs[key]}, the config asks for {value}")
     for file, tensors in adapter_tensors(transformer).items():
         try:
             stored = load_file(folder / file)
@@ -174,6 +182,8 @@ def load_adapters(transformer: CoupledTransformer, folder: Path, base_fingerprin
                         f"{folder / file}: {name} is {list(stored[name].shape)}, need {list(tensor.shape)}"
                     )
                 tensor.copy_(stored[name])
+    if card.xyz_statistics is not None:
+        transformer.set_xyz_statistics(card.xyz_statistics["mean"], card.xyz_statistics["std"])
     return card
 
 

@@ -24,11 +24,17 @@ class CoupledTransformer(nn.Module):
         config: shape of the adapter.
     """
 
+    xyz_mean: Tensor  # [C, 1, 1, 1]
+    xyz_std: Tensor  # [C, 1, 1, 1]
+
     def __init__(self, base: WanTransformer3DModel, config: DLCConfig) -> None:
         super().__init__()
         self.base = base.requires_grad_(False).eval()
         self.config = config
         self.links = nn.ModuleDict()  # block -> ControlLink; only Decoupled LoRA Control has any
+        channels, device = base.config.out_channels, base.proj_out.weight.device
+        self.register_buffer("xyz_mean", torch.zeros(channels, 1, 1, 1, device=device), persistent=False)
+        self.register_buffer("xyz_std", torch.ones(channels, 1, 1, 1, device=device), persistent=False)
 
     def forward(
         self,
@@ -39,6 +45,21 @@ class CoupledTransformer(nn.Module):
         image_embeds: Tensor | None,  # [B, N, D], where the base has image tokens
     ) -> Tensor:  # [2B, C, t, h, w] velocity = noise - latents
         raise NotImplementedError
+
+    def set_xyz_statistics(self, mean: list[float], std: list[float]) -> None:  # [C] each
+        """What `standardise` subtracts and divides by (dlc.standardise_xyz); 0 and 1 until then."""
+        for buffer, values in ((self.xyz_mean, mean), (self.xyz_std, std)):
+            buffer.copy_(torch.tensor(values).view_as(buffer))
+
+    def standardise(self, latents: Tensor) -> Tensor:  # [2B, C, t, h, w], rgb first
+        """The encoders' latents as the network sees them: pointmaps' standardised per channel, frames' as they are."""
+        rgb, xyz = latents.chunk(2)
+        return torch.cat([rgb, (xyz - self.xyz_mean) / self.xyz_std])
+
+    def restore(self, latents: Tensor) -> Tensor:  # [2B, C, t, h, w], rgb first
+        """Undo `standardise`."""
+        rgb, xyz = latents.chunk(2)
+        return torch.cat([rgb, xyz * self.xyz_std + self.xyz_mean])
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """none; full: each block, with its link, runs again in the backward pass; selective: all but self-attention."""

@@ -13,6 +13,7 @@ from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from one4d_pl.config import ConfigError
+from one4d_pl.geometry.pointmap import bend, unbend
 from one4d_pl.models.base_files import ENCODER_PARTS as ENCODER_PARTS
 from one4d_pl.models.base_files import fingerprint as fingerprint
 from one4d_pl.models.base_files import resolve_base, tokenizer_folder
@@ -43,11 +44,15 @@ class WanEncoders(nn.Module):
         path: base folder in either layout, or a hub id in the local cache.
         dtype: of the text and image encoder.
         max_text_tokens: prompts are cut and their embeddings zero-padded to this length.
+        pointmap_power: how the VAE is shown distances (data.pointmap_power).
         device: where the weights are put as they are read.
     """
 
-    def __init__(self, path: str, dtype: str, max_text_tokens: int, device: torch.device = CPU) -> None:
+    def __init__(
+        self, path: str, dtype: str, max_text_tokens: int, pointmap_power: float, device: torch.device = CPU
+    ) -> None:
         super().__init__()
+        self.pointmap_power = pointmap_power
         folder, torch_dtype = resolve_base(path), getattr(torch, dtype)
         self.vae = open_vae(folder, device)
         self.text_encoder = open_text_encoder(folder, torch_dtype, device)
@@ -103,6 +108,17 @@ class WanEncoders(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode(latents.float() * self.latents_std + self.latents_mean).sample
 
+    def encode_pointmap(self, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W], the cube -> [B, C, t, h, w]
+        """`encode` of what the VAE is shown of a normalised pointmap."""
+        return self.encode(self._bend(pointmap))
+
+    def decode_pointmap(self, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W], the cube
+        """Undo `encode_pointmap`."""
+        return unbend(self.decode(latents).movedim(1, -1), self.pointmap_power).movedim(-1, 1)
+
+    def _bend(self, pointmap: Tensor) -> Tensor:  # [..., 3, T, H, W]
+        return bend(pointmap.movedim(-4, -1), self.pointmap_power).movedim(-1, -4)
+
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> list[Tensor]:  # -> [n, D] each, n <= max_text_tokens
         """Text embeddings cut to their true length; `pad_prompt_embeds` stacks them."""
@@ -141,7 +157,8 @@ class WanEncoders(nn.Module):
         frames, pointmap = sample.frames.to(self.latents_mean), sample.pointmap.to(self.latents_mean)
         image = self.encode_image(frames[None, :, 0])
         prompt = self.encode_prompts([sample.caption])[0]
-        return Encoded(self.encode(torch.stack([frames, pointmap])), prompt, None if image is None else image[0])
+        shown = torch.stack([frames, self._bend(pointmap)])
+        return Encoded(self.encode(shown), prompt, None if image is None else image[0])
 
     def encode_conditions(self, sample: Sample, frame_masks: Tensor) -> Tensor:  # [K, T] bool -> [K, C, t, h, w]
         """Conditioning latents of a clip for several sets of given frames, one after the other: memory for one."""

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from one4d_pl.config import DEMO_ADAPTERS, ConfigError
@@ -60,9 +61,13 @@ def main(arguments: list[str]) -> int:
         if importlib.util.find_spec("matplotlib") is None:  # now, not after hours
             raise ConfigError("the report's figures need matplotlib: pip install 'one4d_pl[dev]'")
         experiments = [experiment for experiment in EXPERIMENTS if experiment.name in (args.only or names)]
+        from one4d_pl.nano.report import write_report
+
         if not args.report_only:
-            _run_all(plan, jobs_of(experiments, args.seeds), args.jobs)
-        _report(plan, experiments)
+            _run_all(plan, jobs_of(experiments, args.seeds), args.jobs, lambda: write_report(plan, experiments))
+        path = write_report(plan, experiments)
+        print(path.read_text())
+        log.info("report: %s", path)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -86,22 +91,22 @@ def _parse_run(text: str) -> tuple[Run, int]:
     return RUNS[name], int(seed)
 
 
-def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int) -> None:
-    """All jobs, `at_once` processes at a time; the first training alone: it writes the data that all of them share."""
+def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Callable[[], object]) -> None:
+    """All jobs, `at_once` processes at a time; 0 = in this one. `on_done` is called after each of them."""
     from tqdm import tqdm
 
     waiting = [job for job in jobs if read_result(plan, *job) is None]
     log.info("%d runs, %d of them finished; logs: %s/*/log.txt", len(jobs), len(jobs) - len(waiting), plan.out)
     running: dict[tuple[Run, int], tuple[subprocess.Popen[bytes], float]] = {}
-    alone = any(run.kind == "train" for run, _ in waiting)
     with tqdm(total=len(waiting), desc="runs", unit="run") as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < (1 if alone else max(1, at_once)):
+                while waiting and len(running) < max(1, at_once):
                     job = waiting.pop(0)
                     if at_once == 0:
                         work(plan, *job)
                         bar.update()
+                        on_done()
                         continue
                     running[job] = (_start(plan, *job), time.monotonic())
                 for job, (process, began) in list(running.items()):
@@ -114,8 +119,8 @@ def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int) -> None:
                     del running[job]
                     if process.returncode:
                         raise ConfigError(f"{plan.folder(*job)}: exit code {process.returncode}; see log.txt there")
-                    alone = alone and job[0].kind != "train"
                     bar.update()
+                    on_done()
                 time.sleep(POLL_S if running else 0)
         finally:
             for process, _ in running.values():
@@ -138,14 +143,6 @@ def _start(plan: Plan, run: Run, seed: int) -> subprocess.Popen[bytes]:
             stderr=output,
             env={"OMP_NUM_THREADS": "1", **os.environ},  # a core each
         )
-
-
-def _report(plan: Plan, experiments: list[Experiment]) -> None:
-    from one4d_pl.nano.report import write_report
-
-    path = write_report(plan, experiments)
-    print(path.read_text())
-    log.info("report: %s", path)
 
 
 if __name__ == "__main__":

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
-
-import torch
 
 from one4d_pl.inference.scene_files import write_text, write_whole
 from one4d_pl.nano.experiments import REFERENCE, RUNS, Experiment
@@ -24,7 +20,6 @@ LABELS = {
     "video.rel_error": "video to 4D: point error",
     "video.rel_error_moving": "moving points",
     "video.rel_error_edges": "at edges",
-    "sparse.rel_error": "sparse to 4D: point error",
     "image.rel_error": "image to 4D: point error",
     "image.hidden_db": "image to 4D: hidden frames, dB",
     "image.fd_vae": "image to 4D: fd_vae",
@@ -32,6 +27,9 @@ LABELS = {
     "video.hidden_db": "hidden frames, dB",
     "val.xyz": "pointmaps' loss",
     "val.rgb": "frames' loss",
+    "vae.rel_error": "round trip: point error",
+    "vae.rel_error_moving": "moving points",
+    "vae.given_db": "frames, dB",
 }
 REFERENCE_ROWS = {"mean": "(mean pointmap of the training clips)", "ceiling": "(truth through the VAE)",
                   "base": "(the base alone)"}  # fmt: skip
@@ -52,8 +50,7 @@ def write_report(plan: Plan, experiments: list[Experiment]) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             _draw(experiment, results, path)
             lines += ["", f"![{experiment.name}](figures/{path.name})"]
-    numbers = {name: [{"numbers": r.numbers, "curves": r.curves, "minutes": r.minutes} for r in seeds]
-               for name, seeds in results.items()}  # fmt: skip
+    numbers = {name: [{"numbers": r.numbers, "minutes": r.minutes} for r in seeds] for name, seeds in results.items()}
     write_text(plan.out / "results.json", json.dumps(numbers, indent=1) + "\n")
     write_text(plan.out / "report.md", "\n".join(lines) + "\n")
     return plan.out / "report.md"
@@ -64,14 +61,11 @@ def _method(plan: Plan, results: Results) -> list[str]:
     train, data = config.train, config.data
     finished = [result for seeds in results.values() for result in seeds]
     wanted = sum(RUNS[name].seeds for name in results)
-    machine = (
-        torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} cores, {platform.machine()}"
-    )
+    machines = ", ".join(sorted({result.machine for result in finished})) or "nothing run"
     settings = " ".join(["", *plan.overrides]) if plan.overrides else ""
     return [
         f"`python -m one4d_pl.nano{settings}`: {len(finished)} of {wanted} runs, "
-        f"{sum(r.minutes for r in finished):.0f} minutes in all ({machine}, torch {torch.__version__}, "
-        f"{train.precision}).",
+        f"{sum(r.minutes for r in finished):.0f} minutes in all, one after the other ({machines}; {train.precision}).",
         "",
         f"Every training: {train.max_steps} steps of {train.global_batch_size} toy clips, {data.num_frames} frames of "
         f"{data.height}x{data.width}, adapters from scratch on the shipped base; {plan.clips} held-out clips, the same "

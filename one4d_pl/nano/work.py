@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import logging
+import platform
 import shutil
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config, to_yaml
-from one4d_pl.nano.experiments import Run
+from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, as_dict, flatten, load_config
+from one4d_pl.nano.experiments import TRAINED, Run
 
 if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
     from torch import Tensor
 
     from one4d_pl.inference.pipeline import One4DPipeline
@@ -24,7 +29,11 @@ log = logging.getLogger("one4d_pl")
 
 CLIPS = 64  # held-out ones; more than the 48 features of fd_vae
 MEAN_CLIPS = 256  # training clips behind the mean pointmap
+VAE_CLIPS = 100  # training clips of a VAE
+VAE_CROP = (32, 48)  # at most; two crops a step, half of each clip's area
 RESULT = "result.json"
+LOCK = "data.lock"
+LOCK_TIMEOUT_S = 3600
 CURVES = ("rgb", "xyz")
 
 
@@ -55,6 +64,7 @@ class Result:
     curves: dict[str, list[tuple[int, float]]]  # val/loss of rgb and xyz by step
     minutes: float
     steps: int
+    machine: str
 
 
 def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
@@ -78,47 +88,98 @@ def work(plan: Plan, run: Run, seed: int) -> None:
     from tqdm import tqdm
 
     from one4d_pl.inference.scene_files import write_text
-    from one4d_pl.nano.measure import measure, measure_references, sampled_clips
+    from one4d_pl.nano.measure import measure, measure_references, measure_vae, sampled_clips
 
     folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[tuple[int, float]]] = {}
     if run.kind == "train":
-        _train(config)
+        _train(config, plan.out / LOCK)
         curves = _read_curves(folder)
-    pipeline, clips = _open(config, run, plan.adapters), _held_out(config, plan.clips)
-    count = sampled_clips(len(clips), run.given)
-    with tqdm(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
-        if run.kind == "references":
-            numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
-        else:
-            numbers = measure(pipeline, clips, seed, run.given, bar.update)
+    clips = _held_out(config, plan.clips)
+    if run.kind in ("vae", "vae_rgb"):
+        numbers = measure_vae(_train_vae(config, run.kind == "vae", seed), clips)
+    else:
+        pipeline, count = _open(config, run, plan.adapters), sampled_clips(len(clips), run.given)
+        with tqdm(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
+            if run.kind == "references":
+                numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
+            else:
+                numbers = measure(pipeline, clips, seed, run.given, bar.update)
     numbers |= {f"val.{name}": points[-1][1] for name, points in curves.items()}
     stored = {
-        "numbers": numbers,
-        "curves": curves,
-        "minutes": (time.monotonic() - began) / 60,
-        "steps": config.train.max_steps if run.kind == "train" else 0,
+        "numbers": {name: float(f"{value:.6g}") for name, value in numbers.items()},
+        "curves": {name: [(step, float(f"{v:.6g}")) for step, v in points] for name, points in curves.items()},
+        "minutes": round((time.monotonic() - began) / 60, 2),
+        "steps": config.train.max_steps if run.kind in TRAINED else 0,
+        "machine": _machine(),
         "recipe": _recipe(plan, run, seed),
     }
     write_text(folder / RESULT, json.dumps(stored, indent=1) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # dozens of runs; what they showed is kept
 
 
-def _train(config: Config) -> None:
-    from one4d_pl.fit import fit
+def _train(config: Config, lock: Path) -> None:
+    from one4d_pl.fit import fit, training_data
 
+    with _alone(lock):  # two writers of the same shards or encodings would collide
+        training_data(config).prepare_data()
     if fit(config):
         raise ConfigError(f"{config.run_dir}: stopped by a signal; the same command goes on from there")
 
 
+@contextmanager
+def _alone(path: Path) -> Iterator[None]:
+    """Within: no other process is there."""
+    deadline = time.monotonic() + LOCK_TIMEOUT_S
+    with path.open("w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise ConfigError(f"{path}: another run has written data for {LOCK_TIMEOUT_S} s; end it") from None
+                time.sleep(1)
+        yield
+
+
+def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
+    """The shipped VAE's recipe, cut to as many steps as the other runs have, with or without pointmaps."""
+    from tqdm import tqdm
+
+    from one4d_pl.training.tiny_vae import Stage, TinyVaeConfig, VaeTraining, build_vae, render_pool, train_step
+
+    data, steps = config.data, config.train.max_steps
+    height, width = (min(side, most) for side, most in zip((data.height, data.width), VAE_CROP, strict=True))
+    recipe = TinyVaeConfig(pointmaps=pointmaps, seed=seed, stages=(Stage(1.0, data.num_frames, height, width, 2),))
+    clips = [(_toy_seed(config) + i, "synthetic") for i in range(VAE_CLIPS)]
+    pool = render_pool(clips, data.num_frames, data.height, data.width, data.far_limit, data.z_offset)
+    training = VaeTraining.start(build_vae(recipe))
+    for step in tqdm(range(steps), desc="training a VAE", unit="step"):
+        train_step(training, pool, recipe, step / steps)
+    return training.averaged_vae()
+
+
+def _machine() -> str:
+    import torch
+
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"one core, {platform.machine()}"
+    return f"{where}, torch {torch.__version__}"
+
+
 def _open(config: Config, run: Run, adapters: Path) -> One4DPipeline:
+    import torch
+
+    from one4d_pl.evaluation.open_model import open_pipeline
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.training.checkpoint import newest_checkpoint
 
     if run.kind == "references":
         return One4DPipeline.open(config, None)
-    return One4DPipeline.open(config, newest_checkpoint(config.run_dir) if run.kind == "train" else adapters)
+    folder = newest_checkpoint(config.run_dir) if run.kind == "train" else adapters
+    assert folder is not None  # it was trained just now
+    return open_pipeline(config, folder, torch.device("cpu"))[0]
 
 
 def _held_out(config: Config, count: int) -> list[Sample]:
@@ -156,8 +217,10 @@ def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def _recipe(plan: Plan, run: Run, seed: int) -> str:
-    """A digest of all that decides a run's numbers."""
-    parts = [to_yaml(plan.config(run, seed)).replace(str(plan.out), ""), str(plan.clips), str(run.given)]
+    """A digest of all that decides a run's numbers; a knob at its default says nothing: others may be added later."""
+    ours, usual = flatten(as_dict(plan.config(run, seed))), flatten(as_dict(Config()))
+    changed = [f"{k}={ours[k]}" for k in sorted(ours) if ours[k] != usual.get(k) and k != "run_dir"]
+    parts = [*changed, run.kind, str(plan.clips), str(run.given)]
     if run.kind == "sample":
         card = plan.adapters / "card.json"
         parts.append(hashlib.sha256(card.read_bytes() if card.is_file() else b"").hexdigest())

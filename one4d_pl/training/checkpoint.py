@@ -27,12 +27,11 @@ from pathlib import Path
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from one4d_pl.config import Config, ConfigError
+from one4d_pl.config import Config, ConfigError, as_dict, flatten
 from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.inference.scene_files import write_text
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
@@ -87,8 +86,8 @@ def refuse_other_run(folder: Path, config: Config) -> None:
 
     A knob that the checkpoint does not know is younger than it, and its default is what was done before.
     """
-    stored = _flatten(_as_dict(Config())) | _flatten(json.loads((folder / "trainer.json").read_text())["config"])
-    ours = _flatten(_as_dict(config))
+    stored = flatten(as_dict(Config())) | flatten(json.loads((folder / "trainer.json").read_text())["config"])
+    ours = flatten(as_dict(config))
     cooling = _cooldown_start(stored) < read_step(folder)
     differing = sorted(
         key
@@ -152,7 +151,7 @@ def take_snapshot(
         return None
     # which reads manifests and some clips: not on every rank
     card = _card(module, step, datamodule.describe_latents(), datamodule.describe_sources())
-    return Snapshot(adapters, moments, card, {"step": step, "config": _as_dict(module.config)})
+    return Snapshot(adapters, moments, card, {"step": step, "config": as_dict(module.config)})
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTransformer) -> None:
@@ -283,14 +282,15 @@ def superfluous(run_dir: str, keep_last: int, keep_best: int) -> list[Path]:
 def _card(
     module: One4DModule, step: int, latents: dict[str, object] | None, data_sources: list[dict[str, str]]
 ) -> AdapterCard:
-    config, masking = module.config, module.config.masking
+    config, masking, transformer = module.config, module.config.masking, module.transformer
+    statistics = {"mean": transformer.xyz_mean.flatten().tolist(), "std": transformer.xyz_std.flatten().tolist()}
     probs = (masking.text_prob, masking.image_prob, masking.sparse_prob, masking.video_prob)
     return AdapterCard(
         base_path=config.base.path,
         base_fingerprint=module.base_fingerprint,
         rank=config.dlc.rank,
         lora_scale=config.dlc.lora_scale,
-        link_blocks=[int(i) for i in module.transformer.links],
+        link_blocks=[int(i) for i in transformer.links],
         xyz_patch_embedding=config.dlc.xyz_patch_embedding,
         tasks=[task for task, prob in zip(TASKS, probs, strict=True) if prob > 0],
         shift=config.flow.shift,
@@ -305,6 +305,8 @@ def _card(
         data_sources=data_sources,
         link_direction=config.dlc.link_direction,
         coupling=config.dlc.coupling,
+        pointmap_power=config.data.pointmap_power,
+        xyz_statistics=statistics if config.dlc.standardise_xyz else None,
     )
 
 
@@ -339,18 +341,3 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _as_dict(config: Config) -> dict[str, object]:
-    """The config as json gives it back (tuples become lists)."""
-    return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(config))))
-
-
-def _flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

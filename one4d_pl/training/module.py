@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from one4d_pl.config import Config
+from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample, shift_sigma
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline, encode_first_frame
@@ -49,7 +49,8 @@ class One4DModule(lightning.LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         device = torch.device("cpu") if strategy is None else strategy.root_device
         partitioner = strategy.partitioner() if isinstance(strategy, ZeroStrategy) else None
-        encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens, device)
+        power = config.data.pointmap_power
+        encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens, power, device)
         self._encoders = (encoders.to(device),)  # its own constants
         base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
         self.transformer = couple(base, config.dlc, config.train.seed)
@@ -58,8 +59,20 @@ class One4DModule(lightning.LightningModule):
         if config.train.compile:
             self.transformer.compile_blocks()
         if self.adapters is not None:
-            load_adapters(self.transformer, self.adapters, self.base_fingerprint)
+            load_adapters(self.transformer, self.adapters, self.base_fingerprint, power)
+        elif config.dlc.standardise_xyz:
+            self._measure_latents()
         self._built = True
+
+    def _measure_latents(self) -> None:
+        """A fresh adapter's standardisation: from the training clips, alike on every rank."""
+        found = None if self._trainer is None else self.trainer.datamodule.describe_latents()
+        if found is None:
+            raise ConfigError(
+                "dlc.standardise_xyz: no training clip is encoded ahead, so there is nothing to measure; set "
+                "data.cache_latents=true with local shards, or encode them (python -m data_prep.encode_latents)"
+            )
+        self.transformer.set_xyz_statistics(found["xyz_mean"], found["xyz_std"])
 
     @property
     def encoders(self) -> WanEncoders:
@@ -96,16 +109,16 @@ class One4DModule(lightning.LightningModule):
         noise: Tensor,  # [2B, C, t, h, w], each branch its own
     ) -> tuple[Tensor, Tensor]:  # rgb [B], xyz [B]
         """Velocity error of each sample and branch (One4D, Eq. 4)."""
-        latents, prompt_embeds, image_embeds = self.encode(batch)
+        encoded, prompt_embeds, image_embeds = self.encode(batch)
         condition = encode_condition(
             self.encoders.encode,
             batch.frames,
             batch.frame_mask,
             self.encoders.temporal_factor,
-            latents[: len(batch)],
+            encoded[: len(batch)],
             () if batch.encoded is None else [e.condition for e in batch.encoded],
         )
-        noisy_latents, velocity = interpolate(latents, noise, sigma)
+        noisy_latents, velocity = interpolate(self.transformer.standardise(encoded), noise, sigma)
         velocity_pred = self.transformer(noisy_latents, condition, sigma, prompt_embeds, image_embeds)
         return mse_per_sample(velocity_pred, velocity)
 
@@ -113,7 +126,7 @@ class One4DModule(lightning.LightningModule):
         """Latents [2B, C, t, h, w], prompt embeddings [B, L, D], image tokens [B, N, D]; cached or computed."""
         encoders = self.encoders
         if batch.encoded is None:
-            latents = encoders.encode(torch.cat([batch.frames, batch.pointmap]))
+            latents = torch.cat([encoders.encode(batch.frames), encoders.encode_pointmap(batch.pointmap)])
             prompts = encoders.pad_prompt_embeds(encoders.encode_prompts(list(batch.prompts)))
             return latents, prompts, encode_first_frame(encoders, batch.frames, batch.frame_mask)
         latents = torch.stack([e.latents for e in batch.encoded], dim=1).flatten(0, 1)

@@ -51,7 +51,7 @@ class TinyBaseModule(lightning.LightningModule):
         if hasattr(self, "trained"):
             return
         base = self.config.base
-        self.encoders = WanEncoders(base.path, base.dtype, base.max_text_tokens)
+        self.encoders = WanEncoders(base.path, base.dtype, base.max_text_tokens, self.config.data.pointmap_power)
         transformer = load_transformer(base.path, base.dtype)
         self.trained = nn.ModuleDict({"transformer": transformer, "text_encoder": self.encoders.text_encoder})
         self.trained.requires_grad_(True)

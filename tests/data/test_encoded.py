@@ -120,7 +120,7 @@ def test_tasks_and_a_second_run_give_the_same_bytes_and_encode_nothing_twice(raw
 
 
 def test_every_setting_that_changes_an_encoding_changes_its_folder():
-    knobs = {"num_frames": 21, "height": 32, "width": 16, "far_limit": 5.0, "z_offset": True}
+    knobs = {"num_frames": 21, "height": 32, "width": 16, "far_limit": 5.0, "z_offset": True, "pointmap_power": 0.5}
     recipes = [RECIPE, encoding_recipe("another wan", 96, CONFIG), encoding_recipe("wan", 512, CONFIG)]
     recipes += [encoding_recipe("wan", 96, dataclasses.replace(CONFIG, **{k: v})) for k, v in knobs.items()]
     assert len({cache_folder("shards", recipe) for recipe in recipes}) == len(recipes)

@@ -160,6 +160,32 @@ def test_sky_and_only_sky_is_told_after_a_round_trip(seed, z_offset):
     assert torch.equal(pointmap.is_sky(again + noise), sky)  # a decoding error below 0.035 is told right
 
 
+@pytest.mark.parametrize("power", [0.25, 0.5, 1.0])
+@pytest.mark.parametrize("make", [make_geometry, make_hard_geometry])
+def test_bent_points_stay_on_their_rays_inside_the_cube_and_come_back(make, power):
+    normalised = make().normalise()
+    points = normalised.points.double()
+    bent, sky = pointmap.bend(points, power), pointmap.is_sky(points)
+    assert torch.equal(bent[sky], points[sky]) and torch.equal(pointmap.is_sky(bent), sky)
+    assert size(bent)[~sky].max() <= 0.90 + 1e-6
+    distance, bent_distance = (x[~sky].norm(dim=-1) for x in (points, bent))
+    torch.testing.assert_close(bent_distance, 0.9 * (distance / 0.9) ** power)
+    directions = (x[~sky] / d[:, None] for x, d in ((points, distance), (bent, bent_distance)))
+    torch.testing.assert_close(*directions)
+    torch.testing.assert_close(pointmap.unbend(bent, power), points, rtol=0, atol=1e-6)
+
+
+def test_bending_gives_near_points_room_and_what_was_decoded_as_geometry_stays_geometry():
+    near, far = (torch.tensor([[[0.0, 0.0, z]]]) for z in (0.02, 0.8))
+    error = 0.01  # of the VAE, in its own cube
+    ahead = torch.tensor([0.0, 0.0, error])
+    for point, least in ((near, 2.0), (far, 0.4)):
+        bent_error = (pointmap.unbend(pointmap.bend(point, 0.5) + ahead, 0.5) - point).norm()
+        assert error / bent_error > least  # 3.2 and 0.5 by the derivative
+    decoded = 0.93 * (2 * torch.rand(1000, 1, 1, 3, generator=torch.Generator().manual_seed(0)) - 1)
+    assert not pointmap.is_sky(decoded).any() and not pointmap.is_sky(pointmap.unbend(decoded, 0.5)).any()
+
+
 @pytest.mark.parametrize("z_offset", [False, True])
 def test_sky_and_moved_points_stay_on_the_ray_of_their_own_camera(z_offset):
     geometry = make_hard_geometry()

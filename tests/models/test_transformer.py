@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import peft
 import pytest
@@ -232,7 +232,7 @@ def test_save_load_gives_identical_outputs_after_every_trainable_moved(tiny_base
     save_adapters(model, tmp_path, card_of(model))
     fresh = One4DTransformer(tiny_base.transformer(), model.config, seed=7)
     assert not torch.equal(fresh(*inputs.one4d()), expected)
-    card = load_adapters(fresh, tmp_path, "a base")
+    card = load_adapters(fresh, tmp_path, "a base", 1.0)
     assert torch.equal(fresh(*inputs.one4d()), expected) and card == card_of(model)
 
 
@@ -246,14 +246,40 @@ def test_loading_refuses_another_base_shape_or_file(tiny_base, tmp_path):
     model = build(tiny_base.transformer())
     save_adapters(model, tmp_path, card_of(model))
     with pytest.raises(ConfigError, match="another base"):
-        load_adapters(model, tmp_path, "not that base")
+        load_adapters(model, tmp_path, "not that base", 1.0)
     with pytest.raises(ConfigError, match="rank = 4, the config asks for 2"):
-        load_adapters(One4DTransformer(tiny_base.transformer(), DLCConfig(rank=2), 0), tmp_path, "a base")
+        load_adapters(One4DTransformer(tiny_base.transformer(), DLCConfig(rank=2), 0), tmp_path, "a base", 1.0)
     (tmp_path / "links.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(ConfigError, match=r"links\.safetensors"):
-        load_adapters(model, tmp_path, "a base")
+        load_adapters(model, tmp_path, "a base", 1.0)
     with pytest.raises(ConfigError, match=r"card\.json"):
-        load_adapters(model, tmp_path / "nowhere", "a base")
+        load_adapters(model, tmp_path / "nowhere", "a base", 1.0)
+
+
+def test_standardised_pointmaps_come_back_and_frames_are_left_alone(tiny_base):
+    model, latents = build(tiny_base.transformer()), torch.randn(4, 16, 2, 4, 6)
+    assert torch.equal(model.standardise(latents), latents) and torch.equal(model.restore(latents), latents)
+    (rgb, xyz), dims = latents.chunk(2), (0, 2, 3, 4)
+    model.set_xyz_statistics(xyz.mean(dims).tolist(), xyz.std(dims).tolist())
+    kept, changed = model.standardise(latents).chunk(2)
+    assert torch.equal(kept, rgb)
+    torch.testing.assert_close(changed.mean(dims), torch.zeros(16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(changed.std(dims), torch.ones(16), rtol=0, atol=1e-5)
+    torch.testing.assert_close(model.restore(model.standardise(latents)), latents, rtol=0, atol=1e-6)
+
+
+def test_statistics_travel_with_the_adapter(tiny_base, tmp_path):
+    model = build(tiny_base.transformer(), standardise_xyz=True)
+    model.set_xyz_statistics([0.5] * 16, [0.25] * 16)
+    stored = {"mean": [0.5] * 16, "std": [0.25] * 16}
+    save_adapters(model, tmp_path, replace(card_of(model), xyz_statistics=stored, pointmap_power=0.5))
+    fresh = One4DTransformer(tiny_base.transformer(), AdapterCard.read(tmp_path).dlc, seed=7)
+    load_adapters(fresh, tmp_path, "a base", 0.5)
+    assert torch.equal(fresh.xyz_mean, model.xyz_mean) and torch.equal(fresh.xyz_std, model.xyz_std)
+    with pytest.raises(ConfigError, match=r"pointmap_power = 0\.5, the config asks for 1\.0"):
+        load_adapters(fresh, tmp_path, "a base", 1.0)
+    with pytest.raises(ConfigError, match="standardise_xyz = True, the config asks for False"):
+        load_adapters(build(tiny_base.transformer()), tmp_path, "a base", 0.5)
 
 
 def test_lora_scale_is_alpha_over_rank_and_is_stored(tiny_base, tmp_path):

@@ -107,6 +107,20 @@ def test_other_couplings_resume_and_export_as_decoupled_lora_control_does(run_co
     assert sorted(path.name for path in out.iterdir()) == ["card.json", "coupled.safetensors"]
 
 
+def test_standardised_pointmaps_resume_with_the_statistics_they_began_with(run_config, tmp_path):
+    other = ["dlc.standardise_xyz=true", "data.pointmap_power=0.5"]
+    undisturbed = run_config(*other, f"run_dir={tmp_path}/whole")
+    fit(undisturbed)
+    for steps in (3, 6):
+        fit(run_config(*other, f"train.max_steps={steps}"))
+    assert final_hashes(run_config(*other)) == final_hashes(undisturbed)
+    card = json.loads((checkpoint_folder(undisturbed.run_dir, 6) / "card.json").read_text())
+    assert card["pointmap_power"] == 0.5
+    assert card["xyz_statistics"]["mean"] == pytest.approx(card["latent_statistics"]["xyz_mean"])
+    with pytest.raises(ConfigError, match=r"no training clip is encoded ahead.*data\.cache_latents=true"):
+        fit(run_config(*other, "data.cache_latents=false", f"run_dir={tmp_path}/unmeasured"))
+
+
 def test_a_cooldown_is_decided_before_it_begins_and_not_after(run_config):
     fit(run_config("train.max_steps=3"))
     with pytest.raises(ConfigError, match=r"optim\.cooldown_steps: 5 .*raise train\.max_steps"):

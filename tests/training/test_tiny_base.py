@@ -43,7 +43,7 @@ def test_a_resumed_pretraining_is_bitwise_the_undisturbed_one_and_leaves_a_base(
     start = load_transformer(base_config("a").base.path, "float32").state_dict()
     trained = load_transformer(str(bundle), "float32")
     assert any(not torch.equal(p, start[name]) for name, p in trained.state_dict().items())
-    encoders = WanEncoders(str(bundle), "float32", 16)
+    encoders = WanEncoders(str(bundle), "float32", 16, 1.0)
     expected = tiny_base_plain.encoders()
     for name, tensor in encoders.vae.state_dict().items():
         assert torch.equal(tensor, expected.vae.state_dict()[name])  # the VAE is not touched
