@@ -1,8 +1,8 @@
 """python -m one4d_pl.nano: re-show the paper's claims at laptop scale; a few CPU hours, or minutes on a GPU.
 
 Trains and measures the runs of one4d_pl/nano/experiments.py, as many at a time as there are cores, each in a folder of
-its own below --out; a run that was interrupted goes on, a finished one is kept. Writes report.md, its figures and
-results.json after every run, so that there is always something to read.
+its own below --out; a run that was interrupted goes on, a finished one is kept. Writes report.md and its figures after
+every run, so that there is always something to read. one4d_pl/assets/nano holds ours: --report-only --out there.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 from one4d_pl.config import DEMO_ADAPTERS, ConfigError
 from one4d_pl.nano.experiments import EXPERIMENTS, RUNS, Experiment, Run
-from one4d_pl.nano.work import CLIPS, Plan, read_result, work
+from one4d_pl.nano.work import CLIPS, Plan, is_finished, work
 from one4d_pl.training.signals import INTERRUPTED
 
 log = logging.getLogger("one4d_pl")
@@ -95,7 +95,7 @@ def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Cal
     """All jobs, `at_once` processes at a time; 0 = in this one. `on_done` is called after each of them."""
     from tqdm import tqdm
 
-    waiting = [job for job in jobs if read_result(plan, *job) is None]
+    waiting = [job for job in jobs if not is_finished(plan, *job)]
     log.info("%d runs, %d of them finished; logs: %s/*/log.txt", len(jobs), len(jobs) - len(waiting), plan.out)
     running: dict[tuple[Run, int], tuple[subprocess.Popen[bytes], float]] = {}
     with tqdm(total=len(waiting), desc="runs", unit="run") as bar:

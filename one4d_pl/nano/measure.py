@@ -73,8 +73,8 @@ def measure_vae(vae: AutoencoderKLWan, clips: list[Sample]) -> dict[str, float]:
         torch.cat([vae.decode(vae.encode(some).latent_dist.mode()).sample for some in videos.split(BATCH)])
         for videos in (batch.frames, batch.pointmap)
     )
-    numbers = mean_errors(pointmap, clips) | decibels(frames, batch.frames, torch.ones_like(batch.frame_mask))
-    return {f"vae.{name}": value for name, value in numbers.items()}
+    quality = decibels(frames, batch.frames, torch.ones_like(batch.frame_mask))["given"]
+    return {f"vae.{name}": value for name, value in mean_errors(pointmap, clips).items()} | {"vae.given_db": quality}
 
 
 def _scores(pipeline: One4DPipeline, scenes: GeneratedScene, masks: Tensor, clips: list[Sample]) -> dict[str, float]:

@@ -1,8 +1,7 @@
-"""report.md, results.json and a figure per experiment, from the finished runs alone."""
+"""report.md and a figure per experiment, from the finished runs' result.json alone."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import fmean, stdev
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 from one4d_pl.inference.scene_files import write_text, write_whole
 from one4d_pl.nano.experiments import REFERENCE, RUNS, Experiment
 from one4d_pl.nano.verdicts import SURE, Values, judge
-from one4d_pl.nano.work import Plan, Result, read_result
+from one4d_pl.nano.work import Plan, Result, read_result, recipe_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -50,8 +49,6 @@ def write_report(plan: Plan, experiments: list[Experiment]) -> Path:
             path.parent.mkdir(parents=True, exist_ok=True)
             _draw(experiment, results, path)
             lines += ["", f"![{experiment.name}](figures/{path.name})"]
-    numbers = {name: [{"numbers": r.numbers, "minutes": r.minutes} for r in seeds] for name, seeds in results.items()}
-    write_text(plan.out / "results.json", json.dumps(numbers, indent=1) + "\n")
     write_text(plan.out / "report.md", "\n".join(lines) + "\n")
     return plan.out / "report.md"
 
@@ -61,11 +58,15 @@ def _method(plan: Plan, results: Results) -> list[str]:
     train, data = config.train, config.data
     finished = [result for seeds in results.values() for result in seeds]
     wanted = sum(RUNS[name].seeds for name in results)
+    recipes = {recipe_of(plan, RUNS[name], seed) for name in results for seed in range(RUNS[name].seeds)}
+    stale = sum(result.recipe not in recipes for result in finished)
+    warning = f" {stale} of them were run under another config than today's." if stale else ""
     machines = ", ".join(sorted({result.machine for result in finished})) or "nothing run"
     settings = " ".join(["", *plan.overrides]) if plan.overrides else ""
     return [
         f"`python -m one4d_pl.nano{settings}`: {len(finished)} of {wanted} runs, "
-        f"{sum(r.minutes for r in finished):.0f} minutes in all, one after the other ({machines}; {train.precision}).",
+        f"{sum(r.minutes for r in finished):.0f} minutes in all, one after the other ({machines}; {train.precision})."
+        f"{warning}",
         "",
         f"Every training: {train.max_steps} steps of {train.global_batch_size} toy clips, {data.num_frames} frames of "
         f"{data.height}x{data.width}, adapters from scratch on the shipped base; {plan.clips} held-out clips, the same "

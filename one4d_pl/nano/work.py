@@ -65,25 +65,33 @@ class Result:
     minutes: float
     steps: int
     machine: str
+    recipe: str
 
 
 def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
-    """None where the run is not finished; ConfigError where the folder holds one of another recipe."""
+    """None where the run is not finished; ConfigError where its result is broken."""
     path = plan.folder(run, seed) / RESULT
     try:
-        stored = json.loads(path.read_text())
+        return Result(**json.loads(path.read_text()))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}); remove the folder to run it again") from None
-    if stored.pop("recipe") != _recipe(plan, run, seed):
-        raise ConfigError(f"{path.parent}: a run of another config; remove the folder, or choose another --out")
-    return Result(**stored)
+
+
+def is_finished(plan: Plan, run: Run, seed: int) -> bool:
+    """ConfigError where the folder holds a run of another recipe."""
+    result = read_result(plan, run, seed)
+    if result is not None and result.recipe != recipe_of(plan, run, seed):
+        raise ConfigError(
+            f"{plan.folder(run, seed)}: a run of another config; remove the folder, or choose another --out"
+        )
+    return result is not None
 
 
 def work(plan: Plan, run: Run, seed: int) -> None:
     """Do one run, unless it is done."""
-    if read_result(plan, run, seed) is not None:
+    if is_finished(plan, run, seed):
         return
     from tqdm import tqdm
 
@@ -113,7 +121,7 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         "minutes": round((time.monotonic() - began) / 60, 2),
         "steps": config.train.max_steps if run.kind in TRAINED else 0,
         "machine": _machine(),
-        "recipe": _recipe(plan, run, seed),
+        "recipe": recipe_of(plan, run, seed),
     }
     write_text(folder / RESULT, json.dumps(stored, indent=1) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # dozens of runs; what they showed is kept
@@ -164,8 +172,9 @@ def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
 def _machine() -> str:
     import torch
 
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"one core, {platform.machine()}"
-    return f"{where}, torch {torch.__version__}"
+    threads = torch.get_num_threads()
+    cores = f"{'one core' if threads == 1 else f'{threads} cores'}, {platform.machine()}"
+    return f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cores}, torch {torch.__version__}"
 
 
 def _open(config: Config, run: Run, adapters: Path) -> One4DPipeline:
@@ -216,7 +225,7 @@ def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted({e.step: e.value for e in events.Scalars(f"val/loss/{name}")}.items()) for name in CURVES}
 
 
-def _recipe(plan: Plan, run: Run, seed: int) -> str:
+def recipe_of(plan: Plan, run: Run, seed: int) -> str:
     """A digest of all that decides a run's numbers; a knob at its default says nothing: others may be added later."""
     ours, usual = flatten(as_dict(plan.config(run, seed))), flatten(as_dict(Config()))
     changed = [f"{k}={ours[k]}" for k in sorted(ours) if ours[k] != usual.get(k) and k != "run_dir"]

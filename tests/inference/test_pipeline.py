@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from one4d_pl.config import DLCConfig, GuidanceConfig, SamplerConfig
+from one4d_pl.geometry.pointmap import unbend
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
 from one4d_pl.inference.pipeline import One4DPipeline, RequestError, encode_first_frame
 from one4d_pl.models.transformer import One4DTransformer
@@ -66,6 +67,22 @@ def test_a_scene_has_the_size_of_its_frames_and_follows_task_guidance(tiny_base,
     hidden = torch.where(given[:, None, :, None, None], frames, float("nan"))
     again = pipeline.sample(["p"] * 4, hidden.nan_to_num(7.0), given, noise)
     assert torch.equal(scene.frames, again.frames) and torch.equal(scene.pointmap, again.pointmap)
+
+
+def test_pointmaps_leave_the_sampler_in_the_encoders_units_and_in_the_plain_cube(tiny_base, perturbed):
+    encoders, given = tiny_base.encoders(), torch.ones(1, 5, dtype=torch.bool)
+    pipeline = One4DPipeline(perturbed, encoders, SamplerConfig(steps=1), 1.0, "")
+    frames, noise = torch.rand(1, 3, 5, 32, 48) * 2 - 1, torch.randn(2, 16, 2, 4, 6)
+    decoded, decode = [], encoders.decode
+    encoders.decode = lambda latents: decoded.append(latents) or decode(latents)
+    plain = pipeline.sample(["p"], frames, given, noise)
+    perturbed.set_xyz_statistics([0.5] * 16, [0.25] * 16)
+    encoders.pointmap_power = 0.5
+    changed = pipeline.sample(["p"], frames, given, noise)
+    assert torch.equal(changed.frames, plain.frames)
+    torch.testing.assert_close(decoded[3], decoded[1] * 0.25 + 0.5)
+    straight = unbend(decode(decoded[3]).movedim(1, -1), 0.5).movedim(-1, 1)
+    torch.testing.assert_close(changed.pointmap, straight, rtol=0, atol=0)
 
 
 def test_image_tokens_are_zeros_not_absent_where_frame_0_is_hidden(tiny_base):

@@ -84,6 +84,24 @@ def test_both_branches_have_one_noise_level_unless_asked_otherwise(module, monke
     assert not bool((own == rgb).any()) and bool(((own > 0) & (own < 1)).all())
 
 
+def test_standardised_pointmaps_are_what_is_noised_and_predicted(module):
+    """At sigma 1 the network sees noise alone: only the target can tell; the frames' branch knows nothing of it."""
+    batch, whole = collate(stream(module, range(2))), torch.ones(4)
+    noise = module.draw_noise(batch, "noise")
+    with torch.no_grad():
+        rgb, xyz = module.losses(batch, whole, noise)
+        module.transformer.set_xyz_statistics([0.5] * 16, [0.25] * 16)
+        rgb_again, xyz_again = module.losses(batch, whole, noise)
+        latents = module.encode(batch)[0]
+        module.transformer.set_xyz_statistics([0.0] * 16, [1.0] * 16)
+        halves = latents.clone()
+        halves[2:] = (latents[2:] - 0.5) / 0.25
+        module.encode = lambda _: (halves, *type(module).encode(module, batch)[1:])
+        _, expected = module.losses(batch, whole, noise)
+    assert torch.equal(rgb, rgb_again) and not torch.allclose(xyz, xyz_again, rtol=0.1)
+    torch.testing.assert_close(xyz_again, expected, rtol=1e-5, atol=0)
+
+
 def test_the_condition_of_every_task_is_the_plain_one(module):
     samples = stream(module, range(12))
     batch = collate(samples)
