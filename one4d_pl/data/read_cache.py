@@ -11,17 +11,16 @@ not fit, the folder is counted anew and the files that were used longest ago go.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import functools
 import hashlib
 import logging
 import os
-import time
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from one4d_pl.data.file_lock import locked
 
 log = logging.getLogger(__name__)
 
@@ -77,20 +76,9 @@ class RangeCache:
         except OSError as error:
             _warn(self.folder, str(error))
 
-    @contextlib.contextmanager
-    def _lock(self) -> Iterator[BinaryIO]:
+    def _lock(self) -> contextlib.AbstractContextManager[BinaryIO]:
         """The ledger, open and locked; TimeoutError where another process does not let go of it."""
-        with (self.folder / LEDGER).open("a+b") as ledger:
-            patience = time.monotonic() + LOCK_WAIT_S
-            while True:
-                try:
-                    fcntl.flock(ledger, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > patience:
-                        raise TimeoutError(f"{ledger.name} is locked by another process") from None
-                    time.sleep(LOCK_POLL_S)
-            yield ledger
+        return locked(self.folder / LEDGER, LOCK_WAIT_S, LOCK_POLL_S)
 
     def _make_room(self, ledger: BinaryIO, needed: int) -> None:
         """Enter `needed` more bytes into the ledger, after an eviction where they do not fit; the lock is held."""

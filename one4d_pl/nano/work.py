@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
 import platform
 import shutil
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +30,7 @@ VAE_CLIPS = 100  # training clips of a VAE
 VAE_CROP = (32, 48)  # at most; two crops a step, half of each clip's area
 RESULT = "result.json"
 LOCK = "data.lock"
-LOCK_TIMEOUT_S = 3600
+LOCK_WAIT_S, LOCK_POLL_S = 3600, 1.0
 CURVES = ("rgb", "xyz")
 
 
@@ -128,28 +125,13 @@ def work(plan: Plan, run: Run, seed: int) -> None:
 
 
 def _train(config: Config, lock: Path) -> None:
+    from one4d_pl.data.file_lock import locked
     from one4d_pl.fit import fit, training_data
 
-    with _alone(lock):  # two writers of the same shards or encodings would collide
+    with locked(lock, LOCK_WAIT_S, LOCK_POLL_S):  # two writers of the same shards or encodings would collide
         training_data(config).prepare_data()
     if fit(config):
         raise ConfigError(f"{config.run_dir}: stopped by a signal; the same command goes on from there")
-
-
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Within: no other process is there."""
-    deadline = time.monotonic() + LOCK_TIMEOUT_S
-    with path.open("w") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() > deadline:
-                    raise ConfigError(f"{path}: another run has written data for {LOCK_TIMEOUT_S} s; end it") from None
-                time.sleep(1)
-        yield
 
 
 def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
@@ -161,7 +143,8 @@ def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
     data, steps = config.data, config.train.max_steps
     height, width = (min(side, most) for side, most in zip((data.height, data.width), VAE_CROP, strict=True))
     recipe = TinyVaeConfig(pointmaps=pointmaps, seed=seed, stages=(Stage(1.0, data.num_frames, height, width, 2),))
-    clips = [(_toy_seed(config) + i, "synthetic") for i in range(VAE_CLIPS)]
+    assert data.toy is not None
+    clips = [(data.toy.seed + i, "synthetic") for i in range(min(VAE_CLIPS, data.toy.train_synthetic))]
     pool = render_pool(clips, data.num_frames, data.height, data.width, data.far_limit, data.z_offset)
     training = VaeTraining.start(build_vae(recipe))
     for step in tqdm(range(steps), desc="training a VAE", unit="step"):

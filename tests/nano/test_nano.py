@@ -31,6 +31,7 @@ from one4d_pl.training.signals import INTERRUPTED
 SMALL = [
     "data.height=16", "data.width=32", "train.max_steps=1", "train.global_batch_size=2", "train.micro_batch_size=2",
     "val.every=1", "val.clips=2", "val.sigmas=[0.5]", "optim.cooldown_steps=0", "train.save_every=1",
+    "sampler.steps=1",
 ]  # fmt: skip
 TOY = {"train_synthetic": 4, "train_real": 2, "val": 2, "seed": 20000}
 
