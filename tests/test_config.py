@@ -352,7 +352,7 @@ BAD_VALUES = [
     (["data.width=0"], ["data.width", "try 16"]),
     (["data.far_limit=1"], ["data.far_limit", "> 1"]),
     (["data.far_limit=.nan"], ["data.far_limit", "nan"]),
-    (["data.pointmap_power=0"], ["data.pointmap_power", "(0, 1]", "0.0"]),
+    (["data.pointmap_power=0"], ["data.pointmap_power", "0.1 to 1", "0.0"]),
     (["data.pointmap_power=0.5", "data.z_offset=true"], ["data.pointmap_power", "data.z_offset"]),
     (["data.block_shards=0"], ["data.block_shards"]),
     (["data.num_workers=-1"], ["data.num_workers"]),

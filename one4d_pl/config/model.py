@@ -57,7 +57,7 @@ class DLCConfig:
     link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
     xyz_patch_embedding: bool = True  # own trainable copy; makes the paper's 935.7 exact (our guess, paper.md sec. 3)
     link_direction: str = "both"  # or rgb_to_xyz: frames steer pointmaps and are left alone by them
-    standardise_xyz: bool = False  # xyz latents to mean 0 and deviation 1 per channel, as the training clips' are
+    standardise_xyz: bool = False  # xyz latents to mean 0, deviation 1 per channel, by some clips of each source
     coupling: str = "decoupled"  # or what One4D is compared with (Fig. 2-3): channel, width; one LoRA, no links
 
     def __post_init__(self) -> None:

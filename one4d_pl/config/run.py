@@ -92,8 +92,8 @@ class DataConfig:
                 )
         if not 1 < self.far_limit < math.inf:
             raise ConfigError(f"data.far_limit: must be > 1 (x median distance), got {self.far_limit}")
-        if not 0 < self.pointmap_power <= 1:
-            raise ConfigError(f"data.pointmap_power: need a value in (0, 1], got {self.pointmap_power}; 1 = linear")
+        if not 0.1 <= self.pointmap_power <= 1:  # below, a decoding error may overflow
+            raise ConfigError(f"data.pointmap_power: need 0.1 to 1, got {self.pointmap_power}; 1 = linear")
         if self.z_offset and self.pointmap_power != 1:
             raise ConfigError("data.pointmap_power: bends about camera 0, which data.z_offset moves; set it to 1")
         at_least("data.block_shards", self.block_shards, 1)

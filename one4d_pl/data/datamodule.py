@@ -31,7 +31,7 @@ from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.types import Batch, Sample, collate
 
 WORKER_TIMEOUT_S = 600.0  # a batch that takes longer ends the run instead of hanging it
-MEASURED_CLIPS = 16  # of each training source, for the statistics in the adapter card
+MEASURED_CLIPS = 16  # of each training source, alike, for the latents' statistics
 VAL_SEED_OFFSET = 1_000_000  # toy seeds of the validation split never meet those of the training splits
 REAL_SEED_OFFSET = 2_000_000
 
@@ -122,7 +122,8 @@ class One4DDataModule(lightning.LightningDataModule):
         return [{"source": m.source, "domain": m.domain, "licence": m.licence} for m in manifests]
 
     def describe_latents(self) -> dict[str, object] | None:
-        """Statistics of some training clips' latents, for the adapter's card; None where none is encoded ahead."""
+        """Statistics of some training clips' latents; None where none is encoded ahead. They go into the adapter's card
+        and, where dlc.standardise_xyz asks for it, into the training."""
         if self._latents is None:
             sources = [open_set(source.path) for source in self.config.data.sources]
             sets = [s if isinstance(s, EncodedSet) else self._cache(s) for s in sources]
@@ -210,8 +211,10 @@ class One4DDataModule(lightning.LightningDataModule):
             raise ConfigError(f"{where} holds encoded clips; validation shows pictures, give it raw shards")
         if not source.sparse_draws:
             raise ConfigError(f"{where} holds no conditioning latents; encode it with --sparse-draws 1 or more")
-        for name, expected in self.recipe.items():
-            if (found := source.manifest.recipe.get(name)) != expected:
+        theirs = {k: v for k, v in source.manifest.recipe.items() if k not in ("raw", "sparse_draws")}
+        for name in self.recipe | theirs:
+            expected, found = self.recipe.get(name), theirs.get(name)
+            if found != expected:
                 raise ConfigError(f"{where} was encoded with another {name} ({found}, the config says {expected})")
 
     def _cache_folder(self, source: ShardSet | EncodedSet) -> Path | None:

@@ -71,8 +71,9 @@ def encoding_recipe(encoders: str, max_text_tokens: int, config: DataConfig) -> 
         "width": config.width,
         "far_limit": config.far_limit,
         "z_offset": config.z_offset,
-        "pointmap_power": config.pointmap_power,
         "format": FORMAT,
+        # only where distances are bent: the encodings of before there was such a knob stay what they are
+        **({} if config.pointmap_power == 1 else {"pointmap_power": config.pointmap_power}),
     }
 
 

@@ -127,6 +127,8 @@ def _predict(
         encoders = encoders or open_encoders(config, device)
         for label, used in (("ceiling with VAE", encoders), ("ceiling without VAE", None)):
             settings = describe(config, None, None) | {"options": asdict(options)}
+            if used is not None and used.pointmap_power != 1:
+                settings["pointmap_power"] = used.pointmap_power
             row = _Stored(label, request.out / "predictions" / label.replace(" ", "_"), settings)
             _fill_folder(row, sequences, lambda s, target, used=used: ceiling_sequence(used, s, options, target))
             stored.append(row)

@@ -183,7 +183,9 @@ def load_adapters(
                     )
                 tensor.copy_(stored[name])
     if card.xyz_statistics is not None:
-        transformer.set_xyz_statistics(card.xyz_statistics["mean"], card.xyz_statistics["std"])
+        if set(card.xyz_statistics) != {"mean", "std"}:
+            raise ConfigError(f"{folder / CARD}: xyz_statistics: need mean and std, got {sorted(card.xyz_statistics)}")
+        transformer.set_xyz_statistics(**card.xyz_statistics)
     return card
 
 

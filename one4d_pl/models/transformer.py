@@ -48,6 +48,10 @@ class CoupledTransformer(nn.Module):
 
     def set_xyz_statistics(self, mean: list[float], std: list[float]) -> None:  # [C] each
         """What `standardise` subtracts and divides by (dlc.standardise_xyz); 0 and 1 until then."""
+        if len(mean) != len(self.xyz_mean) or len(std) != len(self.xyz_std) or not min(std) > 0:
+            raise ConfigError(
+                f"xyz statistics: need {len(self.xyz_mean)} means and as many deviations above 0, got {mean}, {std}"
+            )
         for buffer, values in ((self.xyz_mean, mean), (self.xyz_std, std)):
             buffer.copy_(torch.tensor(values).view_as(buffer))
 

@@ -108,6 +108,10 @@ class WanEncoders(nn.Module):
         with torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode(latents.float() * self.latents_std + self.latents_mean).sample
 
+    def encode_clips(self, frames: Tensor, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W] x 2 -> [2B, C, t, h, w]
+        """Latents of both branches, frames first."""
+        return self.encode(torch.cat([frames, self._bend(pointmap)]))
+
     def encode_pointmap(self, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W], the cube -> [B, C, t, h, w]
         """`encode` of what the VAE is shown of a normalised pointmap."""
         return self.encode(self._bend(pointmap))
@@ -157,8 +161,8 @@ class WanEncoders(nn.Module):
         frames, pointmap = sample.frames.to(self.latents_mean), sample.pointmap.to(self.latents_mean)
         image = self.encode_image(frames[None, :, 0])
         prompt = self.encode_prompts([sample.caption])[0]
-        shown = torch.stack([frames, self._bend(pointmap)])
-        return Encoded(self.encode(shown), prompt, None if image is None else image[0])
+        latents = self.encode_clips(frames[None], pointmap[None])
+        return Encoded(latents, prompt, None if image is None else image[0])
 
     def encode_conditions(self, sample: Sample, frame_masks: Tensor) -> Tensor:  # [K, T] bool -> [K, C, t, h, w]
         """Conditioning latents of a clip for several sets of given frames, one after the other: memory for one."""

@@ -58,8 +58,8 @@ def main(arguments: list[str]) -> int:
         if args.run:
             work(plan, *_parse_run(args.run))
             return 0
-        if importlib.util.find_spec("matplotlib") is None:  # now, not after hours
-            raise ConfigError("the report's figures need matplotlib: pip install 'one4d_pl[dev]'")
+        if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "scipy")):  # now, not after hours
+            raise ConfigError("the report needs matplotlib and scipy: pip install 'one4d_pl[dev]'")
         experiments = [experiment for experiment in EXPERIMENTS if experiment.name in (args.only or names)]
         from one4d_pl.nano.report import write_report
 

@@ -1,7 +1,8 @@
 """What `make nano` asks, of which runs, and which answer the paper claims.
 
 A run is one training, or one measuring of adapters that exist; several experiments may look at the same one. `dlc` is
-One4D as configs/nano.yaml has it, three seeds; every other training changes what its name says and nothing else.
+One4D as configs/nano.yaml has it, three seeds; every other training of adapters changes what its name says and nothing
+else.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ class Run:
     overrides: tuple[str, ...] = ()
     seeds: int = 1  # of the training; of the noise where nothing is trained
     kind: Kind = "train"
-    given: float | None = None  # sample: share of the frames that are shown, 0 = the first alone; None = every task
+    given: float | None = None  # sample: share of frames shown, 0 = the first alone; None = video and image to 4D
+    own_target: bool = False  # its pointmaps are other latents, whose loss compares with no other run's
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,12 @@ RUNS = {
         *(Run(f"guidance_{n}", (_guidance(n),), FEW_SEEDS, "sample") for n in (1, 2, 4, 6)),
         *(Run(f"steps_{n}", (f"sampler.steps={n}",), FEW_SEEDS, "sample") for n in (2, 5, 15)),
         Run("steps_50", ("sampler.steps=50",), 1, "sample"),
-        Run("standardised", (STANDARDISED,)),
-        Run("bent", (BENT,)),
-        Run("standardised_and_bent", (STANDARDISED, BENT), FEW_SEEDS),
+        Run("standardised", (STANDARDISED,), own_target=True),
+        Run("bent", (BENT,), own_target=True),
+        Run("standardised_and_bent", (STANDARDISED, BENT), FEW_SEEDS, own_target=True),
         Run("shared_patch_embedding", ("dlc.xyz_patch_embedding=false",)),
-        Run("z_offset", ("data.z_offset=true",)),
-        Run("far_limit_5", ("data.far_limit=5",)),
+        Run("z_offset", ("data.z_offset=true",), own_target=True),
+        Run("far_limit_5", ("data.far_limit=5",), own_target=True),
         *(Run(f"rank_{n}", (f"dlc.rank={n}",)) for n in (4, 16, 64)),
         Run("lora_scale_2", ("dlc.lora_scale=2",)),
         *(Run(f"shift_{n}", (f"flow.shift={n}",)) for n in (1, 5)),

@@ -1,4 +1,4 @@
-"""The numbers of one run: every task on held-out clips, as the demo measures them, and the edges of things apart."""
+"""The numbers of one run: video and image to 4D on held-out clips, measured as the demo does, and edges apart."""
 
 from __future__ import annotations
 

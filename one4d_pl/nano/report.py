@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.inference.scene_files import write_text, write_whole
 from one4d_pl.nano.experiments import REFERENCE, RUNS, Experiment
-from one4d_pl.nano.verdicts import SURE, Values, judge
-from one4d_pl.nano.work import Plan, Result, read_result, recipe_of
+from one4d_pl.nano.verdicts import CONFIDENCE, Values, judge
+from one4d_pl.nano.work import Plan, Result, differences, read_result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ LABELS = {
     "vae.rel_error_moving": "moving points",
     "vae.given_db": "frames, dB",
 }
-REFERENCE_ROWS = {"mean": "(mean pointmap of the training clips)", "ceiling": "(truth through the VAE)",
+REFERENCE_ROWS = {"mean": "(mean pointmap of the training clips)", "ceiling": "(truth through the shipped VAE)",
                   "base": "(the base alone)"}  # fmt: skip
 
 Results = Mapping[str, list[Result]]  # run -> one per finished seed
@@ -40,8 +40,14 @@ def write_report(plan: Plan, experiments: list[Experiment]) -> Path:
     """The report's path. What has not been run is said to be missing."""
     names = dict.fromkeys(name for experiment in experiments for name in experiment.runs)
     found = {name: [read_result(plan, RUNS[name], seed) for seed in range(RUNS[name].seeds)] for name in names}
-    results = {name: [result for result in seeds if result is not None] for name, seeds in found.items()}
+    results = {
+        name: [r for seed, r in enumerate(seeds) if r is not None and not differences(plan, RUNS[name], seed, r)]
+        for name, seeds in found.items()
+    }
+    stale = sum(r is not None for seeds in found.values() for r in seeds) - sum(map(len, results.values()))
     lines = ["# Nano-One4D", "", *_method(plan, results)]
+    if stale:
+        lines += ["", f"Left out: {stale} runs under another config than today's."]
     for experiment in experiments:
         lines += ["", *_section(experiment, results)]
         if any(results[name] for name in experiment.runs):
@@ -58,21 +64,19 @@ def _method(plan: Plan, results: Results) -> list[str]:
     train, data = config.train, config.data
     finished = [result for seeds in results.values() for result in seeds]
     wanted = sum(RUNS[name].seeds for name in results)
-    recipes = {recipe_of(plan, RUNS[name], seed) for name in results for seed in range(RUNS[name].seeds)}
-    stale = sum(result.recipe not in recipes for result in finished)
-    warning = f" {stale} of them were run under another config than today's." if stale else ""
     machines = ", ".join(sorted({result.machine for result in finished})) or "nothing run"
     settings = " ".join(["", *plan.overrides]) if plan.overrides else ""
     return [
         f"`python -m one4d_pl.nano{settings}`: {len(finished)} of {wanted} runs, "
-        f"{sum(r.minutes for r in finished):.0f} minutes in all, one after the other ({machines}; {train.precision})."
-        f"{warning}",
+        f"{sum(r.minutes for r in finished):.0f} minutes added up ({machines}; {train.precision}).",
         "",
         f"Every training: {train.max_steps} steps of {train.global_batch_size} toy clips, {data.num_frames} frames of "
-        f"{data.height}x{data.width}, adapters from scratch on the shipped base; {plan.clips} held-out clips, the same "
-        f"noise and given frames for every run. ± is the standard deviation over seeds. A claim holds, or does not, "
-        f"where the means differ by more than {SURE:g} standard errors of the difference; a run with one seed is given "
-        f"the spread of `{REFERENCE}`. So few steps say which of two ways learns faster, not where they end.",
+        f"{data.height}x{data.width}, adapters from scratch on the shipped base (a VAE: as many steps of two crops); "
+        f"{plan.clips} held-out clips, the same noise and given frames for every run. ± is the standard deviation over "
+        f"seeds. A claim holds, or does not, where the means differ by more than Student's t allows at "
+        f"{CONFIDENCE:.0%}, with the variance pooled over the experiment's runs that have several seeds; so of claims "
+        f"about what makes no difference one in {1 / (1 - CONFIDENCE):.0f} gets such a word by chance. So few steps "
+        "say which of two ways learns faster, not where they end.",
     ]
 
 
@@ -91,11 +95,13 @@ def _section(experiment: Experiment, results: Results) -> list[str]:
             lines += _reference_rows(experiment, seeds)
             continue
         label = f"`{name}`" if seeds else f"`{name}` (not run)"
-        cells = [_cell([r.numbers[m] for r in seeds if m in r.numbers]) for m in experiment.metrics]
+        shown = [m for m in experiment.metrics if m != "val.xyz" or not RUNS[name].own_target]
+        cells = [_cell([r.numbers[m] for r in seeds if m in r.numbers and m in shown]) for m in experiment.metrics]
         lines.append(f"| {' | '.join([label, *cells])} |")
     lines += ["", "| claim | by | verdict |", "|---|---:|---|"]
     for claim in experiment.claims:
-        verdict = judge(claim, _values(claim.metric, results), experiment.runs[0])
+        values = _values(claim.metric, results)
+        verdict = judge(claim, {name: values[name] for name in experiment.runs})
         by = "" if verdict is None else f"{verdict.advantage:+.3g} ± {verdict.standard_error:.2g}"
         word = "not run" if verdict is None else f"**{verdict.word}**"
         lines.append(f"| {claim.text} (`{claim.better}`, `{claim.than}`; {LABELS[claim.metric]}) | {by} | {word} |")
@@ -132,7 +138,7 @@ def _draw(experiment: Experiment, results: Results, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trained = [name for name in experiment.runs if any(r.curves for r in results[name])]
+    trained = [n for n in experiment.runs if any(r.curves for r in results[n]) and not RUNS[n].own_target]
     figure, axes = pyplot.subplots(1, 2 if trained else 1, figsize=(11 if trained else 6.5, 3.8), squeeze=False)
     _draw_bars(axes[0][0], experiment, results)
     if trained:
@@ -153,7 +159,7 @@ def _draw_bars(axes: Axes, experiment: Experiment, results: Results) -> None:
         for result in results.get("references", []) if "references" in experiment.runs else []:
             value = result.numbers.get(f"{prefix}.{metric.partition('.')[2]}")
             if value is not None:
-                label = "mean pointmap" if prefix == "mean" else "truth through the VAE"
+                label = "mean pointmap" if prefix == "mean" else "truth through the shipped VAE"
                 axes.axvline(value, color="#444444", linestyle=style, linewidth=1, label=label)
                 axes.legend(fontsize=7, loc="lower right")
     axes.invert_yaxis()

@@ -1,4 +1,4 @@
-"""When a claim holds: a difference of means of more than twice its standard error."""
+"""When a claim holds: a difference of means beyond what Student's t allows for chance."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, variance
 
+from scipy.stats import t
+
 from one4d_pl.nano.experiments import Claim
 
 HIGHER_IS_BETTER = ("_db", "inliers")
-SURE = 2.0  # standard errors
+CONFIDENCE = 0.95  # two-sided
 
 Values = Mapping[str, Sequence[float]]  # run -> one number per seed
 
@@ -29,13 +31,12 @@ def higher_is_better(metric: str) -> bool:
     return metric.endswith(HIGHER_IS_BETTER)
 
 
-def judge(claim: Claim, values: Values, spread_of: str) -> Verdict | None:
+def judge(claim: Claim, values: Values) -> Verdict | None:
     """None where a run is missing.
 
     Args:
         claim: which run is better.
-        values: of the claim's metric.
-        spread_of: the run whose variance stands for that of runs with one seed.
+        values: of the claim's metric, of every run whose seeds spread as the claim's two do: their variance is pooled.
     """
     better, worse = values.get(claim.better), values.get(claim.than)
     if not better or not worse:
@@ -46,15 +47,13 @@ def judge(claim: Claim, values: Values, spread_of: str) -> Verdict | None:
     else:
         advantage = claim.factor * fmean(worse) - fmean(better)
         scales = (1.0, claim.factor)
-    spare = values.get(spread_of) or ()
-    errors = (_squared_error(seeds, spare) for seeds in (better, worse))
-    error = math.sqrt(sum(scale**2 * squared for scale, squared in zip(scales, errors, strict=True)))
-    if not abs(advantage) > SURE * error:  # so worded that nan is no proof
+    repeated = [seeds for seeds in values.values() if len(seeds) > 1]
+    freedom = sum(len(seeds) - 1 for seeds in repeated)
+    if not freedom:
+        return Verdict("cannot tell", advantage, math.nan)
+    pooled = sum((len(seeds) - 1) * variance(seeds) for seeds in repeated) / freedom
+    counts = (len(better), len(worse))
+    error = math.sqrt(pooled * sum(scale**2 / count for scale, count in zip(scales, counts, strict=True)))
+    if not abs(advantage) > t.ppf((1 + CONFIDENCE) / 2, freedom) * error:  # so worded that nan is no proof
         return Verdict("cannot tell", advantage, error)
     return Verdict("holds" if advantage > 0 else "does not hold", advantage, error)
-
-
-def _squared_error(seeds: Sequence[float], spare: Sequence[float]) -> float:
-    """Of the mean; nan where no run shows a spread."""
-    known = seeds if len(seeds) > 1 else spare
-    return variance(known) / len(seeds) if len(known) > 1 else math.nan

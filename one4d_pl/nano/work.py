@@ -1,4 +1,4 @@
-"""One run of `make nano`: train or sample, measure, leave result.json. Resumable: fit goes on from its checkpoint."""
+"""One run of `make nano`: train or sample, measure, leave result.json. fit resumes from its checkpoint, a VAE anew."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import platform
 import shutil
 import time
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, as_dict, flatten, load_config
+from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, ToyConfig, as_dict, base_folder, flatten, load_config
 from one4d_pl.nano.experiments import TRAINED, Run
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ MEAN_CLIPS = 256  # training clips behind the mean pointmap
 VAE_CLIPS = 100  # training clips of a VAE
 VAE_CROP = (32, 48)  # at most; two crops a step, half of each clip's area
 RESULT = "result.json"
-LOCK = "data.lock"
 LOCK_WAIT_S, LOCK_POLL_S = 3600, 1.0
 CURVES = ("rgb", "xyz")
 
@@ -62,7 +62,7 @@ class Result:
     minutes: float
     steps: int
     machine: str
-    recipe: str
+    recipe: dict[str, object]  # recipe_of
 
 
 def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
@@ -79,11 +79,18 @@ def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
 def is_finished(plan: Plan, run: Run, seed: int) -> bool:
     """ConfigError where the folder holds a run of another recipe."""
     result = read_result(plan, run, seed)
-    if result is not None and result.recipe != recipe_of(plan, run, seed):
+    if result is not None and (differing := differences(plan, run, seed, result)):
         raise ConfigError(
-            f"{plan.folder(run, seed)}: a run of another config; remove the folder, or choose another --out"
+            f"{plan.folder(run, seed)}: a run of another config ({', '.join(differing)}); remove the folder, or choose "
+            "another --out"
         )
     return result is not None
+
+
+def differences(plan: Plan, run: Run, seed: int, result: Result) -> list[str]:
+    """Keys in which a result's recipe is not today's; a knob younger than the result had its default's effect."""
+    ours, theirs = recipe_of(plan, run, seed), flatten(as_dict(Config())) | result.recipe
+    return sorted(k for k in ours.keys() | theirs.keys() if k != "run_dir" and ours.get(k) != theirs.get(k))
 
 
 def work(plan: Plan, run: Run, seed: int) -> None:
@@ -99,7 +106,7 @@ def work(plan: Plan, run: Run, seed: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     curves: dict[str, list[tuple[int, float]]] = {}
     if run.kind == "train":
-        _train(config, plan.out / LOCK)
+        _train(config)
         curves = _read_curves(folder)
     clips = _held_out(config, plan.clips)
     if run.kind in ("vae", "vae_rgb"):
@@ -124,12 +131,18 @@ def work(plan: Plan, run: Run, seed: int) -> None:
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # dozens of runs; what they showed is kept
 
 
-def _train(config: Config, lock: Path) -> None:
+def _train(config: Config) -> None:
     from one4d_pl.data.file_lock import locked
+    from one4d_pl.data.shards import ShardSetError
     from one4d_pl.fit import fit, training_data
 
-    with locked(lock, LOCK_WAIT_S, LOCK_POLL_S):  # two writers of the same shards or encodings would collide
-        training_data(config).prepare_data()
+    root = Path(_toy(config).root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    try:  # two writers of the same shards or encodings would collide
+        with locked(root.with_name(f"{root.name}.lock"), LOCK_WAIT_S, LOCK_POLL_S):
+            training_data(config).prepare_data()
+    except (TimeoutError, ShardSetError) as error:
+        raise ConfigError(str(error)) from error
     if fit(config):
         raise ConfigError(f"{config.run_dir}: stopped by a signal; the same command goes on from there")
 
@@ -143,8 +156,8 @@ def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
     data, steps = config.data, config.train.max_steps
     height, width = (min(side, most) for side, most in zip((data.height, data.width), VAE_CROP, strict=True))
     recipe = TinyVaeConfig(pointmaps=pointmaps, seed=seed, stages=(Stage(1.0, data.num_frames, height, width, 2),))
-    assert data.toy is not None
-    clips = [(data.toy.seed + i, "synthetic") for i in range(min(VAE_CLIPS, data.toy.train_synthetic))]
+    toy = _toy(config)
+    clips = [(toy.seed + i, "synthetic") for i in range(min(VAE_CLIPS, toy.train_synthetic))]
     pool = render_pool(clips, data.num_frames, data.height, data.width, data.far_limit, data.z_offset)
     training = VaeTraining.start(build_vae(recipe))
     for step in tqdm(range(steps), desc="training a VAE", unit="step"):
@@ -178,7 +191,7 @@ def _held_out(config: Config, count: int) -> list[Sample]:
     from one4d_pl.data.datamodule import VAL_SEED_OFFSET
     from one4d_pl.evaluation.toy_clips import render_samples
 
-    first = _toy_seed(config) + VAL_SEED_OFFSET
+    first = _toy(config).seed + VAL_SEED_OFFSET
     return render_samples(config, range(first, first + count), "held-out clips")
 
 
@@ -187,16 +200,16 @@ def _mean_pointmap(config: Config) -> Tensor:  # [3, T, H, W]
 
     from one4d_pl.evaluation.toy_clips import render_samples
 
-    assert config.data.toy is not None
-    first, count = config.data.toy.seed, min(MEAN_CLIPS, config.data.toy.train_synthetic)
+    toy = _toy(config)
+    first, count = toy.seed, min(MEAN_CLIPS, toy.train_synthetic)
     clips = render_samples(config, range(first, first + count), "training clips")
     return torch.stack([clip.pointmap for clip in clips]).mean(0)
 
 
-def _toy_seed(config: Config) -> int:
+def _toy(config: Config) -> ToyConfig:
     if config.data.toy is None:
         raise ConfigError("data.toy: null, but nano measures on clips it renders; leave configs/nano.yaml's")
-    return config.data.toy.seed
+    return config.data.toy
 
 
 def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -208,12 +221,20 @@ def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: sorted({e.step: e.value for e in events.Scalars(f"val/loss/{name}")}.items()) for name in CURVES}
 
 
-def recipe_of(plan: Plan, run: Run, seed: int) -> str:
-    """A digest of all that decides a run's numbers; a knob at its default says nothing: others may be added later."""
-    ours, usual = flatten(as_dict(plan.config(run, seed))), flatten(as_dict(Config()))
-    changed = [f"{k}={ours[k]}" for k in sorted(ours) if ours[k] != usual.get(k) and k != "run_dir"]
-    parts = [*changed, run.kind, str(plan.clips), str(run.given)]
+def recipe_of(plan: Plan, run: Run, seed: int) -> dict[str, object]:
+    """What decides a run's numbers, but for the code: config, the weights it starts from, what it is measured on."""
+    config = plan.config(run, seed)
+    recipe = flatten(as_dict(config)) | {"nano.kind": run.kind, "nano.clips": plan.clips, "nano.given": run.given}
+    del recipe["run_dir"]
+    recipe["nano.base"] = _digest(base_folder(config.base.path))
     if run.kind == "sample":
-        card = plan.adapters / "card.json"
-        parts.append(hashlib.sha256(card.read_bytes() if card.is_file() else b"").hexdigest())
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        recipe["nano.adapters"] = _digest(plan.adapters)
+    return recipe
+
+
+@cache
+def _digest(folder: Path) -> str:
+    """Of every file below a folder."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    contents = (f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
+    return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]

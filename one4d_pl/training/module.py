@@ -49,6 +49,7 @@ class One4DModule(lightning.LightningModule):
         strategy = None if self._trainer is None else self._trainer.strategy
         device = torch.device("cpu") if strategy is None else strategy.root_device
         partitioner = strategy.partitioner() if isinstance(strategy, ZeroStrategy) else None
+        statistics = self._measure_latents() if config.dlc.standardise_xyz and self.adapters is None else None
         power = config.data.pointmap_power
         encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens, power, device)
         self._encoders = (encoders.to(device),)  # its own constants
@@ -60,19 +61,29 @@ class One4DModule(lightning.LightningModule):
             self.transformer.compile_blocks()
         if self.adapters is not None:
             load_adapters(self.transformer, self.adapters, self.base_fingerprint, power)
-        elif config.dlc.standardise_xyz:
-            self._measure_latents()
+        elif statistics is not None:
+            self.transformer.set_xyz_statistics(*statistics)
         self._built = True
 
-    def _measure_latents(self) -> None:
-        """A fresh adapter's standardisation: from the training clips, alike on every rank."""
-        found = None if self._trainer is None else self.trainer.datamodule.describe_latents()
+    def _measure_latents(self) -> tuple[list[float], list[float]]:
+        """Mean and deviation of a fresh adapter's xyz latents: rank 0 reads clips for all, its errors end all."""
+        if self._trainer is None:
+            raise ConfigError("dlc.standardise_xyz: the latents are measured by a trainer's data; there is none")
+        found: dict[str, object] | str | None = None
+        if self.trainer.is_global_zero:
+            try:
+                found = self.trainer.datamodule.describe_latents()
+            except (OSError, ValueError) as error:  # what shards and stores raise
+                found = f"dlc.standardise_xyz: {error}"
+        found = self.trainer.strategy.broadcast(found)
+        if isinstance(found, str):
+            raise ConfigError(found)
         if found is None:
             raise ConfigError(
                 "dlc.standardise_xyz: no training clip is encoded ahead, so there is nothing to measure; set "
                 "data.cache_latents=true with local shards, or encode them (python -m data_prep.encode_latents)"
             )
-        self.transformer.set_xyz_statistics(found["xyz_mean"], found["xyz_std"])
+        return found["xyz_mean"], found["xyz_std"]
 
     @property
     def encoders(self) -> WanEncoders:
@@ -126,7 +137,7 @@ class One4DModule(lightning.LightningModule):
         """Latents [2B, C, t, h, w], prompt embeddings [B, L, D], image tokens [B, N, D]; cached or computed."""
         encoders = self.encoders
         if batch.encoded is None:
-            latents = torch.cat([encoders.encode(batch.frames), encoders.encode_pointmap(batch.pointmap)])
+            latents = encoders.encode_clips(batch.frames, batch.pointmap)
             prompts = encoders.pad_prompt_embeds(encoders.encode_prompts(list(batch.prompts)))
             return latents, prompts, encode_first_frame(encoders, batch.frames, batch.frame_mask)
         latents = torch.stack([e.latents for e in batch.encoded], dim=1).flatten(0, 1)

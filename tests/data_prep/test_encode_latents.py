@@ -101,7 +101,7 @@ def test_fit_trains_on_encoded_shards_alone(small, tmp_path, tiny_base_plain, mo
         [small[1], small[3]],
         [*place, f"data.sources=[{{path: {tmp_path}/enc}}]", f"run_dir={tmp_path}/run", "data.num_workers=0",
          "train.max_steps=2", "train.global_batch_size=4", "train.micro_batch_size=4", "val.every=2", "val.clips=1",
-         "train.precision=32-true", "eval.every=0"],
+         "train.precision=32-true", "eval.every=0", "dlc.standardise_xyz=true"],
     )  # fmt: skip
     fit(config)
     assert newest_checkpoint(config.run_dir).name == "step-00000002"
@@ -122,15 +122,13 @@ def test_fit_takes_what_lies_beside_the_raw_shards_as_its_cache(small, tmp_path,
 
 
 def test_an_encoded_source_is_refused_where_it_does_not_fit(small, tmp_path):
-    for name, draws in (("enc", 1), ("bare", 0)):
-        assert (
-            main([*small, "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / name), "--sparse-draws", str(draws)])
-            == 0
-        )
+    for name, draws, power in (("enc", 1, 1), ("bare", 0, 1), ("bent", 1, 0.5)):
+        place = ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / name)]
+        assert main([*small, *place, "--sparse-draws", str(draws), f"data.pointmap_power={power}"]) == 0
     config = resolve(small)
     encoders = fingerprint(config.base.path, ENCODER_PARTS)
 
-    def loader(folder: str, validation: bool = False, encoders: str = encoders, **changes: int) -> None:
+    def loader(folder: str, validation: bool = False, encoders: str = encoders, **changes: float) -> None:
         changed = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0, **changes))
         source = dataclasses.replace(config.data.sources[0], path=str(tmp_path / folder))
         changed.data.sources = changed.data.val_sources = [source]
@@ -139,11 +137,14 @@ def test_an_encoded_source_is_refused_where_it_does_not_fit(small, tmp_path):
         datamodule.val_dataloader() if validation else datamodule.train_dataloader()
 
     loader("enc")
+    loader("bent", pointmap_power=0.5)
     for arguments, complaint in (
         ({"folder": "bare"}, "no conditioning latents; encode it with --sparse-draws"),
         ({"folder": "enc", "validation": True}, "validation shows pictures"),
         ({"folder": "enc", "encoders": "another"}, "another encoders"),
         ({"folder": "enc", "height": 48}, "another height .32, the config says 48"),
+        ({"folder": "enc", "pointmap_power": 0.5}, "another pointmap_power .None, the config says 0.5"),
+        ({"folder": "bent"}, "another pointmap_power .0.5, the config says None"),
     ):
         with pytest.raises(ConfigError, match=complaint):
             loader(**arguments)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from dataclasses import asdict, replace
 
@@ -280,6 +281,11 @@ def test_statistics_travel_with_the_adapter(tiny_base, tmp_path):
         load_adapters(fresh, tmp_path, "a base", 1.0)
     with pytest.raises(ConfigError, match="standardise_xyz = True, the config asks for False"):
         load_adapters(build(tiny_base.transformer()), tmp_path, "a base", 0.5)
+    card = json.loads((tmp_path / "card.json").read_text())
+    for wrong in ({"mean": [0.0] * 16}, {"mean": [0.0] * 4, "std": [1.0] * 4}, {"mean": [0.0] * 16, "std": [0.0] * 16}):
+        (tmp_path / "card.json").write_text(json.dumps(card | {"xyz_statistics": wrong}))
+        with pytest.raises(ConfigError, match=r"xyz.statistics: need"):
+            load_adapters(fresh, tmp_path, "a base", 0.5)
 
 
 def test_lora_scale_is_alpha_over_rank_and_is_stored(tiny_base, tmp_path):

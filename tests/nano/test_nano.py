@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from PIL import Image
+from scipy.stats import ttest_ind
 
 from one4d_pl.config import load_config
 from one4d_pl.data.decode import Draw, make_sample
@@ -170,10 +172,20 @@ def test_all_couplings_train_as_many_parameters():
 )
 def test_a_verdict_needs_a_difference_beyond_chance(better, worse, metric, factor, word):
     claim = Claim("", metric, "a", "b", factor)
-    verdict = judge(claim, {"a": better, "b": worse, "c": [1.0, 1.01, 0.99]}, "c")
+    verdict = judge(claim, {"a": better, "b": worse, "c": [1.0, 1.01, 0.99]})
     assert (None if verdict is None else verdict.word) == word
     if word and len(better) == 1:
-        assert judge(claim, {"a": better, "b": worse}, "c").word == "cannot tell"  # no spread is known
+        assert judge(claim, {"a": better, "b": worse}).word == "cannot tell"  # no spread is known
+
+
+def test_a_verdict_on_two_runs_is_students_t_test():
+    rng, told = np.random.default_rng(0), 0
+    for _ in range(400):
+        a, b = rng.normal(size=3), rng.normal(0.5, size=2)
+        sure = judge(Claim("", "video.rel_error", "a", "b"), {"a": a.tolist(), "b": b.tolist()}).word != "cannot tell"
+        assert sure == (ttest_ind(a, b).pvalue < 0.05)
+        told += sure
+    assert 0 < told < 200
 
 
 def test_edges_are_where_distances_jump():

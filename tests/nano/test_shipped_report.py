@@ -18,20 +18,26 @@ def test_the_shipped_report_is_what_its_results_say(tmp_path, capsys):
     shutil.copytree(SHIPPED, out, ignore=shutil.ignore_patterns("report.md", "figures"))
     assert main(["--report-only", "--out", str(out)]) == 0
     assert (out / "report.md").read_text() == (SHIPPED / "report.md").read_text()
-    assert "under another config" not in capsys.readouterr().out
+    assert "Left out" not in capsys.readouterr().out
     for experiment in EXPERIMENTS:
         assert (out / "figures" / f"{experiment.name}.png").is_file() and (
             SHIPPED / "figures" / f"{experiment.name}.png"
         ).is_file()
 
 
-def test_a_result_of_another_config_is_counted(tmp_path, capsys):
-    source, out = next(SHIPPED.glob("*/result.json")), tmp_path / "nano"
-    (out / source.parent.name).mkdir(parents=True)
-    stored = json.loads(source.read_text())
-    (out / source.parent.name / "result.json").write_text(json.dumps(stored | {"recipe": "another"}))
-    assert main(["--report-only", "--out", str(out)]) == 0
-    assert "1 of them were run under another config" in capsys.readouterr().out
+def test_a_result_of_another_config_is_left_out_and_counted_and_a_younger_knob_is_none(tmp_path, capsys):
+    out = tmp_path / "nano"
+    shutil.copytree(SHIPPED / "dlc-0", out / "dlc-0")
+    path = out / "dlc-0" / "result.json"
+    stored = json.loads(path.read_text())
+    del stored["recipe"]["dlc.coupling"]  # as if it had been added later
+    for recipe, said in ((stored["recipe"], False), (stored["recipe"] | {"optim.lr": 1.0}, True)):
+        path.write_text(json.dumps(stored | {"recipe": recipe}))
+        assert main(["--report-only", "--out", str(out)]) == 0
+        report = capsys.readouterr().out
+        assert ("Left out: 1 runs" in report) == said and ("| `dlc` |" in report) != said
+    assert main(["--run", "dlc:0", "--out", str(out)]) == 2
+    assert "a run of another config (optim.lr)" in capsys.readouterr().err
 
 
 def test_the_readme_quotes_rows_of_the_report():

@@ -103,7 +103,8 @@ def make(tmp_path_factory, tiny_base_plain, toy_root):
 
     def prepare(name: str, *overrides: str) -> str:
         path = folder / f"{name}.yaml"
-        steps = (f"train.max_steps={STEPS}", "train.save_every=1000", "val.every=10", "val.clips=4", "optim.lr=1e-3")
+        steps = (f"train.max_steps={STEPS}", "train.save_every=1000", "val.every=10", "val.clips=4", "optim.lr=1e-3",
+                 "dlc.standardise_xyz=true")  # fmt: skip
         path.write_text(to_yaml(config(f"run_dir={folder}/{name}", *steps, "train.micro_batch_size=1", *overrides)))
         return str(path)
 
