@@ -74,7 +74,7 @@ def measure_fit(
     sampler = ClipSampler(clips, seed, bfloat16, on_clip)
     scenes = {task: sampler(pipeline, masks[task]) for task in TASKS}
     base_scenes = {task: sampler(base, masks[task]) for task in TASKS_WITH_HIDDEN}
-    with _links_zeroed(pipeline):
+    with links_zeroed(pipeline):
         no_links = sampler(pipeline, masks["video"])
     other = sampler(pipeline, masks["video"], shift=1)
     ceiling = round_trip(pipeline, clips)
@@ -130,7 +130,7 @@ class ClipSampler:
         return torch.randn(2, *pipeline.encoders.latent_shape(*size), generator=generator)
 
 
-class _links_zeroed:
+class links_zeroed:
     """Within: the control links add nothing."""
 
     def __init__(self, pipeline: One4DPipeline) -> None:

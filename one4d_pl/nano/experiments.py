@@ -28,6 +28,7 @@ class Run:
     seeds: int = 1  # of the training; of the noise where nothing is trained
     kind: Kind = "train"
     given: float | None = None  # sample: share of frames shown, 0 = the first alone; None = video and image to 4D
+    broken: Literal["links_zeroed", "other_clip"] | None = None  # sample: must fail where pointmaps follow the frames
     own_target: bool = False  # its pointmaps are other latents, whose loss compares with no other run's
 
 
@@ -82,6 +83,8 @@ RUNS = {
         Run("generation_only", (_masking(0.3, 0.7, 0, 0),), FEW_SEEDS),
         Run("synthetic_only", ("data.sources=[{path: data/toy_nano/train_synthetic}]",), FEW_SEEDS),
         *(Run(f"given_{share:g}", kind="sample", seeds=FEW_SEEDS, given=share) for share in (1, 0.5, 0.25, 0.1, 0)),
+        Run("given_1_links_zeroed", kind="sample", seeds=FEW_SEEDS, given=1, broken="links_zeroed"),
+        Run("given_1_other_clip", kind="sample", seeds=FEW_SEEDS, given=1, broken="other_clip"),
         *(Run(f"guidance_{n}", (_guidance(n),), FEW_SEEDS, "sample") for n in (1, 2, 4, 6)),
         *(Run(f"steps_{n}", (f"sampler.steps={n}",), FEW_SEEDS, "sample") for n in (2, 5, 15)),
         Run("steps_50", ("sampler.steps=50",), 1, "sample"),
@@ -135,11 +138,25 @@ EXPERIMENTS = (
         "Are control links needed, how many, both ways, and where?",
         "A few links (5) let each branch steer the other, pixel by pixel.",
         "Eq. 9, sec. 3.2",
-        (REFERENCE, "links_0", "links_1", "links_3", "links_one_way", "links_3_early", "links_3_late", "references"),
+        (
+            REFERENCE,
+            "links_0",
+            "links_1",
+            "links_3",
+            "links_one_way",
+            "links_3_early",
+            "links_3_late",
+            "given_1",
+            "given_1_links_zeroed",
+            "given_1_other_clip",
+            "references",
+        ),
         (ERROR, MOVING, HIDDEN, XYZ, RGB),
         (
             Claim("without links geometry cannot follow the frames", ERROR, REFERENCE, "links_0"),
             Claim("without links the pointmaps' loss stays high", XYZ, REFERENCE, "links_0"),
+            Claim("the shipped adapters need their links", ERROR, "given_1", "given_1_links_zeroed"),
+            Claim("their geometry follows the clip that is shown", ERROR, "given_1", "given_1_other_clip"),
             Claim("five links are better than one", XYZ, REFERENCE, "links_1"),
             Claim("five links are better than three", XYZ, REFERENCE, "links_3"),
             Claim("both ways are better for pointmaps than one", XYZ, REFERENCE, "links_one_way"),

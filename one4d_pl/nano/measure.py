@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor
 
-from one4d_pl.evaluation.fit_quality import BATCH, ClipSampler, decibels, mean_errors, round_trip, task_masks
+from one4d_pl.evaluation.fit_quality import (
+    BATCH,
+    ClipSampler,
+    decibels,
+    links_zeroed,
+    mean_errors,
+    round_trip,
+    task_masks,
+)
 from one4d_pl.evaluation.sweeps import sparse_indices
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
@@ -22,7 +31,12 @@ EDGE = 0.2  # relative difference of two neighbours' distances that makes an edg
 
 
 def measure(
-    pipeline: One4DPipeline, clips: list[Sample], seed: int, given: float | None, on_clip: Callable[[int], None]
+    pipeline: One4DPipeline,
+    clips: list[Sample],
+    seed: int,
+    given: float | None,
+    on_clip: Callable[[int], None],
+    broken: str | None = None,
 ) -> dict[str, float]:
     """task.metric -> number, means over the clips.
 
@@ -32,6 +46,7 @@ def measure(
         seed: of the noise.
         given: share of the frames that are shown, under the name of the video task; None = both tasks.
         on_clip: called with the number of clips just sampled.
+        broken: Run.broken.
     """
     sampler = ClipSampler(clips, seed, True, on_clip)
     numbers: dict[str, float] = {}
@@ -41,7 +56,8 @@ def measure(
         if given is not None:
             masks = torch.zeros_like(masks)
             masks[:, sparse_indices(num_frames, given) if given else [0]] = True
-        scenes = sampler(pipeline, masks)
+        with links_zeroed(pipeline) if broken == "links_zeroed" else nullcontext():
+            scenes = sampler(pipeline, masks, shift=int(broken == "other_clip"))
         numbers |= {f"{task}.{name}": value for name, value in _scores(pipeline, scenes, masks, clips).items()}
     return numbers
 

@@ -101,7 +101,9 @@ def _section(experiment: Experiment, results: Results) -> list[str]:
     lines += ["", "| claim | by | verdict |", "|---|---:|---|"]
     for claim in experiment.claims:
         values = _values(claim.metric, results)
-        verdict = judge(claim, {name: values[name] for name in experiment.runs})
+        # seeds of a training and seeds of the noise spread differently
+        kinds = {RUNS[claim.better].kind, RUNS[claim.than].kind}
+        verdict = judge(claim, {name: values[name] for name in experiment.runs if RUNS[name].kind in kinds})
         by = "" if verdict is None else f"{verdict.advantage:+.3g} ± {verdict.standard_error:.2g}"
         word = "not run" if verdict is None else f"**{verdict.word}**"
         lines.append(f"| {claim.text} (`{claim.better}`, `{claim.than}`; {LABELS[claim.metric]}) | {by} | {word} |")

@@ -117,7 +117,7 @@ def work(plan: Plan, run: Run, seed: int) -> None:
             if run.kind == "references":
                 numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
             else:
-                numbers = measure(pipeline, clips, seed, run.given, bar.update)
+                numbers = measure(pipeline, clips, seed, run.given, bar.update, run.broken)
     numbers |= {f"val.{name}": points[-1][1] for name, points in curves.items()}
     stored = {
         "numbers": {name: float(f"{value:.6g}") for name, value in numbers.items()},
@@ -225,6 +225,7 @@ def recipe_of(plan: Plan, run: Run, seed: int) -> dict[str, object]:
     """What decides a run's numbers, but for the code: config, the weights it starts from, what it is measured on."""
     config = plan.config(run, seed)
     recipe = flatten(as_dict(config)) | {"nano.kind": run.kind, "nano.clips": plan.clips, "nano.given": run.given}
+    recipe["nano.broken"] = run.broken
     del recipe["run_dir"]
     recipe["nano.base"] = _digest(base_folder(config.base.path))
     if run.kind == "sample":
