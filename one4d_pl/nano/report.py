@@ -163,7 +163,7 @@ def _draw_bars(axes: Axes, experiment: Experiment, results: Results) -> None:
             if value is not None:
                 label = "mean pointmap" if prefix == "mean" else "truth through the shipped VAE"
                 axes.axvline(value, color="#444444", linestyle=style, linewidth=1, label=label)
-                axes.legend(fontsize=7, loc="lower right")
+                axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # above
     axes.invert_yaxis()
     axes.set_xlabel(f"{LABELS[metric]} (lower is better)", fontsize=9)
     axes.tick_params(labelsize=8)
@@ -184,5 +184,6 @@ def _draw_curves(axes: Axes, names: list[str], results: Results) -> None:
             )
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("pointmaps' loss on held-out clips", fontsize=9)
+    axes.set_yscale("log")  # what starts far off would flatten the others
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=7)
