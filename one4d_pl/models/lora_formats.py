@@ -1,7 +1,7 @@
 """One branch's LoRA in the formats of other programs: diffusers' `load_lora_weights`, and Wan's original names.
 
-Both hold the LoRA alone: control links and the xyz patch embedding have no place there. The rgb LoRA is a plain Wan
-LoRA, our rgb branch with the links off.
+Both hold the LoRA alone: control links, the xyz patch embedding and the card's xyz_statistics and pointmap_power have no
+place there. The rgb LoRA is a plain Wan LoRA, our rgb branch with the links off.
 """
 
 from __future__ import annotations
