@@ -1,6 +1,6 @@
 """One branch's LoRA in the formats of other programs: diffusers' `load_lora_weights`, and Wan's original names.
 
-Both hold the LoRA alone: control links, the xyz patch embedding and the card's xyz_statistics and pointmap_power have no
+Both hold the LoRA alone: control links, xyz patch embedding and the card's xyz_statistics and pointmap_power have no
 place there. The rgb LoRA is a plain Wan LoRA, our rgb branch with the links off.
 """
 
