@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Literal
 
 Kind = Literal["train", "sample", "references", "vae", "vae_rgb"]
-TRAINED = ("train", "vae", "vae_rgb")
 
 SEEDS = 3  # of trainings, where a verdict depends on chance
 FEW_SEEDS = 2  # of trainings whose difference is large, and of samplings

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, ToyConfig, as_dict, base_folder, flatten, load_config
-from one4d_pl.nano.experiments import TRAINED, Run
+from one4d_pl.nano.experiments import Run
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -60,7 +60,6 @@ class Result:
     numbers: dict[str, float]
     curves: dict[str, list[tuple[int, float]]]  # val/loss of rgb and xyz by step
     minutes: float
-    steps: int
     machine: str
     recipe: dict[str, object]  # recipe_of
 
@@ -123,7 +122,6 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         "numbers": {name: float(f"{value:.6g}") for name, value in numbers.items()},
         "curves": {name: [(step, float(f"{v:.6g}")) for step, v in points] for name, points in curves.items()},
         "minutes": round((time.monotonic() - began) / 60, 2),
-        "steps": config.train.max_steps if run.kind in TRAINED else 0,
         "machine": _machine(),
         "recipe": recipe_of(plan, run, seed),
     }
