@@ -131,10 +131,11 @@ class ClipSampler:
 
 
 class links_zeroed:
-    """Within: the control links add nothing."""
+    """Within: the control links add nothing; of `block.rgb_to_xyz` and so on, those whose name contains `part`."""
 
-    def __init__(self, pipeline: One4DPipeline) -> None:
-        self.weights = list(pipeline.transformer.links.parameters())
+    def __init__(self, pipeline: One4DPipeline, part: str = "") -> None:
+        named = pipeline.transformer.links.named_parameters()
+        self.weights = [weight for name, weight in named if part in name]
 
     def __enter__(self) -> None:
         self.kept = [weight.detach().clone() for weight in self.weights]

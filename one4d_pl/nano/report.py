@@ -71,12 +71,12 @@ def _method(plan: Plan, results: Results) -> list[str]:
         f"{sum(r.minutes for r in finished):.0f} minutes added up ({machines}; {train.precision}).",
         "",
         f"Every training: {train.max_steps} steps of {train.global_batch_size} toy clips, {data.num_frames} frames of "
-        f"{data.height}x{data.width}, adapters from scratch on the shipped base (a VAE: as many steps of two crops); "
-        f"{plan.clips} held-out clips, the same noise and given frames for every run. ± is the standard deviation over "
-        f"seeds. A claim holds, or does not, where the means differ by more than Student's t allows at "
-        f"{CONFIDENCE:.0%}, with the variance pooled over the experiment's runs that have several seeds; so of claims "
-        f"about what makes no difference one in {1 / (1 - CONFIDENCE):.0f} gets such a word by chance. So few steps "
-        "say which of two ways learns faster, not where they end.",
+        f"{data.height}x{data.width}, adapters on the shipped base, from scratch unless the question says otherwise "
+        f"(a VAE: as many steps of two crops); {plan.clips} held-out clips, the same noise and given frames for every "
+        f"run. ± is the standard deviation over seeds. A claim holds, or does not, where the means differ by more than "
+        f"Student's t allows at {CONFIDENCE:.0%}, with the variance pooled over the experiment's runs that have "
+        f"several seeds; so of claims about what makes no difference one in {1 / (1 - CONFIDENCE):.0f} gets such a "
+        "word by chance. So few steps say which of two ways learns faster, not where they end.",
     ]
 
 

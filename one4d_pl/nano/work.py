@@ -41,7 +41,7 @@ class Plan:
     out: Path
     configs: tuple[str, ...] = ("configs/nano.yaml",)
     overrides: tuple[str, ...] = ()
-    adapters: Path = DEMO_ADAPTERS  # of the runs that only sample
+    adapters: Path = DEMO_ADAPTERS  # of the runs that only sample, or go on
     clips: int = CLIPS
 
     def folder(self, run: Run, seed: int) -> Path:
@@ -50,7 +50,8 @@ class Plan:
     def config(self, run: Run, seed: int) -> Config:
         """Of one run; the same whatever else is run, and on any machine."""
         place = [f"run_dir={self.folder(run, seed)}", f"train.seed={seed}"]
-        return load_config(list(self.configs), [*self.overrides, *run.overrides, *place])
+        start = [f"train.init_from={self.adapters}"] if run.goes_on else []
+        return load_config(list(self.configs), [*self.overrides, *run.overrides, *start, *place])
 
 
 @dataclass(frozen=True)
@@ -226,7 +227,9 @@ def recipe_of(plan: Plan, run: Run, seed: int) -> dict[str, object]:
     recipe["nano.broken"] = run.broken
     del recipe["run_dir"]
     recipe["nano.base"] = _digest(base_folder(config.base.path))
-    if run.kind == "sample":
+    if run.goes_on:
+        recipe["train.init_from"] = None  # where they lie does not matter
+    if run.kind == "sample" or run.goes_on:
         recipe["nano.adapters"] = _digest(plan.adapters)
     return recipe
 
