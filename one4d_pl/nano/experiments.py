@@ -111,7 +111,7 @@ RUNS = {
         Run("shared_patch_embedding", ("dlc.xyz_patch_embedding=false",)),
         Run("z_offset", ("data.z_offset=true",), own_target=True),
         Run("far_limit_5", ("data.far_limit=5",), own_target=True),
-        *(Run(f"rank_{n}", (f"dlc.rank={n}",)) for n in (4, 16, 64)),
+        *(Run(f"rank_{n}", (f"dlc.rank={n}",)) for n in (4, 64)),
         Run("lora_scale_2", ("dlc.lora_scale=2",)),
         *(Run(f"shift_{n}", (f"flow.shift={n}",)) for n in (1, 5)),
         Run("separate_sigma", ("flow.separate_sigma=true",)),
@@ -124,7 +124,7 @@ RUNS = {
 
 OPEN_KNOBS = (
     "standardised", "bent", "standardised_and_bent", "shared_patch_embedding", "z_offset", "far_limit_5", "rank_4",
-    "rank_16", "rank_64", "lora_scale_2", "shift_1", "shift_5", "separate_sigma", "xyz_weight_2", "link_lr_quarter",
+    "rank_64", "lora_scale_2", "shift_1", "shift_5", "separate_sigma", "xyz_weight_2", "link_lr_quarter",
 )  # fmt: skip
 
 ERROR, MOVING, EDGES, HIDDEN = "video.rel_error", "video.rel_error_moving", "video.rel_error_edges", "image.hidden_db"
@@ -264,6 +264,9 @@ EXPERIMENTS = (
         "paper.md sec. 8",
         (REFERENCE, *OPEN_KNOBS),
         (ERROR, MOVING, HIDDEN, XYZ, RGB),
-        tuple(Claim(f"{name} is better", ERROR, name, REFERENCE) for name in OPEN_KNOBS),
+        (
+            *(Claim(f"{name} is better", ERROR, name, REFERENCE) for name in OPEN_KNOBS),
+            *(Claim(f"{name} learns faster", XYZ, name, REFERENCE) for name in OPEN_KNOBS if not RUNS[name].own_target),
+        ),
     ),
 )

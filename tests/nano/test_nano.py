@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,16 +19,19 @@ from diffusers import WanTransformer3DModel
 from PIL import Image
 from scipy.stats import ttest_ind
 
-from one4d_pl.config import load_config
+from one4d_pl.config import DEMO_ADAPTERS, load_config
 from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.data.toy_world import render_clip
+from one4d_pl.evaluation.fit_quality import links_zeroed
+from one4d_pl.evaluation.open_model import open_pipeline
 from one4d_pl.models.base_files import resolve_base, transformer_config
 from one4d_pl.models.coupling import couple
 from one4d_pl.nano.__main__ import jobs_of, main
-from one4d_pl.nano.experiments import EXPERIMENTS, REFERENCE, RUNS, Claim
+from one4d_pl.nano.experiments import EXPERIMENTS, LINKS_ZEROED, REFERENCE, RUNS, Claim
 from one4d_pl.nano.measure import edge_pixels
 from one4d_pl.nano.report import LABELS
 from one4d_pl.nano.verdicts import judge
+from one4d_pl.nano.work import Plan, _digest, recipe_of
 from one4d_pl.training.signals import INTERRUPTED
 
 SMALL = [
@@ -133,6 +137,33 @@ def test_ended_from_outside_it_ends_its_runs(short, tmp_path):
 def test_a_mistake_is_one_line(wrong, capsys):
     assert main(wrong) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_what_goes_on_starts_from_the_adapters_wherever_they_lie(tmp_path):
+    run, copy = RUNS["all_tasks"], tmp_path / "adapters"
+    shutil.copytree(DEMO_ADAPTERS, copy)
+    here, there = Plan(tmp_path), Plan(tmp_path, adapters=copy)
+    assert there.config(run, 0).train.init_from == str(copy)
+    assert here.config(RUNS[REFERENCE], 0).train.init_from is None
+    assert recipe_of(here, run, 0) == recipe_of(there, run, 0)
+    (copy / "card.json").write_text("{}")
+    _digest.cache_clear()  # taken once per folder
+    assert recipe_of(here, run, 0) != recipe_of(there, run, 0)
+
+
+@pytest.mark.parametrize(
+    ("broken", "count"), [("links_zeroed", 10), ("links_to_frames_zeroed", 5), ("link_2_zeroed", 2)]
+)
+def test_links_are_zeroed_by_name_and_put_back(broken, count):
+    config = load_config(["configs/nano.yaml"], [])
+    pipeline, _ = open_pipeline(config, DEMO_ADAPTERS, torch.device("cpu"))
+    before = {name: weight.clone() for name, weight in pipeline.transformer.links.named_parameters()}
+    assert len(before) == 10 and all(weight.any() for weight in before.values())
+    with links_zeroed(pipeline, LINKS_ZEROED[broken]):
+        zeroed = [name for name, weight in pipeline.transformer.links.named_parameters() if not weight.any()]
+    assert len(zeroed) == count and all(LINKS_ZEROED[broken] in name for name in zeroed)
+    for name, weight in pipeline.transformer.links.named_parameters():
+        assert torch.equal(weight, before[name])
 
 
 def test_claims_speak_of_what_is_run_and_measured():
