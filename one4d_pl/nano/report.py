@@ -141,6 +141,8 @@ def _draw(experiment: Experiment, results: Results, path: Path) -> None:
     from matplotlib import pyplot
 
     trained = [n for n in experiment.runs if any(r.curves for r in results[n]) and not RUNS[n].own_target]
+    if "val.xyz" not in experiment.metrics:  # where tasks are drawn otherwise the loss is over other tasks
+        trained = []
     figure, axes = pyplot.subplots(1, 2 if trained else 1, figsize=(11 if trained else 6.5, 3.8), squeeze=False)
     _draw_bars(axes[0][0], experiment, results)
     if trained:
