@@ -94,9 +94,9 @@ RUNS = {
         Run("links_one_way", ("dlc.link_direction=rgb_to_xyz",), FEW_SEEDS),
         Run("links_3_early", ("dlc.link_blocks=[0,1,2]",)),
         Run("links_3_late", ("dlc.link_blocks=[3,4,5]",)),
-        Run("all_tasks", GENTLE, FEW_SEEDS, goes_on=True),
-        Run("reconstruction_only", (*GENTLE, _masking(0, 0, 0, 1)), FEW_SEEDS, goes_on=True),
-        Run("generation_only", (*GENTLE, _masking(0.3, 0.7, 0, 0)), FEW_SEEDS, goes_on=True),
+        Run("all_tasks", GENTLE, SEEDS, goes_on=True),
+        Run("reconstruction_only", (*GENTLE, _masking(0, 0, 0, 1)), SEEDS, goes_on=True),
+        Run("generation_only", (*GENTLE, _masking(0.3, 0.7, 0, 0)), SEEDS, goes_on=True),
         Run("synthetic_only", ("data.sources=[{path: data/toy_nano/train_synthetic}]",), FEW_SEEDS),
         *(Run(f"given_{share:g}", kind="sample", seeds=FEW_SEEDS, given=share) for share in (1, 0.5, 0.25, 0.1, 0)),
         *(

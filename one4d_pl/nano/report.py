@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
@@ -104,7 +105,9 @@ def _section(experiment: Experiment, results: Results) -> list[str]:
         # seeds of a training and seeds of the noise spread differently
         kinds = {RUNS[claim.better].kind, RUNS[claim.than].kind}
         verdict = judge(claim, {name: values[name] for name in experiment.runs if RUNS[name].kind in kinds})
-        by = "" if verdict is None else f"{verdict.advantage:+.3g} ± {verdict.standard_error:.2g}"
+        by = "" if verdict is None else f"{verdict.advantage:+.3g}"
+        if verdict is not None and isfinite(verdict.standard_error):
+            by += f" ± {verdict.standard_error:.2g}"
         word = "not run" if verdict is None else f"**{verdict.word}**"
         lines.append(f"| {claim.text} (`{claim.better}`, `{claim.than}`; {LABELS[claim.metric]}) | {by} | {word} |")
     return lines
