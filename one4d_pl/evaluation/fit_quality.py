@@ -16,11 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatch
 
 import torch
 from torch import Tensor
 from torchmetrics.functional.image import peak_signal_noise_ratio
 
+from one4d_pl.config import ConfigError
 from one4d_pl.data.masking import draw_frame_mask
 from one4d_pl.data.order import derived_generator, derived_numpy_generator
 from one4d_pl.geometry.camera import project, to_camera
@@ -131,11 +133,13 @@ class ClipSampler:
 
 
 class links_zeroed:
-    """Within: the control links add nothing; of `block.rgb_to_xyz` and so on, those whose name contains `part`."""
+    """Within: the control links add nothing; of `block.rgb_to_xyz.weight` and so on, those of a pattern's names."""
 
-    def __init__(self, pipeline: One4DPipeline, part: str = "") -> None:
-        named = pipeline.transformer.links.named_parameters()
-        self.weights = [weight for name, weight in named if part in name]
+    def __init__(self, pipeline: One4DPipeline, pattern: str = "*") -> None:
+        named = dict(pipeline.transformer.links.named_parameters())
+        self.weights = [weight for name, weight in named.items() if fnmatch(name, pattern)]
+        if not self.weights:
+            raise ConfigError(f"links: none is called {pattern}; this adapter has {', '.join(named) or 'none'}")
 
     def __enter__(self) -> None:
         self.kept = [weight.detach().clone() for weight in self.weights]

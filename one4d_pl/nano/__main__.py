@@ -39,7 +39,7 @@ def main(arguments: list[str]) -> int:
     add("--out", type=Path, default=Path("runs/nano"), help="folder of runs and report (default %(default)s)")
     add("--only", action="append", choices=names, metavar="NAME", help=f"of {', '.join(names)}; may be repeated")
     add("--config", action="append", metavar="FILE", help="yaml; default: configs/nano.yaml")
-    add("--adapters", type=Path, default=DEMO_ADAPTERS, help="what sweeps sample from; default: the shipped ones")
+    add("--adapters", type=Path, default=DEMO_ADAPTERS, help="to break, sweep and train on; default: the shipped ones")
     add("--clips", type=int, default=CLIPS, help="held-out clips to measure on (default %(default)s)")
     add("--seeds", type=int, help="at most so many per run; with one no verdict can be given")
     add(

@@ -23,7 +23,7 @@ from one4d_pl.evaluation.sweeps import sparse_indices
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.metrics.video import FrechetVideoDistance, VaeFeatures
-from one4d_pl.nano.experiments import LINKS_ZEROED
+from one4d_pl.nano.experiments import LINKS_ZEROED, OTHER_CLIP
 from one4d_pl.types import Sample, Task, collate
 
 MASK_SEED = 0  # frames that are shown: the same for every run
@@ -51,15 +51,15 @@ def measure(
     """
     sampler = ClipSampler(clips, seed, True, on_clip)
     numbers: dict[str, float] = {}
-    part = LINKS_ZEROED.get(broken or "")
+    pattern = LINKS_ZEROED.get(broken or "")
     num_frames = clips[0].frames.shape[1]
     for task in TASKS if given is None else TASKS[:1]:
         masks = task_masks(task, len(clips), num_frames, MASK_SEED)
         if given is not None:
             masks = torch.zeros_like(masks)
             masks[:, sparse_indices(num_frames, given) if given else [0]] = True
-        with nullcontext() if part is None else links_zeroed(pipeline, part):
-            scenes = sampler(pipeline, masks, shift=int(broken == "other_clip"))
+        with nullcontext() if pattern is None else links_zeroed(pipeline, pattern):
+            scenes = sampler(pipeline, masks, shift=int(broken == OTHER_CLIP))
         numbers |= {f"{task}.{name}": value for name, value in _scores(pipeline, scenes, masks, clips).items()}
     return numbers
 

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
+from math import expm1, isfinite
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from one4d_pl.inference.scene_files import write_text, write_whole
-from one4d_pl.nano.experiments import REFERENCE, RUNS, Experiment
-from one4d_pl.nano.verdicts import CONFIDENCE, Values, judge
+from one4d_pl.nano.experiments import GENTLE, REFERENCE, RUNS, Claim, Experiment, Run, in_decibels
+from one4d_pl.nano.verdicts import CONFIDENCE, Verdict, judge
 from one4d_pl.nano.work import Plan, Result, differences, read_result
 
 if TYPE_CHECKING:
@@ -34,18 +34,18 @@ LABELS = {
 REFERENCE_ROWS = {"mean": "(mean pointmap of the training clips)", "ceiling": "(truth through the shipped VAE)",
                   "base": "(the base alone)"}  # fmt: skip
 
-Results = Mapping[str, list[Result]]  # run -> one per finished seed
+Results = Mapping[str, Mapping[int, Result]]  # run -> seed -> what is finished
 
 
 def write_report(plan: Plan, experiments: list[Experiment]) -> Path:
     """The report's path. What has not been run is said to be missing."""
     names = dict.fromkeys(name for experiment in experiments for name in experiment.runs)
-    found = {name: [read_result(plan, RUNS[name], seed) for seed in range(RUNS[name].seeds)] for name in names}
+    found = {name: _finished(plan, RUNS[name]) for name in names}
     results = {
-        name: [r for seed, r in enumerate(seeds) if r is not None and not differences(plan, RUNS[name], seed, r)]
+        name: {seed: r for seed, r in seeds.items() if not differences(plan, RUNS[name], seed, r)}
         for name, seeds in found.items()
     }
-    stale = sum(r is not None for seeds in found.values() for r in seeds) - sum(map(len, results.values()))
+    stale = sum(map(len, found.values())) - sum(map(len, results.values()))
     lines = ["# Nano-One4D", "", *_method(plan, results)]
     if stale:
         lines += ["", f"Left out: {stale} runs under another config than today's."]
@@ -60,10 +60,15 @@ def write_report(plan: Plan, experiments: list[Experiment]) -> Path:
     return plan.out / "report.md"
 
 
+def _finished(plan: Plan, run: Run) -> dict[int, Result]:
+    found = ((seed, read_result(plan, run, seed)) for seed in range(run.seeds))
+    return {seed: result for seed, result in found if result is not None}
+
+
 def _method(plan: Plan, results: Results) -> list[str]:
     config = plan.config(RUNS[REFERENCE], 0)
     train, data = config.train, config.data
-    finished = [result for seeds in results.values() for result in seeds]
+    finished = [result for seeds in results.values() for result in seeds.values()]
     wanted = sum(RUNS[name].seeds for name in results)
     machines = ", ".join(sorted({result.machine for result in finished})) or "nothing run"
     settings = " ".join(["", *plan.overrides]) if plan.overrides else ""
@@ -72,12 +77,18 @@ def _method(plan: Plan, results: Results) -> list[str]:
         f"{sum(r.minutes for r in finished):.0f} minutes added up ({machines}; {train.precision}).",
         "",
         f"Every training: {train.max_steps} steps of {train.global_batch_size} toy clips, {data.num_frames} frames of "
-        f"{data.height}x{data.width}, adapters on the shipped base, from scratch unless the question says otherwise "
-        f"(a VAE: as many steps of two crops); {plan.clips} held-out clips, the same noise and given frames for every "
-        f"run. ± is the standard deviation over seeds. A claim holds, or does not, where the means differ by more than "
-        f"Student's t allows at {CONFIDENCE:.0%}, with the variance pooled over the experiment's runs that have "
-        f"several seeds; so of claims about what makes no difference one in {1 / (1 - CONFIDENCE):.0f} gets such a "
-        "word by chance. So few steps say which of two ways learns faster, not where they end.",
+        f"{data.height}x{data.width}, adapters from scratch on the shipped base at a learning rate of "
+        f"{config.optim.lr:g}; those of `unified` from the shipped adapters, {GENTLE[0]}; a VAE: as many steps of two "
+        f"crops. Every run is measured on the same {plan.clips} held-out clips, with given frames and noise that the "
+        "seed decides. ± in the first tables is the standard deviation over seeds.",
+        "",
+        "A claim holds, or does not, where the difference is beyond what Student's t allows for chance at "
+        f"{CONFIDENCE:.0%}, in a model value = run + seed + noise; the noise is pooled over all runs of this report "
+        "that are trained, or sampled, alike. `by` is how much higher the other run's error is, or dB, and its "
+        "standard error; positive speaks for the claim, what a claim allows for is not in it. Of claims about what "
+        f"makes no difference one in {1 / (1 - CONFIDENCE):.0f} gets a word by chance; where nothing is trained the "
+        "word is about one adapter on these clips. So few steps from scratch say which of two ways learns faster, not "
+        "where they end. What gets worse with links zeroed relies on them; trained so, it might do without.",
     ]
 
 
@@ -97,29 +108,39 @@ def _section(experiment: Experiment, results: Results) -> list[str]:
             continue
         label = f"`{name}`" if seeds else f"`{name}` (not run)"
         shown = [m for m in experiment.metrics if m != "val.xyz" or not RUNS[name].own_target]
-        cells = [_cell([r.numbers[m] for r in seeds if m in r.numbers and m in shown]) for m in experiment.metrics]
+        cells = [
+            _cell([r.numbers[m] for r in seeds.values() if m in r.numbers and m in shown]) for m in experiment.metrics
+        ]
         lines.append(f"| {' | '.join([label, *cells])} |")
     lines += ["", "| claim | by | verdict |", "|---|---:|---|"]
     for claim in experiment.claims:
-        values = _values(claim.metric, results)
-        # seeds of a training and seeds of the noise spread differently
-        kinds = {RUNS[claim.better].kind, RUNS[claim.than].kind}
-        verdict = judge(claim, {name: values[name] for name in experiment.runs if RUNS[name].kind in kinds})
-        by = "" if verdict is None else f"{verdict.advantage:+.3g}"
-        if verdict is not None and isfinite(verdict.standard_error):
-            by += f" ± {verdict.standard_error:.2g}"
-        word = "not run" if verdict is None else f"**{verdict.word}**"
+        verdict = judge(claim, {name: _values(name, claim.metric, results) for name in results if _alike(name, claim)})
+        by, word = ("", "not run") if verdict is None else (_by(claim, verdict), f"**{verdict.word}**")
         lines.append(f"| {claim.text} (`{claim.better}`, `{claim.than}`; {LABELS[claim.metric]}) | {by} | {word} |")
     return lines
 
 
-def _reference_rows(experiment: Experiment, seeds: list[Result]) -> list[str]:
+def _alike(name: str, claim: Claim) -> bool:
+    """Whether a run's noise is like that of the claim's two; of other pointmap latents the loss is not."""
+    ours, theirs = ((run.kind.partition("_")[0], run.goes_on) for run in (RUNS[name], RUNS[claim.better]))
+    return ours == theirs and not (claim.metric == "val.xyz" and RUNS[name].own_target)
+
+
+def _by(claim: Claim, verdict: Verdict) -> str:
+    if in_decibels(claim.metric):
+        difference, error, unit = verdict.difference, verdict.standard_error, " dB"
+    else:
+        difference, error, unit = 100 * expm1(verdict.difference), 100 * verdict.standard_error, " %"
+    return f"{difference:+.2f}{f' ± {error:.2f}' if isfinite(error) else ''}{unit}"
+
+
+def _reference_rows(experiment: Experiment, seeds: Mapping[int, Result]) -> list[str]:
     rows = []
     for prefix, label in REFERENCE_ROWS.items():
         cells = []
         for metric in experiment.metrics:
             keys = (f"{prefix}.{metric}", f"{prefix}.{metric.partition('.')[2]}")
-            cells.append(_cell([r.numbers[key] for r in seeds for key in keys if key in r.numbers]))
+            cells.append(_cell([r.numbers[key] for r in seeds.values() for key in keys if key in r.numbers]))
         if any(cells):
             rows.append(f"| {' | '.join([label, *cells])} |")
     return rows
@@ -132,60 +153,62 @@ def _cell(values: list[float]) -> str:
     return f"{fmean(values):.3f}{spread}"
 
 
-def _values(metric: str, results: Results) -> Values:
-    return {name: [r.numbers[metric] for r in seeds if metric in r.numbers] for name, seeds in results.items()}
+def _values(name: str, metric: str, results: Results) -> dict[int, float]:
+    return {seed: r.numbers[metric] for seed, r in results[name].items() if metric in r.numbers}
 
 
 def _draw(experiment: Experiment, results: Results, path: Path) -> None:
-    """Bars of the first metric with every seed as a dot; beside them the curves of the pointmaps' loss."""
+    """Bars of a metric with every seed as a dot; of the pointmaps' loss the curves."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    trained = [n for n in experiment.runs if any(r.curves for r in results[n]) and not RUNS[n].own_target]
-    if "val.xyz" not in experiment.metrics:  # where tasks are drawn otherwise the loss is over other tasks
-        trained = []
-    figure, axes = pyplot.subplots(1, 2 if trained else 1, figsize=(11 if trained else 6.5, 3.8), squeeze=False)
-    _draw_bars(axes[0][0], experiment, results)
-    if trained:
-        _draw_curves(axes[0][1], trained, results)
+    names = [name for name in experiment.runs if RUNS[name].kind != "references" and results[name]]
+    curved = [n for n in names if any(r.curves for r in results[n].values()) and not RUNS[n].own_target]
+    panels = [metric for metric in experiment.drawn if metric != "val.xyz" or curved]
+    size = (5.5 * len(panels) + 1, 1.6 + 0.22 * max(len(names), 10))
+    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
+    for metric, panel in zip(panels, axes[0], strict=True):
+        if metric == "val.xyz":
+            _draw_curves(panel, curved, results)
+        else:
+            _draw_bars(panel, metric, names, results, "references" in experiment.runs)
     figure.tight_layout()
     write_whole(path, lambda staging: figure.savefig(staging, dpi=90, format="png"))
     pyplot.close(figure)
 
 
-def _draw_bars(axes: Axes, experiment: Experiment, results: Results) -> None:
-    metric = experiment.metrics[0]
-    shown = {n: v for n, v in _values(metric, results).items() if n in experiment.runs and v}
-    names = [name for name in experiment.runs if name in shown]
-    axes.barh(names, [fmean(shown[name]) for name in names], color="#8fb3d9", height=0.65)
-    for name in names:
-        axes.plot(shown[name], [name] * len(shown[name]), "o", color="#1c3f66", markersize=3.5)
-    for prefix, style in (("mean", "--"), ("ceiling", ":")):
-        for result in results.get("references", []) if "references" in experiment.runs else []:
-            value = result.numbers.get(f"{prefix}.{metric.partition('.')[2]}")
-            if value is not None:
-                label = "mean pointmap" if prefix == "mean" else "truth through the shipped VAE"
+def _draw_bars(axes: Axes, metric: str, names: list[str], results: Results, references: bool) -> None:
+    values = {name: list(_values(name, metric, results).values()) for name in names}
+    shown = [name for name in names if values[name]]
+    axes.barh(shown, [fmean(values[name]) for name in shown], color="#8fb3d9", height=0.65)
+    for name in shown:
+        axes.plot(values[name], [name] * len(values[name]), "o", color="#1c3f66", markersize=3.5)
+    lines = (("mean", "--", "mean pointmap"), ("base", "-.", "the base alone"),
+             ("ceiling", ":", "truth through the shipped VAE"))  # fmt: skip
+    for result in results["references"].values() if references else ():
+        for prefix, style, label in lines:
+            keys = (f"{prefix}.{metric}", f"{prefix}.{metric.partition('.')[2]}")
+            for value in (result.numbers[key] for key in keys if key in result.numbers):
                 axes.axvline(value, color="#444444", linestyle=style, linewidth=1, label=label)
                 axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # above
     axes.invert_yaxis()
-    axes.set_xlabel(f"{LABELS[metric]} (lower is better)", fontsize=9)
+    axes.set_xlabel(f"{LABELS[metric]} ({'higher' if in_decibels(metric) else 'lower'} is better)", fontsize=9)
     axes.tick_params(labelsize=8)
 
 
 def _draw_curves(axes: Axes, names: list[str], results: Results) -> None:
     for number, name in enumerate(names):
-        for result in results[name]:
+        for place, result in enumerate(results[name].values()):
             steps, values = zip(*result.curves["xyz"], strict=True)
-            label = name if result is results[name][0] else None
             axes.plot(
                 steps,
                 values,
                 color=f"C{number % 10}",
                 linestyle="-" if number < 10 else "--",
                 linewidth=1.2,
-                label=label,
+                label=None if place else name,
             )
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("pointmaps' loss on held-out clips", fontsize=9)

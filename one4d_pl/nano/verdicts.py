@@ -1,34 +1,32 @@
-"""When a claim holds: a difference of means beyond what Student's t allows for chance."""
+"""When a claim holds: a difference beyond what Student's t allows for chance, in a model value = run + seed + noise.
+
+A seed decides a run's data, masks and noise, so what it does is common to all runs and not noise. Errors and losses are
+compared by their ratios (logarithms), decibels by their differences.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from statistics import fmean, variance
 
+import numpy as np
 from scipy.stats import t
 
-from one4d_pl.nano.experiments import Claim
+from one4d_pl.nano.experiments import Claim, in_decibels
 
-HIGHER_IS_BETTER = ("_db", "inliers")
 CONFIDENCE = 0.95  # two-sided
 
-Values = Mapping[str, Sequence[float]]  # run -> one number per seed
+Values = Mapping[str, Mapping[int, float]]  # run -> seed -> number
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """holds | does not hold | cannot tell, and by how much: positive speaks for the claim."""
+    """holds | does not hold | cannot tell, and by how much: positive speaks for the claim, before its slack."""
 
     word: str
-    advantage: float
-    standard_error: float  # nan = unknown
-
-
-def higher_is_better(metric: str) -> bool:
-    """Decibels and inliers; all else is an error, a loss or a distance."""
-    return metric.endswith(HIGHER_IS_BETTER)
+    difference: float  # dB; else the logarithm of the other's error over the better one's
+    standard_error: float  # of it; nan = unknown
 
 
 def judge(claim: Claim, values: Values) -> Verdict | None:
@@ -36,24 +34,29 @@ def judge(claim: Claim, values: Values) -> Verdict | None:
 
     Args:
         claim: which run is better.
-        values: of the claim's metric, of every run whose seeds spread as the claim's two do: their variance is pooled.
+        values: of the claim's metric, of every run whose noise is like that of the claim's two: it is pooled over them.
     """
-    better, worse = values.get(claim.better), values.get(claim.than)
-    if not better or not worse:
+    if not values.get(claim.better) or not values.get(claim.than):
         return None
-    if higher_is_better(claim.metric):
-        advantage = claim.factor * fmean(better) - fmean(worse)
-        scales = (claim.factor, 1.0)
-    else:
-        advantage = claim.factor * fmean(worse) - fmean(better)
-        scales = (1.0, claim.factor)
-    repeated = [seeds for seeds in values.values() if len(seeds) > 1]
-    freedom = sum(len(seeds) - 1 for seeds in repeated)
-    if not freedom:
-        return Verdict("cannot tell", advantage, math.nan)
-    pooled = sum((len(seeds) - 1) * variance(seeds) for seeds in repeated) / freedom
-    counts = (len(better), len(worse))
-    error = math.sqrt(pooled * sum(scale**2 / count for scale, count in zip(scales, counts, strict=True)))
+    decibels, runs = in_decibels(claim.metric), list(values)
+    seeds = sorted({seed for numbers in values.values() for seed in numbers})
+    observed = [(run, seed, number) for run, numbers in values.items() for seed, number in numbers.items()]
+    design = np.zeros((len(observed), len(runs) + len(seeds)))
+    for row, (run, seed, _) in enumerate(observed):
+        design[row, runs.index(run)] = design[row, len(runs) + seeds.index(seed)] = 1
+    target = np.array([number if decibels else -math.log(number) for _, _, number in observed])  # higher is better
+    contrast = np.zeros(design.shape[1])
+    contrast[runs.index(claim.better)], contrast[runs.index(claim.than)] = 1, -1
+
+    effects, _, rank, _ = np.linalg.lstsq(design, target)
+    covariance = np.linalg.pinv(design.T @ design)
+    difference, freedom = float(contrast @ effects), len(observed) - int(rank)
+    estimable = np.allclose(contrast @ covariance @ design.T @ design, contrast)  # or the two share no seed
+    if not freedom or not estimable:
+        return Verdict("cannot tell", difference, math.nan)
+    variance = float(np.sum((target - design @ effects) ** 2)) / freedom
+    error = math.sqrt(variance * float(contrast @ covariance @ contrast))
+    advantage = difference + (claim.slack if decibels else math.log1p(claim.slack))
     if not abs(advantage) > t.ppf((1 + CONFIDENCE) / 2, freedom) * error:  # so worded that nan is no proof
-        return Verdict("cannot tell", advantage, error)
-    return Verdict("holds" if advantage > 0 else "does not hold", advantage, error)
+        return Verdict("cannot tell", difference, error)
+    return Verdict("holds" if advantage > 0 else "does not hold", difference, error)

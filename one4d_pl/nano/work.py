@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, ToyConfig, as_dict, base_folder, flatten, load_config
-from one4d_pl.nano.experiments import Run
+from one4d_pl.nano.experiments import REFERENCE, RUNS, Run
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -41,7 +41,7 @@ class Plan:
     out: Path
     configs: tuple[str, ...] = ("configs/nano.yaml",)
     overrides: tuple[str, ...] = ()
-    adapters: Path = DEMO_ADAPTERS  # of the runs that only sample, or go on
+    adapters: Path = DEMO_ADAPTERS  # of the runs that only sample, or go on from them
     clips: int = CLIPS
 
     def folder(self, run: Run, seed: int) -> Path:
@@ -104,11 +104,12 @@ def work(plan: Plan, run: Run, seed: int) -> None:
 
     folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
+    _refuse_other_start(plan, run, seed)
     curves: dict[str, list[tuple[int, float]]] = {}
     if run.kind == "train":
         _train(config)
         curves = _read_curves(folder)
-    clips = _held_out(config, plan.clips)
+    clips = _held_out(plan.config(RUNS[REFERENCE], seed), plan.clips)  # the same pixels count for every run
     if run.kind in ("vae", "vae_rgb"):
         numbers = measure_vae(_train_vae(config, run.kind == "vae", seed), clips)
     else:
@@ -128,6 +129,16 @@ def work(plan: Plan, run: Run, seed: int) -> None:
     }
     write_text(folder / RESULT, json.dumps(stored, indent=1) + "\n")
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # dozens of runs; what they showed is kept
+
+
+def _refuse_other_start(plan: Plan, run: Run, seed: int) -> None:
+    """An interrupted run goes on only under the recipe it began with."""
+    from one4d_pl.inference.scene_files import write_text
+
+    path, recipe = plan.folder(run, seed) / "recipe.json", json.dumps(recipe_of(plan, run, seed), indent=1) + "\n"
+    if path.is_file() and path.read_text() != recipe:
+        raise ConfigError(f"{path}: begun under another config; remove the folder, or choose another --out")
+    write_text(path, recipe)
 
 
 def _train(config: Config) -> None:

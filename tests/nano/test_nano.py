@@ -9,7 +9,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +18,9 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from PIL import Image
-from scipy.stats import ttest_ind
+from scipy.stats import ttest_rel
 
-from one4d_pl.config import DEMO_ADAPTERS, load_config
+from one4d_pl.config import DEMO_ADAPTERS, ConfigError, load_config
 from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation.fit_quality import links_zeroed
@@ -27,7 +28,17 @@ from one4d_pl.evaluation.open_model import open_pipeline
 from one4d_pl.models.base_files import resolve_base, transformer_config
 from one4d_pl.models.coupling import couple
 from one4d_pl.nano.__main__ import jobs_of, main
-from one4d_pl.nano.experiments import EXPERIMENTS, LINKS_ZEROED, REFERENCE, RUNS, Claim
+from one4d_pl.nano.experiments import (
+    BLOCKS_WITH_LINKS,
+    EVERY_TASK,
+    EXPERIMENTS,
+    LINKS_ZEROED,
+    OTHER_CLIP,
+    REFERENCE,
+    RUNS,
+    SHIPPED,
+    Claim,
+)
 from one4d_pl.nano.measure import edge_pixels
 from one4d_pl.nano.report import LABELS
 from one4d_pl.nano.verdicts import judge
@@ -75,7 +86,7 @@ def test_every_experiment_runs_and_is_reported(short, experiment, capsys, monkey
     assert main(short("--only", experiment.name)) == 0
     report = capsys.readouterr().out
     assert report == (out / "report.md").read_text() + "\n"
-    assert f"## {experiment.name}" in report and "(not run)" not in report
+    assert f"## {experiment.name}" in report and "(not run)" not in report and "| not run |" not in report
     for name in experiment.runs:
         assert (RUNS[name].kind == "references") != (f"| `{name}` |" in report), name
     for claim in experiment.claims:
@@ -89,6 +100,18 @@ def test_every_experiment_runs_and_is_reported(short, experiment, capsys, monkey
             assert set(experiment.metrics) <= found["numbers"].keys()
         assert bool(found["curves"]) == (RUNS[name].kind == "train")
     assert not list(out.glob("*/checkpoints"))
+    if experiment.name == "links":
+        errors = {
+            name: json.loads((out / f"{name}-0" / "result.json").read_text())["numbers"]["video.rel_error"]
+            for name in (SHIPPED, OTHER_CLIP, *LINKS_ZEROED)
+        }
+        assert len(set(errors.values())) == len(errors)  # every breaking reaches the samples
+    if experiment.name == "unified":
+        start = {
+            name: json.loads((out / f"{name}-0" / "result.json").read_text())["curves"]["xyz"][0]
+            for name in (REFERENCE, EVERY_TASK)
+        }
+        assert start[EVERY_TASK][0] == 0 and start[EVERY_TASK][1] < start[REFERENCE][1]
 
 
 @pytest.mark.filterwarnings("ignore:.*biased upwards.*")
@@ -139,8 +162,8 @@ def test_a_mistake_is_one_line(wrong, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_what_goes_on_starts_from_the_adapters_wherever_they_lie(tmp_path):
-    run, copy = RUNS["all_tasks"], tmp_path / "adapters"
+def test_what_goes_on_starts_from_the_adapters_wherever_they_lie(tmp_path, capsys):
+    run, copy = RUNS[EVERY_TASK], tmp_path / "adapters"
     shutil.copytree(DEMO_ADAPTERS, copy)
     here, there = Plan(tmp_path), Plan(tmp_path, adapters=copy)
     assert there.config(run, 0).train.init_from == str(copy)
@@ -149,10 +172,16 @@ def test_what_goes_on_starts_from_the_adapters_wherever_they_lie(tmp_path):
     (copy / "card.json").write_text("{}")
     _digest.cache_clear()  # taken once per folder
     assert recipe_of(here, run, 0) != recipe_of(there, run, 0)
+    begun = here.folder(run, 0) / "recipe.json"
+    begun.parent.mkdir()
+    begun.write_text(json.dumps(recipe_of(there, run, 0), indent=1) + "\n")
+    assert main(["--run", f"{EVERY_TASK}:0", "--out", str(tmp_path)]) == 2
+    assert "begun under another config; remove the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("broken", "count"), [("links_zeroed", 10), ("links_to_frames_zeroed", 5), ("link_2_zeroed", 2)]
+    ("broken", "count"),
+    [("links_zeroed", 10), ("links_to_frames_zeroed", 5), *((f"link_{i}_zeroed", 2) for i in BLOCKS_WITH_LINKS)],
 )
 def test_links_are_zeroed_by_name_and_put_back(broken, count):
     config = load_config(["configs/nano.yaml"], [])
@@ -161,9 +190,11 @@ def test_links_are_zeroed_by_name_and_put_back(broken, count):
     assert len(before) == 10 and all(weight.any() for weight in before.values())
     with links_zeroed(pipeline, LINKS_ZEROED[broken]):
         zeroed = [name for name, weight in pipeline.transformer.links.named_parameters() if not weight.any()]
-    assert len(zeroed) == count and all(LINKS_ZEROED[broken] in name for name in zeroed)
+    assert len(zeroed) == count and all(fnmatch(name, LINKS_ZEROED[broken]) for name in zeroed)
     for name, weight in pipeline.transformer.links.named_parameters():
         assert torch.equal(weight, before[name])
+    with pytest.raises(ConfigError, match=r"none is called 9\.\*; this adapter has 0\.xyz_to_rgb"):
+        links_zeroed(pipeline, "9.*")
 
 
 def test_claims_speak_of_what_is_run_and_measured():
@@ -187,36 +218,56 @@ def test_all_couplings_train_as_many_parameters():
         assert count == pytest.approx(counts[REFERENCE], rel=0.02), name
 
 
+ERROR, DB = "video.rel_error", "image.hidden_db"
+
+
 @pytest.mark.parametrize(
-    ("better", "worse", "metric", "factor", "word"),
+    ("better", "worse", "metric", "slack", "word"),
     [
-        ([1.0, 1.1, 0.9], [2.0, 2.1, 1.9], "video.rel_error", 1.0, "holds"),
-        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "video.rel_error", 1.0, "does not hold"),
-        ([2.0, 2.1, 1.9], [1.0, 1.1, 0.9], "image.hidden_db", 1.0, "holds"),
-        ([1.0, 1.1, 0.9], [1.05, 1.15, 0.95], "video.rel_error", 1.0, "cannot tell"),
-        ([1.05, 1.051, 1.049], [1.0, 1.001, 0.999], "video.rel_error", 1.1, "holds"),
-        ([1.0, 1.001, 0.999], [1.05, 1.051, 1.049], "image.hidden_db", 1.1, "holds"),
-        ([1.0, 1.001, 0.999], [1.05, 1.051, 1.049], "image.hidden_db", 1.0, "does not hold"),
-        ([1.0], [2.0], "video.rel_error", 1.0, "holds"),  # with the spread of the third run
-        ([], [2.0], "video.rel_error", 1.0, None),
+        ([1.0, 1.1, 0.9], [2.0, 2.2, 1.81], ERROR, 0.0, "holds"),
+        ([2.0, 2.2, 1.81], [1.0, 1.1, 0.9], ERROR, 0.0, "does not hold"),
+        ([2.0, 2.1, 1.91], [1.0, 1.1, 0.9], DB, 0.0, "holds"),
+        ([1.0, 1.1, 0.9], [1.01, 1.09, 0.92], ERROR, 0.0, "cannot tell"),
+        ([1.05, 1.156, 0.944], [1.0, 1.1, 0.9], ERROR, 0.0, "does not hold"),
+        ([1.05, 1.156, 0.944], [1.0, 1.1, 0.9], ERROR, 0.1, "holds"),
+        ([1.05, 1.15, 0.951], [1.0, 1.1, 0.9], DB, 0.1, "holds"),
+        ([0.95, 1.05, 0.849], [1.0, 1.1, 0.9], DB, 0.0, "does not hold"),
+        ([0.95, 1.05, 0.849], [1.0, 1.1, 0.9], DB, 0.1, "holds"),
+        ([1.0], [2.0, 2.2, 1.81], ERROR, 0.0, "holds"),  # with the noise of the others
+        ([], [2.0], ERROR, 0.0, None),
     ],
 )
-def test_a_verdict_needs_a_difference_beyond_chance(better, worse, metric, factor, word):
-    claim = Claim("", metric, "a", "b", factor)
-    verdict = judge(claim, {"a": better, "b": worse, "c": [1.0, 1.01, 0.99]})
+def test_a_verdict_needs_a_difference_beyond_chance(better, worse, metric, slack, word):
+    others = {
+        "c": numbered([1.0, 1.101, 0.899]),
+        "d": numbered([3.0, 3.1, 2.901] if metric == DB else [3.0, 3.3, 2.71]),
+    }
+    verdict = judge(Claim("", metric, "a", "b", slack), {"a": numbered(better), "b": numbered(worse), **others})
     assert (None if verdict is None else verdict.word) == word
-    if word and len(better) == 1:
-        assert judge(claim, {"a": better, "b": worse}).word == "cannot tell"  # no spread is known
 
 
-def test_a_verdict_on_two_runs_is_students_t_test():
+def numbered(values: Iterable[float]) -> dict[int, float]:
+    return dict(enumerate(values))
+
+
+def test_a_verdict_on_two_runs_is_students_paired_t_test():
     rng, told = np.random.default_rng(0), 0
     for _ in range(400):
-        a, b = rng.normal(size=3), rng.normal(0.5, size=2)
-        sure = judge(Claim("", "video.rel_error", "a", "b"), {"a": a.tolist(), "b": b.tolist()}).word != "cannot tell"
-        assert sure == (ttest_ind(a, b).pvalue < 0.05)
-        told += sure
+        a, b = rng.lognormal(size=4), rng.lognormal(0.7, size=4)
+        verdict = judge(Claim("", ERROR, "a", "b"), {"a": numbered(a), "b": numbered(b)})
+        expected = ttest_rel(np.log(b), np.log(a))
+        assert (verdict.word != "cannot tell") == (expected.pvalue < 0.05)
+        assert verdict.difference / verdict.standard_error == pytest.approx(expected.statistic)
+        told += verdict.word != "cannot tell"
     assert 0 < told < 200
+
+
+def test_what_a_seed_does_to_every_run_is_no_noise_and_what_is_not_known_gives_no_verdict():
+    a, b = [1.0, 5.0, 0.2], [1.1, 5.51, 0.2198]
+    assert judge(Claim("", ERROR, "a", "b"), {"a": numbered(a), "b": numbered(b)}).word == "holds"
+    for values in ({"a": {0: 1.0}, "b": {0: 2.0}}, {"a": {0: 1.0, 1: 1.1}, "b": {2: 9.0, 3: 9.1}}):
+        verdict = judge(Claim("", ERROR, "a", "b"), values)
+        assert verdict.word == "cannot tell" and math.isnan(verdict.standard_error)
 
 
 def test_edges_are_where_distances_jump():
