@@ -79,8 +79,8 @@ def _method(plan: Plan, results: Results) -> list[str]:
         f"Every training: {train.max_steps} steps of {train.global_batch_size} toy clips, {data.num_frames} frames of "
         f"{data.height}x{data.width}, adapters from scratch on the shipped base at a learning rate of "
         f"{config.optim.lr:g}; those of `unified` from the shipped adapters, {GENTLE[0]}; a VAE: as many steps of two "
-        f"crops. Every run is measured on the same {plan.clips} held-out clips, with given frames and noise that the "
-        "seed decides. ± in the first tables is the standard deviation over seeds.",
+        f"crops. Every run is measured on the same {plan.clips} held-out clips with the same frames given; the seed "
+        "decides the noise. ± in a run's row is the standard deviation over seeds.",
         "",
         "A claim holds, or does not, where the difference is beyond what Student's t allows for chance at "
         f"{CONFIDENCE:.0%}, in a model value = run + seed + noise; the noise is pooled over all runs of this report "
