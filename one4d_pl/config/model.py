@@ -52,12 +52,17 @@ class DLCConfig:
     """Decoupled LoRA Control (One4D, Eq. 5-9)."""
 
     rank: int = 64  # One4D, sec. 4.1
-    lora_scale: float = 1.0  # alpha / rank; not in the paper, stored with every adapter
+    # alpha / rank; not in the paper, stored with every adapter; nano, open: lora_scale_2 learns 3 % faster
+    lora_scale: float = 1.0
     num_links: int = 5  # One4D, sec. 3.2; 0 leaves the branches independent
     link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
-    xyz_patch_embedding: bool = True  # own trainable copy; makes the paper's 935.7 exact (our guess, paper.md sec. 3)
+    # own trainable copy; makes the paper's 935.7 exact (our guess, paper.md sec. 3); nano, open: shared_patch_embedding
+    # cannot be told from it
+    xyz_patch_embedding: bool = True
     link_direction: str = "both"  # or rgb_to_xyz: frames steer pointmaps and are left alone by them
-    standardise_xyz: bool = False  # xyz latents to mean 0, deviation 1 per channel, by some clips of each source
+    # xyz latents to mean 0, deviation 1 per channel, by some clips of each source; nano, open: with
+    # data.pointmap_power=0.5 it is better (standardised_and_bent), alone it cannot be told (standardised)
+    standardise_xyz: bool = False
     coupling: str = "decoupled"  # or what One4D is compared with (Fig. 2-3): channel, width; one LoRA, no links
 
     def __post_init__(self) -> None:
@@ -92,9 +97,12 @@ class FlowConfig:
     """Flow matching in Wan's sign (One4D, Eq. 1-4): sigma 1 = noise, velocity = noise - latents."""
 
     shift: float = 1.0  # sigma' = k sigma / (1 + (k - 1) sigma); from here, never from the base's scheduler file
-    xyz_weight: float = 1.0  # loss = rgb + xyz_weight * xyz, each a mean
+    # loss = rgb + xyz_weight * xyz, each a mean; nano, open: xyz_weight_2 lowers xyz and raises rgb
+    xyz_weight: float = 1.0
     caption_dropout: float = 0.1  # one draw for both branches
-    separate_sigma: bool = False  # each branch its own noise level in training; the paper draws one t for both (Eq. 3)
+    # each branch its own noise level in training; the paper draws one t for both (Eq. 3); nano, open: separate_sigma
+    # learns slower
+    separate_sigma: bool = False
 
     def __post_init__(self) -> None:
         positive("flow.shift", self.shift)

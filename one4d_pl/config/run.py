@@ -72,9 +72,13 @@ class DataConfig:
     num_frames: int = 17  # 4k + 1, 9 .. 81; longer clips are cut to their first frames
     height: int = 64
     width: int = 96
-    far_limit: float = 10.0  # valid depth ends at far_limit x the clip's median distance (design.md, Normalisation)
+    # valid depth ends at far_limit x the clip's median distance (design.md, Normalisation); nano, open: far_limit_5 and
+    # z_offset cannot be told from ours
+    far_limit: float = 10.0
     z_offset: bool = False  # move the normalisation's centre along z
-    pointmap_power: float = 1.0  # distances r from camera 0 are r ** power to the VAE: below 1 near points get room
+    # distances r from camera 0 are r ** power to the VAE: below 1 near points get room; nano, open: see
+    # dlc.standardise_xyz
+    pointmap_power: float = 1.0
     block_shards: int = 8  # samples are shuffled inside blocks of this many shards
     num_workers: int = 2
     cache_latents: bool = True  # encode clips once and keep the latents beside the shards; local shards only
