@@ -18,7 +18,8 @@ class OptimConfig:
     """AdamW, warm-up, then constant (paper.md sec. 8) with a linear cooldown at the end where asked for."""
 
     lr: float = 1e-4  # One4D, sec. 4.1
-    link_lr_width: int = 1280  # the links' lr is lr * min(1, link_lr_width / D)
+    # the links' lr is lr * min(1, link_lr_width / D); nano, open: link_lr_quarter (a quarter of lr) learns 6 % faster
+    link_lr_width: int = 1280
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 1e-4
     warmup_steps: int = 100
