@@ -42,7 +42,7 @@ def write_report(plan: Plan, experiments: list[Experiment]) -> Path:
     names = dict.fromkeys(name for experiment in experiments for name in experiment.runs)
     found = {name: _finished(plan, RUNS[name]) for name in names}
     results = {
-        name: {seed: r for seed, r in seeds.items() if not differences(plan, RUNS[name], seed, r)}
+        name: {seed: r for seed, r in seeds.items() if not differences(plan, RUNS[name], seed, r.recipe)}
         for name, seeds in found.items()
     }
     stale = sum(map(len, found.values())) - sum(map(len, results.values()))
@@ -137,13 +137,15 @@ def _by(claim: Claim, verdict: Verdict) -> str:
 def _reference_rows(experiment: Experiment, seeds: Mapping[int, Result]) -> list[str]:
     rows = []
     for prefix, label in REFERENCE_ROWS.items():
-        cells = []
-        for metric in experiment.metrics:
-            keys = (f"{prefix}.{metric}", f"{prefix}.{metric.partition('.')[2]}")
-            cells.append(_cell([r.numbers[key] for r in seeds.values() for key in keys if key in r.numbers]))
+        cells = [_cell(_reference_values(prefix, metric, seeds)) for metric in experiment.metrics]
         if any(cells):
             rows.append(f"| {' | '.join([label, *cells])} |")
     return rows
+
+
+def _reference_values(prefix: str, metric: str, seeds: Mapping[int, Result]) -> list[float]:
+    keys = (f"{prefix}.{metric}", f"{prefix}.{metric.partition('.')[2]}")  # of one task, or of all
+    return [result.numbers[key] for result in seeds.values() for key in keys if key in result.numbers]
 
 
 def _cell(values: list[float]) -> str:
@@ -187,12 +189,10 @@ def _draw_bars(axes: Axes, metric: str, names: list[str], results: Results, refe
         axes.plot(values[name], [name] * len(values[name]), "o", color="#1c3f66", markersize=3.5)
     lines = (("mean", "--", "mean pointmap"), ("base", "-.", "the base alone"),
              ("ceiling", ":", "truth through the shipped VAE"))  # fmt: skip
-    for result in results["references"].values() if references else ():
-        for prefix, style, label in lines:
-            keys = (f"{prefix}.{metric}", f"{prefix}.{metric.partition('.')[2]}")
-            for value in (result.numbers[key] for key in keys if key in result.numbers):
-                axes.axvline(value, color="#444444", linestyle=style, linewidth=1, label=label)
-                axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # above
+    for prefix, style, label in lines if references else ():
+        for value in _reference_values(prefix, metric, results["references"]):
+            axes.axvline(value, color="#444444", linestyle=style, linewidth=1, label=label)
+            axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # above
     axes.invert_yaxis()
     axes.set_xlabel(f"{LABELS[metric]} ({'higher' if in_decibels(metric) else 'lower'} is better)", fontsize=9)
     axes.tick_params(labelsize=8)

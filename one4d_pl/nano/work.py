@@ -79,7 +79,7 @@ def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
 def is_finished(plan: Plan, run: Run, seed: int) -> bool:
     """ConfigError where the folder holds a run of another recipe."""
     result = read_result(plan, run, seed)
-    if result is not None and (differing := differences(plan, run, seed, result)):
+    if result is not None and (differing := differences(plan, run, seed, result.recipe)):
         raise ConfigError(
             f"{plan.folder(run, seed)}: a run of another config ({', '.join(differing)}); remove the folder, or choose "
             "another --out"
@@ -87,9 +87,9 @@ def is_finished(plan: Plan, run: Run, seed: int) -> bool:
     return result is not None
 
 
-def differences(plan: Plan, run: Run, seed: int, result: Result) -> list[str]:
-    """Keys in which a result's recipe is not today's; a knob younger than the result had its default's effect."""
-    ours, theirs = recipe_of(plan, run, seed), flatten(as_dict(Config())) | result.recipe
+def differences(plan: Plan, run: Run, seed: int, recipe: dict[str, object]) -> list[str]:
+    """Keys in which a stored recipe is not today's; a knob younger than it had its default's effect."""
+    ours, theirs = recipe_of(plan, run, seed), flatten(as_dict(Config())) | recipe
     return sorted(k for k in ours.keys() | theirs.keys() if k != "run_dir" and ours.get(k) != theirs.get(k))
 
 
@@ -135,10 +135,12 @@ def _refuse_other_start(plan: Plan, run: Run, seed: int) -> None:
     """An interrupted run goes on only under the recipe it began with."""
     from one4d_pl.inference.scene_files import write_text
 
-    path, recipe = plan.folder(run, seed) / "recipe.json", json.dumps(recipe_of(plan, run, seed), indent=1) + "\n"
-    if path.is_file() and path.read_text() != recipe:
-        raise ConfigError(f"{path}: begun under another config; remove the folder, or choose another --out")
-    write_text(path, recipe)
+    path = plan.folder(run, seed) / "recipe.json"
+    if path.is_file() and (differing := differences(plan, run, seed, json.loads(path.read_text()))):
+        raise ConfigError(
+            f"{path}: begun under another config ({', '.join(differing)}); remove the folder, or choose another --out"
+        )
+    write_text(path, json.dumps(recipe_of(plan, run, seed), indent=1) + "\n")
 
 
 def _train(config: Config) -> None:

@@ -178,7 +178,7 @@ def test_what_goes_on_starts_from_the_adapters_wherever_they_lie(tmp_path, capsy
     begun.parent.mkdir()
     begun.write_text(json.dumps(recipe_of(there, run, 0), indent=1) + "\n")
     assert main(["--run", f"{EVERY_TASK}:0", "--out", str(tmp_path)]) == 2
-    assert "begun under another config; remove the folder" in capsys.readouterr().err
+    assert "begun under another config (nano.adapters); remove the folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
