@@ -68,8 +68,7 @@ def encode(arguments: Arguments, config: Config) -> list[str]:
 
     def open_encoders() -> WanEncoders:
         if not opened:
-            power = config.data.pointmap_power
-            opened.append(WanEncoders(base.path, base.dtype, base.max_text_tokens, power).to(device))
+            opened.append(WanEncoders.of(config).to(device))
         return opened[0]
 
     lines = []

@@ -58,11 +58,8 @@ def build(config: Config, vae_folder: Path) -> None:
     vae = AutoencoderKLWan.from_pretrained(vae_folder, low_cpu_mem_usage=False)
     build_tiny_wan(Path(base.path), base.tiny, vae)
     # the latents depend on the VAE alone; the text encoder is being trained
-    datamodule = One4DDataModule(
-        config,
-        encoder=lambda: WanEncoders(base.path, base.dtype, base.max_text_tokens, config.data.pointmap_power),
-        encoder_fingerprint=fingerprint(base.path, ("vae",)),
-    )
+    encoders = fingerprint(base.path, ("vae",))
+    datamodule = One4DDataModule(config, encoder=lambda: WanEncoders.of(config), encoder_fingerprint=encoders)
     state = BaseState(config)
     datamodule.start_step = state.step()
     if datamodule.start_step >= config.train.max_steps:

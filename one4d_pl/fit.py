@@ -153,12 +153,8 @@ def training_data(config: Config) -> One4DDataModule:
     from one4d_pl.data.datamodule import One4DDataModule
     from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
 
-    base, power = config.base, config.data.pointmap_power
-    return One4DDataModule(
-        config,
-        encoder=lambda: WanEncoders(base.path, base.dtype, base.max_text_tokens, power),
-        encoder_fingerprint=fingerprint(base.path, ENCODER_PARTS),
-    )
+    encoders = fingerprint(config.base.path, ENCODER_PARTS)
+    return One4DDataModule(config, encoder=lambda: WanEncoders.of(config), encoder_fingerprint=encoders)
 
 
 def scene_callbacks(config: EvalConfig) -> list[Callback]:

@@ -13,8 +13,8 @@ from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation.fit_quality import mean_errors
-from one4d_pl.evaluation.open_model import open_encoders
 from one4d_pl.evaluation.toy_clips import render_samples
+from one4d_pl.models.wan import WanEncoders
 
 ASSETS = Path(__file__).parents[1] / "one4d_pl" / "assets"
 
@@ -41,7 +41,7 @@ def test_bent_pointmaps_survive_the_tiny_vae_better():
     seed, errors = config.data.toy.seed + VAL_SEED_OFFSET, {}
     for power in (1.0, 0.5):
         config.data.pointmap_power = power
-        encoders = open_encoders(config, torch.device("cpu"))
+        encoders = WanEncoders.of(config)
         clips = render_samples(config, range(seed, seed + 4), "clips")
         shown = [encoders.decode_pointmap(encoders.encode_pointmap(clip.pointmap[None])) for clip in clips]
         errors[power] = mean_errors(torch.cat(shown), clips)["rel_error"]

@@ -60,8 +60,8 @@ class DLCConfig:
     # cannot be told from it
     xyz_patch_embedding: bool = True
     link_direction: str = "both"  # or rgb_to_xyz: frames steer pointmaps and are left alone by them
-    # xyz latents to mean 0, deviation 1 per channel, by some clips of each source; nano, open: with
-    # data.pointmap_power=0.5 it is better (standardised_and_bent), alone it cannot be told (standardised)
+    # xyz latents to mean 0, deviation 1 per channel, by some clips of each source; nano, open: alone it cannot be told
+    # (standardised), with data.pointmap_power=0.5 it is better (standardised_and_bent) and so the tiny scale's choice
     standardise_xyz: bool = False
     coupling: str = "decoupled"  # or what One4D is compared with (Fig. 2-3): channel, width; one LoRA, no links
 

@@ -11,13 +11,7 @@ import torch
 from one4d_pl.config import Config
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.models.adapters import AdapterCard
-from one4d_pl.models.wan import WanEncoders, fingerprint
-
-
-def open_encoders(config: Config, device: torch.device) -> WanEncoders:
-    """The base's frozen VAE, text and image encoder."""
-    base = config.base
-    return WanEncoders(base.path, base.dtype, base.max_text_tokens, config.data.pointmap_power).to(device)
+from one4d_pl.models.wan import fingerprint
 
 
 def open_pipeline(config: Config, adapters: Path, device: torch.device) -> tuple[One4DPipeline, AdapterCard]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark, sequence_names
-from one4d_pl.evaluation.open_model import autocast, describe, open_encoders, open_pipeline
+from one4d_pl.evaluation.open_model import autocast, describe, open_pipeline
 from one4d_pl.evaluation.pictures import save_pictures
 from one4d_pl.evaluation.predict import (
     PredictOptions,
@@ -29,6 +29,7 @@ from one4d_pl.inference.framing import Shape
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.inference.predictions import find_prediction, read_prediction
 from one4d_pl.inference.scene_files import write_text
+from one4d_pl.models.wan import WanEncoders
 
 VBENCH_DIMENSIONS = ("i2v_subject", "i2v_background", "dynamic_degree", "aesthetic_quality")
 
@@ -124,7 +125,7 @@ def _predict(
             _fill_folder(row, sequences, predict)
             stored.append(row)
     if "ceiling" in request.rows and request.sweep is None:
-        encoders = encoders or open_encoders(config, device)
+        encoders = encoders or WanEncoders.of(config).to(device)
         for label, used in (("ceiling with VAE", encoders), ("ceiling without VAE", None)):
             settings = describe(config, None, None) | {"options": asdict(options)}
             if used is not None and used.pointmap_power != 1:

@@ -7,7 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from one4d_pl.config import SamplerConfig
+from one4d_pl.data.masking import task_of
 from one4d_pl.models.transformer import CoupledTransformer
+from one4d_pl.models.wan import WanEncoders
 
 
 @dataclass(frozen=True)
@@ -18,6 +21,25 @@ class GuidedText:
     negative_embeds: Tensor  # [B, L, D]
     scale_rgb: Tensor  # [B]
     scale_xyz: Tensor  # [B]
+
+    @staticmethod
+    def embed(
+        encoders: WanEncoders,
+        config: SamplerConfig,
+        prompts: list[str],
+        negative_prompt: str,
+        frame_mask: Tensor,  # [B, T] bool, 1 = given
+    ) -> GuidedText:
+        """Embed prompts and negative prompt, and look up each sample's guidance by its task."""
+        tasks = [task_of(given) for given in frame_mask]
+        xyz = config.guidance_xyz or config.guidance
+        embeds = encoders.pad_prompt_embeds(encoders.encode_prompts([*prompts, negative_prompt]))
+        return GuidedText(
+            prompt_embeds=embeds[:-1],
+            negative_embeds=embeds[-1:].expand(len(prompts), -1, -1),
+            scale_rgb=embeds.new_tensor([config.guidance.of(task) for task in tasks]),
+            scale_xyz=embeds.new_tensor([xyz.of(task) for task in tasks]),
+        )
 
     @property
     def is_off(self) -> bool:

@@ -110,10 +110,11 @@ class One4DPipeline:
 
         Raises ConfigError where the adapter is not of this base or not of the config's shape.
         """
-        base, power = config.base, config.data.pointmap_power
-        encoders = WanEncoders(base.path, base.dtype, base.max_text_tokens, power)
+        base, encoders = config.base, WanEncoders.of(config)
         transformer = couple(load_transformer(base.path, base.dtype), config.dlc, config.train.seed)
-        card = None if adapters is None else load_adapters(transformer, adapters, fingerprint(base.path), power)
+        card = None
+        if adapters is not None:
+            card = load_adapters(transformer, adapters, fingerprint(base.path), config.data.pointmap_power)
         return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, base.negative_prompt, card)
 
     @property
@@ -326,9 +327,9 @@ class One4DPipeline:
         with self._at_work(encoders.vae):
             condition = encode_condition(encoders.encode, frames, frame_mask, encoders.temporal_factor)
         with self._at_work(encoders.image_encoder):
-            image_embeds = encode_first_frame(encoders, frames, frame_mask)
+            image_embeds = encoders.encode_first_frame(frames, frame_mask)
         with self._at_work(encoders.text_encoder):
-            text = self.guided_text(prompts, frame_mask)
+            text = GuidedText.embed(encoders, self.config, prompts, self.negative_prompt, frame_mask)
         latents = integrate(
             lambda noisy, sigma: guided_velocity(
                 self.transformer, noisy, condition, sigma, text, image_embeds, self.two_calls
@@ -342,18 +343,6 @@ class One4DPipeline:
         rgb, xyz = self.transformer.restore(latents).chunk(2)
         with self._at_work(encoders.vae):
             return GeneratedScene(encoders.decode(rgb), encoders.decode_pointmap(xyz))
-
-    def guided_text(self, prompts: list[str], frame_mask: Tensor) -> GuidedText:
-        """Embed prompts and negative prompt, and look up each sample's guidance by its task."""
-        tasks = [task_of(given) for given in frame_mask]
-        xyz = self.config.guidance_xyz or self.config.guidance
-        embeds = self.encoders.pad_prompt_embeds(self.encoders.encode_prompts([*prompts, self.negative_prompt]))
-        return GuidedText(
-            prompt_embeds=embeds[:-1],
-            negative_embeds=embeds[-1:].expand(len(prompts), -1, -1),
-            scale_rgb=embeds.new_tensor([self.config.guidance.of(task) for task in tasks]),
-            scale_xyz=embeds.new_tensor([xyz.of(task) for task in tasks]),
-        )
 
     def _card(self) -> AdapterCard:
         if self.card is None:
@@ -394,18 +383,6 @@ class One4DPipeline:
             yield
         finally:
             module.to("cpu")
-
-
-def encode_first_frame(
-    encoders: WanEncoders,
-    frames: Tensor,  # [B, 3, T, H, W] in [-1, 1]
-    frame_mask: Tensor,  # [B, T] bool, 1 = given
-) -> Tensor | None:  # [B, N, D]
-    """CLIP tokens of frame 0; zero features (not absent tokens) where frame 0 is hidden, as Fun-InP was trained."""
-    image_embeds = encoders.encode_image(frames[:, :, 0])
-    if image_embeds is None:
-        return None
-    return torch.where(frame_mask[:, :1, None], image_embeds, 0.0)
 
 
 def _pixels(picture: Picture) -> Tensor:  # [H, W, 3] uint8

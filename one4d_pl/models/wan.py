@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from one4d_pl.config import ConfigError
+from one4d_pl.config import Config, ConfigError
 from one4d_pl.geometry.pointmap import bend, unbend
 from one4d_pl.models.base_files import ENCODER_PARTS as ENCODER_PARTS
 from one4d_pl.models.base_files import fingerprint as fingerprint
@@ -68,6 +68,12 @@ class WanEncoders(nn.Module):
         shape = (1, -1, 1, 1, 1)
         self.register_buffer("latents_mean", torch.tensor(self.vae.config.latents_mean).view(shape), persistent=False)
         self.register_buffer("latents_std", torch.tensor(self.vae.config.latents_std).view(shape), persistent=False)
+
+    @staticmethod
+    def of(config: Config, device: torch.device = CPU) -> WanEncoders:
+        """Those of a run: the base at `base.path`, pointmaps as `data.pointmap_power` says."""
+        base = config.base
+        return WanEncoders(base.path, base.dtype, base.max_text_tokens, config.data.pointmap_power, device)
 
     @property
     def temporal_factor(self) -> int:
@@ -155,6 +161,15 @@ class WanEncoders(nn.Module):
         mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         pixels = ((pixels - mean) / std).to(self.image_encoder.dtype)
         return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2].float()
+
+    def encode_first_frame(
+        self,
+        frames: Tensor,  # [B, 3, T, H, W] in [-1, 1]
+        frame_mask: Tensor,  # [B, T] bool, 1 = given
+    ) -> Tensor | None:  # [B, N, D]
+        """`encode_image` of frame 0; zero features (not absent tokens) where it is hidden, as Fun-InP was trained."""
+        image_embeds = self.encode_image(frames[:, :, 0])
+        return None if image_embeds is None else torch.where(frame_mask[:, :1, None], image_embeds, 0.0)
 
     def encode_sample(self, sample: Sample) -> Encoded:
         """What the encoded cache stores of a clip."""

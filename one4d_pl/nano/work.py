@@ -50,8 +50,20 @@ class Plan:
     def config(self, run: Run, seed: int) -> Config:
         """Of one run; the same whatever else is run, and on any machine."""
         place = [f"run_dir={self.folder(run, seed)}", f"train.seed={seed}"]
-        start = [f"train.init_from={self.adapters}"] if run.goes_on else []
+        start = self._start() if run.goes_on else []
         return load_config(list(self.configs), [*self.overrides, *run.overrides, *start, *place])
+
+    def _start(self) -> list[str]:
+        """To go on from the adapters, with pointmaps as they know them."""
+        from one4d_pl.models.adapters import AdapterCard
+
+        card = AdapterCard.read(self.adapters)
+        standardised = str(card.dlc.standardise_xyz).lower()
+        return [
+            f"train.init_from={self.adapters}",
+            f"dlc.standardise_xyz={standardised}",
+            f"data.pointmap_power={card.pointmap_power}",
+        ]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torchmetrics import MeanMetric
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample, shift_sigma
-from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline, encode_first_frame
+from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.models.adapters import load_adapters
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.coupling import couple
@@ -50,9 +50,7 @@ class One4DModule(lightning.LightningModule):
         device = torch.device("cpu") if strategy is None else strategy.root_device
         partitioner = strategy.partitioner() if isinstance(strategy, ZeroStrategy) else None
         statistics = self._measure_latents() if config.dlc.standardise_xyz and self.adapters is None else None
-        power = config.data.pointmap_power
-        encoders = WanEncoders(config.base.path, config.base.dtype, config.base.max_text_tokens, power, device)
-        self._encoders = (encoders.to(device),)  # its own constants
+        self._encoders = (WanEncoders.of(config, device).to(device),)  # to: its own constants
         base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
         self.transformer = couple(base, config.dlc, config.train.seed)
         self.transformer.set_attention(config.base.attention)
@@ -60,7 +58,7 @@ class One4DModule(lightning.LightningModule):
         if config.train.compile:
             self.transformer.compile_blocks()
         if self.adapters is not None:
-            load_adapters(self.transformer, self.adapters, self.base_fingerprint, power)
+            load_adapters(self.transformer, self.adapters, self.base_fingerprint, config.data.pointmap_power)
         elif statistics is not None:
             self.transformer.set_xyz_statistics(*statistics)
         self._built = True
@@ -139,7 +137,7 @@ class One4DModule(lightning.LightningModule):
         if batch.encoded is None:
             latents = encoders.encode_clips(batch.frames, batch.pointmap)
             prompts = encoders.pad_prompt_embeds(encoders.encode_prompts(list(batch.prompts)))
-            return latents, prompts, encode_first_frame(encoders, batch.frames, batch.frame_mask)
+            return latents, prompts, encoders.encode_first_frame(batch.frames, batch.frame_mask)
         latents = torch.stack([e.latents for e in batch.encoded], dim=1).flatten(0, 1)
         prompts = encoders.pad_prompt_embeds([e.prompt_embeds for e in batch.encoded])
         images = [e.image_embeds for e in batch.encoded if e.image_embeds is not None]

@@ -50,9 +50,8 @@ class TinyBaseModule(lightning.LightningModule):
         """Open the bundle; its VAE is trained already, the rest starts from its seeded weights."""
         if hasattr(self, "trained"):
             return
-        base = self.config.base
-        self.encoders = WanEncoders(base.path, base.dtype, base.max_text_tokens, self.config.data.pointmap_power)
-        transformer = load_transformer(base.path, base.dtype)
+        self.encoders = WanEncoders.of(self.config)
+        transformer = load_transformer(self.config.base.path, self.config.base.dtype)
         self.trained = nn.ModuleDict({"transformer": transformer, "text_encoder": self.encoders.text_encoder})
         self.trained.requires_grad_(True)
         self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))

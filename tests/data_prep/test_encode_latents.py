@@ -36,9 +36,12 @@ def small(tmp_path: Path, tiny_base) -> list[str]:
     source = {"path": str(tmp_path / "raw")}
     settings = {
         "base": {"path": tiny_base.path, "max_text_tokens": tiny_base.max_text_tokens, "tiny": None},
-        "dlc": {"rank": 4},
-        "data": {"sources": [source], "val_sources": [source], "toy": None, "num_frames": 9, "height": 32, "width": 48},
-    }
+        "dlc": {"rank": 4, "standardise_xyz": False},  # a module without a trainer has no latents to measure
+        "data": {
+            "sources": [source], "val_sources": [source], "toy": None, "pointmap_power": 1.0,
+            "num_frames": 9, "height": 32, "width": 48,
+        },
+    }  # fmt: skip
     (tmp_path / "small.yaml").write_text(yaml.safe_dump(settings))
     return ["--config", str(REPO / "configs/dlc.yaml"), "--config", str(tmp_path / "small.yaml")]
 

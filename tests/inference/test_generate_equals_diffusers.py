@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, UMT5EncoderModel
 
 from one4d_pl.config import DLCConfig, SamplerConfig
 from one4d_pl.inference import pipeline as pipeline_room
-from one4d_pl.inference.pipeline import One4DPipeline, encode_first_frame
+from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.models.adapters import AdapterCard
 from one4d_pl.models.transformer import One4DTransformer
 
@@ -73,7 +73,7 @@ def make_both(base, monkeypatch, solver, num_frames, height, width, given: dict[
     pixels = torch.from_numpy(np.array(images[0])).permute(2, 0, 1)[None, :, None].float() / 127.5 - 1
     shown = torch.ones(1, 1, dtype=torch.bool)
     last = images.get(num_frames - 1) if num_frames > 1 else None
-    pipe, image_embeds = theirs(base, solver), encode_first_frame(encoders, pixels, shown)
+    pipe, image_embeds = theirs(base, solver), encoders.encode_first_frame(pixels, shown)
     # ours squashes pictures to CLIP's square as Fun-InP was trained, theirs crops; it takes no embeddings beside them
     pipe.encode_image = lambda image, device: image_embeds
     result = pipe(

@@ -8,7 +8,7 @@ import torch
 from one4d_pl.config import DLCConfig, GuidanceConfig, SamplerConfig
 from one4d_pl.geometry.pointmap import unbend
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
-from one4d_pl.inference.pipeline import One4DPipeline, RequestError, encode_first_frame
+from one4d_pl.inference.pipeline import One4DPipeline, RequestError
 from one4d_pl.models.transformer import One4DTransformer
 
 
@@ -58,7 +58,7 @@ def test_a_scene_has_the_size_of_its_frames_and_follows_task_guidance(tiny_base,
     pipeline = One4DPipeline(perturbed, encoders, config, shift=1.0, negative_prompt="bad")
     frames = torch.rand(4, 3, 5, 32, 48) * 2 - 1
     given = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 0, 0, 0, 1], [1, 1, 1, 1, 1]], dtype=torch.bool)
-    text = pipeline.guided_text(["p"] * 4, given)
+    text = GuidedText.embed(pipeline.encoders, pipeline.config, ["p"] * 4, pipeline.negative_prompt, given)
     assert text.scale_rgb.tolist() == text.scale_xyz.tolist() == [6, 5, 4, 3]
     noise = torch.randn(8, 16, 2, 4, 6)
     scene = pipeline.sample(["p"] * 4, frames, given, noise)
@@ -88,7 +88,7 @@ def test_pointmaps_leave_the_sampler_in_the_encoders_units_and_in_the_plain_cube
 def test_image_tokens_are_zeros_not_absent_where_frame_0_is_hidden(tiny_base):
     encoders, frames = tiny_base.encoders(), torch.rand(2, 3, 5, 32, 32)
     given = torch.tensor([[True] * 5, [False] * 5])
-    embeds = encode_first_frame(encoders, frames, given)
+    embeds = encoders.encode_first_frame(frames, given)
     if not tiny_base.image_tokens:
         assert embeds is None
         return

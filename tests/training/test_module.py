@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from one4d_pl.data.datamodule import One4DDataModule
-from one4d_pl.inference.pipeline import encode_first_frame
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 from one4d_pl.training.module import One4DModule
@@ -120,7 +119,7 @@ def test_image_tokens_reach_the_step(run_config, tiny_base):
     samples = stream(module, range(6))
     batch, fresh = collate(samples), collate([replace(s, encoded=None) for s in samples])
     _, _, cached_tokens = module.encode(batch)
-    expected = encode_first_frame(module.encoders, batch.frames, batch.frame_mask)
+    expected = module.encoders.encode_first_frame(batch.frames, batch.frame_mask)
     torch.testing.assert_close(cached_tokens, expected, rtol=0, atol=1e-5)
     torch.testing.assert_close(losses(module, batch), losses(module, fresh), rtol=0, atol=1e-5)
 

@@ -107,7 +107,7 @@ def test_other_couplings_resume_and_export_as_decoupled_lora_control_does(run_co
     assert sorted(path.name for path in out.iterdir()) == ["card.json", "coupled.safetensors"]
 
 
-def test_standardised_pointmaps_resume_with_the_statistics_they_began_with(run_config, tmp_path):
+def test_bent_and_standardised_pointmaps_resume_with_the_statistics_they_began_with(run_config, tmp_path):
     other = ["dlc.standardise_xyz=true", "data.pointmap_power=0.5"]
     undisturbed = run_config(*other, f"run_dir={tmp_path}/whole")
     fit(undisturbed)
