@@ -54,7 +54,9 @@ class DLCConfig:
     rank: int = 64  # One4D, sec. 4.1
     # alpha / rank; not in the paper, stored with every adapter; nano, open: lora_scale_2 learns 3 % faster
     lora_scale: float = 1.0
-    num_links: int = 5  # One4D, sec. 3.2; 0 leaves the branches independent
+    # One4D, sec. 3.2; 0 leaves the branches independent; nano, links: more of them learn slower at first (links_1), the
+    # shipped adapters rely on every one (link_0_zeroed and so on)
+    num_links: int = 5
     link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
     # own trainable copy; makes the paper's 935.7 exact (our guess, paper.md sec. 3); nano, open: shared_patch_embedding
     # cannot be told from it

@@ -92,7 +92,9 @@ def _open(name: str, *overrides: str, seeds: int = 1, own_target: bool = False) 
     return Run(name, overrides, seeds, given=1, knob=True, own_target=own_target)
 
 
-STANDARDISED, BENT = "dlc.standardise_xyz=true", "data.pointmap_power=0.5"
+BENT_POWER = 0.5
+STANDARDISED, BENT = "dlc.standardise_xyz=true", f"data.pointmap_power={BENT_POWER}"
+CEILINGS = {"ceiling": 1.0, "ceiling_bent": BENT_POWER}  # of the references -> data.pointmap_power
 
 RUNS = {
     run.name: run

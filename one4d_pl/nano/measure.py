@@ -23,7 +23,7 @@ from one4d_pl.evaluation.sweeps import sparse_indices
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.metrics.video import FrechetVideoDistance, VaeFeatures
-from one4d_pl.nano.experiments import LINKS_ZEROED, OTHER_CLIP
+from one4d_pl.nano.experiments import CEILINGS, LINKS_ZEROED, OTHER_CLIP
 from one4d_pl.types import Sample, Task, collate
 
 MASK_SEED = 0  # frames that are shown: the same for every run
@@ -74,10 +74,13 @@ def measure_references(
 ) -> dict[str, float]:
     """What the runs stand between: the mean pointmap of training clips, the VAE's round trip, the base's own frames."""
     batch = collate(clips)
-    ceiling = round_trip(base, clips)
     every = torch.ones(batch.frame_mask.shape, dtype=torch.bool)
+    numbers: dict[str, float] = {}
+    for name, power in CEILINGS.items():
+        base.encoders.pointmap_power = power
+        ceiling = round_trip(base, clips)
+        numbers |= {f"{name}.{n}": value for n, value in _scores(base, ceiling, every, clips).items()}
     mean = replace(ceiling, pointmap=mean_pointmap.expand_as(batch.pointmap))
-    numbers = {f"ceiling.{name}": value for name, value in _scores(base, ceiling, every, clips).items()}
     numbers |= {f"mean.{n}": value for n, value in _scores(base, mean, every, clips).items() if n.startswith("rel")}
     base_alone = measure(base, clips, seed, None, on_clip)
     return numbers | {f"base.{n}": value for n, value in base_alone.items() if n.endswith(("_db", "fd_vae"))}
