@@ -209,6 +209,16 @@ def test_claims_speak_of_what_is_run_and_measured():
     assert [seed for _, seed in jobs] == sorted(seed for _, seed in jobs)
 
 
+def test_training_on_shows_pointmaps_as_the_adapters_know_them(tmp_path):
+    card = json.loads((DEMO_ADAPTERS / "card.json").read_text())
+    for power, statistics in ((1.0, None), (0.7, {"mean": [0.0], "std": [1.0]})):
+        changed = card | {"pointmap_power": power, "xyz_statistics": statistics}
+        (tmp_path / "card.json").write_text(json.dumps(changed))
+        config = Plan(tmp_path, adapters=tmp_path).config(RUNS[EVERY_TASK], 0)
+        assert config.data.pointmap_power == power
+        assert config.dlc.standardise_xyz == (statistics is not None)
+
+
 def test_all_couplings_train_as_many_parameters():
     settings, counts = transformer_config(resolve_base("embedded")), {}
     for name in (REFERENCE, "channel", "width"):
