@@ -79,7 +79,8 @@ class One4DModule(lightning.LightningModule):
         if found is None:
             raise ConfigError(
                 "dlc.standardise_xyz: no training clip is encoded ahead, so there is nothing to measure; set "
-                "data.cache_latents=true with local shards, or encode them (python -m data_prep.encode_latents)"
+                "data.cache_latents=true with local shards, encode them (python -m data_prep.encode_latents), or set "
+                "dlc.standardise_xyz=false"
             )
         return found["xyz_mean"], found["xyz_std"]
 
