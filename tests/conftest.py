@@ -126,8 +126,8 @@ def small_run_config(folder: Path, base: TinyBase, toy_root: Path) -> Callable[.
     small = {
         "run_dir": str(folder / "run"),
         "base": {"path": base.path, "max_text_tokens": base.max_text_tokens, "tiny": None},
-        # plain pointmaps, since a module without a trainer has no latents to measure; test_resume.py and test_zero.py
-        # train the tiny scale's own, bent and standardised
+        # plain pointmaps, since a module without a trainer has no latents to measure; test_resume.py trains the tiny
+        # scale's own, bent and standardised, test_zero.py standardised ones
         "dlc": {"rank": 4, "standardise_xyz": False},
         "sampler": {"steps": 2},
         "optim": {"warmup_steps": 2},

@@ -58,10 +58,9 @@ class Plan:
         from one4d_pl.models.adapters import AdapterCard
 
         card = AdapterCard.read(self.adapters)
-        standardised = str(card.dlc.standardise_xyz).lower()
         return [
             f"train.init_from={self.adapters}",
-            f"dlc.standardise_xyz={standardised}",
+            f"dlc.standardise_xyz={card.dlc.standardise_xyz}",
             f"data.pointmap_power={card.pointmap_power}",
         ]
 
