@@ -67,6 +67,7 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     from one4d_pl.evaluation.toy_clips import render_samples
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.inference.scene_files import write_text
+    from one4d_pl.models.precision import uses_bfloat16
 
     if config.data.toy is None:
         raise ConfigError("data.toy: null, but the demo renders its clips; add --config configs/data/toy.yaml")
@@ -75,7 +76,7 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     held_out = render_samples(config, range(seed + VAL_SEED_OFFSET, seed + VAL_SEED_OFFSET + clips), "held-out clips")
     training = render_samples(config, range(seed, seed + TRAINING_CLIPS), "training clips")
     mean_pointmap = torch.stack([clip.pointmap for clip in training]).mean(0)
-    bfloat16 = config.train.precision == "bf16-mixed"
+    bfloat16 = uses_bfloat16(config, pipeline.device)
     with tqdm(total=sampled_clips(clips), desc="sampling 4D scenes", unit="clip") as bar:
         path = _median_path(training)
         quality = measure_fit(pipeline, base, held_out, mean_pointmap, path, SEED, bfloat16, bar.update)

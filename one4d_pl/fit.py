@@ -82,13 +82,20 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     Returns 0, or on rank 0 the exit code for what made it stop early, after a checkpoint and the marker.
     """
     stop = Stop() if stop is None else stop
-    log.info("one4d_pl fit: scale %s, run folder %s; the paper's scale: %s", config.scale, config.run_dir, LARGE_SCALE)
     _quieten()
     # before torch loads OpenMP: threads that spin while waiting make a busy machine ten times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-    import lightning  # heavy imports only after every cheap check
-    import torch
+    import torch  # heavy imports only after every cheap check
+
+    from one4d_pl.models.precision import describe_precision, run_device
+
+    log.info(
+        "one4d_pl fit: scale %s in %s, run folder %s; the paper's scale: %s",
+        config.scale, describe_precision(config, run_device()), config.run_dir, LARGE_SCALE,
+    )  # fmt: skip
+
+    import lightning
     import transformers
 
     from one4d_pl.callbacks.losses import LossCurves

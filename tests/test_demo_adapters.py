@@ -16,6 +16,7 @@ from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit
 from one4d_pl.evaluation.toy_clips import render_samples
 from one4d_pl.inference.pipeline import One4DPipeline
+from one4d_pl.models.precision import uses_bfloat16
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -28,7 +29,8 @@ def quality() -> FitQuality:
     clips = render_samples(config, range(first, first + 8), "held-out clips")
     training = render_samples(config, range(config.data.toy.seed, config.data.toy.seed + 32), "training clips")
     mean = torch.stack([clip.pointmap for clip in training]).mean(0)
-    return measure_fit(pipeline, base, clips, mean, demo._median_path(training), seed=0, bfloat16=True)
+    bfloat16 = uses_bfloat16(config, pipeline.device)
+    return measure_fit(pipeline, base, clips, mean, demo._median_path(training), seed=0, bfloat16=bfloat16)
 
 
 def test_pointmaps_follow_the_frames_through_the_links(quality):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,11 +21,6 @@ def open_pipeline(config: Config, adapters: Path, device: torch.device) -> tuple
     pipeline.transformer.to(device).eval().requires_grad_(False)
     pipeline.encoders.to(device)
     return pipeline, card
-
-
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[None]:
-    """The precision of training, for sampling too."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.train.precision == "bf16-mixed")
 
 
 def describe(config: Config, adapters: Path | None, card: AdapterCard | None) -> dict[str, object]:

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark, sequence_names
-from one4d_pl.evaluation.open_model import autocast, describe, open_pipeline
+from one4d_pl.evaluation.open_model import describe, open_pipeline
 from one4d_pl.evaluation.pictures import save_pictures
 from one4d_pl.evaluation.predict import (
     PredictOptions,
@@ -29,6 +29,7 @@ from one4d_pl.inference.framing import Shape
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.inference.predictions import find_prediction, read_prediction
 from one4d_pl.inference.scene_files import write_text
+from one4d_pl.models.precision import autocast
 from one4d_pl.models.wan import WanEncoders
 
 VBENCH_DIMENSIONS = ("i2v_subject", "i2v_background", "dynamic_degree", "aesthetic_quality")

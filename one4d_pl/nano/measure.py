@@ -23,6 +23,7 @@ from one4d_pl.evaluation.sweeps import sparse_indices
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.metrics.video import FrechetVideoDistance, VaeFeatures
+from one4d_pl.models.precision import computes_bfloat16
 from one4d_pl.nano.experiments import CEILINGS, LINKS_ZEROED, OTHER_CLIP
 from one4d_pl.types import Sample, Task, collate
 
@@ -49,7 +50,7 @@ def measure(
         on_clip: called with the number of clips just sampled.
         broken: Run.broken.
     """
-    sampler = ClipSampler(clips, seed, True, on_clip)
+    sampler = ClipSampler(clips, seed, computes_bfloat16(pipeline.device), on_clip)
     numbers: dict[str, float] = {}
     pattern = LINKS_ZEROED.get(broken or "")
     num_frames = clips[0].frames.shape[1]

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from one4d_pl.config import Config
+from one4d_pl.models.precision import run_device, uses_bfloat16
 from one4d_pl.training.zero import ZeroStrategy
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for the others ends the run
@@ -21,13 +22,14 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for th
 def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Trainer:
     """A Trainer that stops at train.max_steps, validates before the first step and every val.every steps."""
     train = config.train
+    bfloat16 = uses_bfloat16(config, run_device())
     return lightning.Trainer(
         accelerator="gpu" if torch.cuda.is_available() else "cpu",
-        strategy=_strategy(config),
+        strategy=_strategy(config, bfloat16),
         num_nodes=train.num_nodes,
         devices=train.devices,
         # DeepSpeed's strategy brings its own: training/zero.py
-        precision=None if train.strategy == "deepspeed" else "bf16-mixed" if train.precision == "bf16-mixed" else 32,
+        precision=None if train.strategy == "deepspeed" else "bf16-mixed" if bfloat16 else 32,
         max_steps=train.max_steps,
         accumulate_grad_batches=train.accumulation,
         gradient_clip_val=config.optim.grad_clip,
@@ -65,11 +67,11 @@ def limit_threads(config: Config) -> None:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.train.devices))
 
 
-def _strategy(config: Config) -> Strategy:
+def _strategy(config: Config, bfloat16: bool) -> Strategy:
     if config.train.strategy == "single":
         return SingleDeviceStrategy(device="cuda:0" if torch.cuda.is_available() else "cpu")
     if config.train.strategy == "deepspeed":
-        return ZeroStrategy(config.train, COLLECTIVE_TIMEOUT)
+        return ZeroStrategy(config.train, bfloat16, COLLECTIVE_TIMEOUT)
     # every trainable is used in every step whatever the task draw; the base has no buffers that change
     return DDPStrategy(
         find_unused_parameters=False,

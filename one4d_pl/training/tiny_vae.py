@@ -29,6 +29,8 @@ from tqdm import tqdm
 
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.geometry.pointmap import normalise_pointmap
+from one4d_pl.models.encoder_files import CPU
+from one4d_pl.models.precision import computes_bfloat16
 
 KINDS = ("frames", "pointmaps")  # the videos that a clip gives
 TIME_FACTOR, SPACE_FACTOR = 4, 4
@@ -217,7 +219,8 @@ def train_step(training: VaeTraining, pool: ClipPool, config: TinyVaeConfig, pro
     videos = draw_batch(pool, stage, config, training.step)
     vae = training.vae.train()
     vae.zero_grad()
-    with torch.autocast("cpu", torch.bfloat16):  # many times faster than float32 convolutions, also in the backward
+    # in bfloat16 arithmetic convolutions are many times faster than in float32, also in the backward pass
+    with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16(CPU)):
         with torch.set_grad_enabled(not config.decoder_only):
             latents = vae.encode(videos).latent_dist.mode().float()
         std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))
@@ -273,10 +276,12 @@ def update(training: VaeTraining, config: TinyVaeConfig, lr: float) -> None:
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:  # [m, n] -> [m, n]
-    """About U Vᵀ of the matrix's U S Vᵀ, by five Newton-Schulz steps in bf16 (Jordan 2024)."""
+    """About U Vᵀ of the matrix's U S Vᵀ, by five Newton-Schulz steps (Jordan 2024), in bf16 where that is fast."""
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
-    x = (x / (x.norm() + 1e-12)).bfloat16()
+    x = x / (x.norm() + 1e-12)
+    if computes_bfloat16(x.device):
+        x = x.bfloat16()
     a, b, c = NEWTON_SCHULZ
     for _ in range(5):
         gram = x @ x.T
@@ -318,7 +323,7 @@ def evaluate(vae: AutoencoderKLWan, pool: ClipPool, bfloat16: bool) -> dict[str,
     quality = {}
     for kind in KINDS:
         videos = (pool.videos(kind, slice(i, i + 1)) for i in range(len(pool)))
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16 and computes_bfloat16(CPU)):
             decoded = [vae.decode(vae.encode(v).latent_dist.mode()).sample.float() for v in videos]
         quality[kind] = measure(torch.cat(decoded), pool, kind)
     return quality
@@ -362,7 +367,7 @@ def _unblock(blocks: Tensor, length: int) -> Tensor:  # [N, t, h, w, D] -> [N, 3
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, pool: ClipPool, count: int, bfloat16: bool) -> None:
     """Store mean and std of each latent channel over the frames of the first `count` clips in the VAE's config."""
-    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+    with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16 and computes_bfloat16(CPU)):
         videos = (pool.videos("frames", slice(i, i + 1)) for i in range(min(count, len(pool))))
         latents = torch.cat([vae.encode(v).latent_dist.mode().float() for v in videos])
     std, mean = torch.std_mean(latents, dim=(0, 2, 3, 4))

@@ -69,12 +69,13 @@ class ZeroStrategy(DeepSpeedStrategy):
     """A real DeepSpeedEngine at `train.zero_stage`, with gloo where there is no CUDA.
 
     Args:
-        config: stage, offload, precision.
+        config: stage, offload.
+        bfloat16: whether steps run under bfloat16 autocast.
         timeout: of every collective.
     """
 
-    def __init__(self, config: TrainConfig, timeout: timedelta) -> None:
-        super().__init__(config=engine_config(config), precision_plugin=ZeroPrecision(config.precision == "bf16-mixed"))
+    def __init__(self, config: TrainConfig, bfloat16: bool, timeout: timedelta) -> None:
+        super().__init__(config=engine_config(config), precision_plugin=ZeroPrecision(bfloat16))
         self._timeout = timeout
 
     def setup_environment(self) -> None:
