@@ -85,10 +85,13 @@ def test_both_layouts_give_the_same_transformer(twins):
         "return_dict": False,
     }
     stock = WanTransformer3DModel.from_pretrained(twins[0] / "transformer")
-    with torch.no_grad():
-        outputs = [load_transformer(str(folder), "float32")(**inputs)[0] for folder in twins]
-        assert torch.equal(outputs[0], stock(**inputs)[0])
-    assert torch.equal(outputs[0], outputs[1])
+    for model in (load_transformer(str(folder), "float32") for folder in twins):
+        assert model.state_dict().keys() == stock.state_dict().keys()
+        for name, value in stock.state_dict().items():
+            assert torch.equal(model.state_dict()[name], value), name
+        with torch.no_grad():
+            # kernels choose their order of additions by where the weights lie in memory, too
+            torch.testing.assert_close(model(**inputs)[0], stock(**inputs)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_both_layouts_give_the_same_encoders(twins):
