@@ -62,8 +62,9 @@ EVAL_ARGS ?=
 eval: $(STAMP)  ## BENCH=sintel ROOT=<its folder> CKPT=<adapter folder>; with nothing: the demo adapters on the toy scenes
 	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl.evaluate --bench $(BENCH) $(if $(ROOT),--root $(ROOT)) $(if $(CKPT),--ckpt $(CKPT)) $(EVAL_ARGS)
 
+# a process per core, four at most; a file's tests stay together, since they share what they set up
 test: $(STAMP)  ## the tests but the slow ones
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m "not slow"
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m "not slow" -n logical --maxprocesses 4 --dist loadfile
 
 test-long: $(STAMP)  ## the slow tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m slow -o faulthandler_timeout=1800
