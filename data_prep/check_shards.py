@@ -13,8 +13,6 @@ import hashlib
 import json
 import logging
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from statistics import median
@@ -26,9 +24,11 @@ from tqdm import tqdm
 from data_prep.geometry_checks import check_geometry
 from data_prep.parallel import run_parallel
 from data_prep.pictures import draw_clips
+from one4d_pl.commands import Command
 from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError, atomic
+from one4d_pl.errors import UserError
 from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
 from one4d_pl.models.base_files import weight_files
 from one4d_pl.models.encoder_files import open_vae
@@ -180,10 +180,7 @@ def summary(shards: ShardSet, checks: list[ClipCheck], damaged: list[str]) -> li
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Check; 0, 1 where a shard or clip is damaged, 2 after one line on stderr where the input is wrong."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m data_prep.check_shards", description=__doc__)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="raw shards, local")
     parser.add_argument("--report", type=Path, help="folder of the report; default: FOLDER/check")
     parser.add_argument("--base", help="folder of a base whose VAE is tried; default: the shipped tiny VAE")
@@ -191,7 +188,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
     parser.add_argument("--rank", type=int, default=0, help="number of this task of an array job (default %(default)s)")
     parser.add_argument("--world", type=int, default=1, help="tasks of the array job (default %(default)s)")
-    args = parser.parse_args(argv)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Check; the exit code: 1 where a shard or clip is damaged."""
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
     report = args.report or Path(args.folder) / "check"
     vae = None if args.vae_clips < 1 else args.base or str(base_folder(EMBEDDED_BASE))
     tried = hashlib.sha256(f"{vae} {args.vae_clips}".encode()).hexdigest()[:8]
@@ -212,11 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         checks, damaged = write_report(shards, parts, report)
     except (ValueError, OSError) as error:
-        print(f"check_shards: {error}", file=sys.stderr)
-        return 2
+        raise UserError(str(error)) from None
     print("\n".join([*summary(shards, checks, damaged), f"  report: {report}"]))
     return 1 if damaged or any(check.fault for check in checks) else 0
 
 
+main = Command("data_prep.check_shards", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run_process()

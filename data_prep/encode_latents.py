@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import argparse
 import logging
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from one4d_pl.commands import Command
 from one4d_pl.config import Config, ConfigError, load_config
+from one4d_pl.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class Arguments:
             raise ConfigError("need --sparse-draws >= 0 and 0 <= --rank < --world")
 
 
-def parse(argv: Sequence[str] | None) -> Arguments:
-    """The command line as Arguments; exits with code 2 on an unknown or malformed option."""
-    parser = argparse.ArgumentParser(prog="python -m data_prep.encode_latents", description=__doc__)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml, as for fit")
     parser.add_argument("--raw", metavar="FOLDER", help="raw shards; default: every folder of data.sources")
     parser.add_argument("--out", metavar="FOLDER", help="of one --raw folder; default: beside it, as the cache of fit")
@@ -49,7 +47,6 @@ def parse(argv: Sequence[str] | None) -> Arguments:
     parser.add_argument("--rank", type=int, default=0, help="number of this task of an array job (default %(default)s)")
     parser.add_argument("--world", type=int, default=1, help="tasks of the array job (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.num_frames=49")
-    return Arguments(**vars(parser.parse_args(argv)))
 
 
 def encode(arguments: Arguments, config: Config) -> list[str]:
@@ -88,19 +85,18 @@ def encode(arguments: Arguments, config: Config) -> list[str]:
     return lines
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Encode; 0, or 2 after one line on stderr that tells what is wrong with the input."""
+def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        arguments = parse(argv)
+        arguments = Arguments(**vars(args))
         config = load_config(arguments.config, arguments.overrides)
         lines = encode(arguments, config)
     except (ValueError, OSError) as error:  # ConfigError and ShardSetError are ValueErrors
-        print(f"encode_latents: {error}", file=sys.stderr)
-        return 2
+        raise UserError(str(error)) from None
     print("\n".join(lines))
-    return 0
 
+
+main = Command("data_prep.encode_latents", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run_process()

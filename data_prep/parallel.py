@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import multiprocessing
 import os
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from one4d_pl.interrupts import follow_parent, uninterrupted
 
 QUIET_S = 600.0  # without one result: a person should know what is waited for
 
@@ -40,7 +41,8 @@ def run_parallel(
     try:
         while queue or running:
             while queue and len(running) < 2 * jobs:
-                running.add(executor.submit(function, queue.popleft()))
+                with uninterrupted():  # it may start a process
+                    running.add(executor.submit(function, queue.popleft()))
             done, running = wait(running, QUIET_S, return_when=FIRST_COMPLETED)
             if not done:
                 log.warning("nothing was finished for %g s; a disk may hang, or the next item is a long one", QUIET_S)
@@ -55,14 +57,7 @@ def run_parallel(
 
 def _become_worker() -> None:
     """One thread, and no life after the parent: a worker that waits for work would wait for ever."""
+    follow_parent()
     import torch
 
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def follow() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()

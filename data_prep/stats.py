@@ -12,8 +12,6 @@ import argparse
 import json
 import logging
 import math
-import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, median
@@ -22,10 +20,12 @@ import torch
 
 from data_prep.geometry_checks import check_geometry
 from data_prep.pictures import draw_bars
+from one4d_pl.commands import Command
 from one4d_pl.data.encoded import EncodedSet
 from one4d_pl.data.latent_stats import LatentStats, latent_statistics, spread
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError, atomic
+from one4d_pl.errors import UserError
 
 COLUMNS = ("folder", "source", "domain", "split", "licence", "clips", "scenes", "hours", "size", "MB/clip",
            "motion %", "turn deg", "depth 2-98 %", "words")  # fmt: skip
@@ -159,17 +159,17 @@ def draw(found: list[SetStats], path: Path) -> None:
         draw_bars(panels).save(file, "PNG")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Measure and report; 0, or 2 after one line on stderr that tells what is wrong with the input."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    parser = argparse.ArgumentParser(prog="python -m data_prep.stats", description=__doc__)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folders", nargs="+", help="raw shards")
     parser.add_argument("--out", type=Path, default=Path("."), help="gets stats.json and stats.png (default: here)")
     parser.add_argument("--clips", type=int, default=32, help="decoded per folder (default %(default)s)")
-    args = parser.parse_args(argv)
+
+
+def _run(args: argparse.Namespace) -> None:
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if args.clips < 1:
+        raise UserError("--clips must be at least 1")
     try:
-        if args.clips < 1:
-            raise ValueError("--clips must be at least 1")
         found = [measure_set(folder, args.clips) for folder in args.folders]
         args.out.mkdir(parents=True, exist_ok=True)
         tree = [{k: _plain(v) for k, v in asdict(s).items()} for s in found]
@@ -177,15 +177,15 @@ def main(argv: Sequence[str] | None = None) -> int:
             file.write((json.dumps(tree, indent=1) + "\n").encode())
         draw(found, args.out / "stats.png")
     except (ValueError, OSError) as error:
-        print(f"stats: {error}", file=sys.stderr)
-        return 2
+        raise UserError(str(error)) from None
     print(table(found))
-    return 0
 
 
 def _plain(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value  # json has no nan
 
 
+main = Command("data_prep.stats", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run_process()

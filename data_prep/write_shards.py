@@ -14,7 +14,6 @@ import hashlib
 import logging
 import sys
 import time
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,10 +23,12 @@ from data_prep.captions import CaptionOptions, digest_of_table, read_table
 from data_prep.parallel import run_parallel
 from data_prep.sources.registry import DEFAULT_STRIDES
 from data_prep.units import UnitResult, UnitTask, convert_unit, list_source_units, read_exclusions, split_units
+from one4d_pl.commands import Command
 from one4d_pl.data.clip_codec import MAX_FRAMES, MIN_FRAMES
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.staging import Plan, Staging, is_finished
 from one4d_pl.data.tar_set import SPLITS, Recipe
+from one4d_pl.errors import UserError
 from one4d_pl.types import DOMAINS
 
 log = logging.getLogger("data_prep")
@@ -106,13 +107,8 @@ class Arguments:
         return shown
 
 
-def parse(argv: Sequence[str] | None) -> Arguments:
-    """The command line as Arguments; exits with code 2 on an unknown or malformed option."""
-    parser = argparse.ArgumentParser(
-        prog="python -m data_prep.write_shards",
-        description="Convert one dataset to raw shards (WebDataset tars and a manifest); start it again to go on.",
-        epilog="example: python -m data_prep.write_shards --source toy --out toy --height 64 --width 64 --count 32",
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "example: python -m data_prep.write_shards --source toy --out toy --height 64 --width 64 --count 32"
     parser.add_argument("--source", required=True, choices=(*DEFAULT_STRIDES, "toy"), help="which dataset")
     parser.add_argument("--root", help="folder of the downloaded dataset (not for toy)")
     parser.add_argument("--out", required=True, help="folder to write")
@@ -159,7 +155,6 @@ def parse(argv: Sequence[str] | None) -> Arguments:
         "--seed", type=int, default=0, help="the i-th clip is rendered from seed + i (default %(default)s)"
     )
     toy.add_argument("--domain", choices=DOMAINS, default=DOMAINS[0], help="look of the clips (default %(default)s)")
-    return Arguments(**vars(parser.parse_args(argv)))
 
 
 def write(arguments: Arguments) -> ShardSet | None:
@@ -210,23 +205,22 @@ def _show(bar: tqdm, result: UnitResult, clips: int, seconds: float) -> None:
     bar.update()
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Write the shards; 0, or 2 after one line on stderr that tells what is wrong with the input."""
+def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        arguments = parse(argv)
+        arguments = Arguments(**vars(args))
         shards = write(arguments)
     except (ValueError, OSError) as error:
-        print(f"write_shards: {error}", file=sys.stderr)
-        return 2
+        raise UserError(str(error)) from None
     if shards is None:
         print(f"task {arguments.rank} of {arguments.world} is done; the others are not: {arguments.out}")
-        return 0
+        return
     dropped = (Path(arguments.out) / "dropped.jsonl").read_text().splitlines()
     reasons = f", {len(dropped)} left out (dropped.jsonl tells why; a new --out tries them again)" if dropped else ""
     print(f"{len(shards)} clips in {len(shards.manifest.shards)} shards{reasons}: {arguments.out}")
-    return 0
 
+
+main = Command("data_prep.write_shards", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main.run_process()

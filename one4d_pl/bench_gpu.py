@@ -10,7 +10,6 @@ import argparse
 import gc
 import json
 import statistics
-import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
 
+from one4d_pl.commands import Command
 from one4d_pl.config import ATTENTION, CHECKPOINTING, ConfigError, DLCConfig, OptimConfig
 from one4d_pl.costs.ceiling import measure_ceiling, seconds
 from one4d_pl.costs.flops import BatchShape, TransformerShape, peak_flops, training_flops
@@ -81,16 +81,13 @@ class Measured:
     loss: float
 
 
-def main(arguments: list[str]) -> int:
-    """Measure and print; returns the exit code: 1 where a case did not fit."""
-    args = _parser().parse_args(arguments)
+def _run(args: argparse.Namespace) -> int:
+    """Measure and print; the exit code: 1 where a case did not fit."""
     if args.compile and "selective" in args.checkpointing:
-        print("error: --compile decides itself what to keep; give it --checkpointing full or none", file=sys.stderr)
-        return 2
+        raise ConfigError("--compile decides itself what to keep; give it --checkpointing full or none")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
-        print("error: no CUDA device; --tiny runs the same on a CPU", file=sys.stderr)
-        return 2
+        raise ConfigError("no CUDA device; --tiny runs the same on a CPU")
     ceiling = measure_ceiling(device, args.tiny)
     _tell(ceiling_table(ceiling))
     best = max(speed for name, speed in ceiling.items() if not name.startswith("attention"))
@@ -104,19 +101,13 @@ def main(arguments: list[str]) -> int:
             rows[case.name] = measure(case, device, args.steps, args.warmup, best, args.profile)
         except torch.OutOfMemoryError:
             rows[case.name] = _out_of_memory(case, device)
-        except ConfigError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
     _tell([*table(rows), "", *method(args, device)])
     if args.out is not None:
         _write(Path(args.out), {"device": _name(device), "torch": torch.__version__, "ceiling": ceiling}, rows)
     return 1 if any(isinstance(row, str) for row in rows.values()) else 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.bench_gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=RELEASED, default=["14B", "1.3B"], help="default: both")
     parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING, default=["full"], help="default: full")
     parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=["native"], help="default: native")
@@ -127,7 +118,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--profile", action="store_true", help="print where the time of one more step goes")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: the whole command in seconds on a CPU")
     parser.add_argument("--out", metavar="FILE", help="the same as json")
-    return parser
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
@@ -335,5 +325,7 @@ def _tell(lines: list[str]) -> None:
     print("\n".join(lines), flush=True)
 
 
+main = Command("one4d_pl.bench_gpu", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

@@ -9,9 +9,9 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
+from one4d_pl.commands import Command
 from one4d_pl.config import EMBEDDED_BASE, Config, ConfigError, base_folder, load_config
 
 log = logging.getLogger("one4d_pl")
@@ -19,23 +19,18 @@ log = logging.getLogger("one4d_pl")
 SHIPPED_VAE = base_folder(EMBEDDED_BASE) / "vae"
 
 
-def main(arguments: list[str]) -> int:
-    """Parse and train; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m one4d_pl.build_tiny_base", description=__doc__)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, default=SHIPPED_VAE, help="diffusers folder; default: the shipped one")
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        config = load_config(args.config, args.overrides)
-        if not (args.vae / "config.json").is_file():
-            raise ConfigError(f"--vae: no VAE at {args.vae}; make it with `python -m one4d_pl.build_tiny_vae`")
-        build(config, args.vae)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = load_config(args.config, args.overrides)
+    if not (args.vae / "config.json").is_file():
+        raise ConfigError(f"--vae: no VAE at {args.vae}; make it with `python -m one4d_pl.build_tiny_vae`")
+    build(config, args.vae)
 
 
 def build(config: Config, vae_folder: Path) -> None:
@@ -71,5 +66,7 @@ def build(config: Config, vae_folder: Path) -> None:
     trainer.fit(TinyBaseModule(config), datamodule=datamodule)
 
 
+main = Command("one4d_pl.build_tiny_base", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

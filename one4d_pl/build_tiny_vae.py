@@ -14,11 +14,13 @@ import argparse
 import json
 import logging
 import shutil
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING
+
+from one4d_pl.commands import Command
+from one4d_pl.errors import UserError
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -34,9 +36,7 @@ STATISTICS_CLIPS = 64  # training clips over which the latents' mean and std are
 EVALUATE_SECONDS = 240.0  # of training between two points of the curve
 
 
-def main(arguments: list[str]) -> int:
-    """Parse and train; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m one4d_pl.build_tiny_vae", description=__doc__)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="gets vae/, state.safetensors and metrics.json")
     parser.add_argument("--minutes", type=float, required=True, help="training time; the schedule is stretched to it")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's state.safetensors")
@@ -47,28 +47,26 @@ def main(arguments: list[str]) -> int:
         help="train on pointmaps too, as the shipped one; Wan's own VAE never saw any",
     )
     parser.add_argument("--finish", type=Path, metavar="VAE", help="folder of a VAE whose decoder to train further")
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     state = args.out / "state.safetensors"
     if args.resume != state.exists():
         hint = "is not there to resume; leave --resume away" if args.resume else "exists; pass --resume or remove it"
-        print(f"error: {state} {hint}", file=sys.stderr)
-        return 2
+        raise UserError(f"{state} {hint}")
 
     from one4d_pl.training.tiny_vae import TinyVaeConfig, finishing
 
     config = TinyVaeConfig(pointmaps=args.pointmaps)
     if args.finish is not None:
         if not (args.finish / "config.json").is_file():
-            print(f"error: --finish: {args.finish} holds no VAE (no config.json)", file=sys.stderr)
-            return 2
+            raise UserError(f"--finish: {args.finish} holds no VAE (no config.json)")
         config = finishing(config, *FINISHED_SIZE)
     try:
         build(args.out, 60 * args.minutes, args.resume, config, args.finish)
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+        raise UserError(str(error)) from None
 
 
 def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig, finish: Path | None) -> None:
@@ -181,5 +179,7 @@ def _report(name: str, quality: dict[str, Quality]) -> None:
     )  # fmt: skip
 
 
+main = Command("one4d_pl.build_tiny_vae", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import time
 import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError
 
 if TYPE_CHECKING:
@@ -30,11 +30,7 @@ if TYPE_CHECKING:
     from one4d_pl.postopt.recover import RecoveredScene
 
 
-def main(arguments: list[str]) -> int:
-    """Parse, recover, write; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.cameras", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("pointmaps", type=Path, metavar="POINTMAPS", help=".npy, .npz or a scene folder, see above")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write, made if need be")
@@ -42,13 +38,6 @@ def main(arguments: list[str]) -> int:
     add("--aspect", type=float, default=1.0, help="known fy / fx; default 1, square pixels")
     add("--per-frame-focal", action="store_true", help="the camera zooms: one focal length per frame")
     add("--alpha2", type=float, default=0.01, help="weight of the trajectory's smoothness (Eq. 12); 0 = off")
-    args = parser.parse_args(arguments)
-    try:
-        run(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def run(args: argparse.Namespace) -> None:
@@ -124,5 +113,7 @@ def summary(scene: RecoveredScene, seconds: float) -> str:
     return "\n".join(lines)
 
 
+main = Command("one4d_pl.cameras", __doc__, _add_arguments, run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

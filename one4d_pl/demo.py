@@ -10,11 +10,11 @@ import argparse
 import json
 import logging
 import os
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config
 
 if TYPE_CHECKING:
@@ -33,25 +33,20 @@ FPS = 6.0  # half the toy world's speed: nine frames are short
 ROWS = ["given", "generated frames", "generated pointmap", "distance", "true distance"]
 
 
-def main(arguments: list[str]) -> int:
-    """Parse and run; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m one4d_pl.demo", description=__doc__)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", metavar="FILE", help="yaml; default: configs/demo.yaml")
     parser.add_argument("--adapters", type=Path, default=DEMO_ADAPTERS, help="adapter folder; default: the shipped one")
     parser.add_argument("--clips", type=int, default=64, help="held-out clips to measure on (default %(default)s)")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. sampler.steps=20")
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        config = load_config(args.config or ["configs/demo.yaml"], args.overrides)
-        if args.clips < 2:
-            raise ConfigError(f"--clips: {args.clips}, need 2 or more (one clip's condition is tried on another)")
-        demo(config, args.adapters, args.clips, args.out)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    config = load_config(args.config or ["configs/demo.yaml"], args.overrides)
+    if args.clips < 2:
+        raise ConfigError(f"--clips: {args.clips}, need 2 or more (one clip's condition is tried on another)")
+    demo(config, args.adapters, args.clips, args.out)
 
 
 def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
@@ -165,5 +160,7 @@ def _report(metrics: dict[str, object], out: Path, seconds: float) -> None:
     print(f"All numbers: {out}/metrics.json. Took {seconds / 60:.1f} minutes.")
 
 
+main = Command("one4d_pl.demo", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

@@ -18,11 +18,11 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config
 
 if TYPE_CHECKING:
@@ -41,21 +41,15 @@ class Model:
     adapters: tuple[Path, ...]  # one, or several for --sweep checkpoint; none for the ceiling alone
 
 
-def main(arguments: list[str]) -> int:
-    """Parse, check everything that needs no torch, then run; returns the exit code."""
-    args = _parser().parse_args(arguments)
+def _run(args: argparse.Namespace) -> None:
+    """Check everything that needs no torch, then evaluate."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        model = None if args.predictions else find_model(args)
-        request = _request(args)
-        if args.bench == "vbench":
-            _vbench(request, model, args)
-        else:
-            _evaluate(request, model)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    model = None if args.predictions else find_model(args)
+    request = _request(args)
+    if args.bench == "vbench":
+        _vbench(request, model, args)
+    else:
+        _evaluate(request, model)
 
 
 def find_model(args: argparse.Namespace) -> Model:
@@ -142,12 +136,7 @@ def _vbench(request: Request, model: Model | None, args: argparse.Namespace) -> 
     log.info("videos for VBench: %s", request.out / "videos")
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--bench", choices=("toy", "sintel", "bonn", "tum", "tum_30", "vbench"), default="toy")
     add("--root", type=Path, help="folder of the benchmark's files (toy needs none)")
@@ -169,8 +158,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--ratio", default="16-9", help="vbench: aspect ratio of its images (1-1, 8-5, 7-4, 16-9)")
     add("--fps", type=float, default=16.0, help="vbench: frame rate of the model's videos, told in the file")
     add("overrides", nargs="*", metavar="section.key=value", help="of the config, e.g. sampler.steps=20")
-    return parser
 
+
+main = Command("one4d_pl.evaluate", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

@@ -11,10 +11,10 @@ import argparse
 import logging
 import os
 import shutil
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError
 
 log = logging.getLogger("one4d_pl")
@@ -24,11 +24,7 @@ LAYOUTS = ("diffusers", "wan")  # of models.lora_formats, which imports torch
 FORMATS = ("ply", "glb", "colmap", "nerfstudio", "tum", "depth16")  # of inference.exports, which imports torch
 
 
-def main(arguments: list[str]) -> int:
-    """Parse and export; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.export", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "what", type=Path, help="a scene folder; a checkpoint (step-*); or a run folder: its newest checkpoint"
     )
@@ -48,25 +44,22 @@ def main(arguments: list[str]) -> int:
     scene.add_argument(
         "--points", type=int, help="most points of a cloud of all frames, evenly thinned; default: 500000"
     )
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     from one4d_pl.inference.scene import is_scene
 
-    try:
-        if is_scene(args.what):
-            if args.dtype is not None or args.lora_for:
-                raise ConfigError(f"--dtype, --lora-for: {args.what} is a scene, they belong to adapters")
-            export_scene_folder(args.what, args.out, args.formats or FORMATS, args.keep_flying_points, args.points)
-            log.info("scene: %s", args.out)
-        else:
-            if args.formats or args.keep_flying_points or args.points:
-                raise ConfigError(f"--formats, --keep-flying-points, --points: {args.what} is no scene (no scene.json)")
-            size = export(args.what, args.out, args.dtype or DTYPES[0], args.lora_for)
-            log.info("adapter: %s (%.1f MB)", args.out, size / 1e6)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if is_scene(args.what):
+        if args.dtype is not None or args.lora_for:
+            raise ConfigError(f"--dtype, --lora-for: {args.what} is a scene, they belong to adapters")
+        export_scene_folder(args.what, args.out, args.formats or FORMATS, args.keep_flying_points, args.points)
+        log.info("scene: %s", args.out)
+    else:
+        if args.formats or args.keep_flying_points or args.points:
+            raise ConfigError(f"--formats, --keep-flying-points, --points: {args.what} is no scene (no scene.json)")
+        size = export(args.what, args.out, args.dtype or DTYPES[0], args.lora_for)
+        log.info("adapter: %s (%.1f MB)", args.out, size / 1e6)
 
 
 def export_scene_folder(
@@ -132,5 +125,7 @@ def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()
     return size
 
 
+main = Command("one4d_pl.export", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
+from one4d_pl.commands import USER_ERROR, Command
 from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, ConfigError
 from one4d_pl.models.base_files import (
     ORIGINAL_FILES,
@@ -62,33 +63,26 @@ class HubFile:
     sha256: str | None  # of large files alone
 
 
-def main(arguments: list[str]) -> int:
-    """Print, fetch or check; returns the exit code: 0, or 2 with a line per fault."""
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.fetch_weights",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="known bases: " + ", ".join(BASES),
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "known bases: " + ", ".join(BASES)
     parser.add_argument("base", nargs="?", metavar="NAME", help="a known base, or owner/name of a repository like it")
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: weights/NAME")
     parser.add_argument("--run", action="store_true", help="download and verify, rather than print")
     parser.add_argument("--check", type=Path, metavar="FOLDER", help="verify what is there, offline")
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Print, fetch or check; the exit code: 0, or 2 with a line per fault."""
     if (args.base is None) == (args.check is None):
-        parser.error("name a base, or a folder with --check")
-    try:
-        if args.check is not None:
-            return report(args.check, check(args.check, show))
-        base = named(args.base)
-        folder = args.to or Path("weights") / base.repo.partition("/")[2]
-        if not args.run:
-            print(plan(base, folder))
-            return 0
-        return report(folder, fetch(base, folder, show))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        raise ConfigError("name a base, or a folder with --check")
+    if args.check is not None:
+        return report(args.check, check(args.check, show))
+    base = named(args.base)
+    folder = args.to or Path("weights") / base.repo.partition("/")[2]
+    if not args.run:
+        print(plan(base, folder))
+        return 0
+    return report(folder, fetch(base, folder, show))
 
 
 def named(name: str) -> Base:
@@ -162,7 +156,7 @@ def report(folder: Path, faults: list[str]) -> int:
     if not faults:
         layout = "Wan's own" if is_original(folder) else "diffusers"
         print(f"{folder}: whole, in {layout} layout; use it with base.path={folder}")
-    return 2 if faults else 0
+    return USER_ERROR if faults else 0
 
 
 def show(line: str) -> None:
@@ -219,5 +213,7 @@ def _index_faults(index: Path) -> list[str]:
     return faults
 
 
+main = Command("one4d_pl.fetch_weights", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from one4d_pl.training.signals import INTERRUPTED, Stop, die_with_launcher, early_rank, end_process, exit_code
+from one4d_pl.interrupts import INTERRUPTED, at_interrupt
+from one4d_pl.training.signals import STOP, Stop, die_with_launcher, early_rank, end_process, exit_code
 
 if __name__ == "__main__":  # before the other imports: a signal during them is to be remembered
-    STOP = Stop()
     STOP.watch()
     die_with_launcher()
 
@@ -17,6 +17,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from one4d_pl.commands import Command
 from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
 from one4d_pl.training.preemption import begin_start, forget_starts, note_end
 from one4d_pl.training.watchdog import rank_log
@@ -34,33 +35,31 @@ LARGE_SCALE = (
 )
 
 
-def main(arguments: list[str], stop: Stop | None = None) -> int:
-    """Parse, check everything that needs no torch, then train; returns the exit code (training/signals.py)."""
-    parser = argparse.ArgumentParser(prog="python -m one4d_pl.fit", description=__doc__)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config and stop")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. train.max_steps=50")
-    args = parser.parse_args(arguments)
-    try:
-        config = load_config(args.config, args.overrides)
-        if args.print_config:
-            print(to_yaml(config), end="")
-            return 0
-        check_paths(config)
-        rank = early_rank(config.train.devices)
-        if rank == 0:
-            begin_start(config.run_dir, config.train.max_restarts)
-        with rank_log(config.run_dir, rank):
-            return _fit_counted(config, stop, rank)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
 
 
-def _fit_counted(config: Config, stop: Stop | None, rank: int) -> int:
+def _run(args: argparse.Namespace) -> int:
+    """Check everything that needs no torch, then train; the exit code (training/signals.py)."""
+    config = load_config(args.config, args.overrides)
+    if args.print_config:
+        print(to_yaml(config), end="")
+        return 0
+    check_paths(config)
+    rank = early_rank(config.train.devices)
+    if rank == 0:
+        begin_start(config.run_dir, config.train.max_restarts)
+    with rank_log(config.run_dir, rank):
+        return _fit_counted(config, rank)
+
+
+def _fit_counted(config: Config, rank: int) -> int:
     """`fit`, with what its end says about another start; returns the exit code."""
     try:
-        code = fit(config, stop)
+        with at_interrupt(lambda: rank == 0 and forget_starts(config.run_dir)):
+            code = fit(config, STOP)
         reason = f"exit code {code}" if code else ""
     except (ConfigError, KeyboardInterrupt, SystemExit) as end:  # SystemExit: Lightning's, after a KeyboardInterrupt
         if rank == 0:
@@ -143,7 +142,8 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     trainer = build_trainer(config, callbacks)
     fast_forward(trainer, start_step, config.train.accumulation)
     try:
-        trainer.fit(module, datamodule=datamodule)
+        with at_interrupt(checkpoint.writer.wait):
+            trainer.fit(module, datamodule=datamodule)
     except (SampleError, ShardSetError) as error:
         raise ConfigError(str(error)) from error
     except Preempted as stopped:
@@ -198,5 +198,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the frozen base, on purpose
 
 
+main = Command("one4d_pl.fit", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    end_process(lambda: main(sys.argv[1:], STOP))
+    end_process(lambda: main(sys.argv[1:]))

@@ -19,12 +19,12 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, SOLVERS, ConfigError
 
 if TYPE_CHECKING:
@@ -38,11 +38,7 @@ MAX_FRAMES = 10_000  # of one scene; a typing mistake must not fill the disk
 MAX_SIDE = 4096
 
 
-def main(arguments: list[str]) -> int:
-    """Parse, generate, write; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("what to make").add_argument
     add("--prompt", default="", help="what the scene shows; may be left out where frames are given")
     add("--image", type=Path, metavar="FILE", help="frame 0")
@@ -72,19 +68,12 @@ def main(arguments: list[str]) -> int:
         action="store_true",
         help="compile the transformer's blocks: the first step takes longer, the others less",
     )
-    args = parser.parse_args(arguments)
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
-    try:
-        generate(args)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
 
 
 def generate(args: argparse.Namespace) -> None:
     """Check, open, sample, write; ConfigError names the option or file that is wrong."""
     began = time.monotonic()
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
     _check(args)
     numbered = _numbered(args.frames or [])
 
@@ -290,5 +279,7 @@ def _report(scene: Scene, out: Path, seconds: float) -> None:
     print(f"Look at {out}/panel.png, {out}/rgb.mp4, {out}/depth.mp4; walk around it: python -m one4d_pl.view {out}")
 
 
+main = Command("one4d_pl.generate", __doc__, _add_arguments, generate)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

@@ -8,10 +8,10 @@ Sizes and operations are counted in closed form (one4d_pl/costs); HFU is the cal
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from one4d_pl.commands import Command
 from one4d_pl.config import Config, ConfigError, base_folder, holds_base, load_config
 from one4d_pl.costs.flops import BatchShape, Flops, TransformerShape, peak_flops, training_flops
 from one4d_pl.costs.memory import (
@@ -57,29 +57,22 @@ class Run:
         return self.flops(checkpointing).hardware / (self.hfu * peak)
 
 
-def main(arguments: list[str]) -> int:
-    """Print the plan; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.plan", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
     parser.add_argument("--gpus", type=int, metavar="N", help="default: the config's num_nodes x devices")
     parser.add_argument("--gpu", choices=GPU_GIB, default="H100", help="default: H100")
     parser.add_argument("--hfu", type=float, default=0.5, help="share of the GPU's peak that is reached (default 0.5)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(arguments)
-    try:
-        if not 0 < args.hfu <= 1:
-            raise ConfigError(f"--hfu: need a share in (0, 1], got {args.hfu}")
-        config = load_config(args.config, args.overrides)
-        gpus = config.train.world_size if args.gpus is None else args.gpus
-        if gpus < 1:
-            raise ConfigError(f"--gpus: need at least one, got {gpus}")
-        print(told(plan(config, gpus, args.gpu, args.hfu)))
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+
+
+def _run(args: argparse.Namespace) -> None:
+    if not 0 < args.hfu <= 1:
+        raise ConfigError(f"--hfu: need a share in (0, 1], got {args.hfu}")
+    config = load_config(args.config, args.overrides)
+    gpus = config.train.world_size if args.gpus is None else args.gpus
+    if gpus < 1:
+        raise ConfigError(f"--gpus: need at least one, got {gpus}")
+    print(told(plan(config, gpus, args.gpu, args.hfu)))
 
 
 def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
@@ -211,5 +204,7 @@ def _said(switch: bool) -> str:
     return "yes" if switch else "no"
 
 
+main = Command("one4d_pl.plan", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

@@ -26,6 +26,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from one4d_pl.commands import USER_ERROR, Command
 from one4d_pl.config import Config, ConfigError, check_paths, load_config
 from one4d_pl.training.readiness import Place, Report, check_world, differences, look, run_faults
 
@@ -35,31 +36,26 @@ if TYPE_CHECKING:
 ALL_REDUCE_FLOATS = 1 << 22
 
 
-def main(arguments: list[str]) -> int:
-    """Check, print a line per fault, and return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.preflight", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
     parser.add_argument("--timeout", type=float, default=60.0, metavar="S", help="seconds for each stage (default 60)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Check, and print a line per fault; the exit code."""
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a refused connection is forty lines
-    try:
-        place = Place.from_environment()
-        config = load_config(args.config, args.overrides)
-        check_paths(config)
-        check_world(config, place)
-        faults = preflight(config, place, args.timeout)
-    except ConfigError as error:
-        faults = [str(error)]
-    else:
-        if place.rank and faults:
-            print("pre-flight: rank 0 tells what is wrong", file=sys.stderr)
-            return 2
+    place = Place.from_environment()
+    config = load_config(args.config, args.overrides)
+    check_paths(config)
+    check_world(config, place)
+    faults = preflight(config, place, args.timeout)
+    if place.rank and faults:
+        print("pre-flight: rank 0 tells what is wrong", file=sys.stderr)
+        return USER_ERROR
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr, flush=True)
-    return 2 if faults else 0
+    return USER_ERROR if faults else 0
 
 
 class Deadline:
@@ -198,5 +194,7 @@ def _part(place: Place, store: Store) -> None:
             store.wait([f"parted/{rank}" for rank in range(place.world)], timedelta(seconds=5))
 
 
+main = Command("one4d_pl.preflight", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

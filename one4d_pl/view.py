@@ -6,35 +6,27 @@ The viewer listens on 127.0.0.1 only; from elsewhere go through `ssh -L 8080:127
 from __future__ import annotations
 
 import argparse
-import contextlib
 import importlib.util
 import logging
-import sys
 from pathlib import Path
 
+from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError
 
 log = logging.getLogger("one4d_pl")
 
 
-def main(arguments: list[str]) -> int:
-    """Parse, then serve until Ctrl-C or write the file; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("scene", type=Path, help="a scene folder, as `python -m one4d_pl.generate` leaves it")
     parser.add_argument("--html", type=Path, metavar="FILE", help="write one offline file (25 MB at most) and end")
     parser.add_argument("--port", type=int, default=8080, help="the next free one from here (default %(default)s)")
     parser.add_argument("--keep-flying-points", action="store_true", help="keep points between two surfaces, at edges")
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     logging.getLogger("websockets").setLevel(logging.WARNING)  # it announces every connection
-    try:
-        view(args.scene, args.html, args.port, args.keep_flying_points)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    view(args.scene, args.html, args.port, args.keep_flying_points)
 
 
 def view(folder: Path, html: Path | None, port: int, keep_flying_points: bool) -> None:
@@ -64,11 +56,12 @@ def view(folder: Path, html: Path | None, port: int, keep_flying_points: bool) -
         raise ConfigError(f"--port: cannot listen on {port} ({error})") from None
     log.info("open %s (Ctrl-C ends)", viewer.address)
     try:
-        with contextlib.suppress(KeyboardInterrupt):
-            viewer.play_forever()
+        viewer.play_forever()
     finally:
         viewer.close()
 
 
+main = Command("one4d_pl.view", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

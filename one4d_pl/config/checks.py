@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 
+from one4d_pl.errors import UserError
 
-class ConfigError(ValueError):
-    """A mistake of the user; doors print its one line and exit with code 2."""
+
+class ConfigError(UserError):
+    """A knob, option or path that cannot work."""
 
 
 def one_of(name: str, value: str | int, allowed: tuple[str | int, ...]) -> None:

@@ -18,23 +18,21 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, ConfigError
+from one4d_pl.interrupts import at_interrupt, uninterrupted
 from one4d_pl.nano.experiments import EXPERIMENTS, RUNS, Experiment, Run
 from one4d_pl.nano.work import CLIPS, Plan, is_finished, work
-from one4d_pl.training.signals import INTERRUPTED
 
 log = logging.getLogger("one4d_pl")
 
 RUN_TIMEOUT_S = 6 * 3600
 POLL_S = 1.0
+STOP_TIMEOUT_S = 60.0
 
 
-def main(arguments: list[str]) -> int:
-    """Parse and run; returns the exit code."""
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     names = [experiment.name for experiment in EXPERIMENTS]
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.nano", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
     add = parser.add_argument
     add("--out", type=Path, default=Path("runs/nano"), help="folder of runs and report (default %(default)s)")
     add("--only", action="append", choices=names, metavar="NAME", help=f"of {', '.join(names)}; may be repeated")
@@ -48,33 +46,27 @@ def main(arguments: list[str]) -> int:
     add("--report-only", action="store_true", help="write the report of what is finished")
     add("--run", metavar="NAME:SEED", help="do this one run and nothing else")
     add("overrides", nargs="*", metavar="section.key=value", help="of every run, e.g. train.max_steps=20")
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
     plan = Plan(args.out, tuple(args.config or Plan.configs), tuple(args.overrides), args.adapters, args.clips)
-    try:
-        if args.clips < 2 or args.jobs < 0 or (args.seeds is not None and args.seeds < 1):
-            raise ConfigError("--clips, --seeds, --jobs: need at least 2, 1 and 0")
-        if args.run:
-            work(plan, *_parse_run(args.run))
-            return 0
-        if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "scipy")):  # now, not after hours
-            raise ConfigError("the report needs matplotlib and scipy: pip install 'one4d_pl[dev]'")
-        experiments = [experiment for experiment in EXPERIMENTS if experiment.name in (args.only or names)]
-        from one4d_pl.nano.report import write_report
+    if args.clips < 2 or args.jobs < 0 or (args.seeds is not None and args.seeds < 1):
+        raise ConfigError("--clips, --seeds, --jobs: need at least 2, 1 and 0")
+    if args.run:
+        work(plan, *_parse_run(args.run))
+        return
+    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "scipy")):  # now, not after hours
+        raise ConfigError("the report needs matplotlib and scipy: pip install 'one4d_pl[dev]'")
+    experiments = [experiment for experiment in EXPERIMENTS if not args.only or experiment.name in args.only]
+    from one4d_pl.nano.report import write_report
 
-        if not args.report_only:
-            _run_all(plan, jobs_of(experiments, args.seeds), args.jobs, lambda: write_report(plan, experiments))
-        path = write_report(plan, experiments)
-        print(path.read_text())
-        log.info("report: %s", path)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on from there", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    if not args.report_only:
+        _run_all(plan, jobs_of(experiments, args.seeds), args.jobs, lambda: write_report(plan, experiments))
+    path = write_report(plan, experiments)
+    print(path.read_text())
+    log.info("report: %s", path)
 
 
 def jobs_of(experiments: list[Experiment], seeds: int | None = None) -> list[tuple[Run, int]]:
@@ -98,7 +90,8 @@ def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Cal
     waiting = [job for job in jobs if not is_finished(plan, *job)]
     log.info("%d runs, %d of them finished; logs: %s/*/log.txt", len(jobs), len(jobs) - len(waiting), plan.out)
     running: dict[tuple[Run, int], tuple[subprocess.Popen[bytes], float]] = {}
-    with tqdm(total=len(waiting), desc="runs", unit="run") as bar:
+    stop = at_interrupt(lambda: _stop([process for process, _ in running.values()]))
+    with stop, tqdm(total=len(waiting), desc="runs", unit="run") as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, at_once):
@@ -108,7 +101,8 @@ def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Cal
                         bar.update()
                         on_done()
                         continue
-                    running[job] = (_start(plan, *job), time.monotonic())
+                    with uninterrupted():
+                        running[job] = (_start(plan, *job), time.monotonic())
                 for job, (process, began) in list(running.items()):
                     if process.poll() is None:
                         if time.monotonic() - began > RUN_TIMEOUT_S:
@@ -123,10 +117,14 @@ def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Cal
                     on_done()
                 time.sleep(POLL_S if running else 0)
         finally:
-            for process, _ in running.values():
-                process.terminate()
-            for process, _ in running.values():
-                process.wait(120)  # fit saves where it is
+            _stop([process for process, _ in running.values()])
+
+
+def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait(STOP_TIMEOUT_S)
 
 
 def _start(plan: Plan, run: Run, seed: int) -> subprocess.Popen[bytes]:
@@ -145,6 +143,8 @@ def _start(plan: Plan, run: Run, seed: int) -> subprocess.Popen[bytes]:
         )
 
 
+main = Command("one4d_pl.nano", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or its runs would go on without it
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

@@ -22,9 +22,12 @@ from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import NoReturn
 
+from one4d_pl import interrupts
+from one4d_pl.interrupts import INTERRUPTED
+
 log = logging.getLogger(__name__)
 
-PREEMPTED, INTERRUPTED = 75, 130  # 75: sysexits' "temporary failure, try again"
+PREEMPTED = 75  # sysexits' "temporary failure, try again"
 LAUNCHER_VARIABLE = "ONE4D_LAUNCHER_PID"  # set by a process whose children are ranks of the same run
 PR_SET_PDEATHSIG = 1
 
@@ -47,6 +50,7 @@ class Stop:
         watched = {signal.SIGUSR1, signal.SIGTERM}
         if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: a shell's background job
             watched.add(signal.SIGINT)
+            interrupts.prepare()
         signal.pthread_sigmask(signal.SIG_BLOCK, watched)
         threading.Thread(target=self._wait, args=(watched,), daemon=True, name="signals").start()
         # multiprocessing starts this helper with the first loader worker, and unblocks two signals as it does
@@ -61,19 +65,27 @@ class Stop:
             log.warning("%s received", signal.Signals(number).name)
             if number == signal.SIGINT:
                 self._interrupts += 1
-                self._interrupt(self._interrupts + (not self.training))
+                self._interrupt()
 
     def _remember(self, number: int) -> None:
         self.number = max(self.number, number)
 
-    def _interrupt(self, times: int) -> None:
-        """From the keyboard: first after the step at hand, then at once (a KeyboardInterrupt), then by force."""
-        if times == 1:
+    def _interrupt(self) -> None:
+        """From the keyboard: after the step at hand, then at once (a KeyboardInterrupt), then by force.
+
+        Before training there is nothing to save: at once, as every other command (interrupts.py).
+        """
+        if not self.training:
+            interrupts.end()
+        elif self._interrupts == 1:
             log.warning("stopping after this step; interrupt again to stop without saving")
-        elif times == 2:
+        elif self._interrupts == 2:
             _thread.interrupt_main()
         else:
             os._exit(INTERRUPTED)
+
+
+STOP = Stop()  # of this process; `fit` watches it
 
 
 def exit_code(number: int) -> int:

@@ -1,0 +1,149 @@
+"""Files and folders that appear whole or not at all, with the modes that the umask asks for.
+
+What is being made lies beside its place under a hidden name, is flushed to the disk and renamed. A full disk, an error
+or Ctrl-C leaves what was there before, and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+from one4d_pl.interrupts import at_interrupt, uninterrupted
+
+_making: set[Path] = set()  # folders that will appear as a whole: files inside need no care of their own
+
+
+@contextlib.contextmanager
+def temporary(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """A hidden name beside `path` (or in `folder`, on the same file system); what has it at the end is removed."""
+    staging = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
+
+    def remove() -> None:
+        if staging.is_dir() and not staging.is_symlink():
+            shutil.rmtree(staging, ignore_errors=True)
+        else:
+            staging.unlink(missing_ok=True)
+
+    with at_interrupt(remove):
+        try:
+            yield staging
+        finally:
+            remove()
+
+
+@contextlib.contextmanager
+def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
+    """The name to write under; at the end the file is moved to `path`, whose folder is made if need be."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if any(made in path.parents for made in _making):
+        yield path
+        return
+    with temporary(path, folder) as staging:
+        mode = _touch(staging)
+        yield staging
+        _settle(staging, mode)
+        staging.replace(path)
+
+
+@contextlib.contextmanager
+def open_whole(path: Path, folder: Path | None = None) -> Iterator[io.BufferedRandom]:
+    """`whole_file`, opened for writing bytes."""
+    with whole_file(path, folder) as staging, staging.open("w+b") as file:
+        yield file
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file in UTF-8, whole or not at all."""
+    with whole_file(path) as staging:
+        staging.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, tree: object) -> None:
+    """A json file that people can read, whole or not at all."""
+    write_text(path, json.dumps(tree, indent=1) + "\n")
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder to fill; at the end it is moved to `path`, which must not be there or be empty."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary(path) as staging:
+        staging.mkdir()
+        with _in_making(staging):
+            yield staging
+        _settle_tree(staging)
+        staging.rename(path)
+
+
+@contextlib.contextmanager
+def replaced_folder(path: Path, last: str) -> Iterator[Path]:
+    """A folder to fill; at the end its contents replace those of `path`, the file `last` after everything else.
+
+    `path` itself stays, so it may be a mount point or a link; without `last` in it a folder is known to be unfinished.
+    Until the new contents are whole the old ones are untouched; a folder that was not there is removed again.
+    """
+    absent = not path.exists()
+    path.mkdir(parents=True, exist_ok=True)
+    try:
+        with temporary(path / "new") as staging, temporary(path / "old") as old:
+            staging.mkdir()
+            with _in_making(staging):
+                yield staging
+            _settle_tree(staging)
+            with uninterrupted():
+                old.mkdir()
+                names = sorted(os.listdir(staging), key=lambda name: name == last)
+                for name in sorted(set(os.listdir(path)) - {staging.name, old.name}, key=lambda name: name != last):
+                    os.rename(path / name, old / name)
+                for name in names:
+                    os.rename(staging / name, path / name)
+    finally:
+        if absent:
+            with contextlib.suppress(OSError):  # it holds something
+                path.rmdir()
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to the disk: a rename must not outlive the bytes it promises."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _in_making(folder: Path) -> Iterator[None]:
+    _making.add(folder)
+    try:
+        yield
+    finally:
+        _making.discard(folder)
+
+
+def _touch(path: Path) -> int:
+    """Make an empty file; its mode, which is as the umask and the folder have it."""
+    path.touch(exist_ok=False)
+    return path.stat().st_mode & 0o777
+
+
+def _settle(path: Path, mode: int) -> None:
+    """Give a file its mode, which some writers narrow to its owner, and flush it."""
+    if path.stat().st_mode & 0o777 != mode:
+        path.chmod(mode)
+    sync(path)
+
+
+def _settle_tree(folder: Path) -> None:
+    mode = folder.stat().st_mode & 0o666
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            _settle(Path(parent) / name, mode)
+        sync(Path(parent))

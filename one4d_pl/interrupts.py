@@ -1,0 +1,189 @@
+"""Ctrl-C: the process ends where it is, with exit code 130, no traceback, no child and nothing half-written.
+
+A KeyboardInterrupt would have to travel through imports, C extensions and other people's `except:`, which swallow it,
+print it or make another error of it. So SIGINT raises nothing:
+
+1. `watch` blocks it in the main thread; later threads and processes inherit that. Ctrl-C goes to every process of a
+   terminal, and children would print a traceback each.
+2. One thread waits for it. It lets the main thread stop at its next bytecode, outside `uninterrupted` sections.
+3. Then nothing of ours runs any more: what `at_interrupt` has registered is undone, children are ended, and the
+   process leaves without unwinding. A second Ctrl-C leaves at once.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import NoReturn
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+STOP_S = 0.5  # for the main thread to stop; one in a long call of C is left there, it stops when it comes back
+CHILDREN_S = 3.0  # for children to end after SIGTERM, then SIGKILL
+UNDO_S = 120.0  # for everything together
+
+_undo: dict[object, Callable[[], object]] = {}
+_section = threading.RLock()
+_sections = 0  # open ones
+_ending, _stopped = threading.Event(), threading.Event()
+_watcher: threading.Thread | None = None
+
+
+def watch() -> None:
+    """From now on Ctrl-C ends this process; to be called in the main thread before heavy imports start threads."""
+    global _watcher
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
+        return
+    prepare()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    _watcher = threading.Thread(target=_wait, daemon=True, name="interrupts")
+    _watcher.start()
+
+
+def prepare() -> None:
+    """Let `end` be able to stop the main thread, which calls this; a SIGINT alone stays a KeyboardInterrupt."""
+    signal.signal(signal.SIGINT, _on_interrupt)
+
+
+def follow_parent() -> None:
+    """End this worker process when its parent does, however that ends, or when that terminates it; undo as `end`."""
+    import multiprocessing
+
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    prepare()
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the parent decides
+    signal.signal(signal.SIGTERM, lambda number, frame: end())
+
+    def follow() -> None:
+        parent.join()
+        end()
+
+    _in_thread(follow)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """A short section that an interrupt waits for: several renames, or a child that is started and noted down."""
+    global _sections
+    with _section:
+        _sections += 1
+        try:
+            yield
+        finally:
+            _sections -= 1
+    if _ending.is_set() and threading.current_thread() is threading.main_thread():
+        _stop()
+
+
+@contextlib.contextmanager
+def at_interrupt(undo: Callable[[], object]) -> Iterator[None]:
+    """Inside, an interrupt calls `undo` (in another thread, the last one first); after it nothing of ours runs."""
+    key = object()
+    _undo[key] = undo
+    try:
+        yield
+    finally:
+        del _undo[key]
+
+
+def end(message: str = "") -> None:
+    """Begin to end: stop the main thread, undo, end the children, leave with code 130. Called again: leave at once."""
+    if _ending.is_set():
+        os._exit(INTERRUPTED)
+    _ending.set()
+    _in_thread(_leave_later)
+    _in_thread(lambda: _leave(message))
+
+
+def _leave(message: str) -> NoReturn:
+    _thread.interrupt_main()
+    _stopped.wait(STOP_S)
+    _section.acquire(timeout=UNDO_S)
+    if message:
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{message}\n".encode())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what other threads make of it is of no interest
+    for undo in reversed(list(_undo.values())):
+        with contextlib.suppress(Exception):
+            undo()
+    _end_children()
+    _bounded(sys.stdout.flush)
+    os._exit(INTERRUPTED)
+
+
+def _wait() -> None:
+    while True:
+        signal.sigwait({signal.SIGINT})
+        end("interrupted")
+
+
+def _leave_later() -> None:
+    time.sleep(UNDO_S)
+    os._exit(INTERRUPTED)
+
+
+def _on_interrupt(number: int, frame: FrameType | None) -> None:
+    """Python's handler of SIGINT, which runs in the main thread between two bytecodes."""
+    if _stopped.is_set():
+        os._exit(INTERRUPTED)
+    elif _ending.is_set():
+        if not _sections:
+            _stop()
+    elif _watcher is not None and _watcher.ident is not None:
+        signal.pthread_kill(_watcher.ident, signal.SIGINT)  # it came to a thread older than `watch`
+    else:
+        raise KeyboardInterrupt
+
+
+def _stop() -> NoReturn:
+    _stopped.set()
+    while True:
+        time.sleep(0.1)
+
+
+def _end_children() -> None:
+    """Of multiprocessing, and their semaphores, which its tracker would complain about."""
+    multiprocessing, util = sys.modules.get("multiprocessing"), sys.modules.get("multiprocessing.util")
+    if multiprocessing is None or util is None:
+        return
+    children = multiprocessing.active_children()
+    for child in children:
+        child.terminate()
+    patience = time.monotonic() + CHILDREN_S
+    for child in children:
+        child.join(max(0.0, patience - time.monotonic()))
+        child.kill()
+    _bounded(lambda: util._run_finalizers(0))
+
+
+def _bounded(work: Callable[[], object]) -> None:
+    """A step that a lock of the stopped main thread may keep from ever ending."""
+
+    def quietly() -> None:
+        with contextlib.suppress(Exception):
+            work()
+
+    _in_thread(quietly).join(1.0)
+
+
+def _in_thread(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+def _forget() -> None:
+    """In a forked child: what is to be undone is its parent's, and so is the thread that waits."""
+    global _section, _sections, _watcher
+    _undo.clear()
+    _section, _sections, _watcher = threading.RLock(), 0, None
+
+
+os.register_at_fork(after_in_child=_forget)
