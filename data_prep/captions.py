@@ -18,7 +18,6 @@ import io
 import json
 import logging
 import os
-import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -30,6 +29,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from one4d_pl.files import write_text
 from one4d_pl.geometry.camera import resize_frames
 from one4d_pl.types import Clip
 
@@ -244,12 +244,4 @@ def _cached(path: Path) -> str:
 
 
 def _save(path: Path, tree: Mapping[str, str | None]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            json.dump(tree, file, ensure_ascii=False)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    write_text(path, json.dumps(tree, ensure_ascii=False))

@@ -27,8 +27,9 @@ from data_prep.pictures import draw_clips
 from one4d_pl.commands import Command
 from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet
-from one4d_pl.data.tar_set import SampleError, atomic
+from one4d_pl.data.tar_set import SampleError
 from one4d_pl.errors import UserError
+from one4d_pl.files import open_whole
 from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
 from one4d_pl.models.base_files import weight_files
 from one4d_pl.models.encoder_files import open_vae
@@ -128,7 +129,7 @@ def check_shard(task: ShardTask) -> None:
     with path.open("rb") as file:
         intact = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
     tree = {"sha256": shard.sha256, "intact": intact, "clips": [asdict(check) for check in checks]}
-    with atomic(task.part) as file:
+    with open_whole(task.part) as file:
         file.write(json.dumps(tree).encode())
 
 
@@ -147,15 +148,15 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
         "folder": shards.location, "clips": len(checks), "damaged_shards": damaged, "numbers": medians,
         "flagged": flagged, "checks": [{k: _plain(v) for k, v in asdict(check).items()} for check in checks],
     }  # fmt: skip
-    with atomic(report / "report.json") as file:
+    with open_whole(report / "report.json") as file:
         file.write((json.dumps(report_tree, indent=1) + "\n").encode())
-    with atomic(report / "exclude.txt") as file:
+    with open_whole(report / "exclude.txt") as file:
         file.writelines(f"{key}  # {'; '.join(reasons)}\n".encode() for key, reasons in flagged.items())
     readable = [n for n, check in enumerate(checks) if not check.fault]
     shown = sorted(readable, key=lambda n: checks[n].key not in flagged)[:MAX_PICTURES]
     titles = ["; ".join(flagged.get(checks[n].key, ["nothing flagged"])) for n in shown]
     if shown:
-        with atomic(report / "clips.png") as file:
+        with open_whole(report / "clips.png") as file:
             draw_clips([shards.read(n) for n in shown], titles).save(file, "PNG")
     return checks, damaged
 

@@ -24,8 +24,9 @@ from one4d_pl.commands import Command
 from one4d_pl.data.encoded import EncodedSet
 from one4d_pl.data.latent_stats import LatentStats, latent_statistics, spread
 from one4d_pl.data.shards import ShardSet
-from one4d_pl.data.tar_set import SampleError, atomic
+from one4d_pl.data.tar_set import SampleError
 from one4d_pl.errors import UserError
+from one4d_pl.files import open_whole
 
 COLUMNS = ("folder", "source", "domain", "split", "licence", "clips", "scenes", "hours", "size", "MB/clip",
            "motion %", "turn deg", "depth 2-98 %", "words")  # fmt: skip
@@ -155,7 +156,7 @@ def draw(found: list[SetStats], path: Path) -> None:
             for kind, values in (("rgb", s.latents.rgb_std), ("xyz", s.latents.xyz_std)):
                 bars = {f"channel {n}": value for n, value in enumerate(values)}
                 panels[f"{s.folder}: std of {kind} latents"] = bars
-    with atomic(path) as file:
+    with open_whole(path) as file:
         draw_bars(panels).save(file, "PNG")
 
 
@@ -173,7 +174,7 @@ def _run(args: argparse.Namespace) -> None:
         found = [measure_set(folder, args.clips) for folder in args.folders]
         args.out.mkdir(parents=True, exist_ok=True)
         tree = [{k: _plain(v) for k, v in asdict(s).items()} for s in found]
-        with atomic(args.out / "stats.json") as file:
+        with open_whole(args.out / "stats.json") as file:
             file.write((json.dumps(tree, indent=1) + "\n").encode())
         draw(found, args.out / "stats.png")
     except (ValueError, OSError) as error:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from one4d_pl.costs.ceiling import measure_ceiling, seconds
 from one4d_pl.costs.flops import BatchShape, TransformerShape, peak_flops, training_flops
 from one4d_pl.costs.memory import Layout, Memory, step_memory
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample
+from one4d_pl.files import write_json
 from one4d_pl.models.base_files import IMAGE_TOKENS, RELEASED
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.training.optim import build_optimizer
@@ -304,9 +304,7 @@ def _out_of_memory(case: Case, device: torch.device) -> str:
 
 def _write(path: Path, about: dict[str, object], rows: dict[str, Measured | str]) -> None:
     found = {name: row if isinstance(row, str) else asdict(row) for name, row in rows.items()}
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(json.dumps({**about, "cases": found}, indent=1))
-    staging.rename(path)
+    write_json(path, {**about, "cases": found})
 
 
 def _name(device: torch.device) -> str:

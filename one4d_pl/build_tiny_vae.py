@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from time import monotonic
@@ -21,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.errors import UserError
+from one4d_pl.files import replaced_folder, write_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -97,9 +97,7 @@ def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig, fi
         "pca": {kind: asdict(q) for kind, q in bars.items()},
         "curve": [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()],
     }
-    staging = folder / ".metrics.json.tmp"
-    staging.write_text(json.dumps(figures, indent=2) + "\n")
-    staging.replace(folder / "metrics.json")
+    write_json(folder / "metrics.json", figures)
     log.info("wrote %s", folder / "vae")
 
 
@@ -159,13 +157,8 @@ def export(
     vae = training.averaged_vae()
     if not config.decoder_only:  # a finished VAE keeps its latents, and what they are normalised by
         measure_latents(vae, train, STATISTICS_CLIPS, bfloat16)
-    staging, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(staging, ignore_errors=True)
-    vae.half().save_pretrained(staging)
-    if folder.exists():
-        folder.rename(old)
-    staging.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replaced_folder(folder) as staging:
+        vae.half().save_pretrained(staging)
     return vae.float()
 
 

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> None:
     if not source.is_file():
         raise ConfigError(f"{source}: no such file, need a .npy or .npz of pointmaps [T, H, W, 3], or a scene folder")
 
+    from one4d_pl.files import write_text
     from one4d_pl.inference.predictions import Prediction, report_dict, write_prediction
-    from one4d_pl.inference.scene_files import write_text
     from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 
     pointmap, valid = read_pointmaps(source)

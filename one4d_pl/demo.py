@@ -60,8 +60,8 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     from one4d_pl.data.datamodule import VAL_SEED_OFFSET
     from one4d_pl.evaluation.fit_quality import measure_fit, sampled_clips
     from one4d_pl.evaluation.toy_clips import render_samples
+    from one4d_pl.files import write_text
     from one4d_pl.inference.pipeline import One4DPipeline
-    from one4d_pl.inference.scene_files import write_text
     from one4d_pl.models.precision import uses_bfloat16
 
     if config.data.toy is None:

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError
+from one4d_pl.files import whole_folder
 
 log = logging.getLogger("one4d_pl")
 
@@ -103,26 +103,22 @@ def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()
     coupling = AdapterCard.read(folder).coupling
     if lora_for and coupling != "decoupled":
         raise ConfigError(f"--lora-for: {folder} couples by {coupling}, it has no LoRA of the frames alone")
-    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
-        for file in adapter_files(folder):
-            target = staging / file
-            target.parent.mkdir(parents=True, exist_ok=True)
-            if target.suffix == ".safetensors":
-                cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(folder / file).items()}
-                save_file(cast, target)
-            else:
-                shutil.copyfile(folder / file, target)
-        for layout in dict.fromkeys(lora_for):
-            for modality in MODALITIES:
-                save_lora(staging, modality, layout, staging / f"{modality}_lora_{layout}.safetensors")
-        size = sum(file.stat().st_size for file in staging.rglob("*") if file.is_file())
-        staging.rename(out)
+        with whole_folder(out) as staging:
+            for file in adapter_files(folder):
+                target = staging / file
+                target.parent.mkdir(parents=True, exist_ok=True)
+                if target.suffix == ".safetensors":
+                    cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(folder / file).items()}
+                    save_file(cast, target)
+                else:
+                    shutil.copyfile(folder / file, target)
+            for layout in dict.fromkeys(lora_for):
+                for modality in MODALITIES:
+                    save_lora(staging, modality, layout, staging / f"{modality}_lora_{layout}.safetensors")
     except OSError as error:
         raise ConfigError(f"--out: cannot write {out} ({error})") from None
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return size
+    return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
 
 
 main = Command("one4d_pl.export", __doc__, _add_arguments, _run)

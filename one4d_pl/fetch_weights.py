@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import os
 import sys
 import zipfile
 from collections.abc import Callable
@@ -21,6 +20,7 @@ from pathlib import Path
 
 from one4d_pl.commands import USER_ERROR, Command
 from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, ConfigError
+from one4d_pl.files import write_json
 from one4d_pl.models.base_files import (
     ORIGINAL_FILES,
     ORIGINAL_TOKENIZER,
@@ -123,10 +123,8 @@ def fetch(base: Base, folder: Path, say: Callable[[str], None]) -> list[str]:
     except Exception as error:  # the hub client has many error classes, the network's among them
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{base.repo}: cannot be fetched ({first}); the same command goes on where it was") from None
-    staging = folder / f".{RECORD}.{os.getpid()}.tmp"
     record = {"repo": base.repo, "commit": info.sha, "files": {name: asdict(file) for name, file in wanted.items()}}
-    staging.write_text(json.dumps(record, indent=1) + "\n")
-    staging.rename(folder / RECORD)
+    write_json(folder / RECORD, record)
     return check(folder, say)
 
 

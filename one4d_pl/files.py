@@ -12,9 +12,10 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 
+from one4d_pl.errors import UserError
 from one4d_pl.interrupts import at_interrupt, uninterrupted
 
 _making: set[Path] = set()  # folders that will appear as a whole: files inside need no care of their own
@@ -40,8 +41,12 @@ def temporary(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """The name to write under; at the end the file is moved to `path`, whose folder is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """The name to write under; at the end the file is moved to `path`, whose folder is made if need be.
+
+    With `folder` (on the same file system) it lies there until then, and FileNotFoundError says that one is absent.
+    """
+    if folder is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
     if any(made in path.parents for made in _making):
         yield path
         return
@@ -83,31 +88,52 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replaced_folder(path: Path, last: str) -> Iterator[Path]:
-    """A folder to fill; at the end its contents replace those of `path`, the file `last` after everything else.
+def replaced_folder(path: Path, names: Collection[str] | None = None, last: str = "") -> Iterator[Path]:
+    """A folder to fill; at the end its contents take the place of those in `path`, the file `last` after the others.
 
-    `path` itself stays, so it may be a mount point or a link; without `last` in it a folder is known to be unfinished.
-    Until the new contents are whole the old ones are untouched; a folder that was not there is removed again.
+    `names` (default: all) are the contents that go; what else lies in `path` stays. `path` itself stays, so it may be a
+    mount point or a link. Until the new contents are whole the old ones are untouched, and a folder that was not there
+    is not made.
     """
     absent = not path.exists()
     path.mkdir(parents=True, exist_ok=True)
+    for left in (*path.glob(".new.*.tmp"), *path.glob(".old.*.tmp")):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
     try:
         with temporary(path / "new") as staging, temporary(path / "old") as old:
             staging.mkdir()
             with _in_making(staging):
                 yield staging
             _settle_tree(staging)
+            old.mkdir()
+            going = [n for n in os.listdir(path) if n not in (staging.name, old.name) and (names is None or n in names)]
             with uninterrupted():
-                old.mkdir()
-                names = sorted(os.listdir(staging), key=lambda name: name == last)
-                for name in sorted(set(os.listdir(path)) - {staging.name, old.name}, key=lambda name: name != last):
-                    os.rename(path / name, old / name)
-                for name in names:
-                    os.rename(staging / name, path / name)
+                for name in sorted(going, key=lambda name: name != last):
+                    (path / name).rename(old / name)
+                for name in sorted(os.listdir(staging), key=lambda name: name == last):
+                    (staging / name).rename(path / name)
     finally:
         if absent:
             with contextlib.suppress(OSError):  # it holds something
                 path.rmdir()
+
+
+def check_folder(path: Path, option: str) -> None:
+    """UserError where a folder cannot be made or written; so that hours of work do not end there. Leaves no trace."""
+    place = path
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        if not place.is_dir():
+            raise UserError(f"{option}: {place} is a file; name a folder")
+        with temporary(place / path.name) as probe:
+            probe.mkdir()
+            if place != path:  # a name may be too long
+                (probe / path.name).mkdir()
+            with open(probe / "byte", "wb") as file:  # a full disk takes a folder, but no byte
+                file.write(b"0")
+    except OSError as error:
+        raise UserError(f"{option}: cannot write {path} ({error.strerror})") from None
 
 
 def sync(path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from one4d_pl.files import write_text
 from one4d_pl.interrupts import INTERRUPTED, at_interrupt
 from one4d_pl.training.signals import STOP, Stop, die_with_launcher, early_rank, end_process, exit_code
 
@@ -182,11 +183,7 @@ def scene_callbacks(config: EvalConfig) -> list[Callback]:
 
 def _write_config(config: Config) -> None:
     """The resolved config beside the run's results."""
-    folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / ".config.yaml.tmp"
-    temporary.write_text(to_yaml(config), encoding="utf-8")
-    temporary.replace(folder / "config.yaml")
+    write_text(Path(config.run_dir) / "config.yaml", to_yaml(config))
 
 
 def _quieten() -> None:

@@ -17,7 +17,6 @@ Then: python -m one4d_pl.view DIR; python -m one4d_pl.export DIR --out FILES --f
 from __future__ import annotations
 
 import argparse
-import contextlib
 import os
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, SOLVERS, ConfigError
+from one4d_pl.files import check_folder
 
 if TYPE_CHECKING:
     from torch import Generator, Tensor
@@ -76,21 +76,22 @@ def generate(args: argparse.Namespace) -> None:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
     _check(args)
     numbered = _numbered(args.frames or [])
+    check_folder(args.out, "--out")
 
     import torch
     from tqdm import tqdm
 
     from one4d_pl.inference.media import MediaError, open_video
     from one4d_pl.inference.pipeline import FPS, RequestError
-    from one4d_pl.inference.scene import save_scene
+    from one4d_pl.inference.scene import may_become_scene, save_scene
 
     if args.image:
         numbered = {0: args.image}
-    made_folder = False
+    if args.out.is_dir() and not may_become_scene(args.out):
+        raise ConfigError(f"--out: {args.out} holds other things than a scene; name a new folder")
     try:
         pictures = _load(numbered)
         reader = open_video(args.video, args.fps, FPS) if args.video else None
-        made_folder = _make_folder(args.out)
         pipeline = _open(args)
         generator = torch.Generator().manual_seed(args.seed)
         with tqdm(desc="sampling", unit="step") as bar:
@@ -113,7 +114,6 @@ def generate(args: argparse.Namespace) -> None:
                     on_step=on_step,
                 )
         save_scene(args.out, scene)
-        _draw_panel(scene, args.out)
     except (MediaError, RequestError) as error:
         raise ConfigError(str(error)) from None
     except OSError as error:
@@ -122,10 +122,6 @@ def generate(args: argparse.Namespace) -> None:
         raise ConfigError(
             "out of memory; make --size or --num-frames smaller, or add --offload --tile-vae --guidance-in-two-calls"
         ) from None
-    finally:
-        if made_folder:
-            with contextlib.suppress(OSError):  # holds a scene: stays
-                args.out.rmdir()
     _report(scene, args.out, time.monotonic() - began)
 
 
@@ -179,23 +175,6 @@ def _load(numbered: dict[int, Path]) -> dict[int, Tensor]:
     from one4d_pl.inference.media import load_image
 
     return {number: load_image(path) for number, path in numbered.items()}
-
-
-def _make_folder(out: Path) -> bool:
-    """Whether it was not there; so that an hour of sampling does not end at a folder that cannot be written."""
-    absent = not out.exists()
-    if out.exists() and not out.is_dir():
-        raise ConfigError(f"--out: {out} is a file; name a folder")
-    if out.is_dir() and any(out.iterdir()) and not (out / "scene.json").is_file():
-        raise ConfigError(f"--out: {out} holds other things than a scene; name a new folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / f".{os.getpid()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {out} ({error.strerror})") from None
-    return absent
 
 
 def _open(args: argparse.Namespace) -> One4DPipeline:
@@ -255,18 +234,6 @@ def _from_video(
     return pipeline.make_scene(
         args.prompt, torch.stack(frames), given, framing.placement, generator, reader.fps, args.zooms, on_step
     )
-
-
-def _draw_panel(scene: Scene, out: Path) -> None:
-    """Frames, pointmap as colours and depth below each other."""
-    from one4d_pl.inference.panels import panel, pointmap_colours
-    from one4d_pl.inference.scene import depth_pictures
-    from one4d_pl.inference.scene_files import save_picture
-
-    zoom = max(1, 256 // scene.frames.shape[1])
-    depth = depth_pictures(scene.depth, scene.valid) / 255
-    rows = [scene.frames / 255, pointmap_colours(scene.pointmap, scene.valid), depth]
-    save_picture(out / "panel.png", panel(rows, zoom), ["frames", "pointmap", "depth"])
 
 
 def _report(scene: Scene, out: Path, seconds: float) -> None:

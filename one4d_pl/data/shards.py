@@ -18,10 +18,10 @@ from one4d_pl.data.tar_set import (
     SampleError,
     ShardEntry,
     TarSet,
-    atomic,
     tar_bytes,
     write_tar,
 )
+from one4d_pl.files import open_whole
 from one4d_pl.types import Clip
 
 
@@ -75,7 +75,7 @@ def write_shards(clips: Iterable[Clip], folder: str | Path, samples_per_shard: i
     for stale in {path.name for path in folder.glob("shard-*.tar")} - {shard.name for shard in shards}:
         (folder / stale).unlink()  # of a longer run that died before its manifest
     (origin,) = origins
-    with atomic(folder / MANIFEST_NAME) as file:
+    with open_whole(folder / MANIFEST_NAME) as file:
         file.write(Manifest(**asdict(origin), shards=tuple(shards)).to_json().encode())
     return ShardSet.open(folder)
 

@@ -26,10 +26,10 @@ from one4d_pl.data.tar_set import (
     SampleEntry,
     ShardEntry,
     ShardSetError,
-    atomic,
     one_line,
     write_tar,
 )
+from one4d_pl.files import open_whole
 
 STAGING_NAME = ".staging"
 DROPPED_NAME = "dropped.jsonl"
@@ -91,7 +91,7 @@ class Staging:
                 f"go on with those, or remove {self.path}"
             )
         if not plan_file.exists():
-            with atomic(plan_file) as file:
+            with open_whole(plan_file) as file:
                 file.write(text.encode())
         self._shards: list[ShardEntry] = []
         self._pieces: list[tuple[Path, SampleEntry]] = []  # of the finished units from the first on, in order
@@ -113,12 +113,12 @@ class Staging:
         """Store one unit: its pieces as they come, then the record that makes it finished."""
         entries, origins = [], []
         for number, (origin, entry, content) in enumerate(samples):
-            with atomic(self._piece(unit, number)) as file:
+            with open_whole(self._piece(unit, number), self.path) as file:
                 file.write(content)
             entries.append(asdict(entry))
             origins.append(asdict(origin))
         record = {"samples": entries, "origins": origins, "dropped": [asdict(d) for d in dropped]}
-        with atomic(self._record(unit)) as file:
+        with open_whole(self._record(unit), self.path) as file:
             file.write(json.dumps(record).encode())
         return len(entries), sum(entry["size"] for entry in entries)
 
@@ -205,14 +205,14 @@ class Staging:
                     return
                 samples = ((entry, _read_piece(path, entry)) for path, entry in pieces)
                 shard = write_tar(self.folder / f"shard-{number:06d}.tar", samples, self.path)
-                with atomic(self._journal(number)) as file:
+                with open_whole(self._journal(number), self.path) as file:
                     file.write(json.dumps(asdict(shard)).encode())
                 for path, _ in pieces:
                     path.unlink()
             self._shards.append(ShardEntry.from_tree(self._read(self._journal(number))))
 
     def _finish(self) -> None:
-        with atomic(self.folder / DROPPED_NAME, self.path) as file:
+        with open_whole(self.folder / DROPPED_NAME, self.path) as file:
             file.writelines((json.dumps(asdict(dropped)) + "\n").encode() for dropped in self._dropped)
         if not self._shards:
             why = f"; {len(self._dropped)} dropped, see {self.folder / DROPPED_NAME}" if self._dropped else ""
@@ -225,7 +225,7 @@ class Staging:
         manifest = Manifest(
             **asdict(origin), shards=tuple(self._shards), kind=plan.kind, split=plan.split, recipe=plan.recipe
         )
-        with atomic(self.folder / MANIFEST_NAME, self.path) as file:
+        with open_whole(self.folder / MANIFEST_NAME, self.path) as file:
             file.write(manifest.to_json().encode())
         shutil.rmtree(self.path, ignore_errors=True)  # units beyond the limit may be under way; see is_finished
 

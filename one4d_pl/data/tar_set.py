@@ -9,16 +9,13 @@
 from __future__ import annotations
 
 import bisect
-import contextlib
 import hashlib
 import io
 import itertools
 import json
-import os
 import re
 import tarfile
-import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Self
@@ -27,6 +24,7 @@ from webdataset.writer import TarWriter
 
 from one4d_pl.data.clip_codec import MAX_STACKED_PIXELS, SAFE_KEY, SCHEMA_VERSION
 from one4d_pl.data.ranged_reads import PLAIN_READER, RangeReader, ShardSetError, StoreError, one_line
+from one4d_pl.files import open_whole
 
 MANIFEST_NAME = "manifest.json"
 SAFE_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
@@ -243,7 +241,7 @@ def write_tar(
 ) -> ShardEntry:
     """One shard out of finished samples; it appears under its name whole and flushed to disk, or not at all."""
     entries, offset, digest = [], 0, hashlib.sha256()
-    with atomic(path, scratch) as file:
+    with open_whole(path, scratch) as file:
         for entry, content in samples:
             file.write(content)
             digest.update(content)
@@ -253,18 +251,3 @@ def write_tar(
         file.write(end)
         digest.update(end)
     return ShardEntry(path.name, digest.hexdigest(), offset + len(end), tuple(entries))
-
-
-@contextlib.contextmanager
-def atomic(path: Path, scratch: Path | None = None) -> Iterator[io.BufferedRandom]:
-    """A file that appears under its name whole and flushed to disk, or not at all."""
-    temporary = (scratch or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
-    try:
-        with temporary.open("w+b") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

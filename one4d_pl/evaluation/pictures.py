@@ -12,11 +12,11 @@ from torch.nn.functional import interpolate
 
 from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.score import SequenceScore
+from one4d_pl.files import whole_file
 from one4d_pl.geometry.alignment import align_sim3
 from one4d_pl.inference.framing import to_image
 from one4d_pl.inference.panels import near_to_far
 from one4d_pl.inference.predictions import Prediction
-from one4d_pl.inference.scene_files import write_whole
 
 COLUMNS = 5  # frames of a strip, evenly spaced, first and last among them
 WIDTH = 240  # pixels of one picture
@@ -90,4 +90,5 @@ def _colours(position: Tensor) -> Tensor:  # [T, H, W], 0 = first colour, 1 = la
 
 
 def _save(picture: Image.Image, path: Path) -> None:
-    write_whole(path, lambda staging: picture.save(staging, "PNG"))
+    with whole_file(path) as staging:
+        picture.save(staging, "PNG")

@@ -25,10 +25,10 @@ from one4d_pl.evaluation.score import SequenceScore, score_benchmark
 from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.tables import Row, write_report
 from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
+from one4d_pl.files import write_text
 from one4d_pl.inference.framing import Shape
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.inference.predictions import find_prediction, read_prediction
-from one4d_pl.inference.scene_files import write_text
 from one4d_pl.models.precision import autocast
 from one4d_pl.models.wan import WanEncoders
 

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from one4d_pl.evaluation.score import PARTS, BenchmarkScore, SequenceScore
-from one4d_pl.inference.scene_files import write_text
+from one4d_pl.files import write_text
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
 

@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from one4d_pl.files import open_whole, write_text
 from one4d_pl.geometry.camera import project, to_camera
 from one4d_pl.geometry.se3 import invert_se3, matrix_to_wxyz
 from one4d_pl.inference.scene import Scene
-from one4d_pl.inference.scene_files import write_text, write_whole
 
 PINHOLE = 1  # the model's number in binary files; fx, fy, cx, cy
 OBSERVATION = np.dtype([("xy", "<f8", 2), ("point", "<i8")])
@@ -85,7 +85,8 @@ def _write_binary(
 
 
 def _write(path: Path, parts: list[bytes]) -> None:
-    write_whole(path, lambda staging: staging.write_bytes(b"".join(parts)))
+    with open_whole(path) as file:
+        file.write(b"".join(parts))
 
 
 def _write_text(

@@ -14,11 +14,8 @@ name from a file becomes a name on disk.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,12 +23,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from one4d_pl.files import open_whole, whole_file, whole_folder, write_text
 from one4d_pl.geometry.se3 import matrix_to_xyzw
 from one4d_pl.inference.colmap_files import write_colmap
 from one4d_pl.inference.gltf import glb_bytes
 from one4d_pl.inference.point_cloud import frustum_depth, not_flying
 from one4d_pl.inference.scene import Scene
-from one4d_pl.inference.scene_files import save_picture, save_ply, write_text, write_whole
+from one4d_pl.inference.scene_files import save_picture, save_ply
 
 POINT_LIMIT = 500_000  # points of a cloud of all frames; a frame's own .ply has every pixel
 OPENGL = (1.0, -1.0, -1.0)  # OpenCV's camera axes in OpenGL's
@@ -67,14 +65,10 @@ def export_scene(
         raise FileExistsError(f"{out} exists")
     pixels = shown_pixels(scene, keep_flying_points)
     shown = Shown(scene, pixels, collect_points(scene, pixels, point_limit))
-    staging = out.with_name(f".{out.name}.{os.getpid()}.tmp")
-    try:
+    with whole_folder(out) as staging:
         for name in formats:
-            (staging / name).mkdir(parents=True)
+            (staging / name).mkdir()
             FORMATS[name](shown, staging / name)
-        staging.rename(out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def shown_pixels(scene: Scene, keep_flying_points: bool) -> Tensor:  # [T, H, W] bool
@@ -104,7 +98,8 @@ def save_depth16(folder: Path, depth: Tensor, valid: Tensor) -> None:  # [T, H, 
     values = torch.where(known, (depth.double() / scale).round().clamp(1, 65535), 0.0).numpy().astype(np.uint16)
     for i, value in enumerate(values):
         picture = Image.fromarray(value)
-        write_whole(folder / f"{i:06d}.png", partial(picture.save, format="png"))
+        with whole_file(folder / f"{i:06d}.png") as staging:
+            picture.save(staging, format="png")
     about = {"depth": "value * scale, z in the frame's camera, unit of the scene", "scale": scale, "no_surface": 0}
     write_text(folder / "depth.json", json.dumps(about, indent=1) + "\n")
 
@@ -120,7 +115,8 @@ def _write_glb(shown: Shown, folder: Path) -> None:
     scene, cloud, frame = shown.scene, shown.cloud, shown.cloud.pixel[:, 0]
     clouds = [(cloud.position[frame == i], cloud.colour[frame == i]) for i in range(scene.num_frames)]
     frusta = camera_frusta(scene)
-    write_whole(folder / "scene.glb", lambda staging: staging.write_bytes(glb_bytes(clouds, frusta, scene.fps)))
+    with open_whole(folder / "scene.glb") as file:
+        file.write(glb_bytes(clouds, frusta, scene.fps))
 
 
 def _write_colmap(shown: Shown, folder: Path) -> None:

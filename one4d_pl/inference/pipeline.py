@@ -7,8 +7,6 @@ scene of any length. Training and evaluation use the batched `sample` below it.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, GuidanceConfig, SamplerConfig
 from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
+from one4d_pl.files import whole_folder, write_text
 from one4d_pl.geometry.camera import resize_crop_plan
 from one4d_pl.inference.framing import Framing, Placement, frame_images
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
@@ -275,14 +274,9 @@ class One4DPipeline:
         target = Path(folder)
         if target.exists():
             raise RequestError(f"save_pretrained: {target} exists; name a new folder")
-        staging = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-        staging.mkdir(parents=True)
-        try:
+        with whole_folder(target) as staging:
             save_adapters(self.transformer, staging, self._card())
-            (staging / "README.md").write_text(model_card(self._card()), encoding="utf-8")
-            staging.rename(target)
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
+            write_text(staging / "README.md", model_card(self._card()))
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
         """Upload what `save_pretrained` writes as a model repository, made if need be; returns the commit's address."""

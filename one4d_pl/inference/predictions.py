@@ -25,9 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from one4d_pl.files import open_whole, write_text
 from one4d_pl.geometry.se3 import is_rotation, se3_matrix, wxyz_to_matrix
 from one4d_pl.inference.framing import Placement
-from one4d_pl.inference.scene_files import write_text, write_whole
 from one4d_pl.postopt.recover import RecoverReport
 
 FORMAT = "one4d_pl cameras 1"
@@ -116,12 +116,8 @@ def read_prediction(path: Path) -> Prediction:
 
 def write_npy(path: Path, tensor: Tensor) -> None:
     """An array, whole or not at all."""
-
-    def write(staging: Path) -> None:
-        with staging.open("wb") as file:  # np.save would add a suffix to a name
-            np.save(file, tensor.cpu().numpy(), allow_pickle=False)
-
-    write_whole(path, write)
+    with open_whole(path) as file:  # np.save would add a suffix to a name
+        np.save(file, tensor.cpu().numpy(), allow_pickle=False)
 
 
 def _read_ours(folder: Path) -> Prediction:

@@ -2,6 +2,7 @@
 
 frames/000000.png ...  the frames, lossless              rgb.mp4, depth.mp4  the same and the depth, to look at
 pointmap.npz           pointmap [T, H, W, 3], valid      depth.npy, valid.npy, cameras.json  as `predictions` has them
+panel.png              frames, pointmap and depth side by side
 scene.json             prompt, frames per second, how it was made
 """
 
@@ -18,13 +19,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from one4d_pl.files import open_whole, replaced_folder, write_json
 from one4d_pl.inference.framing import Placement
-from one4d_pl.inference.panels import SKY_COLOUR, near_to_far, to_bytes
+from one4d_pl.inference.panels import SKY_COLOUR, near_to_far, panel, pointmap_colours, to_bytes
 from one4d_pl.inference.predictions import Prediction, PredictionError, read_prediction, write_prediction
-from one4d_pl.inference.scene_files import save_picture, save_video, write_text, write_whole
+from one4d_pl.inference.scene_files import save_picture, save_video
 
 FORMAT = "one4d_pl scene 1"
 FRAMES = "frames"
+STORED = ("depth.npy", "valid.npy", "cameras.json")  # by `predictions`
+NAMES = frozenset({FRAMES, "rgb.mp4", "depth.mp4", "panel.png", "pointmap.npz", "scene.json", *STORED})
 
 
 class SceneError(ValueError):
@@ -55,28 +59,42 @@ class Scene:
 
 
 def save_scene(folder: Path, scene: Scene) -> None:
-    """Write the folder; complete once scene.json is there, which is written last."""
-    frames_folder = folder / FRAMES
-    frames_folder.mkdir(parents=True, exist_ok=True)
-    (folder / "scene.json").unlink(missing_ok=True)
-    for old in frames_folder.glob("*.png"):
-        old.unlink()
+    """Write the folder, in the place of a scene that is there once the new one is whole; other files in it stay."""
+    with replaced_folder(folder, NAMES, last="scene.json") as staging:
+        _write_scene(staging, scene)
+
+
+def _write_scene(folder: Path, scene: Scene) -> None:
+    (folder / FRAMES).mkdir()
     for i, frame in enumerate(scene.frames):
-        save_picture(frames_folder / f"{i:06d}.png", frame, [])
+        save_picture(folder / FRAMES / f"{i:06d}.png", frame, [])
     save_video(folder / "rgb.mp4", _even(scene.frames), scene.fps)
     save_video(folder / "depth.mp4", _even(depth_pictures(scene.depth, scene.valid)), scene.fps)
-
-    def write_points(staging: Path) -> None:
-        with staging.open("wb") as file:  # np.savez would add a suffix to a name
-            np.savez_compressed(file, pointmap=scene.pointmap.numpy(), valid=scene.valid.numpy())
-
-    write_whole(folder / "pointmap.npz", write_points)
+    save_picture(folder / "panel.png", _panel(scene), ["frames", "pointmap", "depth"])
+    with open_whole(folder / "pointmap.npz") as file:  # np.savez would add a suffix to a name
+        np.savez_compressed(file, pointmap=scene.pointmap.numpy(), valid=scene.valid.numpy())
     prediction = Prediction(
         scene.depth, scene.cam2world, scene.intrinsics, scene.valid, scene.placement, scene.given, scene.flags
     )
     write_prediction(folder, prediction, scene.report)
     about = {"format": FORMAT, "prompt": scene.prompt, "fps": scene.fps, "made": scene.made}
-    write_text(folder / "scene.json", json.dumps(about, indent=1) + "\n")
+    write_json(folder / "scene.json", about)
+
+
+def _panel(scene: Scene) -> Tensor:  # [H, W, 3] uint8
+    """Frames, pointmap as colours and depth below each other."""
+    depth = depth_pictures(scene.depth, scene.valid) / 255
+    rows = [scene.frames / 255, pointmap_colours(scene.pointmap, scene.valid), depth]
+    return panel(rows, zoom=max(1, 256 // scene.frames.shape[1]))
+
+
+def may_become_scene(folder: Path) -> bool:
+    """Whether a folder holds a scene, the rest of one that was cut short, or nothing that people can see.
+
+    Frames and a video alone may be somebody's own.
+    """
+    seen = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return is_scene(folder) or not seen or (seen <= NAMES and bool(seen & {"depth.mp4", "pointmap.npz"}))
 
 
 def is_scene(folder: Path) -> bool:

@@ -17,12 +17,12 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from one4d_pl.files import write_text
 from one4d_pl.geometry.se3 import matrix_to_wxyz
 from one4d_pl.inference.exports import shown_pixels
 from one4d_pl.inference.panels import near_to_far, to_bytes
 from one4d_pl.inference.point_cloud import frustum_depth, static_pixels
 from one4d_pl.inference.scene import Scene, depth_pictures
-from one4d_pl.inference.scene_files import write_text
 
 if TYPE_CHECKING:
     from viser import CameraFrustumHandle, PointCloudHandle, ViserServer

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import shutil
 from pathlib import Path
 
 import torch
@@ -12,6 +10,7 @@ from torch import nn
 from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from one4d_pl.config import TinyWanConfig
+from one4d_pl.files import whole_folder, write_json
 
 IMAGE_DIM = 32  # width of the tiny CLIP
 
@@ -26,17 +25,13 @@ def build_tiny_wan(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -
     """
     if (folder / "model_index.json").is_file():
         return
-    staging = folder.with_name(f".{folder.name}.{torch.randint(2**31, ()).item()}.tmp")
     try:
-        with torch.random.fork_rng(devices=[]):
+        with whole_folder(folder) as staging, torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             _save_parts(staging, config, vae)
-        staging.rename(folder)
     except OSError:
         if not (folder / "model_index.json").is_file():  # else another process was faster
             raise
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _save_parts(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -> None:
@@ -76,7 +71,7 @@ def _save_parts(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -> N
         )  # fmt: skip
         CLIPVisionModel(image_config).save_pretrained(folder / "image_encoder")
         index["image_encoder"] = ["transformers", "CLIPVisionModel"]
-    (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+    write_json(folder / "model_index.json", index)
 
 
 def _pass_noise_through(transformer: WanTransformer3DModel) -> None:

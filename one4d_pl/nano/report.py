@@ -8,7 +8,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from one4d_pl.inference.scene_files import write_text, write_whole
+from one4d_pl.files import whole_file, write_text
 from one4d_pl.nano.experiments import GENTLE, REFERENCE, RUNS, Claim, Experiment, Run, in_decibels
 from one4d_pl.nano.verdicts import CONFIDENCE, Verdict, judge
 from one4d_pl.nano.work import Plan, Result, differences, read_result
@@ -181,7 +181,8 @@ def _draw(experiment: Experiment, results: Results, path: Path) -> None:
         else:
             _draw_bars(panel, metric, names, results, "references" in experiment.runs)
     figure.tight_layout()
-    write_whole(path, lambda staging: figure.savefig(staging, dpi=90, format="png"))
+    with whole_file(path) as staging:
+        figure.savefig(staging, dpi=90, format="png")
     pyplot.close(figure)
 
 

@@ -110,7 +110,7 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         return
     from tqdm import tqdm
 
-    from one4d_pl.inference.scene_files import write_text
+    from one4d_pl.files import write_text
     from one4d_pl.nano.measure import measure, measure_references, measure_vae, sampled_clips
 
     folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
@@ -144,7 +144,7 @@ def work(plan: Plan, run: Run, seed: int) -> None:
 
 def _refuse_other_start(plan: Plan, run: Run, seed: int) -> None:
     """An interrupted run goes on only under the recipe it began with."""
-    from one4d_pl.inference.scene_files import write_text
+    from one4d_pl.files import write_text
 
     path = plan.folder(run, seed) / "recipe.json"
     if path.is_file() and (differing := differences(plan, run, seed, json.loads(path.read_text()))):

@@ -33,7 +33,7 @@ from torch import Tensor
 
 from one4d_pl.config import Config, ConfigError, as_dict, flatten
 from one4d_pl.data.datamodule import One4DDataModule
-from one4d_pl.inference.scene_files import write_text
+from one4d_pl.files import write_text
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.training.module import One4DModule

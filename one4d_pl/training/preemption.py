@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import time
 from pathlib import Path
 
 from one4d_pl.config import ConfigError
+from one4d_pl.files import write_json
 
 MARKER, STARTS = "PREEMPTED", "restarts.json"
 
@@ -16,7 +16,7 @@ MARKER, STARTS = "PREEMPTED", "restarts.json"
 def write_marker(run_dir: str, step: int, number: int) -> None:
     """Ask the batch script for a requeue: the run stopped after `step` because of a signal; rank 0 only."""
     content = {"step": step, "signal": signal.Signals(number).name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    _write(Path(run_dir) / MARKER, content)
+    write_json(Path(run_dir) / MARKER, content)
 
 
 def begin_start(run_dir: str, max_restarts: int) -> None:
@@ -33,14 +33,14 @@ def begin_start(run_dir: str, max_restarts: int) -> None:
             f"with: {last_end}; see {folder / 'logs'}, then remove {folder / STARTS} or raise train.max_restarts"
         )
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / STARTS, {"starts": starts + 1, "last_end": "a kill, or a lost node"})
+    write_json(folder / STARTS, {"starts": starts + 1, "last_end": "a kill, or a lost node"})
 
 
 def note_end(run_dir: str, reason: str) -> None:
     """How this start ended, for the message of a later refusal."""
     starts, _ = _read_starts(Path(run_dir))
     if starts:
-        _write(Path(run_dir) / STARTS, {"starts": starts, "last_end": reason})
+        write_json(Path(run_dir) / STARTS, {"starts": starts, "last_end": reason})
 
 
 def forget_starts(run_dir: str) -> None:
@@ -56,9 +56,3 @@ def _read_starts(folder: Path) -> tuple[int, str]:
         return 0, ""
     except (ValueError, KeyError, TypeError):
         raise ConfigError(f"run_dir: {folder / STARTS} is not what fit wrote; remove it") from None
-
-
-def _write(path: Path, content: dict[str, object]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(content) + "\n")
-    temporary.replace(path)

@@ -7,7 +7,6 @@ frames only; geometry is what the adapters bring later. The same DataModule, tra
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, shift_sigma
+from one4d_pl.files import replaced_folder, whole_file, write_json
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.wan import WanEncoders, load_transformer
 from one4d_pl.types import Batch
@@ -116,14 +116,11 @@ class TinyBaseModule(lightning.LightningModule):
 
     def export(self, folder: Path) -> None:
         """Write a bundle with the averaged transformer and text encoder, in bfloat16 on disk, atomically."""
-        staging = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
-        shutil.rmtree(staging, ignore_errors=True)
-        shutil.copytree(self.config.base.path, staging)
-        for name, file in WEIGHT_FILES.items():
-            state = self.average.module[name].state_dict()
-            save_file({k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}, staging / name / file, META)
-        shutil.rmtree(folder, ignore_errors=True)
-        staging.rename(folder)
+        with replaced_folder(folder) as staging:
+            shutil.copytree(self.config.base.path, staging, dirs_exist_ok=True)
+            for name, file in WEIGHT_FILES.items():
+                state = self.average.module[name].state_dict()
+                save_file({k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}, staging / name / file, META)
 
 
 class BaseState(Callback):
@@ -176,13 +173,9 @@ class BaseState(Callback):
         tensors = {"step": torch.tensor(step)} | {k: v.detach().clone() for k, v in _weights(module).items()}
         for name, parameter in module.trained.named_parameters():
             tensors |= {f"{moment}/{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
-        for path, write in (
-            (self.path, lambda p: save_file(tensors, p)),
-            (self.path.with_suffix(".json"), lambda p: p.write_text(json.dumps({"step": step}))),
-        ):
-            staging = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-            write(staging)
-            staging.replace(path)
+        with whole_file(self.path) as staging:
+            save_file(tensors, staging)
+        write_json(self.path.with_suffix(".json"), {"step": step})
         module.export(Path(self.config.run_dir) / "wan")
 
 

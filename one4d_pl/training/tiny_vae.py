@@ -28,6 +28,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from one4d_pl.data.toy_world import render_clip
+from one4d_pl.files import whole_file
 from one4d_pl.geometry.pointmap import normalise_pointmap
 from one4d_pl.models.encoder_files import CPU
 from one4d_pl.models.precision import computes_bfloat16
@@ -167,8 +168,8 @@ def save_training(training: VaeTraining, config: TinyVaeConfig, path: Path) -> N
     groups = {"weight": weights, "average": training.average, "first": training.first, "second": training.second}
     tensors = {f"{group}.{name}": t.contiguous() for group, named in groups.items() for name, t in named.items()}
     about = {"step": str(training.step), "seconds": repr(training.seconds), "config": json.dumps(asdict(config))}
-    save_file(tensors, staging := path.with_name(f".{path.name}.tmp"), metadata=about)
-    staging.replace(path)
+    with whole_file(path) as staging:
+        save_file(tensors, staging, metadata=about)
 
 
 def load_training(path: Path, config: TinyVaeConfig) -> VaeTraining:

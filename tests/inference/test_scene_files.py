@@ -14,7 +14,7 @@ from one4d_pl.data.toy_world import render_clip
 from one4d_pl.geometry.camera import camera_rays
 from one4d_pl.geometry.pointmap import normalise_pointmap
 from one4d_pl.inference.point_cloud import draw_points, solid_pixels, turntable
-from one4d_pl.inference.scene_files import MARGIN, save_picture, save_ply, save_video, write_whole
+from one4d_pl.inference.scene_files import MARGIN, save_picture, save_ply, save_video
 from one4d_pl.postopt.recover import recover_scene
 
 
@@ -30,18 +30,6 @@ def test_a_video_comes_back_in_order_and_colour(tmp_path):
     assert len(decoded) == 6
     assert [int(frame.mean((0, 1)).argmax()) for frame in decoded] == [0, 1, 2, 0, 1, 2]
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["v.mp4"]
-
-
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path):
-    (tmp_path / "x").write_text("old")
-
-    def fail(staging):
-        staging.write_text("half")
-        raise RuntimeError
-
-    with pytest.raises(RuntimeError):
-        write_whole(tmp_path / "x", fail)
-    assert [(p.name, p.read_text()) for p in tmp_path.iterdir()] == [("x", "old")]
 
 
 def test_a_ply_holds_points_and_colours(tmp_path):
