@@ -86,10 +86,10 @@ def wrap_linears(blocks: nn.Module, rank: int, scale: float, generator: Generato
 
 
 def _kaiming_uniform(weight: Tensor, generator: Generator) -> None:
-    """nn.Linear's start, drawn on the CPU so that it does not depend on the device; a no-op on meta."""
+    """nn.Linear's start, drawn on the generator's device, the CPU, whatever device is the default; a no-op on meta."""
     if weight.is_meta:
         return
     bound = 1 / math.sqrt(weight.shape[1])
-    drawn = torch.empty(weight.shape).uniform_(-bound, bound, generator=generator)
+    drawn = torch.empty(weight.shape, device=generator.device).uniform_(-bound, bound, generator=generator)
     with torch.no_grad():
         weight.copy_(drawn)

@@ -45,6 +45,13 @@ class One4DModule(lightning.LightningModule):
         """Open the base and build the adapter; called by Lightning on every rank, once."""
         if self._built:
             return
+        # Lightning makes the GPU the default device here; what is drawn, read and computed while building is the CPU's,
+        # and each part is told where its weights go
+        with torch.device("cpu"):
+            self._build()
+        self._built = True
+
+    def _build(self) -> None:
         config = self.config
         strategy = None if self._trainer is None else self._trainer.strategy
         device = torch.device("cpu") if strategy is None else strategy.root_device
@@ -61,7 +68,6 @@ class One4DModule(lightning.LightningModule):
             load_adapters(self.transformer, self.adapters, self.base_fingerprint, config.data.pointmap_power)
         elif statistics is not None:
             self.transformer.set_xyz_statistics(*statistics)
-        self._built = True
 
     def _measure_latents(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of a fresh adapter's xyz latents: rank 0 reads clips for all, its errors end all."""
