@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO under Lightning, on CUDA and on the CPU (gloo) with the same code.
 
 1. The engine runs in float32 mode: it casts nothing. The frozen base keeps the dtypes it was opened in, trainables and
-   optimiser are float32, and bf16-mixed is torch's autocast, as under the other strategies.
+   optimiser are float32, and bf16-mixed is torch's autocast, as under the other strategies; the engine is told of it.
 2. At stage 3 the base is sharded block by block while it is read (models/weights.py); LoRA and links are built as
    ordinary tensors and sharded by the engine, values and all. Nothing is ever initialised inside `zero.Init`, where a
    later `zeros_` would hit an empty tensor and training would start from noise.
@@ -173,12 +173,17 @@ def engine_config(config: TrainConfig) -> dict[str, object]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
         if config.zero_stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
-    return {
+    engine: dict[str, object] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: the same under every strategy, and no compiler
         "zero_force_ds_cpu_optimizer": False,
     }
+    if config.precision == "bf16-mixed":
+        # On CUDA, and only there, the engine sees our autocast around it and, not told of one, switches it off inside.
+        # The empty list: gradients are reduced in float32, as under the other strategies.
+        engine["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return engine
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:

@@ -1,7 +1,8 @@
 """A rank of one launch: `torchrun ... run_cases.py a.yaml b.yaml ...` runs `fit` for one config after the other.
 
 Starting processes costs more than the runs themselves, so a matrix of strategies shares one launch. The word
-`gathers:a.yaml:out.json` counts instead what ZeRO-3 gathers of the frozen base.
+`gathers:a.yaml:out.json` counts instead what ZeRO-3 gathers of the frozen base; `cuda-autocast:a.yaml` is `fit` where
+the engine sees the autocast around it, as it does on CUDA.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import deepspeed
 import torch
@@ -21,6 +23,7 @@ from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import load_transformer
 from one4d_pl.training.zero import BlockKeeper, StagePartitioner, engine_config, skip_compilation
 
+AUTOCAST = "cuda-autocast:"
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
 
 
@@ -82,6 +85,13 @@ def count_gathers(config: Config) -> dict[str, float]:
     return shares
 
 
+def fit_as_on_cuda(config: Config) -> None:
+    """The engine asks for autocast without naming a device, which means CUDA's: let it see the CPU's."""
+    asked = torch.is_autocast_enabled
+    with patch.object(torch, "is_autocast_enabled", lambda device="cpu": asked(device)):
+        fit(config)
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for word in sys.argv[1:]:
@@ -90,5 +100,7 @@ if __name__ == "__main__":
             shares = count_gathers(load_config([path], []))
             if torch.distributed.get_rank() == 0:
                 Path(target).write_text(json.dumps(shares))
+        elif word.startswith(AUTOCAST):
+            fit_as_on_cuda(load_config([word.removeprefix(AUTOCAST)], []))
         else:
             fit(load_config([word], []))

@@ -3,7 +3,7 @@
 Faults that train wrongly without an error, and what would show them here: a lost zero start (the check at start, and
 every comparison), accumulation divided twice (the gradients' norm under clipping), adapters switched under activation
 checkpointing and reentrant checkpointing (checkpointed cases), silent casts to bfloat16 (the float32 and the bfloat16
-case), a second shuffling (losses at every step), random state that is restored wrongly, and moments that the engine
+cases), a second shuffling (losses at every step), random state that is restored wrongly, and moments that the engine
 links to its first parameter group only (the elastic run).
 """
 
@@ -51,7 +51,6 @@ MATRIX = {  # by launch, each short enough to be one test's set-up
     "two_sharded": {
         "zero3-free": (*ZERO, "train.zero_stage=3", NO_CLIP, SELECTIVE, "train.micro_batch_size=2"),
         "zero3-offload": (*ZERO, "train.zero_stage=3", "train.offload=true", CLIP),
-        "zero3-bf16": (*ZERO, "train.zero_stage=3", CLIP, "base.dtype=bfloat16", "train.precision=bf16-mixed"),
     },
     "four": {
         "ddp": ("train.strategy=ddp", NO_CLIP),
@@ -62,6 +61,8 @@ MATRIX = {  # by launch, each short enough to be one test's set-up
         "zero3": (*ZERO, "train.zero_stage=3", CLIP),
     },
 }
+BF16 = (CLIP, "base.dtype=bfloat16", "train.precision=bf16-mixed")
+BF16_STEPS = 10
 CASES = [(group, name) for group, cases in MATRIX.items() for name in cases]
 ELASTIC = ((1, ("train.strategy=single",)), (4, (*ZERO, "train.zero_stage=3")), (2, (*ZERO, "train.zero_stage=2")),
            (3, ("train.strategy=ddp",)))  # fmt: skip
@@ -121,7 +122,7 @@ def references(make) -> Runs:
     folder, prepare = make
     fit_here(prepare("one-clip", CLIP))
     fit_here(prepare("one-free", NO_CLIP))
-    fit_here(prepare("one-bf16", CLIP, "base.dtype=bfloat16", "train.precision=bf16-mixed"))
+    fit_here(prepare("one-bf16", *BF16, f"train.max_steps={BF16_STEPS}"))
     return Runs(folder)
 
 
@@ -158,7 +159,7 @@ def launch_group(group: str, world: int, make) -> Runs:
     return Runs(folder)
 
 
-@pytest.mark.parametrize(("group", "name"), [case for case in CASES if "bf16" not in case[1]])
+@pytest.mark.parametrize(("group", "name"), CASES)
 def test_every_strategy_trains_what_one_process_trains(group, name, references, request):
     """20 steps of AdamW in float32 at the same global batch: losses, gradient norms and trained weights."""
     runs: Runs = request.getfixturevalue(group)
@@ -187,20 +188,24 @@ def test_the_gradients_norm_is_that_of_one_process(group, name, references, requ
     assert curve(runs.folder / f"{group}-{name}", "train/grad_norm/all") == pytest.approx(expected, rel=1e-4)
 
 
-def test_bfloat16_base_float32_trainables_under_zero3(two_sharded, references):
-    """The engine casts nothing: the same autocast run as in one process, but for the order of bf16 sums."""
+@pytest.mark.parametrize("world", [1, 2])
+def test_bfloat16_base_and_float32_trainables_at_every_stage_as_on_cuda(world, make, references):
+    """The same autocast run as in one process, but for the order of bf16 sums: the engine neither casts the trainables
+    nor switches the autocast off, as it would on CUDA were it not told of it."""
+    folder, prepare = make
+    names = {stage: f"bf16-{world}-zero{stage}" for stage in (1, 2, 3)}
+    more = (*BF16, f"train.max_steps={BF16_STEPS}", f"train.devices={world}", "val.every=1000", "val.clips=2")
+    paths = [prepare(name, *ZERO, f"train.zero_stage={stage}", *more) for stage, name in names.items()]
+    launch(world, folder, [f"cuda-autocast:{path}" for path in paths])
     for modality in ("rgb", "xyz"):
-        losses, expected = (
-            two_sharded.losses("two_sharded-zero3-bf16", modality),
-            references.losses("one-bf16", modality),
-        )
-        assert losses == pytest.approx(expected, rel=5e-3)
-        assert losses != pytest.approx(references.losses("one-clip", modality), rel=1e-6)  # it is bf16
-    for name in FILES:
-        for key, tensor in load_file(
-            checkpoint_folder(str(two_sharded.folder / "two_sharded-zero3-bf16"), STEPS) / name
-        ).items():
-            assert tensor.dtype == torch.float32, key
+        expected = references.losses("one-bf16", modality)
+        assert len(expected) == BF16_STEPS
+        assert expected != pytest.approx(references.losses("one-clip", modality)[:BF16_STEPS], rel=1e-6)  # it is bf16
+        for name in names.values():
+            assert references.losses(name, modality) == pytest.approx(expected, abs=1e-3), (name, modality)
+    for name in names.values():
+        for key, tensor in references.weights(name, BF16_STEPS).items():
+            assert tensor.dtype == torch.float32, (name, key)
 
 
 def test_every_frozen_weight_is_gathered_once_for_both_branches(make):
