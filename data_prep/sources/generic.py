@@ -1,7 +1,7 @@
 """Anybody's clips: one folder or one .npz per clip, so that the output of any labeler can become shards.
 
 A clip is `<name>.npz`, or a folder `<name>/` that holds `clip.json`. A folder's arrays are `<array>.npy`, and it may
-hold `frames/` (png or jpg, in the order of their names) or `frames.mp4` instead of frames.npy. With T frames:
+hold `frames/` (png or jpg, in the order of their numbers) or `frames.mp4` instead of frames.npy. With T frames:
 
     frames      [T, H, W, 3]  uint8, sRGB
     depth       [T, h, w]     z in the camera, any unit; not finite or <= 0 = no measurement, +inf = sky
@@ -37,11 +37,12 @@ from data_prep.sources.decoding import (
 )
 from data_prep.sources.geometry import Geometry, fit_to_frames
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units
+from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.types import DOMAINS, Clip
 
 ARRAYS = ("frames", "frame_numbers", "depth", "pointmaps", "intrinsics", "cam2world", "confidence", "valid", "moving")
 TEXTS = ("fps", "licence", "domain", "caption")
-IMAGES = {".png", ".jpg", ".jpeg"}
+IMAGES = (".png", ".jpg", ".jpeg")
 
 
 def list_units(root: Path) -> list[str]:
@@ -144,7 +145,7 @@ def _read_frames(path: Path, arrays: dict[str, np.ndarray], window: range, total
             raise ValueError(f"{path}: frames are {frames.dtype} {frames.shape}, need uint8 [T, H, W, 3]")
         found = len(frames)
     elif (path / "frames").is_dir():
-        images = sorted(p for p in (path / "frames").iterdir() if p.suffix.lower() in IMAGES)
+        images = numbered_files(path / "frames", IMAGES)
         found = len(images)
     elif (path / "frames.mp4").is_file():
         found = video_rate_and_length(path / "frames.mp4")[1]

@@ -42,6 +42,7 @@ from data_prep.sources.decoding import (
 from data_prep.sources.generic import read_arrays
 from data_prep.sources.geometry import Geometry, fit_to_frames
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units
+from one4d_pl.data.frame_order import by_number
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.types import Clip
 
@@ -167,7 +168,7 @@ def _read_own(root: Path, unit: str, window: range, height: int, width: int) -> 
     """The dataset's own cameras, for pictures of this size, and depth at its resolution."""
     archive = root / "depths" / f"{unit}.zip"
     intrinsics, cam2world = read_cameras(root / "annotations" / unit, height, width)
-    pictures = sorted((name for name in zip_names(archive) if name.lower().endswith(".exr")), key=_natural)
+    pictures = by_number((name for name in zip_names(archive) if name.lower().endswith(".exr")), str(archive))
     if len(pictures) != len(cam2world):
         raise ValueError(f"{archive}: {len(pictures)} pictures for {len(cam2world)} cameras")
     wanted = [pictures[row] for row in window]
@@ -186,12 +187,6 @@ def _read_own(root: Path, unit: str, window: range, height: int, width: int) -> 
     return Geometry(
         torch.from_numpy(depth.astype(np.float32)), intrinsics[rows] * scale[:, None], cam2world[rows].float(), known
     )
-
-
-def _natural(name: str) -> tuple[int, str]:
-    """Sorts 10.exr behind 9.exr, whether padded or not."""
-    digits = re.findall(r"\d+", Path(name).stem)
-    return (int(digits[-1][:18]) if digits else 0, name)
 
 
 def _read_moving(path: Path, window: range, height: int, width: int) -> Tensor | None:  # [T, H, W] bool

@@ -15,6 +15,7 @@ Nothing is decoded before a frame is asked for it.
 
 from __future__ import annotations
 
+import itertools
 import math
 import struct
 import zlib
@@ -133,12 +134,22 @@ def list_files(
         rows = _rows(text, 2)
         files = [StampedFile(_number(text, i, row[0]), root / _inside(text, i, row[1])) for i, row in rows]
     elif folder.is_dir():
-        files = [StampedFile(_number(path, 0, path.stem), path) for path in folder.glob("*.png")]
+        files = list_pngs(folder)
     else:
         raise ValueError(f"{root}: neither {kind}.txt nor {kind}/, need a TUM or Bonn RGB-D sequence folder")
     if not files:
         raise ValueError(f"{root}: no {kind} image is listed")
     return sorted(files, key=lambda file: file.timestamp)
+
+
+def list_pngs(folder: Path) -> list[StampedFile]:  # by time
+    """The pngs of a folder, named after their seconds, hidden files left out; ValueError where two have the same."""
+    paths = [path for path in folder.glob("*.png") if not path.name.startswith(".")]
+    files = sorted((_number(path, 0, path.stem), path) for path in paths)
+    for (before, first), (after, second) in itertools.pairwise(files):
+        if before == after:
+            raise ValueError(f"{folder}: {first.name!r} and {second.name!r} are named after the same time")
+    return [StampedFile(seconds, path) for seconds, path in files]
 
 
 def read_trajectory(path: Path) -> Trajectory:

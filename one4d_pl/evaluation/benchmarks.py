@@ -20,12 +20,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.data.rgbd_folder import (
     StampedFile,
     associate,
     bonn_cam2world,
     camera_intrinsics,
     list_files,
+    list_pngs,
     read_depth_png,
     read_rgb_png,
     read_trajectory,
@@ -108,7 +110,7 @@ class SintelSequence(EvalSequence):
     training: Path
 
     def _paths(self, kind: str, suffix: str) -> list[Path]:
-        return sorted((self.training / kind / self.name).glob(f"frame_*{suffix}"))
+        return numbered_files(self.training / kind / self.name, (suffix,), "frame_")
 
     def read_frames(self) -> Tensor:
         return torch.stack([read_rgb_png(path) for path in self._paths("final", ".png")])
@@ -229,17 +231,19 @@ def _sintel(root: Path, sequence: str) -> SintelSequence:
     count = SINTEL_FRAMES.get(sequence, 50)
     scores = ("depth", "cameras") if sequence in SINTEL_CAMERAS else ("depth",)
     for kind, suffix in (("final", "png"), ("depth", "dpt"), ("camdata_left", "cam")):
-        found = len(list((training / kind / sequence).glob(f"frame_*.{suffix}")))
+        folder = training / kind / sequence
+        try:
+            found = len(numbered_files(folder, (f".{suffix}",), "frame_")) if folder.is_dir() else 0
+        except ValueError as error:
+            raise BenchmarkError(f"sintel: {error}") from None
         if found != count:
-            raise BenchmarkError(
-                f"sintel: {found} .{suffix} files in {training / kind / sequence}, need {count}; {GET['sintel']}"
-            )
+            raise BenchmarkError(f"sintel: {found} .{suffix} files in {folder}, need {count}; {GET['sintel']}")
     return SintelSequence(sequence, count, scores, 24.0, training)
 
 
 def _bonn(root: Path, sequence: str) -> RGBDFolderSequence:
     folder = _folder(root, f"rgbd_bonn_{sequence}", "bonn")
-    images, depths = (sorted(_pngs(folder, kind), key=lambda f: f.path.name)[BONN_SLICE] for kind in ("rgb", "depth"))
+    images, depths = (_pngs(folder, kind)[BONN_SLICE] for kind in ("rgb", "depth"))
     count = BONN_SLICE.stop - BONN_SLICE.start
     if len(images) != count or len(depths) != count:
         raise BenchmarkError(
@@ -290,5 +294,5 @@ def _folder(root: Path, name: str, benchmark: str) -> Path:
 
 
 def _pngs(folder: Path, kind: str) -> list[StampedFile]:
-    """What lies in the folder, whatever its text file lists: the published preparation sorts file names."""
-    return [StampedFile(float(path.stem), path) for path in (folder / kind).glob("*.png")]
+    """What lies in the folder, by time, whatever its text file lists: the published preparation sorts file names."""
+    return list_pngs(folder / kind) if (folder / kind).is_dir() else []

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.geometry.camera import resize_frames
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -64,12 +65,18 @@ def check_size(path: Path, height: int, width: int) -> None:
 
 
 class FrameFolder:
-    """The pictures of a folder as a video, in the order of their names; MediaError where there is none."""
+    """The pictures of a folder as a video, in the order of their numbers.
+
+    MediaError where there is none, or their order is in doubt.
+    """
 
     def __init__(self, path: Path, fps: float) -> None:
         self.path, self.fps = path, fps
         suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-        self._files = sorted(file for file in path.iterdir() if file.suffix.lower() in suffixes)
+        try:
+            self._files = numbered_files(path, suffixes)
+        except ValueError as error:
+            raise MediaError(str(error)) from None
         if not self._files:
             raise MediaError(f"{path}: a folder without pictures ({', '.join(suffixes)})")
 

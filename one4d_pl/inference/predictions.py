@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.files import open_whole, write_text
 from one4d_pl.geometry.se3 import is_rotation, se3_matrix, wxyz_to_matrix
 from one4d_pl.inference.framing import Placement
@@ -152,7 +153,7 @@ def _read_npz(path: Path) -> Prediction:
 
 def _read_frames(folder: Path) -> Prediction:
     """MonST3R's and Geo4D's folders."""
-    files = sorted(folder.glob("frame_*.npy"))
+    files = numbered_files(folder, (".npy",), "frame_")
     trajectory = folder / "pred_traj.txt"
     if not files and not trajectory.is_file():
         raise ValueError("holds none of cameras.json, prediction.npz, frame_%04d.npy, pred_traj.txt")

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.files import open_whole, replaced_folder, write_json
 from one4d_pl.inference.framing import Placement
 from one4d_pl.inference.panels import SKY_COLOUR, near_to_far, panel, pointmap_colours, to_bytes
@@ -187,9 +188,16 @@ def _points(path: Path) -> tuple[Tensor, Tensor]:  # [T, H, W, 3] float32, [T, H
     return torch.from_numpy(pointmap), torch.from_numpy(valid)
 
 
+def _picture_files(folder: Path) -> list[Path]:
+    try:
+        return numbered_files(folder, (".png",)) if folder.is_dir() else []
+    except (OSError, ValueError) as error:
+        raise SceneError(str(error)) from None
+
+
 def _frames(folder: Path) -> Tensor:  # [T, H, W, 3] uint8
     pictures = []
-    for path in sorted(folder.glob("*.png")):
+    for path in _picture_files(folder):
         try:
             with Image.open(path, formats=["PNG"]) as image:
                 pictures.append(np.asarray(image.convert("RGB")))

@@ -1,0 +1,87 @@
+"""The order of numbered files, the same for every reader: by the number in the name, or refused in one line.
+
+Sorting names as text puts 10 before 2, and frames then belong to other frames' depth and cameras without an error.
+
+- The number decides, whatever its leading zeros: 2 comes before 10, 0002 before 10.
+- Seconds ("1341846313.592026", as in TUM and Bonn) are one number with its fraction. "0.5" beside "0.25" is refused.
+- Several numbers in a name ("clip_3_frame_12") must all ascend together; those that are the same in all names do not
+  count. Where one ascends while another falls nobody can tell which one counts frames.
+- Two names of the same number (frame_1 beside frame_01), names with and names without a number, and names of
+  different words whose numbers say another order than the words do, are refused.
+- Names without any number are sorted as text.
+Hidden files (".DS_Store", "._0001.png") are no frames.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path, PurePath
+
+DECIMAL = r"(?<![0-9.])[0-9]{WHOLE}\.[0-9]+(?![0-9.])"
+# Nine digits are seconds since 1970, from 1973 on: what stands behind the point is a fraction of a second.
+NUMBER = re.compile(f"({DECIMAL.replace('WHOLE', '9,')}|[0-9]+)")
+ANY_DECIMAL = re.compile(DECIMAL.replace("WHOLE", "1,"))
+
+
+def by_number(
+    names: Iterable[str],
+    where: str,  # the folder or archive, for errors
+) -> list[str]:
+    """The names (of files, their suffixes and folders do not count) in the order of their numbers.
+
+    Raises ValueError, naming two of them, where the numbers leave a doubt.
+    """
+    visible = [name for name in names if not PurePath(name).name.startswith(".")]
+    parts = {name: _split(PurePath(name).stem) for name in visible}
+    if all(not numbers for _, numbers in parts.values()):
+        return sorted(visible)
+    for name, (_, numbers) in parts.items():
+        if len(numbers) != len(parts[visible[0]][1]):
+            raise _doubt(where, visible[0], name, "do not hold equally many numbers")
+    order = sorted(visible, key=lambda name: ([Fraction(number) for number in parts[name][1]], name))
+    for before, after in itertools.pairwise(order):
+        _compare(where, before, after, parts)
+    _compare_decimals(where, order)
+    if len({words for words, _ in parts.values()}) > 1 and order != sorted(visible):
+        before, after = next((a, b) for a, b in itertools.pairwise(order) if a > b)
+        raise _doubt(where, before, after, "have different words, and their numbers another order than the words")
+    return order
+
+
+def numbered_files(folder: Path, suffixes: Sequence[str], prefix: str = "") -> list[Path]:
+    """The files of a folder whose names begin and end so (suffixes in lower case), by number; ValueError as above."""
+    found = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.name.startswith(prefix)]
+    return [folder / name for name in by_number([path.name for path in found], str(folder))]
+
+
+def _split(stem: str) -> tuple[tuple[str, ...], list[str]]:
+    """The words around a name's numbers, in lower case, and the numbers."""
+    pieces = NUMBER.split(stem)
+    return tuple(piece.lower() for piece in pieces[::2]), pieces[1::2]
+
+
+def _compare(where: str, before: str, after: str, parts: dict[str, tuple[tuple[str, ...], list[str]]]) -> None:
+    """ValueError unless every number of the second name is at least the first's, and one is larger."""
+    pairs = list(zip(*(map(Fraction, parts[name][1]) for name in (before, after))))
+    if all(a == b for a, b in pairs):
+        raise _doubt(where, before, after, "have the same number")
+    if any(a > b for a, b in pairs):
+        raise _doubt(where, before, after, "hold several numbers; one ascends and another falls")
+
+
+def _compare_decimals(where: str, order: Sequence[str]) -> None:
+    """ValueError where "0.5" and "0.25" may be decimal numbers, or numbers with a point between them."""
+    decimals = [ANY_DECIMAL.findall(PurePath(name).stem) for name in order]
+    for (before, first), (after, second) in itertools.pairwise(zip(order, decimals)):
+        if len(first) == len(second) and any(Fraction(a) > Fraction(b) for a, b in zip(first, second)):
+            raise _doubt(where, before, after, "may hold decimal numbers, or two numbers with a point between them")
+
+
+def _doubt(where: str, before: str, after: str, reason: str) -> ValueError:
+    return ValueError(
+        f"{where}: the order of the files is in doubt: {before!r} and {after!r} {reason}; "
+        "give every file one number of its own, as in frame_0001"
+    )
