@@ -223,7 +223,6 @@ def _from_video(
             break
         framing = framing or pipeline.framing((frame.shape[0], frame.shape[1]), *_size(args.size))
         frames.append(to_size(frame[None], framing.height, framing.width)[0])
-    reader.close()
     if framing is None or len(frames) < 2:
         raise ConfigError(f"{args.video}: holds {len(frames)} frames, need 2 or more; for a still use --image")
     if len(frames) == MAX_FRAMES:

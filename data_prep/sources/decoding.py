@@ -17,7 +17,6 @@ import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import av
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,32 +24,28 @@ from PIL import Image
 from torch import Tensor
 
 from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
+from one4d_pl.inference.media import load_image, upright_frames
 
 MAX_PIXELS = 89_000_000  # of one picture, as in clip_codec
 MAX_BYTES = 4 << 30  # of one array or archive member: 81 pointmaps of 1280x720 take 0.9 GB
 NPY_HEADER = re.compile(
     r"\{'descr': ?'([<>|=]?[a-zA-Z]\d+)', ?'fortran_order': ?(True|False), ?'shape': ?\(([\d, ]*)\),? ?\}\s*"
 )
-CONTAINER = "mov"  # FFmpeg's reader of mp4: guessing, it would take a playlist for a video and open what that names
 KINDS = "fiubU"  # of the arrays that may be read: float, int, unsigned, bool, text
 
 
-def read_image(path: Path, mode: str = "RGB") -> NDArray[np.uint8]:  # [H, W, 3] for "RGB", [H, W] for "L"
-    """A png or jpg, converted to 8-bit "RGB" or "L"."""
-    return np.asarray(_open_image(path, mode), np.uint8)
+def read_image(path: Path) -> NDArray[np.uint8]:  # [H, W, 3]
+    """A picture upright and in 8 bits, as `inference.media` reads it."""
+    return load_image(path).numpy()
 
 
 def read_depth_codes(path: Path) -> NDArray[np.uint16]:  # [H, W]
     """A 16-bit grey png as it stands."""
-    return np.asarray(_open_image(path, "I;16"), np.uint16)
-
-
-def _open_image(path: Path, mode: str) -> Image.Image:
     try:
-        with Image.open(path, formats=("PNG", "JPEG")) as image:
-            if mode == "I;16" and image.mode != "I;16":
+        with Image.open(path, formats=("PNG",)) as image:
+            if image.mode != "I;16":
                 raise ValueError(f"{path}: {image.mode} picture, need 16-bit grey")
-            return image.copy() if mode == "I;16" else image.convert(mode)
+            return np.array(image, np.uint16)
     except (OSError, SyntaxError, struct.error, zlib.error, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be decoded ({error})") from error  # Pillow: SyntaxError for a broken png
 
@@ -243,31 +238,13 @@ def pinhole(
 
 
 def read_video(path: Path, numbers: Sequence[int]) -> Tensor:  # [T, H, W, 3] uint8
-    """The frames with these numbers (ascending) of a video's first stream, counted from 0."""
+    """The frames with these numbers (ascending) of a video, counted from 0, upright as `inference.media` reads them."""
     wanted, found = set(numbers), []
-    try:
-        with av.open(str(path), format=CONTAINER) as container:
-            container.streams.video[0].thread_type = "NONE"  # the units of a dataset are what is worked in parallel
-            for n, frame in enumerate(container.decode(video=0)):
-                if n in wanted:
-                    found.append(frame.to_ndarray(format="rgb24"))
-                if n >= numbers[-1]:
-                    break
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+    for n, (_, frame) in enumerate(upright_frames(path, "NONE")):  # units of a dataset are what is worked in parallel
+        if n in wanted:
+            found.append(frame.numpy())
+        if n >= numbers[-1]:
+            break
     if len(found) < len(numbers):
         raise ValueError(f"{path}: ends before frame {numbers[-1]}")
     return torch.from_numpy(stack_alike(found, [path] * len(found)))
-
-
-def video_rate_and_length(path: Path) -> tuple[float, int]:
-    """Frames per second and number of frames, from a video's header; ValueError where it tells none."""
-    try:
-        with av.open(str(path), format=CONTAINER) as container:
-            stream = container.streams.video[0]
-            rate, length = stream.average_rate, stream.frames
-    except (av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path}: cannot be opened as a video ({error})") from error
-    if not rate or rate <= 0 or length < 1:
-        raise ValueError(f"{path}: the header tells no frame rate or no length")
-    return float(rate), length

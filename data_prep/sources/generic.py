@@ -1,7 +1,9 @@
 """Anybody's clips: one folder or one .npz per clip, so that the output of any labeler can become shards.
 
 A clip is `<name>.npz`, or a folder `<name>/` that holds `clip.json`. A folder's arrays are `<array>.npy`, and it may
-hold `frames/` (png or jpg, in the order of their numbers) or `frames.mp4` instead of frames.npy. With T frames:
+hold `frames/` (png or jpg, in the order of their numbers) or `frames.mp4` (or .m4v, .mov, .mkv, .webm, .avi) instead of
+frames.npy. Pictures and videos are turned as the file says (EXIF, display matrix), as most labelers see them. With T
+frames:
 
     frames      [T, H, W, 3]  uint8, sRGB
     depth       [T, h, w]     z in the camera, any unit; not finite or <= 0 = no measurement, +inf = sky
@@ -33,16 +35,17 @@ from data_prep.sources.decoding import (
     read_npy,
     read_npz,
     read_video,
-    video_rate_and_length,
 )
 from data_prep.sources.geometry import Geometry, fit_to_frames
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units
 from one4d_pl.data.frame_order import numbered_files
+from one4d_pl.inference.media import frame_count
 from one4d_pl.types import DOMAINS, Clip
 
 ARRAYS = ("frames", "frame_numbers", "depth", "pointmaps", "intrinsics", "cam2world", "confidence", "valid", "moving")
 TEXTS = ("fps", "licence", "domain", "caption")
 IMAGES = (".png", ".jpg", ".jpeg")
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
 def list_units(root: Path) -> list[str]:
@@ -147,8 +150,10 @@ def _read_frames(path: Path, arrays: dict[str, np.ndarray], window: range, total
     elif (path / "frames").is_dir():
         images = numbered_files(path / "frames", IMAGES)
         found = len(images)
-    elif (path / "frames.mp4").is_file():
-        found = video_rate_and_length(path / "frames.mp4")[1]
+    elif video := next((v for suffix in VIDEOS if (v := path / f"frames{suffix}").is_file()), None):
+        found = frame_count(video)
+        if found != total:  # an index may count frames that are never shown
+            found = frame_count(video, decode=True)
     else:
         raise ValueError(f"{path}: no frames (frames array, frames/ or frames.mp4)")
     if found != total:
@@ -157,4 +162,5 @@ def _read_frames(path: Path, arrays: dict[str, np.ndarray], window: range, total
         return torch.from_numpy(frames[list(window)])
     if (path / "frames").is_dir():
         return read_frames([images[n] for n in window])
-    return read_video(path / "frames.mp4", window)
+    assert video is not None
+    return read_video(video, window)

@@ -36,7 +36,6 @@ from data_prep.sources.decoding import (
     read_zip,
     rigid_transforms,
     stack_alike,
-    video_rate_and_length,
     zip_names,
 )
 from data_prep.sources.generic import read_arrays
@@ -44,6 +43,7 @@ from data_prep.sources.geometry import Geometry, fit_to_frames
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units
 from one4d_pl.data.frame_order import by_number
 from one4d_pl.geometry.se3 import invert_se3
+from one4d_pl.inference.media import frame_count, frame_rate
 from one4d_pl.types import Clip
 
 LICENCE = "CC-BY-NC-SA-4.0"
@@ -115,7 +115,7 @@ def read_cameras(
 
 def _open_video(root: Path, unit: str, pseudo: Path | None, min_confidence: float, stride: int) -> Track:
     video, annotation = root / "videos" / f"{unit}.mp4", root / "annotations" / unit
-    fps, length = video_rate_and_length(video)
+    fps, length = frame_rate(video), frame_count(video)
     geometry: Geometry | None = None
     if pseudo is None:
         archive = root / "depths" / f"{unit}.zip"
