@@ -111,8 +111,10 @@ def _draw_scene(scene: str) -> float:  # [0, 1)
 
 
 def benchmark_of(root: str | None, unit: str) -> str:
-    """The evaluation set that a unit belongs to by the name of one of its folders; "" if to none."""
-    parts = (*Path(root or ".").resolve().parts, *unit.removesuffix(".npz").split("/"))
+    """The evaluation set that a unit belongs to by the name of one of its folders, links or not; "" if to none."""
+    place = Path(root or ".")
+    names = (*place.resolve().parts, *unit.split("/"), *(place / unit).resolve().parts)
+    parts = [name.removesuffix(".npz") for name in names]
     return next((BENCHMARK_OF[part] for part in reversed(parts) if part in BENCHMARK_OF), "")
 
 

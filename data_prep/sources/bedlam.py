@@ -126,7 +126,7 @@ def _read_clip(sequence: Path, numbers: list[int], key: str, fps: float) -> Clip
     centre = np.full(len(rows), width / 2), np.full(len(rows), height / 2)
     intrinsics = pinhole(focal_x, focal_y, *centre)
     geometry = torch.from_numpy(depth.astype(np.float32))
-    if "closeup" in scene.resolve().name:
+    if "closeup" in scene.absolute().name or "closeup" in scene.resolve().name:  # a link may have a name of its own
         frames, geometry, intrinsics, cam2world = _stand_up(frames, geometry, intrinsics, cam2world)
     elif frames.shape[1] > frames.shape[2]:
         raise ValueError(f"{sequence}: portrait pictures, only close-ups have those")

@@ -21,7 +21,6 @@ Where h x w is smaller than H x W, the geometry is taken for the frame's largest
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -37,7 +36,7 @@ from data_prep.sources.decoding import (
     read_video,
 )
 from data_prep.sources.geometry import Geometry, fit_to_frames
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, files_once, walk_once
 from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.inference.media import frame_count
 from one4d_pl.types import DOMAINS, Clip
@@ -50,14 +49,14 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 def list_units(root: Path) -> list[str]:
     """The clips at or below `root`, relative to it."""
-    found = []
-    for folder, folders, files in os.walk(root):
+    found, archives = [], []
+    for folder, folders, files in walk_once(root):
         if "clip.json" in files:
-            found.append(Path(folder).relative_to(root).as_posix())
+            found.append(folder)
             folders.clear()
         else:
-            found += [(Path(folder) / name).relative_to(root).as_posix() for name in files if name.endswith(".npz")]
-    return sorted(found)
+            archives += [folder / name for name in files if name.endswith(".npz")]
+    return sorted(path.relative_to(root).as_posix() for path in [*found, *files_once(archives)])
 
 
 def _holds(root: Path, unit: str) -> bool:

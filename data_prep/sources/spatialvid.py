@@ -40,7 +40,7 @@ from data_prep.sources.decoding import (
 )
 from data_prep.sources.generic import read_arrays
 from data_prep.sources.geometry import Geometry, fit_to_frames
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units
+from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, files_once
 from one4d_pl.data.frame_order import by_number
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.inference.media import frame_count, frame_rate
@@ -53,7 +53,8 @@ CAPTION_FIELDS = ("SceneDescription", "CameraMotion")
 
 def list_units(root: Path) -> list[str]:
     """The videos that have annotations, as group_%04d/<id>."""
-    return sorted(f"{path.parent.name}/{path.stem}" for path in (root / "videos").glob("group_*/*.mp4"))
+    videos = files_once((root / "videos").glob("group_*/*.mp4"))
+    return [f"{path.parent.name}/{path.stem}" for path in videos]
 
 
 def _holds(root: Path, unit: str) -> bool:

@@ -10,7 +10,8 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -111,11 +112,52 @@ def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
     What lies inside a unit is not looked at: a dataset has thousands of folders and millions of files.
     """
     found = []
-    for folder, folders, files in os.walk(root):
+    for folder, folders, files in walk_once(root):
         if is_unit({*folders, *files}):
-            found.append(Path(folder).relative_to(root).as_posix())
+            found.append(folder.relative_to(root).as_posix())
             folders.clear()
     return sorted(found)
+
+
+def walk_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Every folder at or below `root` with the names of its folders and files; links are followed, each folder once.
+
+    A folder that was seen under another name (its real path) is not entered again, so that links in a circle end and
+    no scene is taken twice. What is really there goes before links to it. Clear the list of folders to stay out of
+    them. A link to nothing and a folder that may not be listed are told by one logged line and left out.
+    """
+    seen: set[Path] = set()
+    waiting, links = [root] if root.is_dir() else [], deque[Path]()
+    while waiting or links:
+        folder = waiting.pop() if waiting else links.popleft()
+        real = folder.resolve()
+        if real in seen:
+            continue
+        seen.add(real)
+        try:
+            entries = {entry.name: entry for entry in os.scandir(folder)}  # tells kinds without asking for each file
+        except PermissionError as error:
+            logger.warning("%s: left out: %s", folder, error.strerror)
+            continue
+        folders = [name for name, entry in entries.items() if entry.is_dir()]
+        files = [name for name, entry in entries.items() if entry.is_file()]
+        for name in entries.keys() - set(folders) - set(files):
+            if entries[name].is_symlink():
+                logger.warning("%s: a link to nothing, left out", folder / name)
+        yield folder, folders, files
+        for name in sorted(folders, reverse=True):
+            (links if entries[name].is_symlink() else waiting).append(folder / name)
+
+
+def files_once(paths: Iterable[Path]) -> list[Path]:
+    """The files without those that are the same file under another name, sorted; links give way to what they mean."""
+    linked = {path: path.is_symlink() or path.parent.is_symlink() for path in paths}
+    if not any(linked.values()):
+        return sorted(linked)
+    by_place: dict[Path, Path] = {}
+    for path in sorted(linked, key=lambda path: (linked[path], path)):
+        by_place.setdefault(path.resolve(), path)
+    return sorted(by_place.values())
 
 
 def chosen_units(

@@ -107,7 +107,7 @@ def open_sequence(root: str | Path) -> RGBDSequence:
     is missing. Files are not opened, and need not all be there: see `RGBDFrame.present`.
     """
     root = Path(root)
-    camera = _camera_of(root.resolve().name)
+    camera = _camera_of(root.resolve().name, root.absolute().name)  # a link may have a name of its own
     layout: Layout = "bonn" if camera == "bonn" else "tum"
     images, depths = list_files(root, "rgb"), list_files(root, "depth")
     trajectory = read_trajectory(root / "groundtruth.txt")
@@ -258,11 +258,11 @@ def _number(path: Path, line: int, word: str) -> float:
     return value
 
 
-def _camera_of(name: str) -> str:
+def _camera_of(*names: str) -> str:
     for camera in INTRINSICS:
-        if camera in name:
+        if any(camera in name for name in names):
             return camera
-    raise ValueError(f"{name}: the folder's name tells the camera, need one of {', '.join(INTRINSICS)} in it")
+    raise ValueError(f"{names[0]}: the folder's name tells the camera, need one of {', '.join(INTRINSICS)} in it")
 
 
 def camera_intrinsics(camera: str) -> Tensor:  # [3, 3] float32, pixels
