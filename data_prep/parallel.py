@@ -11,7 +11,8 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
-from one4d_pl.interrupts import follow_parent, uninterrupted
+from one4d_pl.data.worker import become_worker
+from one4d_pl.interrupts import uninterrupted
 
 QUIET_S = 600.0  # without one result: a person should know what is waited for
 
@@ -37,7 +38,7 @@ def run_parallel(
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by OpenMP when a new process loads it
     context = multiprocessing.get_context("spawn")
     queue, running = deque(items), set[Future[Result]]()
-    executor = ProcessPoolExecutor(min(jobs, len(queue) or 1), context, initializer=_become_worker)
+    executor = ProcessPoolExecutor(min(jobs, len(queue) or 1), context, initializer=become_worker)
     try:
         while queue or running:
             while queue and len(running) < 2 * jobs:
@@ -53,11 +54,3 @@ def run_parallel(
         raise ChildProcessError(f"a process of the pool was killed from outside; {remedy}") from error
     finally:
         executor.shutdown(cancel_futures=True)
-
-
-def _become_worker() -> None:
-    """One thread, and no life after the parent: a worker that waits for work would wait for ever."""
-    follow_parent()
-    import torch
-
-    torch.set_num_threads(1)

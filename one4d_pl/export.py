@@ -89,7 +89,7 @@ def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()
 
     from one4d_pl.models.adapters import AdapterCard, adapter_files
     from one4d_pl.models.lora_formats import save_lora
-    from one4d_pl.training.checkpoint import newest_checkpoint
+    from one4d_pl.training.checkpoint_files import newest_checkpoint
     from one4d_pl.types import MODALITIES
 
     folder = checkpoint if (checkpoint / "card.json").is_file() else newest_checkpoint(str(checkpoint))

@@ -15,12 +15,14 @@ import logging
 import os
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
 from one4d_pl.training.preemption import begin_start, forget_starts, note_end
+from one4d_pl.training.run_lock import sole_run
 from one4d_pl.training.watchdog import rank_log
 
 if TYPE_CHECKING:
@@ -50,10 +52,11 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     check_paths(config)
     rank = early_rank(config.train.devices)
-    if rank == 0:
-        begin_start(config.run_dir, config.train.max_restarts)
-    with rank_log(config.run_dir, rank):
-        return _fit_counted(config, rank)
+    with sole_run(config.run_dir) if rank == 0 else nullcontext():
+        if rank == 0:
+            begin_start(config.run_dir, config.train.max_restarts)
+        with rank_log(config.run_dir, rank):
+            return _fit_counted(config, rank)
 
 
 def _fit_counted(config: Config, rank: int) -> int:
@@ -103,7 +106,8 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.callbacks.throughput import StepBar, StepLine, Throughput
     from one4d_pl.data.shards import SampleError, ShardSetError
     from one4d_pl.models.transformer import describe_sizes
-    from one4d_pl.training.checkpoint import StepCheckpoint, newest_checkpoint, read_step, refuse_other_run
+    from one4d_pl.training.checkpoint import StepCheckpoint, refuse_other_run
+    from one4d_pl.training.checkpoint_files import newest_checkpoint, read_step, refuse_used_folder
     from one4d_pl.training.module import One4DModule
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
 
@@ -112,7 +116,9 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     transformers.utils.logging.disable_progress_bar()  # a bar per file that is opened hides ours
     limit_threads(config)
     lightning.seed_everything(config.train.seed, verbose=False)
-    resume_from = newest_checkpoint(config.run_dir) if config.train.resume else None
+    if not config.train.resume:
+        refuse_used_folder(config.run_dir)
+    resume_from = newest_checkpoint(config.run_dir)
     start_step = 0
     if resume_from is not None:
         refuse_other_run(resume_from, config)

@@ -198,7 +198,7 @@ def test_a_stage_that_hangs_is_named_and_ended():
 
 def test_the_size_of_a_checkpoint_is_known_before_there_is_one(run_config):
     from one4d_pl.fit import fit
-    from one4d_pl.training.checkpoint import checkpoint_folder
+    from one4d_pl.training.checkpoint_files import checkpoint_folder
 
     config = run_config("train.max_steps=1")
     fit(config)

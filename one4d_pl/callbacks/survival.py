@@ -11,7 +11,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from one4d_pl.config import Config
-from one4d_pl.training.checkpoint import StepCheckpoint, checkpoint_folder
+from one4d_pl.training.checkpoint import StepCheckpoint
+from one4d_pl.training.checkpoint_files import checkpoint_folder
 from one4d_pl.training.module import One4DModule
 from one4d_pl.training.preemption import forget_starts, write_marker
 from one4d_pl.training.signals import Stop

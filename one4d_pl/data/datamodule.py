@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig
-from one4d_pl.data.decode import ClipStream, Draw, PaddedStream, limit_to_one_thread, make_sample
+from one4d_pl.data.decode import ClipStream, Draw, PaddedStream, make_sample
 from one4d_pl.data.encoded import (
     ClipEncoder,
     EncodedSet,
@@ -28,6 +28,7 @@ from one4d_pl.data.ranged_reads import RangeReader, is_remote, one_line
 from one4d_pl.data.read_cache import RangeCache
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.toy_world import clip_key, render_clip
+from one4d_pl.data.worker import become_worker
 from one4d_pl.types import Batch, Sample, collate
 
 WORKER_TIMEOUT_S = 600.0  # a batch that takes longer ends the run instead of hanging it
@@ -139,7 +140,7 @@ class One4DDataModule(lightning.LightningDataModule):
             num_workers=workers,
             collate_fn=collate,
             timeout=WORKER_TIMEOUT_S if workers else 0,
-            worker_init_fn=limit_to_one_thread,
+            worker_init_fn=become_worker,
             # forked copies of a process that runs OpenMP or CUDA threads can hang
             multiprocessing_context="forkserver" if workers else None,
             persistent_workers=workers > 0,

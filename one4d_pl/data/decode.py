@@ -153,11 +153,6 @@ def make_encoded_sample(key: str, stored: StoredClip, position: int, draw: Draw,
     )
 
 
-def limit_to_one_thread(worker: int) -> None:
-    """Leave the cores to the training process; here and not beside the loader, so that no worker imports lightning."""
-    torch.set_num_threads(1)
-
-
 class ClipStream(Dataset[Sample]):
     """A map from stream position to sample; position is the only state.
 

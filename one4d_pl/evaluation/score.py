@@ -18,11 +18,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from one4d_pl.data.worker import become_worker
 from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.protocols import Protocol
 from one4d_pl.inference.framing import to_image
 from one4d_pl.inference.predictions import Prediction, PredictionError, find_prediction, read_prediction
-from one4d_pl.interrupts import follow_parent, uninterrupted
+from one4d_pl.interrupts import uninterrupted
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.camera import camera_errors
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
@@ -180,12 +181,7 @@ def _run(
         yield from map(work, sequences)
         return
     context = multiprocessing.get_context("forkserver")
-    with ProcessPoolExecutor(processes, context, initializer=_become_worker) as pool:
+    with ProcessPoolExecutor(processes, context, initializer=become_worker) as pool:
         with uninterrupted():  # it starts processes
             scores = pool.map(work, sequences)
         yield from scores
-
-
-def _become_worker() -> None:
-    follow_parent()
-    torch.set_num_threads(1)

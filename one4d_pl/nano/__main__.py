@@ -23,12 +23,14 @@ from one4d_pl.config import DEMO_ADAPTERS, ConfigError
 from one4d_pl.interrupts import at_interrupt, uninterrupted
 from one4d_pl.nano.experiments import EXPERIMENTS, RUNS, Experiment, Run
 from one4d_pl.nano.work import CLIPS, Plan, is_finished, work
+from one4d_pl.training.signals import end_with_parent
 
 log = logging.getLogger("one4d_pl")
 
 RUN_TIMEOUT_S = 6 * 3600
 POLL_S = 1.0
 STOP_TIMEOUT_S = 60.0
+PARENT_VARIABLE = "ONE4D_NANO_PID"  # set for the processes of single runs
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -139,7 +141,7 @@ def _start(plan: Plan, run: Run, seed: int) -> subprocess.Popen[bytes]:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env={"OMP_NUM_THREADS": "1", **os.environ},  # a core each
+            env={"OMP_NUM_THREADS": "1", **os.environ, PARENT_VARIABLE: str(os.getpid())},  # a core each
         )
 
 
@@ -147,4 +149,6 @@ main = Command("one4d_pl.nano", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or its runs would go on without it
+    if PARENT_VARIABLE in os.environ:  # one of them: it saves where it is, as when its parent is told to stop
+        end_with_parent(int(os.environ.pop(PARENT_VARIABLE)), signal.SIGTERM)
     main.run_process()

@@ -158,6 +158,7 @@ def _train(config: Config) -> None:
     from one4d_pl.data.file_lock import locked
     from one4d_pl.data.shards import ShardSetError
     from one4d_pl.fit import fit, training_data
+    from one4d_pl.training.run_lock import sole_run
 
     root = Path(_toy(config).root)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +167,9 @@ def _train(config: Config) -> None:
             training_data(config).prepare_data()
     except (TimeoutError, ShardSetError) as error:
         raise ConfigError(str(error)) from error
-    if fit(config):
+    with sole_run(config.run_dir):
+        code = fit(config)
+    if code:
         raise ConfigError(f"{config.run_dir}: stopped by a signal; the same command goes on from there")
 
 
@@ -201,7 +204,7 @@ def _open(config: Config, run: Run, adapters: Path) -> One4DPipeline:
 
     from one4d_pl.evaluation.open_model import open_pipeline
     from one4d_pl.inference.pipeline import One4DPipeline
-    from one4d_pl.training.checkpoint import newest_checkpoint
+    from one4d_pl.training.checkpoint_files import newest_checkpoint
 
     if run.kind == "references":
         return One4DPipeline.open(config, None)

@@ -2,7 +2,7 @@
 
     step-00000100/   rgb/ xyz/ links.safetensors xyz_patch_embedding.safetensors card.json    (models/adapters.py)
                      optimizer.safetensors   AdamW's two moments, named by parameter
-                     trainer.json            step, config, sha256 of every other file
+                     trainer.json            step, config, sha256 of every other file (checkpoint_files.py)
 
 Under every strategy whole tensors are gathered to rank 0 (training/zero.py), which writes them while training goes on:
 beside their place, then renamed, so a folder named step-* is whole or damaged later, never half-written. So a run can
@@ -12,11 +12,8 @@ and the learning rate too (optim.py).
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import os
-import re
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -33,18 +30,24 @@ from torch import Tensor
 
 from one4d_pl.config import Config, ConfigError, as_dict, flatten
 from one4d_pl.data.datamodule import One4DDataModule
-from one4d_pl.files import write_text
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
 from one4d_pl.models.transformer import CoupledTransformer
+from one4d_pl.training.checkpoint_files import (
+    STATE,
+    checkpoint_folder,
+    discard,
+    discard_leftovers,
+    hash_files,
+    new_staging,
+    read_step,
+    superfluous,
+    write_score,
+)
 from one4d_pl.training.module import One4DModule
 from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
 from one4d_pl.types import TASKS
 
-log = logging.getLogger(__name__)
-
-SCORES = "validation.json"
 VAL_TOTAL = "val/loss/total"  # Lightning's name of what decides on the best
-STEP_FOLDER = re.compile(r"step-(\d{8})")
 # what may change between the parts of one run without changing the sequence of updates
 FREE_KEYS = (
     "run_dir", "scale", "sampler", "val", "eval", "base.path", "base.attention", "base.negative_prompt", "base.tiny",
@@ -61,32 +64,12 @@ FREE_KEYS = (
 COOLDOWN_KEYS = ("optim.cooldown_steps", "train.max_steps")
 
 
-def checkpoint_folder(run_dir: str, step: int) -> Path:
-    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
-
-
-def newest_checkpoint(run_dir: str) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are named and passed over."""
-    folders = sorted(f for f in (Path(run_dir) / "checkpoints").glob("step-*") if STEP_FOLDER.fullmatch(f.name))
-    for folder in reversed(folders):
-        fault = _fault(folder)
-        if fault is None:
-            return folder
-        log.warning("checkpoint %s is damaged (%s); trying the one before", folder, fault)
-    return None
-
-
-def read_step(folder: Path) -> int:
-    """The optimiser step a checkpoint was taken after."""
-    return int(json.loads((folder / "trainer.json").read_text())["step"])
-
-
 def refuse_other_run(folder: Path, config: Config) -> None:
     """ConfigError naming the keys, if resuming would continue a different sequence of updates.
 
     A knob that the checkpoint does not know is younger than it, and its default is what was done before.
     """
-    stored = flatten(as_dict(Config())) | flatten(json.loads((folder / "trainer.json").read_text())["config"])
+    stored = flatten(as_dict(Config())) | flatten(json.loads((folder / STATE).read_text())["config"])
     ours = flatten(as_dict(config))
     cooling = _cooldown_start(stored) < read_step(folder)
     differing = sorted(
@@ -156,18 +139,22 @@ def take_snapshot(
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTransformer) -> None:
     """Write one checkpoint, atomically; what an earlier, killed writer of the run has left goes."""
-    for leftover in folder.parent.glob(".step-*.tmp"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    staging = folder.with_name(f".{folder.name}.tmp")
+    discard_leftovers(folder.parent)
+    staging = new_staging(folder)
     staging.mkdir(parents=True)
-    save_adapters(transformer, staging, snapshot.card, snapshot.adapters)
-    save_file(snapshot.moments, staging / "optimizer.safetensors")
-    state = {**snapshot.state, "sha256": _hashes(staging)}
-    (staging / "trainer.json").write_text(json.dumps(state, indent=1) + "\n")
-    for file in staging.rglob("*"):
-        _flush(file)
-    shutil.rmtree(folder, ignore_errors=True)  # only ever a damaged one
-    staging.rename(folder)
+    try:
+        save_adapters(transformer, staging, snapshot.card, snapshot.adapters)
+        save_file(snapshot.moments, staging / "optimizer.safetensors")
+        state = {**snapshot.state, "sha256": hash_files(staging)}
+        (staging / STATE).write_text(json.dumps(state, indent=1) + "\n")
+        for file in staging.rglob("*"):
+            _flush(file)
+        if folder.exists() or folder.is_symlink():  # only ever a damaged one
+            discard(folder)
+        staging.rename(folder)
+    except OSError:
+        shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
+        raise
     _flush(folder.parent)
 
 
@@ -244,8 +231,8 @@ class StepCheckpoint(Callback):
     def _write(self, snapshot: Snapshot, step: int, transformer: CoupledTransformer) -> None:
         write_checkpoint(checkpoint_folder(self.config.run_dir, step), snapshot, transformer)
         train = self.config.train
-        for folder in superfluous(self.config.run_dir, train.keep_last, train.keep_best):
-            shutil.rmtree(folder)
+        for folder in superfluous(self.config.run_dir, train.keep_last, train.keep_best, step):
+            discard(folder)
 
 
 def refuse_started_adapter(transformer: CoupledTransformer) -> None:
@@ -253,30 +240,6 @@ def refuse_started_adapter(transformer: CoupledTransformer) -> None:
     for name, parameter in transformer.trainable_parameters():
         if (".lora_B." in name or name.startswith("links.")) and bool(whole_parameter(parameter).any()):
             raise RuntimeError(f"{name} is not zero before the first step: the strategy lost its initialisation")
-
-
-def write_score(run_dir: str, step: int, loss: float) -> None:
-    """Note the validation loss of a step beside the checkpoints, atomically."""
-    path = Path(run_dir) / "checkpoints" / SCORES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**read_scores(run_dir), str(step): loss}, indent=1) + "\n")
-
-
-def read_scores(run_dir: str) -> dict[str, float]:
-    """Validation loss by step; empty where none was noted."""
-    try:
-        return json.loads((Path(run_dir) / "checkpoints" / SCORES).read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def superfluous(run_dir: str, keep_last: int, keep_best: int) -> list[Path]:
-    """Checkpoints that are neither among the newest nor among the best; one without a score is no best."""
-    folders = sorted((Path(run_dir) / "checkpoints").glob("step-*"))
-    scores = read_scores(run_dir)
-    scored = [f for f in folders if str(int(f.name.removeprefix("step-"))) in scores]
-    best = sorted(scored, key=lambda f: scores[str(int(f.name.removeprefix("step-")))])[:keep_best]
-    return [f for f in folders[:-keep_last] if f not in best]
 
 
 def _card(
@@ -314,24 +277,6 @@ def _cooldown_start(flat_config: dict[str, object]) -> int:
     """The first step whose learning rate a cooldown lowers; of checkpoints before there was one: never."""
     cooldown, max_steps = (int(str(flat_config.get(key, 0))) for key in COOLDOWN_KEYS)
     return max_steps - cooldown + 1
-
-
-def _fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None."""
-    try:
-        hashes = json.loads((folder / "trainer.json").read_text())["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"trainer.json: {error}"
-    found = _hashes(folder)
-    for name in sorted(hashes.keys() | found.keys()):
-        if hashes.get(name) != found.get(name):
-            return f"{name} is {'missing' if name not in found else 'not the file that was written'}"
-    return None
-
-
-def _hashes(folder: Path) -> dict[str, str]:
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != "trainer.json")
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
 
 
 def _flush(path: Path) -> None:

@@ -14,6 +14,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from one4d_pl.config import Config, ConfigError, SourceConfig
+from one4d_pl.training.checkpoint_files import STATE, refuse_used_folder, step_folders
 
 # what computes a step or a file; other packages may differ between nodes
 PACKAGES = (
@@ -126,18 +127,20 @@ def checkpoint_bytes(config: Config) -> int:
 
 def run_faults(config: Config) -> list[str]:
     """What is wrong with the run folder: another run's checkpoints, or no room for ours."""
-    folders = sorted((Path(config.run_dir) / "checkpoints").glob("step-*/trainer.json"))
-    if folders and config.train.resume:
-        from one4d_pl.training.checkpoint import refuse_other_run
+    try:
+        folders = [f for f in step_folders(config.run_dir) if (f / STATE).is_file()]
+        if folders and config.train.resume:
+            from one4d_pl.training.checkpoint import refuse_other_run
 
-        try:
-            refuse_other_run(folders[-1].parent, config)
-        except (ConfigError, KeyError) as error:
-            return [str(error)]
+            refuse_other_run(folders[-1], config)
+        elif folders:
+            refuse_used_folder(config.run_dir)
+    except (ConfigError, KeyError) as error:
+        return [str(error)]
     one = checkpoint_bytes(config)
     count = config.train.keep_last + config.train.keep_best + 1  # one is written before the oldest goes
     needed = count * one
-    held = sum(file.stat().st_size for folder in folders for file in folder.parent.rglob("*") if file.is_file())
+    held = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(config.run_dir).free
     if free + held < needed:
         return [

@@ -18,6 +18,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable
 from multiprocessing import resource_tracker
 from typing import NoReturn
@@ -30,6 +31,7 @@ log = logging.getLogger(__name__)
 PREEMPTED = 75  # sysexits' "temporary failure, try again"
 LAUNCHER_VARIABLE = "ONE4D_LAUNCHER_PID"  # set by a process whose children are ranks of the same run
 PR_SET_PDEATHSIG = 1
+PARENT_POLL_S = 1.0
 
 
 class Stop:
@@ -109,17 +111,31 @@ def die_with_launcher() -> None:
     if launcher is None or "LOCAL_RANK" not in os.environ:
         os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
         return
+    end_with_parent(int(launcher), signal.SIGKILL)
+
+
+def end_with_parent(parent: int, number: signal.Signals) -> None:
+    """Let this process get a signal when its parent ends, however that ends; exits at once where it is gone already."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(launcher):  # it was gone before prctl
-            os._exit(1)
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
+    else:
+        threading.Thread(target=_watch_parent, args=(parent, number), daemon=True, name="follow-parent").start()
+    if os.getppid() != parent:  # it was gone before prctl
+        os._exit(1)
+
+
+def _watch_parent(parent: int, number: signal.Signals) -> None:
+    """For systems whose kernel does not tell: a process whose parent is gone gets another one."""
+    while os.getppid() == parent:
+        time.sleep(PARENT_POLL_S)
+    os.kill(os.getpid(), number)
 
 
 def end_process(main: Callable[[], int]) -> NoReturn:
     """Run a door and leave with its exit code, without waiting for anyone.
 
     Python would terminate loader workers by SIGTERM and wait for them, who have it blocked (Stop); they end by
-    themselves when this process is gone.
+    themselves when this process is gone (data/worker.py).
     """
     code = 1
     try:

@@ -21,7 +21,7 @@ from one4d_pl.fit import fit
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 from one4d_pl.training import module as module_room
-from one4d_pl.training.checkpoint import newest_checkpoint
+from one4d_pl.training.checkpoint_files import newest_checkpoint
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch, collate
 

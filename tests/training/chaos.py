@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from one4d_pl.config import Config, to_yaml
-from one4d_pl.training.checkpoint import checkpoint_folder, newest_checkpoint, read_step
+from one4d_pl.training.checkpoint_files import checkpoint_folder, newest_checkpoint, read_step
 
 RANKS = 2
 STEPS = 12

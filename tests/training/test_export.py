@@ -13,7 +13,7 @@ from one4d_pl.fit import fit
 from one4d_pl.models.adapters import AdapterCard, load_adapters
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import load_transformer
-from one4d_pl.training.checkpoint import newest_checkpoint
+from one4d_pl.training.checkpoint_files import newest_checkpoint
 
 
 @pytest.mark.parametrize("dtype", export.DTYPES)

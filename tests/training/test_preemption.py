@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.fit import fit, main
-from one4d_pl.training.checkpoint import checkpoint_folder, newest_checkpoint, read_step, write_checkpoint
+from one4d_pl.training.checkpoint import write_checkpoint
+from one4d_pl.training.checkpoint_files import checkpoint_folder, newest_checkpoint, read_step
 from one4d_pl.training.preemption import MARKER, STARTS, begin_start, forget_starts, note_end, write_marker
 from one4d_pl.training.signals import INTERRUPTED, PREEMPTED, Stop
 from one4d_pl.training.watchdog import rank_log_file
@@ -70,7 +71,7 @@ class Run:
         """The exit code, once every process of the run is gone (they share its session)."""
         code = self.process.wait(timeout=seconds)
         began = time.monotonic()
-        while members := _session(self.process.pid):
+        while members := session_members(self.process.pid):
             assert time.monotonic() - began < 10, [_command_of(pid) for pid in members]
             time.sleep(0.05)
         return code
@@ -83,7 +84,7 @@ def _command_of(pid: int) -> str:
         return ""
 
 
-def _session(session: int) -> list[int]:
+def session_members(session: int) -> list[int]:
     """Living processes of a session, zombies left out."""
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -107,7 +108,7 @@ def start(fit_command, fit_environment, tmp_path):
 
     yield make
     for run in runs:
-        for pid in _session(run.process.pid):
+        for pid in session_members(run.process.pid):
             os.kill(pid, signal.SIGKILL)
 
 
@@ -183,8 +184,8 @@ def test_a_signal_to_every_process_of_the_job_spares_the_loader_workers(run_conf
     config = run_config(*long)
     run = start(*long)
     run.wait_until(lambda: logged_steps(config) >= 2)
-    assert len(_session(run.process.pid)) > 2
-    for pid in _session(run.process.pid):
+    assert len(session_members(run.process.pid)) > 2
+    for pid in session_members(run.process.pid):
         os.kill(pid, signal.SIGTERM)
     assert run.end() == PREEMPTED, run.log.read_text()[-3000:]
     assert read_step(newest_checkpoint(config.run_dir)) == marker(config)["step"] >= 2

@@ -14,14 +14,8 @@ from safetensors.torch import load_file
 from one4d_pl import export
 from one4d_pl.config import ConfigError
 from one4d_pl.fit import fit
-from one4d_pl.training.checkpoint import (
-    BackgroundWriter,
-    checkpoint_folder,
-    newest_checkpoint,
-    refuse_other_run,
-    superfluous,
-    write_score,
-)
+from one4d_pl.training.checkpoint import BackgroundWriter, refuse_other_run
+from one4d_pl.training.checkpoint_files import checkpoint_folder, newest_checkpoint, superfluous, write_score
 from tests.training.chaos import chaos, final_hashes
 
 KILLS = 10
@@ -203,10 +197,10 @@ def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):
         (folder / f"step-{step:08d}").mkdir(parents=True)
     for step, loss in ((2, 0.9), (4, 0.3), (5, 0.1), (6, 0.5), (8, 0.7)):  # no checkpoint was taken at step 5
         write_score(str(tmp_path), step, loss)
-    names = [int(f.name[-1]) for f in superfluous(str(tmp_path), keep_last=1, keep_best=1)]
+    names = [int(f.name[-1]) for f in superfluous(str(tmp_path), keep_last=1, keep_best=1, saved_step=8)]
     assert names == [2, 6]
-    assert [int(f.name[-1]) for f in superfluous(str(tmp_path), 1, 2)] == [2]
-    assert [int(f.name[-1]) for f in superfluous(str(tmp_path), 2, 0)] == [2, 4]
+    assert [int(f.name[-1]) for f in superfluous(str(tmp_path), 1, 2, 8)] == [2]
+    assert [int(f.name[-1]) for f in superfluous(str(tmp_path), 2, 0, 8)] == [2, 4]
 
 
 def test_a_save_costs_training_no_wait_and_a_failed_one_is_raised_at_the_next():

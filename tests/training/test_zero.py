@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from one4d_pl.config import load_config, to_yaml
 from one4d_pl.fit import fit
 from one4d_pl.models.transformer import One4DTransformer
-from one4d_pl.training.checkpoint import checkpoint_folder, refuse_started_adapter
+from one4d_pl.training.checkpoint import refuse_started_adapter
+from one4d_pl.training.checkpoint_files import checkpoint_folder
 from one4d_pl.training.zero import whole_parameter
 from tests.conftest import REPO, small_run_config
 from tests.training.test_resume import curve

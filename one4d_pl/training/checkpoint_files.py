@@ -1,0 +1,180 @@
+"""Which folders of a run are checkpoints, which of them are whole, and which may go; nothing heavier than the config.
+
+Only folders named step-00000100 are checkpoints. Whatever else lies beside them (a copy, a backup, what a file browser
+left) is neither read nor deleted, and files inside them that trainer.json does not list are no damage.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import re
+import shutil
+import uuid
+from pathlib import Path
+
+from one4d_pl.config import ConfigError
+from one4d_pl.files import write_text
+
+log = logging.getLogger(__name__)
+
+SCORES = "validation.json"
+STATE = "trainer.json"
+STEP_FOLDER = re.compile(r"step-(\d{8})")
+STAGED = re.compile(r"\.step-\d{8}(\.[0-9a-f]{8})?\.tmp")  # not finished, or on its way out
+
+
+def checkpoint_folder(run_dir: str, step: int) -> Path:
+    return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
+
+
+def read_step(folder: Path) -> int:
+    """The optimiser step a checkpoint was taken after."""
+    return int(json.loads((folder / STATE).read_text())["step"])
+
+
+def step_folders(run_dir: str) -> list[Path]:
+    """The checkpoints of a run by the step they hold, oldest first, damaged ones included.
+
+    ConfigError where the folder of checkpoints is there and cannot be read: that is no reason to start at 0.
+    """
+    root = Path(run_dir) / "checkpoints"
+    try:
+        # a link that leads nowhere is a checkpoint that cannot be read
+        found = [f for f in root.iterdir() if STEP_FOLDER.fullmatch(f.name) and (f.is_dir() or f.is_symlink())]
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not root.is_symlink():
+            return []
+        raise ConfigError(
+            f"run_dir: {root} cannot be read ({error.strerror}); mend it, or set another run_dir"
+        ) from None
+    return sorted(found, key=lambda folder: (_step_of(folder), folder.name))
+
+
+def newest_checkpoint(run_dir: str) -> Path | None:
+    """The newest whole checkpoint of a run; damaged ones are named and passed over. None where there is none.
+
+    ConfigError where there are some and all are damaged: to start at 0 in silence would be the last thing wanted.
+    """
+    faults = []
+    for folder in reversed(step_folders(run_dir)):
+        fault = find_fault(folder)
+        if fault is None:
+            return folder
+        faults.append(f"{folder.name}: {fault}")
+        log.warning("checkpoint %s is damaged (%s); trying the one before", folder, fault)
+    if faults:
+        raise ConfigError(
+            f"run_dir: every checkpoint in {Path(run_dir) / 'checkpoints'} is damaged ({'; '.join(faults)}); restore "
+            "one, or set another run_dir"
+        )
+    return None
+
+
+def refuse_used_folder(run_dir: str) -> None:
+    """ConfigError where a run from step 0 would mix its checkpoints with those of an older one."""
+    folders = step_folders(run_dir)
+    if folders:
+        raise ConfigError(
+            f"run_dir: {run_dir} holds checkpoints up to step {_step_of(folders[-1])}, and train.resume=false starts "
+            f"at 0; name a new folder, or remove {folders[-1].parent}"
+        )
+
+
+def find_fault(folder: Path) -> str | None:
+    """Why a checkpoint cannot be used, or None; files that it does not list are not looked at."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        hashes, step, config = state["sha256"], state["step"], state["config"]
+        if not (isinstance(hashes, dict) and hashes and isinstance(step, int) and isinstance(config, dict)):
+            raise ValueError("not what fit wrote")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{STATE}: {error}"
+    for name, digest in sorted(hashes.items()):
+        try:
+            if _sha256(folder / name) != digest:
+                return f"{name} is not the file that was written"
+        except FileNotFoundError:
+            return f"{name} is missing"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None
+
+
+def hash_files(folder: Path) -> dict[str, str]:
+    """The list that `find_fault` compares with: sha256 of every file of a checkpoint being written."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    return {str(f.relative_to(folder)): _sha256(f) for f in files}
+
+
+def superfluous(run_dir: str, keep_last: int, keep_best: int, saved_step: int) -> list[Path]:
+    """Checkpoints that are neither among the newest nor among the best; one without a score is no best.
+
+    The one that was just saved is the newest: those of later steps are what resume passed over, and stay as they are.
+    """
+    folders = [f for f in step_folders(run_dir) if _step_of(f) <= saved_step]
+    scores = read_scores(run_dir)
+    scored = [f for f in folders if str(_step_of(f)) in scores]
+    best = sorted(scored, key=lambda f: scores[str(_step_of(f))])[:keep_best]
+    return [f for f in folders[:-keep_last] if f not in best and f != checkpoint_folder(run_dir, saved_step)]
+
+
+def new_staging(folder: Path) -> Path:
+    """A name beside a checkpoint's, never used before, for one that is not finished or on its way out."""
+    return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def discard(folder: Path) -> None:
+    """Delete a checkpoint; a warning where that fails. It loses its name first, so none is ever half a checkpoint."""
+    aside = new_staging(folder)
+    try:
+        folder.rename(aside)
+    except OSError as error:
+        log.warning("%s cannot be deleted (%s); trying again after the next save", folder, error.strerror)
+        return
+    _delete(aside)
+
+
+def discard_leftovers(checkpoints: Path) -> None:
+    """Delete what a killed writer left and what could not be deleted before; a warning where that fails again."""
+    for leftover in checkpoints.glob(".step-*.tmp"):
+        if STAGED.fullmatch(leftover.name):
+            _delete(leftover)
+
+
+def write_score(run_dir: str, step: int, loss: float) -> None:
+    """Note the validation loss of a step beside the checkpoints, atomically."""
+    path = Path(run_dir) / "checkpoints" / SCORES
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps({**read_scores(run_dir), str(step): loss}, indent=1) + "\n")
+
+
+def read_scores(run_dir: str) -> dict[str, float]:
+    """Finite validation losses by step; empty where none was noted."""
+    try:
+        scores = json.loads((Path(run_dir) / "checkpoints" / SCORES).read_text())
+        return {str(step): float(loss) for step, loss in scores.items() if math.isfinite(loss)}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _step_of(folder: Path) -> int:
+    """What it holds, whatever it is called now; where that cannot be read, what its name says."""
+    try:
+        return read_step(folder)
+    except (OSError, ValueError, KeyError, TypeError):
+        return int(folder.name.removeprefix("step-"))
+
+
+def _delete(folder: Path) -> None:
+    try:
+        folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
+    except OSError as error:
+        log.warning("%s cannot be deleted (%s); trying again after the next save", folder, error)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
