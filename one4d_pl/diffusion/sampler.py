@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from torch import Tensor
+
+
+def sampling_sigmas(steps: int) -> np.ndarray:  # [steps]
+    """Where each step begins before the shift: from 1 down by 1 / steps; the last step ends at 0.
+
+    Wan's own (`get_sampling_sigmas` of its repository). Diffusers' default for Euler ends at its smallest training
+    sigma, close to 0, and then steps to 0: one step of the model is wasted.
+    """
+    return np.linspace(1, 0, steps + 1)[:steps]
 
 
 def integrate(
@@ -17,7 +27,7 @@ def integrate(
     solver: str,  # one of config.SOLVERS
     on_step: Callable[[int], None],  # called with the number of finished steps
 ) -> Tensor:  # [2B, C, t, h, w] clean latents
-    """From sigma 1 to 0 on a shifted schedule: Euler's method or UniPC of order 2, diffusers' own."""
+    """From sigma 1 to 0 on Wan's schedule (`sampling_sigmas`): Euler's method or UniPC of order 2, diffusers' own."""
     # built from our shift: from_pretrained on Wan's scheduler folder drops flow_shift in silence
     if solver == "unipc":
         scheduler = UniPCMultistepScheduler(
@@ -25,7 +35,7 @@ def integrate(
         )
     else:
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=1000, shift=shift)
-    scheduler.set_timesteps(steps, device=noise.device)
+    scheduler.set_timesteps(sigmas=sampling_sigmas(steps), device=noise.device)  # shifts them and ends at 0
     latents = noise
     for i, timestep in enumerate(scheduler.timesteps):
         # UniPC's timesteps are whole numbers and so a little off its sigmas: the base is asked as diffusers asks it

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
@@ -57,3 +59,34 @@ def test_the_sampler_hands_over_the_sigma_of_the_noisy_latents():
         return noise - latents
 
     integrate(velocity, noise, 10, 5.0, "euler", lambda step: None)
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+@pytest.mark.parametrize(("steps", "shift"), [(1, 3.0), (2, 3.0), (4, 5.0), (50, 1.0)])
+def test_the_schedule_is_wans_and_no_step_is_wasted(solver, steps, shift):
+    """Wan's `get_sampling_sigmas`: a shifted linspace over n sigmas, and 0 after it."""
+    uniform = torch.linspace(1, 0, steps + 1, dtype=torch.float64)[:steps]
+    expected = shift * uniform / (1 + (shift - 1) * uniform)
+    asked: list[float] = []
+
+    def velocity(noisy, sigma):
+        asked.append(float(sigma[0]))
+        return torch.zeros_like(noisy)
+
+    integrate(velocity, torch.randn(2, 4, 1, 2, 2), steps, shift, solver, lambda step: None)
+    # UniPC cuts its timesteps to whole numbers: up to 1 / 1000 less, and what float32 adds
+    torch.testing.assert_close(torch.tensor(asked).double(), expected, rtol=0, atol=1e-6 + (solver == "unipc") * 1e-3)
+    assert asked[-1] >= 0.9 / steps  # the last step goes the whole way: diffusers' default leaves 0.001 of it
+
+
+def test_n_steps_of_euler_are_n_steps():
+    """On a curved path every further step comes nearer: 2 steps are not 1 step's result."""
+
+    def miss(steps: int) -> float:
+        start = torch.ones(2, 1, 1, 1, 1, dtype=torch.float64)
+        # d latents / d sigma = latents, from sigma 1 to 0: exactly e^-1
+        end = integrate(lambda noisy, sigma: noisy, start, steps, 1.0, "euler", lambda step: None)
+        return abs(float(end[0]) - math.exp(-1))
+
+    misses = [miss(steps) for steps in (1, 2, 3, 5, 10)]
+    assert misses == sorted(misses, reverse=True) and misses[1] < 0.5 * misses[0]

@@ -36,12 +36,16 @@ def ours(base, num_frames: int, solver: str) -> One4DPipeline:
 
 
 def theirs(base, solver: str) -> WanImageToVideoPipeline:
-    """Diffusers' pipeline on the same files; its scheduler is built from our shift."""
+    """Diffusers' pipeline on the same files; its scheduler is built from our shift and steps along Wan's sigmas."""
     scheduler = (
         FlowMatchEulerDiscreteScheduler(shift=SHIFT)
         if solver == "euler"
         else UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=SHIFT)
     )
+    sigmas = np.linspace(1, 0, STEPS + 1)[:STEPS]  # as get_sampling_sigmas of Wan's repository makes them
+    set_timesteps = scheduler.set_timesteps
+    # the pipeline takes no sigmas
+    scheduler.set_timesteps = lambda steps, device: set_timesteps(sigmas=sigmas, device=device)
     return WanImageToVideoPipeline(
         tokenizer=AutoTokenizer.from_pretrained(f"{base.path}/tokenizer"),
         text_encoder=UMT5EncoderModel.from_pretrained(f"{base.path}/text_encoder"),
