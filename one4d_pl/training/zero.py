@@ -75,7 +75,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     """
 
     def __init__(self, config: TrainConfig, bfloat16: bool, timeout: timedelta) -> None:
-        super().__init__(config=engine_config(config), precision_plugin=ZeroPrecision(bfloat16))
+        super().__init__(config=engine_config(config, bfloat16), precision_plugin=ZeroPrecision(bfloat16))
         self._timeout = timeout
 
     def setup_environment(self) -> None:
@@ -159,7 +159,7 @@ class BlockKeeper:
             self._release(parameter)  # unless a module uses it
 
 
-def engine_config(config: TrainConfig) -> dict[str, object]:
+def engine_config(config: TrainConfig, bfloat16: bool) -> dict[str, object]:
     """DeepSpeed's config; Lightning adds batch size, accumulation and clipping."""
     zero: dict[str, object] = {
         "stage": config.zero_stage,
@@ -179,7 +179,7 @@ def engine_config(config: TrainConfig) -> dict[str, object]:
         "zero_allow_untested_optimizer": True,  # torch's AdamW: the same under every strategy, and no compiler
         "zero_force_ds_cpu_optimizer": False,
     }
-    if config.precision == "bf16-mixed":
+    if bfloat16:
         # On CUDA, and only there, the engine sees our autocast around it and, not told of one, switches it off inside.
         # The empty list: gradients are reduced in float32, as under the other strategies.
         engine["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
