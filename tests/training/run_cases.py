@@ -33,7 +33,7 @@ def count_gathers(config: Config) -> dict[str, float]:
     Two ways through the same wrapped model: the stacked batch, and one pass per branch before a common backward.
     The engine keeps nothing for reuse, or this tiny base would be gathered once and never again.
     """
-    zero = engine_config(config.train)
+    zero = engine_config(config.train, bfloat16=False)
     zero["zero_optimization"] |= {
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,
