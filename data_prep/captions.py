@@ -29,6 +29,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from one4d_pl.data.texts import caption_text, is_missing
 from one4d_pl.files import write_text
 from one4d_pl.geometry.camera import resize_frames
 from one4d_pl.types import Clip
@@ -100,17 +101,23 @@ def _known_table(path: Path, digest: str | None) -> dict[str, str]:
 
 
 def read_table(path: Path) -> dict[str, str]:  # key of a clip or unit -> caption
-    """Captions of a csv (columns key and caption) or jsonl file; ValueError names the row that is wrong."""
+    """Captions of a csv (columns key and caption) or jsonl file; ValueError names the row that is wrong.
+
+    A row whose caption is null, NaN or empty (see `data.texts`) is as good as none.
+    """
     found: dict[str, str] = {}
+    seen: set[str] = set()
     number = 1
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
             for row in _table_rows(file, path.suffix.lower() == ".csv"):
-                if not isinstance(row, dict) or not all(isinstance(row.get(f), str) for f in ("key", "caption")):
+                if not isinstance(row, dict) or "caption" not in row or not isinstance(row.get("key"), str):
                     raise ValueError("has no key and caption")
-                if row["key"] in found:
+                if row["key"] in seen:
                     raise ValueError(f"{row['key']!r} occurs twice")
-                found[row["key"]] = row["caption"]
+                seen.add(row["key"])
+                if caption := caption_text(row["caption"]):
+                    found[row["key"]] = caption
                 number += 1
     except (ValueError, RecursionError, csv.Error) as error:
         raise ValueError(f"{path}: row {number}: {error}") from error
@@ -213,7 +220,7 @@ def _text_of(body: bytes) -> str:
         text = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ValueError(f"no chat completion: {body[:100]!r}") from error
-    caption = " ".join(text.split())[:LONGEST_CAPTION] if isinstance(text, str) else ""
+    caption = " ".join(text.split())[:LONGEST_CAPTION] if isinstance(text, str) and not is_missing(text) else ""
     if not caption:
         raise ValueError("an empty caption")
     return caption
@@ -240,7 +247,7 @@ def _cached(path: Path) -> str:
     except (ValueError, RecursionError):
         return ""
     caption = tree.get("caption") if isinstance(tree, dict) else None
-    return caption if isinstance(caption, str) else ""
+    return caption if isinstance(caption, str) and not is_missing(caption) else ""
 
 
 def _save(path: Path, tree: Mapping[str, str | None]) -> None:

@@ -19,7 +19,7 @@ from one4d_pl.geometry.se3 import geodesic_angle, split_se3
 from one4d_pl.types import Clip
 
 POINTS = 3000  # of each frame of a pair, at most
-FACTORS = torch.logspace(-3, 3, 31)  # of depth that are tried: five per decade
+FACTORS = torch.logspace(-4, 4, 41)  # of depth that are tried: five per decade, and one decade beyond 1000 (mm for m)
 MISFIT_CUT = 0.1  # relative error of depth that counts as wrong altogether: a hidden surface, a wrong factor
 CLEAR_SHARE = 0.7  # another factor than 1 is believed where it leaves less than this share of the misfit at 1 ...
 GOOD_FIT = 0.03  # ... and a misfit that noise could leave

@@ -15,13 +15,15 @@ frames:
     moving      [T, h, w]     optional, bool
 
 intrinsics and cam2world may both be left out where there are pointmaps: they are then solved for (One4D, Eq. 11-12).
-`clip.json`, or text arrays of one value in the npz: fps, licence (both needed), domain ("real"), caption ("").
+`clip.json`, or text arrays of one value in the npz: fps, licence (both needed), domain ("real"), caption (""). null
+and NaN mean that there is none (see `data.texts`).
 Where h x w is smaller than H x W, the geometry is taken for the frame's largest centred part of its aspect ratio.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,7 @@ from data_prep.sources.decoding import (
 from data_prep.sources.geometry import Geometry, fit_to_frames
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, files_once, walk_once
 from one4d_pl.data.frame_order import numbered_files
+from one4d_pl.data.texts import caption_text, is_missing, licence_text
 from one4d_pl.inference.media import frame_count
 from one4d_pl.types import DOMAINS, Clip
 
@@ -96,11 +99,11 @@ def iter_clips(
                 key=clip_key(root, unit.removesuffix(".npz"), f"{window[0]:05d}"),
                 frames=frames,
                 moving=part,
-                caption=texts["caption"],
+                caption=texts.caption,
                 source="generic",
-                domain=texts["domain"],
-                fps=float(texts["fps"]) / stride,
-                licence=texts["licence"],
+                domain=texts.domain,
+                fps=texts.fps / stride,
+                licence=texts.licence,
             )
 
         return [Track(str(path), list(range(geometry.num_frames)), read)]
@@ -115,7 +118,18 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
     return {name: read_npy(path / f"{name}.npy") for name in ARRAYS if (path / f"{name}.npy").is_file()}
 
 
-def _read_texts(path: Path) -> dict[str, str]:
+@dataclass(frozen=True)
+class _Texts:
+    """What clip.json says."""
+
+    fps: float
+    licence: str
+    domain: str
+    caption: str  # "" = none
+
+
+def _read_texts(path: Path) -> _Texts:
+    """The texts of a clip, see `data.texts`; ValueError names what is missing or of the wrong kind."""
     if path.suffix == ".npz":
         members = read_npz(path, TEXTS)
         if wrong := [name for name, array in members.items() if array.size != 1]:
@@ -125,18 +139,22 @@ def _read_texts(path: Path) -> dict[str, str]:
         tree = read_json(path / "clip.json")
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: clip.json is no object")
-    texts = {"domain": "real", "caption": "", **{name: str(tree[name]) for name in TEXTS if name in tree}}
-    if missing := {"fps", "licence"} - set(texts):
+    if missing := {"fps", "licence"} - set(tree):
         raise ValueError(f"{path}: no {sorted(missing)[0]}, need fps and licence")
+    fps = tree["fps"]
     try:
-        rate = float(texts["fps"])
-    except ValueError:
+        rate = np.nan if isinstance(fps, bool) else float(fps)
+    except (TypeError, ValueError, OverflowError):
         rate = np.nan
     if not 0 < rate < 1e4:
-        raise ValueError(f"{path}: fps is {texts['fps']!r}")
-    if texts["domain"] not in DOMAINS or not texts["licence"].strip():
-        raise ValueError(f"{path}: domain is {texts['domain']!r}, need one of {DOMAINS}, and a licence")
-    return texts
+        raise ValueError(f"{path}: fps is {fps!r}")
+    domain = "real" if is_missing(tree.get("domain")) else tree["domain"]
+    if domain not in DOMAINS:
+        raise ValueError(f"{path}: domain is {domain!r}, need one of {DOMAINS}")
+    try:
+        return _Texts(rate, licence_text(tree["licence"]), domain, caption_text(tree.get("caption")))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _read_frames(path: Path, arrays: dict[str, np.ndarray], window: range, total: int) -> Tensor:  # [T, H, W, 3] uint8

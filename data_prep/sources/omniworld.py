@@ -31,6 +31,7 @@ from data_prep.sources.decoding import (
     stack_alike,
 )
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
+from one4d_pl.data.texts import caption_text
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.types import Clip
 
@@ -150,8 +151,12 @@ def _caption_of(captions: list[tuple[int, int, Path]], window: range) -> str:
     overlaps = [(min(last, window[-1]) - max(first, window[0]), path) for first, last, path in captions]
     if not overlaps or max(overlaps)[0] < 0:
         return ""
-    tree = read_json(max(overlaps)[1])
-    if not isinstance(tree, dict):
-        return tree if isinstance(tree, str) else ""
-    texts = [tree["Video_Caption"]] if "Video_Caption" in tree else list(tree.values())  # the summary, or all there is
-    return " ".join(" ".join(text.split()) for text in texts if isinstance(text, str))
+    path = max(overlaps)[1]
+    tree = read_json(path)
+    texts = [tree]
+    if isinstance(tree, dict):  # the summary, or all that is text
+        texts = [tree["Video_Caption"]] if "Video_Caption" in tree else [t for t in tree.values() if isinstance(t, str)]
+    try:
+        return " ".join(" ".join(caption_text(text).split()) for text in texts).strip()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -42,6 +42,7 @@ from data_prep.sources.generic import read_arrays
 from data_prep.sources.geometry import Geometry, fit_to_frames
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, files_once
 from one4d_pl.data.frame_order import by_number
+from one4d_pl.data.texts import caption_text
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.inference.media import frame_count, frame_rate
 from one4d_pl.types import Clip
@@ -211,9 +212,12 @@ def _read_moving(path: Path, window: range, height: int, width: int) -> Tensor |
 
 
 def _read_caption(path: Path) -> str:
-    """The scene and the camera's motion; "" where there is no caption file."""
+    """The scene and the camera's motion; "" where there is no caption file, or it says so (see `data.texts`)."""
     if not path.is_file():
         return ""
     tree = read_json(path)
-    fields = [tree.get(name, "") for name in CAPTION_FIELDS] if isinstance(tree, dict) else []
-    return " ".join(" ".join(field.split()) for field in fields if isinstance(field, str)).strip()
+    fields = [tree.get(name) for name in CAPTION_FIELDS] if isinstance(tree, dict) else [tree]
+    try:
+        return " ".join(" ".join(caption_text(field).split()) for field in fields).strip()
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None

@@ -22,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from one4d_pl.data.texts import caption_text, is_missing
 from one4d_pl.types import DOMAINS, Clip
 
 SCHEMA_VERSION = 1
@@ -76,8 +77,12 @@ def _faults(clip: Clip) -> Iterator[str]:
         yield "depth has values <= 0; nan means no measurement"
     if bool((clip.valid & ~clip.depth.isfinite()).any()):
         yield "depth that is nan or infinite is marked valid"
-    if clip.domain not in DOMAINS or not clip.source or not clip.licence:
-        yield f"source and licence must be named and domain one of {DOMAINS}, got {clip.domain!r}"
+    if not isinstance(clip.caption, str) or (clip.caption and is_missing(clip.caption)):
+        yield f"caption is {clip.caption!r}, need a text; '' = none"
+    if any(not isinstance(name, str) or is_missing(name) for name in (clip.source, clip.licence)):
+        yield f"source and licence must be named, got {clip.source!r} and {clip.licence!r}"
+    if clip.domain not in DOMAINS:
+        yield f"domain must be one of {DOMAINS}, got {clip.domain!r}"
     if not (math.isfinite(clip.fps) and clip.fps > 0):
         yield f"fps is {clip.fps}"
 
@@ -237,9 +242,10 @@ def _decode_meta(content: bytes, shape: tuple[int, int, int]) -> dict:
     for name, expected in zip(("num_frames", "height", "width"), shape):
         if meta[name] != expected:
             raise ValueError(f"meta.json: {name} {meta[name]} differs from the manifest's {expected}")
-    if not isinstance(meta["caption"], str):
-        raise ValueError("meta.json: caption is no text")
-    return meta
+    try:
+        return meta | {"caption": caption_text(meta["caption"])}
+    except ValueError as error:
+        raise ValueError(f"meta.json: {error}") from None
 
 
 def _decode_image(

@@ -24,6 +24,7 @@ from webdataset.writer import TarWriter
 
 from one4d_pl.data.clip_codec import MAX_STACKED_PIXELS, SAFE_KEY, SCHEMA_VERSION
 from one4d_pl.data.ranged_reads import PLAIN_READER, RangeReader, ShardSetError, StoreError, one_line
+from one4d_pl.data.texts import licence_text
 from one4d_pl.files import open_whole
 
 MANIFEST_NAME = "manifest.json"
@@ -125,7 +126,9 @@ class Manifest:
         try:
             shards = tuple(ShardEntry.from_tree(shard) for shard in tree["shards"])
             split, recipe = tree.get("split", "all"), tree.get("recipe", {})
-            manifest = Manifest(tree["source"], tree["domain"], tree["licence"], shards, tree["kind"], split, recipe)
+            manifest = Manifest(
+                tree["source"], tree["domain"], licence_text(tree["licence"]), shards, tree["kind"], split, recipe
+            )
         except (KeyError, TypeError) as error:
             raise ValueError(f"a field is missing or of the wrong type ({error})") from error
         if split not in SPLITS or not isinstance(recipe, dict):

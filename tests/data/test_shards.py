@@ -355,7 +355,10 @@ def meta(**changes: object) -> bytes:
         ({"meta.json": meta(cam2world=[[1.0]])}, "cam2world is (1, 1)"),
         ({"meta.json": meta(intrinsics="none")}, "meta.json: "),
         ({"meta.json": meta(fps=-1)}, "fps is -1"),
-        ({"meta.json": meta(caption=None)}, "caption is no text"),
+        ({"meta.json": meta(caption=7)}, "the caption is 7, need a text"),
+        ({"meta.json": meta(licence=None)}, "source and licence must be named"),
+        ({"meta.json": meta(licence="nan")}, "source and licence must be named"),
+        ({"meta.json": meta(source=["a"])}, "source and licence must be named"),
     ],
 )
 def test_a_broken_member_is_told_by_key_and_name(folder, changes, reason):
