@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
+from one4d_pl.training.machine import driver_mismatch, refuse_absent_deepspeed
 from one4d_pl.training.preemption import begin_start, forget_starts, note_end
 from one4d_pl.training.run_lock import sole_run
 from one4d_pl.training.watchdog import rank_log
@@ -51,6 +52,7 @@ def _run(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     check_paths(config)
+    refuse_absent_deepspeed(config)
     rank = early_rank(config.train.devices)
     with sole_run(config.run_dir) if rank == 0 else nullcontext():
         if rank == 0:
@@ -113,6 +115,8 @@ def fit(config: Config, stop: Stop | None = None) -> int:
 
     if config.scale == "tiny" and torch.cuda.device_count() > 1:
         log.warning("the tiny scale on %d GPUs: did you mean %s ?", torch.cuda.device_count(), LARGE_SCALE)
+    if mismatch := driver_mismatch():
+        log.warning("%s", mismatch)
     transformers.utils.logging.disable_progress_bar()  # a bar per file that is opened hides ours
     limit_threads(config)
     lightning.seed_everything(config.train.seed, verbose=False)

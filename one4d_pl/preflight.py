@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import USER_ERROR, Command
 from one4d_pl.config import Config, ConfigError, check_paths, load_config
+from one4d_pl.training.machine import refuse_absent_deepspeed
 from one4d_pl.training.readiness import Place, Report, check_world, differences, look, run_faults
 
 if TYPE_CHECKING:
@@ -48,6 +49,7 @@ def _run(args: argparse.Namespace) -> int:
     place = Place.from_environment()
     config = load_config(args.config, args.overrides)
     check_paths(config)
+    refuse_absent_deepspeed(config)
     check_world(config, place)
     faults = preflight(config, place, args.timeout)
     if place.rank and faults:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from one4d_pl.config import Config, ConfigError, SourceConfig
 from one4d_pl.training.checkpoint_files import STATE, refuse_used_folder, step_folders
+from one4d_pl.training.machine import driver_mismatch
 
 # what computes a step or a file; other packages may differ between nodes
 PACKAGES = (
@@ -87,7 +88,8 @@ def look(config: Config, place: Place, probe: Path) -> Report:
     report = Report(place.node, _versions())
     checks: list[Callable[[], None]] = [lambda: _check_gpus(config, place)]
     if place.local_rank == 0:
-        checks += [lambda: _check_shared(probe), lambda: _read_base(config, report), lambda: _check_memory(config)]
+        checks += [_check_driver, lambda: _check_shared(probe), lambda: _read_base(config, report)]
+        checks += [lambda: _check_memory(config)]
         sources = {source.path: source for source in [*config.data.sources, *config.data.val_sources]}
         checks += [lambda source=source: _read_sample(config, source, place) for source in sources.values()]  # type: ignore[misc]
     for check in checks:
@@ -164,6 +166,11 @@ def _check_gpus(config: Config, place: Place) -> None:
     found = torch.cuda.device_count()
     if torch.cuda.is_available() and found < config.train.devices:
         raise ConfigError(f"train.devices: {config.train.devices} processes per node, but {found} GPUs")
+
+
+def _check_driver() -> None:
+    if mismatch := driver_mismatch():
+        raise ConfigError(mismatch)
 
 
 def _check_memory(config: Config) -> None:

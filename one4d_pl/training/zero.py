@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
@@ -84,6 +85,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             super().setup_environment()
             return
         skip_compilation()
+        # the processes on this machine; the engine would else count its NUMA nodes with numactl at every step, and die
+        # where a folder on PATH cannot be read
+        os.environ["LOCAL_SIZE"] = str(len(self.parallel_devices or []))
         # the engine tells devices apart by their index
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
         DDPStrategy.setup_environment(self)
@@ -188,9 +192,9 @@ def engine_config(config: TrainConfig, bfloat16: bool) -> dict[str, object]:
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
     """A trainable's whole value under any strategy; collective where it is sharded."""
-    from deepspeed.utils import safe_get_full_fp32_param
-
     if hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_fp32_param
+
         return safe_get_full_fp32_param(parameter)
     return parameter.detach()  # below stage 3 every process holds it
 
@@ -208,9 +212,9 @@ def link_moments(optimizer: torch.optim.Optimizer) -> None:
 
 def whole_moment(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, moment: str) -> Tensor:
     """A trainable's whole optimiser moment under any strategy; collective where it is sharded."""
-    from deepspeed.utils import safe_get_full_optimizer_state
-
     if _is_sharded(parameter):
+        from deepspeed.utils import safe_get_full_optimizer_state
+
         return safe_get_full_optimizer_state(parameter, moment)
     return optimizer.state[parameter][moment]
 

@@ -1,0 +1,67 @@
+"""What a run asks of the machine that it is on: DeepSpeed where it is named, a driver as new as torch's CUDA."""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import subprocess
+from importlib.util import find_spec
+
+from one4d_pl.config import Config, ConfigError
+
+NVIDIA_SMI_PATIENCE_S = 20.0  # it wakes each GPU first, which takes seconds; with a sick driver it hangs
+# the newest driver alone says "CUDA UMD Version"
+DRIVER_CUDA = re.compile(r"CUDA (?:UMD )?Version:\s*(\d+)\.(\d+)")
+# by the driver's CUDA: PyTorch's index whose builds every driver of that major version runs (CUDA's minor version
+# compatibility). torch 2.13 comes for these two; no torch that setup.cfg allows comes for CUDA 11.
+TORCH_INDEXES = {12: "cu126", 13: "cu130"}
+
+
+def refuse_absent_deepspeed(config: Config) -> None:
+    """ConfigError if the run asks for DeepSpeed and it is not installed."""
+    if config.train.strategy == "deepspeed" and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"train.strategy: deepspeed is not installed on this {platform.system()} (one4d_pl requires it on Linux "
+            "alone); set train.strategy=ddp, or single for one process"
+        )
+
+
+def driver_mismatch() -> str | None:
+    """One line if torch sees no GPU because the NVIDIA driver is older than torch's CUDA; None otherwise.
+
+    None too where no driver is found, or where CUDA_VISIBLE_DEVICES hides the GPUs on purpose.
+    """
+    import torch
+
+    if torch.cuda.is_available() or torch.version.cuda is None:
+        return None
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return None
+    driver = _driver_cuda()
+    # within one major version an older driver runs newer builds
+    if driver is None or driver[0] >= int(torch.version.cuda.split(".")[0]):
+        return None
+    told = (
+        f"the NVIDIA driver is of CUDA {driver[0]}.{driver[1]}, torch {torch.__version__} is built for CUDA "
+        f"{torch.version.cuda}, so torch sees no GPU; "
+    )
+    index = TORCH_INDEXES.get(driver[0])
+    if index is None:
+        return f"{told}get a newer driver: no torch that one4d_pl takes is built for CUDA {driver[0]}"
+    return f"{told}get a newer driver, or `make setup TORCH_INDEX=...` with the address of PyTorch's {index} index"
+
+
+def _driver_cuda() -> tuple[int, int] | None:
+    """The newest CUDA that this machine's driver runs, as nvidia-smi says; None without a working one."""
+    try:
+        asked = subprocess.Popen(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    except OSError:  # none, or none that this user may run
+        return None
+    try:
+        shown, _ = asked.communicate(timeout=NVIDIA_SMI_PATIENCE_S)
+    except subprocess.TimeoutExpired:
+        asked.kill()  # and not waited for: a process inside a sick driver outlives even this
+        return None
+    found = DRIVER_CUDA.search(shown.decode(errors="replace"))
+    return (int(found[1]), int(found[2])) if found else None
