@@ -1,6 +1,6 @@
 """Pictures where people would look: a panel per task (given | generated | pointmap colours | distance), and its points.
 
-The points need open3d (the `viz` extra) here, and in the TensorBoard that shows them, under its tab "Open3D".
+The points need open3d (the extra of that name) here, and in the TensorBoard that shows them, under its tab "Open3D".
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def test_a_broken_open3d_is_said_once_and_changes_nothing(batch, tmp_path, monke
 
 
 def test_with_open3d_its_plugin_finds_the_points(batch, tmp_path):
-    pytest.importorskip("open3d.visualization.tensorboard_plugin", reason="needs open3d: the `viz` extra")
+    pytest.importorskip("open3d.visualization.tensorboard_plugin", reason="needs open3d: the extra of that name")
     events = draw(batch, tmp_path)
     assert [event.step for event in events.Images("val/scene/video")] == [7]
     assert events.Tags()["tensors"] == ["val/points/video"]

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import pycolmap
 import pytest
 import torch
 from PIL import Image
@@ -63,6 +62,7 @@ def test_scenes_of_real_clips_go_through_every_export(option, file, tmp_path):
         source = tmp_path / "frame.png"
     assert generate.main([option, str(source), "--out", str(tmp_path / "scene"), "--steps", "1"]) == 0
     assert export.main([str(tmp_path / "scene"), "--out", str(tmp_path / "out")]) == 0
+    pycolmap = pytest.importorskip("pycolmap", reason="no wheel of pycolmap for Linux on arm")
     model = pycolmap.Reconstruction(str(tmp_path / "out" / "colmap" / "sparse" / "0"))
     count = len(list((tmp_path / "scene" / "frames").iterdir()))
     assert {path.name for path in (tmp_path / "out").iterdir()} == set(FORMATS)
