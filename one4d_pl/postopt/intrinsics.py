@@ -15,6 +15,7 @@ from torch import Tensor
 
 PRIOR_FIELD_OF_VIEW = math.radians(60)  # of the longer side, where the points do not tell; DUSt3R's default too
 FOCAL_BOUNDS = (0.1, 60.0)  # longer sides: fields of view of 157 and 1 degrees
+_THIN = 0.1  # thickness in widths: points may be a plane, and a camera matrix from them may be noise
 
 
 @dataclass(frozen=True)
@@ -120,13 +121,71 @@ def focal_votes(samples: Samples) -> Tensor:  # [T], longer sides; nan = no vote
     A frame whose camera matrix is not unique (planar or far too few points) has no vote, nor has one that sees its
     points mirrored (camera matrix of negative determinant).
     """
+    points = _unit_points(samples)
+    eigenvalues, eigenvectors = _direct_linear_transform(points, samples)
+    camera = eigenvectors[..., 0].unflatten(-1, (3, 4))  # [T, 3, 4], up to its sign
+    unique = eigenvalues[:, 1] > 1e-9 * eigenvalues[:, -1]
+    # Its sign by cheirality: the mean point, now the origin, lies in front.
+    camera = camera * camera[:, 2, 3].sign()[:, None, None]
+    first, second, third = camera[..., :3].unbind(-2)
+    upright = torch.linalg.det(camera[..., :3]) > 0
+    # m1 = fx r1 + cx r3 and m3 = r3: the cross product drops what noise put into the principal point.
+    fx, fy = (torch.linalg.vector_norm(torch.linalg.cross(row, third), dim=-1) for row in (first, second))
+    focal = (fx * fy).sqrt() / third.square().sum(-1)
+    return _within_bounds(torch.where(unique & upright, focal, torch.nan))
+
+
+def plane_votes(samples: Samples) -> Tensor:  # [T], longer sides; nan = no vote
+    """The focal length of each frame whose points nearly lie on a plane, from the homography to its pixels.
+
+    Two axes of the plane, orthogonal and equally long in space, give two conditions (Zhang 2000). With the two entries
+    of each row of the homography as one complex number they are one: (row1² + row2²) / f² + row3² = 0. A plane seen
+    straight on makes both terms vanish: it has no vote, or an arbitrary one.
+    """
+    points = _unit_points(samples)
+    spread, axes = principal_axes(points, samples.weights)
+    eigenvectors = _direct_linear_transform(points @ axes[..., :2], samples)[1]
+    homography = eigenvectors[..., 0].unflatten(-1, (3, 3))  # [T, 3, 3], up to its sign
+    x, y, z = torch.complex(homography[..., 0], homography[..., 1]).square().unbind(-1)
+    across = x + y
+    focal = across.abs() / (-(across.conj() * z).real).sqrt()  # least squares; a negative square is nan
+    return _within_bounds(torch.where(spread[:, 2] < _THIN * spread[:, 1], focal, torch.nan))
+
+
+def principal_axes(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:  # [T, N, 3], [T, N] -> [T, 3], [T, 3, 3]
+    """Deviation of each frame's points from their mean along their principal axes, and these axes as columns.
+
+    The widest comes first, so a plane's normal is the last.
+    """
+    weights = (weights / weights.sum(-1, keepdim=True).clamp_min(1e-300))[..., None]
+    centred = points - (weights * points).sum(1, keepdim=True)
+    squares, axes = torch.linalg.eigh(centred.mT @ (weights * centred))
+    return squares.flip(-1).clamp_min(0).sqrt(), axes.flip(-1)
+
+
+def focal_candidates(votes: Tensor, prior: float) -> Tensor:  # [..., T] -> [F], longer sides
+    """Focal lengths worth trying: the frames' median vote of each kind and a coarse ladder around the prior."""
+    ladder = prior * torch.tensor([0.4, 0.65, 1.0, 1.6, 2.5, 4.5, 9.0], dtype=votes.dtype, device=votes.device)
+    medians = votes.nanmedian(-1).values.flatten()
+    return torch.cat([medians[medians.isfinite()], ladder])
+
+
+def _unit_points(samples: Samples) -> Tensor:  # [T, N, 3]
+    """Every frame's points, moved to zero mean and scaled to unit size."""
+    weights = (samples.weights / samples.weights.sum(-1, keepdim=True).clamp_min(1e-300))[..., None]
+    mean = (weights * samples.points).sum(1, keepdim=True)
+    centred = torch.where(weights > 0, samples.points - mean, 0)
+    size = (weights * centred.square()).sum((1, 2), keepdim=True).sqrt()
+    return centred / size.clamp_min(1e-300)
+
+
+def _direct_linear_transform(points: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
+    """Points [T, N, D] -> eigenvalues and eigenvectors of the normal matrix [T, 3 (D+1), 3 (D+1)], ascending.
+
+    Its equations are p1·X - x p3·X = 0 and p2·X - y p3·X = 0, put together from four moments.
+    """
     weights = samples.weights / samples.weights.sum(-1, keepdim=True).clamp_min(1e-300)
-    # 1. Points to zero mean and unit size; the pixels are already within one longer side.
-    mean = (weights[..., None] * samples.points).sum(1, keepdim=True)
-    centred = torch.where(weights[..., None] > 0, samples.points - mean, 0)
-    size = (weights * centred.square().sum(-1)).sum(-1).sqrt()[:, None, None]
-    homogeneous = torch.nn.functional.pad(centred / size.clamp_min(1e-300), (0, 1), value=1.0)  # [T, N, 4]
-    # 2. The 12x12 normal matrix of p1·X - x p3·X = 0 and p2·X - y p3·X = 0, put together from four 4x4 moments.
+    homogeneous = torch.nn.functional.pad(points, (0, 1), value=1.0)
     x, y = samples.x, samples.y
     moments = [
         (homogeneous * (weights * factor)[..., None]).mT @ homogeneous
@@ -135,25 +194,11 @@ def focal_votes(samples: Samples) -> Tensor:  # [T], longer sides; nan = no vote
     one, by_x, by_y, by_square = moments
     zero = torch.zeros_like(one)
     rows = [[one, zero, -by_x], [zero, one, -by_y], [-by_x, -by_y, by_square]]
-    eigenvalues, eigenvectors = torch.linalg.eigh(torch.cat([torch.cat(row, -1) for row in rows], -2))
-    camera = eigenvectors[..., 0].unflatten(-1, (3, 4))  # [T, 3, 4], up to its sign
-    unique = eigenvalues[:, 1] > 1e-9 * eigenvalues[:, -1]
-    # 3. Its sign by cheirality: the mean point, now the origin, lies in front.
-    camera = camera * camera[:, 2, 3].sign()[:, None, None]
-    first, second, third = camera[..., :3].unbind(-2)
-    upright = torch.linalg.det(camera[..., :3]) > 0
-    # 4. m1 = fx r1 + cx r3 and m3 = r3: the cross product drops what noise put into the principal point.
-    fx, fy = (torch.linalg.vector_norm(torch.linalg.cross(row, third), dim=-1) for row in (first, second))
-    focal = (fx * fy).sqrt() / third.square().sum(-1)
-    usable = unique & upright & (focal > FOCAL_BOUNDS[0]) & (focal < FOCAL_BOUNDS[1])
-    return torch.where(usable, focal, torch.nan)
+    return torch.linalg.eigh(torch.cat([torch.cat(row, -1) for row in rows], -2))
 
 
-def focal_candidates(votes: Tensor, prior: float) -> Tensor:  # [T] -> [F], longer sides
-    """Focal lengths worth trying: the frames' median vote and a coarse ladder around the prior."""
-    ladder = prior * torch.tensor([0.4, 0.65, 1.0, 1.6, 2.5, 4.5, 9.0], dtype=votes.dtype, device=votes.device)
-    median = votes.nanmedian()
-    return ladder if bool(median.isnan()) else torch.cat([median[None], ladder])
+def _within_bounds(focal: Tensor) -> Tensor:
+    return torch.where((focal > FOCAL_BOUNDS[0]) & (focal < FOCAL_BOUNDS[1]), focal, torch.nan)
 
 
 def _known(points: Tensor) -> Tensor:  # [..., 3] -> [...] float64, 1 = finite

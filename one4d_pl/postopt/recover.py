@@ -23,6 +23,7 @@ from one4d_pl.postopt.intrinsics import (
     focal_candidates,
     focal_votes,
     intrinsics_matrix,
+    plane_votes,
     prior_focal,
     sample_grid,
     sample_medians,
@@ -200,7 +201,8 @@ def _solve(
     if known is not None:
         return _solve_with(blocks, grid, blocks.points.new_tensor(known), "fixed", options), ()
     mode: FocalMode = "shared" if options.shared_focal else "per_frame"
-    focal = best_focal(blocks, focal_candidates(focal_votes(blocks), prior))
+    votes = torch.stack([focal_votes(blocks), plane_votes(blocks)])
+    focal = best_focal(blocks, focal_candidates(votes, prior))
     refined = _solve_with(blocks, grid, focal, mode, options)
     hidden = (refined.focal_condition < _MIN_FOCAL_CONDITION) | (refined.focal_deviation > _MAX_FOCAL_DEVIATION)
     if not bool(hidden.any()):

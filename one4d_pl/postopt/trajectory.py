@@ -2,7 +2,8 @@
 
 For a fixed focal length the summed squared distance of the points to their pixels' rays is, once the translation is
 eliminated, a quadratic form rᵀ Ω r in the nine entries of the rotation (Terzakis & Lourakis 2020, "SQPnP"): all pixels
-are read once, then rotations are found from 9x9 matrices. Planar scenes need no special case.
+are read once, then rotations are found from 9x9 matrices. Of points on a plane the form knows two columns of the
+rotation only, their homography: every frame is also started from that.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from one4d_pl.geometry.se3 import geodesic_angle, matrix_product, rotate, so3_exp, so3_log
-from one4d_pl.postopt.intrinsics import Samples
+from one4d_pl.postopt.intrinsics import Samples, principal_axes
 
 _ROUNDS = 4  # reweightings of a pose; the joint refinement does the rest
 _ROTATION_STEPS = 12
@@ -24,7 +25,9 @@ _DRAWS, _DRAW_SIZE = 48, 6  # with 30 % of outliers all 48 draws of 6 hold one w
 _PROBE = 24  # every so many frames one is solved again without a doubt
 _CLEARLY = 0.8  # of the median distance before
 _JUDGES = 250  # points that judge a drawn pose
+_LEAST_JUDGES = 4 * _DRAW_SIZE  # half of fewer points are so few that a wrong pose fits them too
 _MIRROR_FACTOR = 4.0  # a fit with its points behind the camera must be this much better to be believed
+_ROUNDING = 1e-14  # of the form's trace: differences of costs below it mean nothing
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,10 @@ def solve_poses(
     tail = _TAIL * weighted_median(distance, samples.weights)[:, None] + 1e-9 * _size(samples)[:, None]
     doubted = ((distance > tail) * (samples.weights > 0)).double().mean(-1) > _TAIL_SHARE
     probe = doubted | (torch.arange(len(focal), device=focal.device) % _PROBE == 0)
-    cameras, improved = _try_again(samples, cameras, probe)
+    judged = (samples.weights > 0).sum(-1) >= _LEAST_JUDGES
+    cameras, improved = _try_again(samples, cameras, probe & judged)
     if bool((improved & ~doubted).any()):  # a compromise between two groups of points has no tail: doubt all frames
-        cameras, _ = _try_again(samples, cameras, ~probe)
+        cameras, _ = _try_again(samples, cameras, ~probe & judged)
     return cameras
 
 
@@ -88,8 +92,7 @@ def _try_again(samples: Samples, cameras: Cameras, frames: Tensor) -> tuple[Came
         return cameras, improved
     some, old = samples.take(frames), cameras.take(frames)
     new = _reweight(some, old.log_focal.exp(), _consensus(some, old.log_focal.exp()))
-    before, after = (weighted_median(ray_distance(some, c), some.weights) for c in (old, new))
-    better = after < _CLEARLY * before - 1e-9 * _size(some)
+    better = _misfit(some, new) < _CLEARLY * _misfit(some, old)
     improved[frames.nonzero()[better, 0]] = True
     rotation, centre = cameras.rotation.clone(), cameras.centre.clone()
     rotation[improved], centre[improved] = new.rotation[better], new.centre[better]
@@ -119,13 +122,14 @@ def _solve_weighted(
     """SQPnP (weighted least squares) from given rotations [T, C, 3, 3], or from the form's own."""
     weights = samples.weights / samples.weights.sum(-1, keepdim=True)
     mean = (weights[..., None] * samples.points).sum(1)
-    omega, to_translation = _quadratic_form(
-        Samples(samples.points - mean[:, None], weights, samples.x, samples.y), directions
-    )
+    centred = Samples(samples.points - mean[:, None], weights, samples.x, samples.y)
+    omega, to_translation = _quadratic_form(centred, directions)
     if starts is None:
-        starts = _starts(omega, _ROUGH_STARTS if rough else 4)
+        starts = _starts(omega, principal_axes(centred.points, weights)[1][..., :2], _ROUGH_STARTS if rough else 4)
     rotation, cost = _descend(omega, starts, _ROUGH_STEPS if rough else _ROTATION_STEPS)  # [T, C, 3, 3], [T, C]
     translation = _times_rotation(to_translation[:, None], rotation)  # [T, C, 3]
+    # A plane fits behind the camera just as well as in front of it: where both costs are rounding, neither is better.
+    cost = cost + _ROUNDING * omega.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     # Cheirality: the mean point lies in front, unless only a mirrored scene fits.
     best = (cost * torch.where(translation[..., 2] > 0, 1, _MIRROR_FACTOR)).argmin(-1)
     frames = torch.arange(len(best), device=best.device)
@@ -147,11 +151,22 @@ def _consensus(samples: Samples, focal: Tensor) -> Cameras:
     cameras = _solve_weighted(few, drawn_focal, torch.nn.functional.normalize(directions, dim=-1), None, rough=True)
     judges = samples.pixels(torch.arange(len(samples.x), device=focal.device) % max(1, len(samples.x) // _JUDGES) == 0)
     parts = [
-        weighted_median(ray_distance(judges.take(frame[part]), cameras.take(part)), judges.weights[frame[part]])
+        _misfit(judges.take(frame[part]), cameras.take(part))
         for part in torch.arange(len(frame), device=focal.device).split(4 * _DRAWS)  # bounds the memory
     ]
     best = torch.cat(parts).view(num_frames, _DRAWS).argmin(-1)
     return cameras.take(torch.arange(num_frames, device=focal.device) * _DRAWS + best)
+
+
+def _misfit(samples: Samples, cameras: Cameras) -> Tensor:  # [T]
+    """Median distance of the points from their rays, and more where their mean lies behind the camera."""
+    weights = samples.weights[..., None]
+    mean = (weights * samples.points).sum(1) / weights.sum(1)
+    front = ((mean - cameras.centre) * cameras.rotation[:, 2]).sum(-1) > 0
+    distance = weighted_median(ray_distance(samples, cameras), samples.weights) + 1e-9 * _size(
+        samples
+    )  # beyond rounding
+    return distance * torch.where(front, 1, _MIRROR_FACTOR**0.5)
 
 
 def _size(samples: Samples) -> Tensor:  # [T]
@@ -238,9 +253,17 @@ def _times_rotation(matrix: Tensor, rotation: Tensor) -> Tensor:  # [..., K, 9],
     return (matrix @ rotation.flatten(-2)[..., None])[..., 0]
 
 
-def _starts(omega: Tensor, count: int) -> Tensor:  # [T, 9, 9] -> [T, 2 · count, 3, 3]
-    """Rotations nearest to the weakest eigenvectors, with either sign."""
+def _starts(omega: Tensor, plane: Tensor, count: int) -> Tensor:  # [T, 9, 9], [T, 3, 2] -> [T, 2 · count + 2, 3, 3]
+    """Rotations nearest to the weakest eigenvectors, with either sign, and to the homography of the points' plane.
+
+    Points on a plane say nothing of what a matrix does to the normal: there the form has four null directions, and its
+    eigenvectors are any mixture of them. The form of the two axes in the plane, 6x6, has one: the homography.
+    """
     vectors = torch.linalg.eigh(omega).eigenvectors[..., :count].mT.unflatten(-1, (3, 3))
+    eye = torch.eye(3, dtype=omega.dtype, device=omega.device)
+    lift = (eye[:, None, :, None] * plane[:, None, :, None]).flatten(3, 4).flatten(1, 2)  # [T, 9, 6]: M -> M · planeᵀ
+    homography = lift @ torch.linalg.eigh(lift.mT @ omega @ lift).eigenvectors[..., :1]
+    vectors = torch.cat([vectors, homography.mT.unflatten(-1, (3, 3))], dim=1)
     left, _, right = torch.linalg.svd(torch.cat([vectors, -vectors], dim=1))
     sign = torch.linalg.det(left) * torch.linalg.det(right)
     left = torch.cat([left[..., :2], left[..., 2:] * sign[..., None, None]], dim=-1)

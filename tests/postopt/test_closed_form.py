@@ -15,6 +15,7 @@ from one4d_pl.postopt.intrinsics import (
     focal_candidates,
     focal_votes,
     intrinsics_matrix,
+    plane_votes,
     prior_focal,
     sample_grid,
     sample_medians,
@@ -60,6 +61,14 @@ def test_a_plane_and_a_mirrored_scene_have_no_vote():
     samples, _ = seen_by(relief())
     mirrored = Samples(-samples.points, samples.weights, samples.x, samples.y)
     assert bool(focal_votes(mirrored).isnan().all())
+
+
+def test_a_slanted_plane_votes_for_the_exact_focal_and_relief_does_not_vote_as_a_plane():
+    pixels, _ = seen_by(relief())
+    samples, _ = seen_by(1 / (0.6 + 0.3 * pixels.x - 0.2 * pixels.y).expand(FRAMES, -1))  # 1 / z is linear on a plane
+    votes = plane_votes(samples)
+    torch.testing.assert_close(votes, torch.full_like(votes, FOCAL), rtol=1e-9, atol=0)
+    assert bool(plane_votes(pixels).isnan().all())
 
 
 def test_the_vote_of_the_majority_stands_first_and_the_ladder_stands_in():

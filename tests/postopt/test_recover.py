@@ -109,8 +109,11 @@ def test_smoothing_is_kept_where_it_helps_and_dropped_where_it_would_cost(path: 
     pointmap = disturb(world, noise=0.01, outliers=0.0)
     scene, plain = (recover_scene(pointmap, world.valid, options) for options in (RecoverOptions(), EXACT))
     assert scene.report.alpha2 == (0.01 if kept else 0) and plain.report.alpha2 == 0
-    errors = [centre_error(result, world.cam2world) for result in (scene, plain)]
-    assert errors[0] <= (0.9 if kept else 1.0) * errors[1]
+    smoothed, plain_error = (centre_error(result, world.cam2world) for result in (scene, plain))
+    if kept:
+        assert smoothed <= 0.9 * plain_error
+    else:  # the same objective, but its first sums are taken sort by sort of tiles: equal but for rounding
+        assert smoothed == pytest.approx(plain_error, rel=1e-9)
 
 
 # ---- what is known
