@@ -63,7 +63,7 @@ class ClipCheck:
         found = {
             f"cannot be read: {self.fault}": bool(self.fault),
             f"geometry: static points land {100 * self.static_error:.0f} % off": self.static_error > 0.1,
-            f"depth does not fit the camera's motion: it should be x{self.depth_scale:.3g}": not (
+            f"depth does not fit the camera's motion: it should be x{_factor(self.depth_scale)}": not (
                 math.isnan(self.depth_scale) or 0.5 < self.depth_scale < 2
             ),
             f"valid: {100 * self.valid_share:.0f} % of the pixels": self.valid_share < 0.1,
@@ -161,6 +161,10 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
     return checks, damaged
 
 
+def _factor(value: float) -> str:
+    return f"{float(f'{value:.3g}'):g}"  # 1000, not 1e+03
+
+
 def _plain(value: str | float) -> str | float | None:
     return None if isinstance(value, float) and math.isnan(value) else value  # json has no nan
 
@@ -176,7 +180,7 @@ def summary(shards: ShardSet, checks: list[ClipCheck], damaged: list[str]) -> li
     if factors and not 0.5 < median(factors) < 2:
         lines.append(
             f"  the whole set's depth does not fit its cameras: a constant of the source is wrong by about "
-            f"x{median(factors):.3g} ({len(factors)} clips can tell)"
+            f"x{_factor(median(factors))} ({len(factors)} clips can tell)"
         )
     return lines
 

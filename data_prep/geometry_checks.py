@@ -1,8 +1,9 @@
 """What a clip's depth and cameras say about each other, measured on a subsample of its pixels.
 
 - Consistency: a point of frame i, moved by the cameras, lands on frame j's surface (median relative error of depth).
-- Depth scale: which factor on depth would make them agree best. Cameras in metres with depth in centimetres, or a
-  wrong constant of a dataset, show as a factor far from 1; a camera that hardly moves tells nothing (nan).
+- Depth scale: which factor on depth, from 1e-4 to 1e4, would make them agree best. Cameras in metres with depth in
+  millimetres or raw codes, or a wrong constant of a dataset, show as a factor far from 1; a camera that hardly moves
+  tells nothing (nan).
 - Motion: how far static points move on the image from frame to frame.
 """
 
@@ -19,7 +20,9 @@ from one4d_pl.geometry.se3 import geodesic_angle, split_se3
 from one4d_pl.types import Clip
 
 POINTS = 3000  # of each frame of a pair, at most
-FACTORS = torch.logspace(-4, 4, 41)  # of depth that are tried: five per decade, and one decade beyond 1000 (mm for m)
+# Factors on depth that are tried, five per decade. The outermost are never believed; within them lie millimetres for
+# metres (1000), raw codes of TUM and Bonn (5000) and of sensors with steps of 0.1 mm (10000), and the other way round.
+FACTORS = torch.logspace(-4.2, 4.2, 43)
 MISFIT_CUT = 0.1  # relative error of depth that counts as wrong altogether: a hidden surface, a wrong factor
 CLEAR_SHARE = 0.7  # another factor than 1 is believed where it leaves less than this share of the misfit at 1 ...
 GOOD_FIT = 0.03  # ... and a misfit that noise could leave

@@ -39,7 +39,7 @@ def test_sound_clips_are_not_flagged(clips):
     assert max(check_geometry(clip).static_error for clip in clips) < 1e-3  # exact cameras and depth
 
 
-@pytest.mark.parametrize("factor", [100.0, 10.0, 0.04])
+@pytest.mark.parametrize("factor", [1e4, 5000.0, 1000.0, 100.0, 39.4, 10.0, 0.04, 0.01, 1e-3, 1e-4])
 def test_a_wrong_depth_constant_shows(clips, factor):
     told = [check_geometry(dataclasses.replace(clip, depth=clip.depth * factor)).depth_scale for clip in clips]
     told = [value for value in told if not math.isnan(value)]  # a camera that hardly moves cannot tell
@@ -62,11 +62,12 @@ def test_other_damage_is_told_by_name(clips):
     assert "valid: " in flags(few)
 
 
-def test_a_whole_set_of_wrong_depth_is_said_and_listed_for_exclusion(clips, tmp_path, capsys):
-    scaled = [dataclasses.replace(clip, depth=clip.depth * 100) for clip in clips[:3]]
+@pytest.mark.parametrize(("factor", "told"), [(100, "x0.01"), (1000, "x0.001"), (1e-3, "x1000")])
+def test_a_whole_set_of_wrong_depth_is_said_and_listed_for_exclusion(clips, factor, told, tmp_path, capsys):
+    scaled = [dataclasses.replace(clip, depth=clip.depth * factor) for clip in clips[:3]]
     write_shards([*scaled[:2], clips[3]], tmp_path / "set", samples_per_shard=2)
     assert main([str(tmp_path / "set"), *CHEAP]) == 0
-    assert "a constant of the source is wrong by about x0.01" in capsys.readouterr().out
+    assert f"a constant of the source is wrong by about {told}" in capsys.readouterr().out
     listed = (tmp_path / "set/check/exclude.txt").read_text().splitlines()
     assert [line.split("  # ")[0] for line in listed] == [clip.key for clip in scaled[:2]]
     report = json.loads((tmp_path / "set/check/report.json").read_text())
