@@ -29,6 +29,9 @@ from one4d_pl.metrics.camera import camera_errors
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
 from one4d_pl.metrics.depth import DepthErrors, ScaleShift, align_depth, depth_errors
 
+ODD_SHARE = 1e-3  # of the scored pixels
+RANKED_PIXELS = 100_000  # of a sequence, about
+DISPARITY_CORRELATION = -0.3
 PARTS = ("all", "observed", "hidden")  # frames that depth is measured on
 
 
@@ -111,8 +114,9 @@ def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Predictio
         if prediction.depth is None:
             notes.append("no depth predicted")
         else:
-            depth, scale_shift = _score_depth(benchmark, sequence, prediction, protocol)
+            depth, scale_shift, odd = _score_depth(benchmark, sequence, prediction, protocol)
             fit = float(scale_shift.scale), float(scale_shift.shift)
+            notes += odd
     if "cameras" in sequence.scores:
         if prediction.cam2world is None:
             notes.append("no cameras predicted")
@@ -126,7 +130,7 @@ def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Predictio
 
 def _score_depth(
     benchmark: str, sequence: EvalSequence, prediction: Prediction, protocol: Protocol
-) -> tuple[dict[str, DepthScore], ScaleShift]:
+) -> tuple[dict[str, DepthScore], ScaleShift, list[str]]:
     target = sequence.read_depth()  # [T, H, W]
     scored = target.isfinite() & (target > 0) & (target < protocol.max_depth.get(benchmark, math.inf))
     height, width = target.shape[1:]
@@ -141,6 +145,7 @@ def _score_depth(
     counts = scored.sum((1, 2)).tolist()  # pixels of each frame
     preds, target = preds[scored], target[scored]  # [N]: frame after frame
     del scored
+    notes = odd_depth(preds, target)
     everywhere = torch.ones(1, dtype=torch.bool).expand(len(target))
     fit = align_depth(preds, target, everywhere if fit_valid is None else fit_valid, protocol.alignment)
     preds = torch.where(preds.isfinite(), fit.apply(preds.double()), 0)  # float64: as exact as the alignment
@@ -152,7 +157,41 @@ def _score_depth(
     for part in PARTS if partly else PARTS[:1]:
         frames = [part == "all" or (t in (observed or ())) == (part == "observed") for t in range(sequence.num_frames)]
         scores[part] = _depth_score(_errors_of(preds, target, counts, frames))
-    return scores, fit
+    return scores, fit, notes
+
+
+def odd_depth(
+    preds: Tensor,  # [N], before alignment
+    target: Tensor,  # [N], true depth
+) -> list[str]:
+    """What in a prediction is no depth, in words: no numbers, zeros and negative values, or the order of disparity.
+
+    A share of 0.1 % of the pixels is named. Disparity (1 / depth) is large where depth is small: a rank correlation
+    below -0.3 between the positive values and the truth says so, whatever their scale and shift.
+    """
+    known = preds.isfinite()
+    shares = {
+        "no number": float((~known).double().mean()),
+        "zero": float((preds == 0).double().mean()),
+        "negative": float((known & (preds < 0)).double().mean()),
+    }
+    notes = [f"predicted depth is {name} at {100 * share:.3g} % of the scored pixels" for name, share in shares.items()]
+    notes = [note for note, share in zip(notes, shares.values()) if share >= ODD_SHARE]
+    usable = (known & (preds > 0)).nonzero()[:, 0]
+    usable = usable[:: max(1, len(usable) // RANKED_PIXELS)]
+    if len(usable) > 1 and _rank_correlation(preds[usable], target[usable]) < DISPARITY_CORRELATION:
+        notes.append("predicted depth falls where the true one rises; if it is disparity, give 1 / disparity")
+    return notes
+
+
+def _rank_correlation(first: Tensor, second: Tensor) -> float:  # [N] each -> -1 .. 1, Spearman's; 0 = one is constant
+    ranks = []
+    for values in (first, second):
+        _, group, counts = values.unique(return_inverse=True, return_counts=True)
+        middle = counts.cumsum(0) - (counts - 1) / 2  # equal values share their mean rank
+        ranks.append(middle[group].double() - (len(values) + 1) / 2)
+    norms = ranks[0].norm() * ranks[1].norm()
+    return float(ranks[0] @ ranks[1] / norms) if norms > 0 else 0.0
 
 
 def _errors_of(preds: Tensor, target: Tensor, counts: list[int], frames: list[bool]) -> DepthErrors:

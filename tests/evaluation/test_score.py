@@ -254,3 +254,36 @@ def test_the_report_names_protocol_subset_and_degenerate_paths(tmp_path, sequenc
     assert "| 0.5, published | all | 0.314 | 70.3 |" in sintel
     assert "| One4D, published | | 0.213 | 0.057 | 0.818" in sintel
     assert "| One4D, published | all | 0.273 | 70.4 |" in markdown([Row("model", sintel_score, {})], 2, None)
+
+
+def notes_of(sequence: EvalSequence, depth: Tensor) -> str:
+    prediction = replace(true_prediction(sequence), depth=depth)
+    return "; ".join(score_sequence("toy", sequence, prediction, PROTOCOL).notes)
+
+
+def test_depth_that_is_no_depth_is_said_beside_its_score(sequences):
+    depth = true_prediction(sequences[0]).depth
+    assert depth is not None and notes_of(sequences[0], depth) == notes_of(sequences[0], 1000 * depth + 1) == ""
+    holes = depth.clone()
+    holes[:, :6] = 0
+    unknown = depth.clone()
+    unknown[0] = math.nan
+    for wrong, words in (
+        (torch.zeros_like(depth), "zero at 100 %"),
+        (-depth, "negative at 100 %"),
+        (holes, "zero at "),
+        (unknown, "no number at 11"),
+        (1 / depth, "if it is disparity"),
+        (500 / depth + 3, "if it is disparity"),
+        (255 - 250 * depth / depth.max(), "if it is disparity"),
+    ):
+        assert words in notes_of(sequences[0], wrong), words
+    assert "disparity" not in notes_of(sequences[0], -depth) + notes_of(sequences[0], torch.ones_like(depth))
+
+
+def test_the_table_says_it_in_one_line(tmp_path, sequences):
+    for sequence in sequences:
+        write_prediction(tmp_path / sequence.name, Prediction(torch.zeros(9, 48, 64), None), {})
+    score = score_benchmark("toy", sequences, tmp_path, PROTOCOL)
+    lines = [line for line in markdown([Row("theirs", score, {})], 16, None).splitlines() if "predicted depth" in line]
+    assert len(lines) == 1 and all(sequence.name in lines[0] for sequence in sequences)
