@@ -85,9 +85,10 @@ def export_scene_folder(
 def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()) -> int:
     """Write the adapter of `checkpoint` to `out`, atomically; returns its size in bytes."""
     import torch
+    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
-    from one4d_pl.models.adapters import AdapterCard, adapter_files
+    from one4d_pl.models.adapters import AdapterCard, adapter_files, check_complete
     from one4d_pl.models.lora_formats import save_lora
     from one4d_pl.training.checkpoint_files import newest_checkpoint
     from one4d_pl.types import MODALITIES
@@ -100,17 +101,21 @@ def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()
         )
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name a new folder")
-    coupling = AdapterCard.read(folder).coupling
-    if lora_for and coupling != "decoupled":
-        raise ConfigError(f"--lora-for: {folder} couples by {coupling}, it has no LoRA of the frames alone")
+    card = AdapterCard.read(folder)
+    if lora_for and card.coupling != "decoupled":
+        raise ConfigError(f"--lora-for: {folder} couples by {card.coupling}, it has no LoRA of the frames alone")
+    check_complete(folder, card)
     try:
         with whole_folder(out) as staging:
             for file in adapter_files(folder):
                 target = staging / file
                 target.parent.mkdir(parents=True, exist_ok=True)
                 if target.suffix == ".safetensors":
-                    cast = {name: tensor.to(getattr(torch, dtype)) for name, tensor in load_file(folder / file).items()}
-                    save_file(cast, target)
+                    try:
+                        stored = load_file(folder / file)
+                    except (OSError, SafetensorError) as error:
+                        raise ConfigError(f"{folder / file}: cannot be read ({error})") from None
+                    save_file({name: tensor.to(getattr(torch, dtype)) for name, tensor in stored.items()}, target)
                 else:
                     shutil.copyfile(folder / file, target)
             for layout in dict.fromkeys(lora_for):

@@ -117,6 +117,18 @@ def adapter_files(folder: Path) -> list[Path]:
     return [Path(name) for name in [*names, *(o for o in optional if (folder / o).is_file()), CARD]]
 
 
+def check_complete(folder: Path, card: AdapterCard) -> None:
+    """ConfigError that names the first file of the adapter that its card promises and the folder lacks."""
+    names = [COUPLED]
+    if card.coupling == "decoupled":
+        names = [f"{m}/{file}" for m in MODALITIES for file in ("adapter_model.safetensors", "adapter_config.json")]
+        names += ["links.safetensors"] if card.link_blocks else []
+        names += ["xyz_patch_embedding.safetensors"] if card.xyz_patch_embedding else []
+    for name in names:
+        if not (folder / name).is_file():
+            raise ConfigError(f"{folder}: an incomplete adapter, no {name}; copy the whole folder of the checkpoint")
+
+
 def save_adapters(
     transformer: CoupledTransformer,
     folder: Path,

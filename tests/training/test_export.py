@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from one4d_pl import export
+from one4d_pl.config import DEMO_ADAPTERS
 from one4d_pl.fit import fit
 from one4d_pl.models.adapters import AdapterCard, load_adapters
 from one4d_pl.models.transformer import One4DTransformer
@@ -47,3 +49,35 @@ def test_bad_arguments_are_one_line_and_leave_nothing(capsys, tmp_path):
         error = capsys.readouterr().err
         assert word in error and error.count("\n") == 1
     assert sorted(p.name for p in Path(tmp_path).iterdir()) == ["broken", "there"]
+
+
+@pytest.mark.parametrize(
+    "lost",
+    [
+        "xyz/adapter_model.safetensors",
+        "rgb/adapter_config.json",
+        "links.safetensors",
+        "xyz_patch_embedding.safetensors",
+    ],
+)
+def test_an_incomplete_adapter_is_named_with_the_file_that_it_lacks(tmp_path, capsys, lost):
+    broken = tmp_path / "adapter"
+    shutil.copytree(DEMO_ADAPTERS, broken)
+    assert export.main([str(broken), "--out", str(tmp_path / "whole")]) == 0
+    capsys.readouterr()
+    (broken / lost).unlink()
+    assert export.main([str(broken), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"{broken}: an incomplete adapter, no {lost}" in error and "--out" not in error and error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter", "whole"]
+
+
+def test_a_cut_file_of_an_adapter_is_named(tmp_path, capsys):
+    broken = tmp_path / "adapter"
+    shutil.copytree(DEMO_ADAPTERS, broken)
+    path = broken / "links.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    assert export.main([str(broken), "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err
+    assert f"{path}: cannot be read" in error and "--out" not in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
