@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from one4d_pl.commands import Command
 from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
 from one4d_pl.training.machine import driver_mismatch, refuse_absent_deepspeed
-from one4d_pl.training.preemption import begin_start, forget_starts, note_end
+from one4d_pl.training.preemption import RunFailed, begin_start, forget_starts, note_end
 from one4d_pl.training.run_lock import sole_run
 from one4d_pl.training.watchdog import rank_log
 
@@ -73,6 +73,10 @@ def _fit_counted(config: Config, rank: int) -> int:
         if isinstance(end, ConfigError):
             raise
         return INTERRUPTED
+    except RunFailed as failure:  # the same on every rank
+        if rank == 0:
+            print(f"error: {failure}", file=sys.stderr)
+        code, reason = 1, str(failure)[:300]
     except Exception as error:
         log.exception("rank %d failed", rank)
         code, reason = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -111,6 +115,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.training.checkpoint import StepCheckpoint, refuse_other_run
     from one4d_pl.training.checkpoint_files import newest_checkpoint, read_step, refuse_used_folder
     from one4d_pl.training.module import One4DModule
+    from one4d_pl.training.step_guard import StepGuard
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
 
     if config.scale == "tiny" and torch.cuda.device_count() > 1:
@@ -138,12 +143,14 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     datamodule.start_step = start_step
     init_from = Path(config.train.init_from) if config.train.init_from else None
     module = One4DModule(config, adapters=resume_from or init_from)
-    checkpoint = StepCheckpoint(config, resume_from)
+    guard = StepGuard(config.train)
+    checkpoint = StepCheckpoint(config, resume_from, guard.skipped)
     throughput, losses = Throughput(config.train, config.data.max_skip_share), LossCurves(config.train)
     callbacks = [
         Heartbeat(config),
         throughput,
         losses,
+        guard,
         StepLine(config, losses, throughput),
         *scene_callbacks(config.eval),
         checkpoint,

@@ -23,7 +23,7 @@ LINK_RATIO_WARNING = 0.5  # a link that adds half of what is there overrides the
 class LossCurves(Callback):
     """Logs `train/{loss,loss_<task>}/{rgb,xyz}`, `train/grad_norm/*`, `train/link_ratio/*` and `val/loss/{rgb,xyz}`.
 
-    Training losses are means over the samples of all ranks since the last logged step.
+    Training losses are means over the samples of all ranks since the last logged step, those that are finite.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -64,8 +64,9 @@ class LossCurves(Callback):
         tasks = torch.tensor([TASKS.index(task) for task in batch.tasks])
         for i, modality in enumerate(MODALITIES):
             losses = outputs[modality].double().cpu()
-            self.sums[0, i].index_add_(0, tasks, losses)
-            self.sums[1, i].index_add_(0, tasks, torch.ones_like(losses))
+            finite = losses.isfinite()  # the others cost their step: training/step_guard.py
+            self.sums[0, i].index_add_(0, tasks, losses.where(finite, 0))
+            self.sums[1, i].index_add_(0, tasks, finite.double())
             module.log(modality, losses.mean().float(), prog_bar=True, logger=False)
         if trainer.global_step == self.step or trainer.global_step % self.config.log_every:
             return

@@ -44,6 +44,8 @@ from one4d_pl.training.checkpoint_files import (
     write_score,
 )
 from one4d_pl.training.module import One4DModule
+from one4d_pl.training.preemption import RunFailed
+from one4d_pl.training.step_guard import SkippedSteps, gather
 from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
 from one4d_pl.types import TASKS
 
@@ -91,12 +93,17 @@ def refuse_other_run(folder: Path, config: Config) -> None:
         )
 
 
-def load_optimizer(folder: Path, module: One4DModule, optimizer: torch.optim.Optimizer) -> None:
-    """Fill a fresh AdamW with a checkpoint's moments."""
+def read_skipped(folder: Path) -> SkippedSteps:
+    """The steps that were skipped up to a checkpoint; none before they were noted."""
+    return SkippedSteps(**json.loads((folder / STATE).read_text()).get("skipped_steps", {}))
+
+
+def load_optimizer(folder: Path, module: One4DModule, optimizer: torch.optim.Optimizer, made_steps: int) -> None:
+    """Fill a fresh AdamW with a checkpoint's moments; `made_steps`: those it has made, without the skipped ones."""
     names, parameters = zip(*module.transformer.trainable_parameters(), strict=True)
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
         fill_optimizer(
-            list(parameters), optimizer, read_step(folder), lambda i, moment: file.get_tensor(f"{names[i]}.{moment}")
+            list(parameters), optimizer, made_steps, lambda i, moment: file.get_tensor(f"{names[i]}.{moment}")
         )
 
 
@@ -111,7 +118,11 @@ class Snapshot:
 
 
 def take_snapshot(
-    module: One4DModule, optimizer: torch.optim.Optimizer, step: int, datamodule: One4DDataModule
+    module: One4DModule,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    skipped: SkippedSteps,
+    datamodule: One4DDataModule,
 ) -> Snapshot | None:
     """Collective: copy what is trained to rank 0; None elsewhere."""
     first = module.global_rank == 0
@@ -134,7 +145,8 @@ def take_snapshot(
         return None
     # which reads manifests and some clips: not on every rank
     card = _card(module, step, datamodule.describe_latents(), datamodule.describe_sources())
-    return Snapshot(adapters, moments, card, {"step": step, "config": as_dict(module.config)})
+    state = {"step": step, "skipped_steps": asdict(skipped), "config": as_dict(module.config)}
+    return Snapshot(adapters, moments, card, state)
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTransformer) -> None:
@@ -183,14 +195,26 @@ class StepCheckpoint(Callback):
     The best are those with the lowest validation loss (rgb + flow.xyz_weight * xyz) at their own step.
     """
 
-    def __init__(self, config: Config, resume_from: Path | None) -> None:
-        self.config, self.resume_from = config, resume_from
+    def __init__(self, config: Config, resume_from: Path | None, skipped: SkippedSteps) -> None:
+        self.config, self.resume_from, self.skipped = config, resume_from, skipped
         self.writer = BackgroundWriter()
+
+    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+        """Every rank has looked for the newest checkpoint by itself: a file system may show it late to some."""
+        steps = gather(trainer.global_step)
+        if len(set(steps)) > 1:
+            raise RunFailed(
+                f"run_dir: the ranks see different checkpoints in {self.config.run_dir}: rank 0 goes on from step "
+                f"{steps[0]}, rank {next(r for r, s in enumerate(steps) if s != steps[0])} from step "
+                f"{next(s for s in steps if s != steps[0])}; start again"
+            )
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, One4DModule)
         if self.resume_from is not None:
-            load_optimizer(self.resume_from, module, trainer.optimizers[0])
+            skipped = read_skipped(self.resume_from)
+            self.skipped.total, self.skipped.in_a_row = skipped.total, skipped.in_a_row
+            load_optimizer(self.resume_from, module, trainer.optimizers[0], trainer.global_step - skipped.total)
         elif module.adapters is None:
             refuse_started_adapter(module.transformer)
         self.saved_step = trainer.global_step
@@ -224,7 +248,7 @@ class StepCheckpoint(Callback):
         self.saved_step = step
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, One4DDataModule)
-        snapshot = take_snapshot(module, trainer.optimizers[0], step, datamodule)
+        snapshot = take_snapshot(module, trainer.optimizers[0], step, self.skipped, datamodule)
         if snapshot is not None:
             self.writer.submit(partial(self._write, snapshot, step, module.transformer))
 

@@ -108,7 +108,10 @@ class One4DModule(lightning.LightningModule):
         ]
         sigma = shift_sigma(torch.cat(uniform), self.config.flow.shift).to(self.device)
         rgb, xyz = self.losses(batch, sigma, self.draw_noise(batch, "noise"))
-        return {"loss": rgb.mean() + self.config.flow.xyz_weight * xyz.mean(), "rgb": rgb.detach(), "xyz": xyz.detach()}
+        loss = rgb.mean() + self.config.flow.xyz_weight * xyz.mean()
+        # where it overflows, its gradients may not: let them be NaN too, for training/step_guard.py
+        loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
+        return {"loss": loss, "rgb": rgb.detach(), "xyz": xyz.detach()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Loss at fixed sigmas, noise and frame masks."""

@@ -13,6 +13,10 @@ from one4d_pl.files import write_json
 MARKER, STARTS = "PREEMPTED", "restarts.json"
 
 
+class RunFailed(RuntimeError):
+    """A run cannot go on, for a reason that one line says whole: exit code 1 without a traceback."""
+
+
 def write_marker(run_dir: str, step: int, number: int) -> None:
     """Ask the batch script for a requeue: the run stopped after `step` because of a signal; rank 0 only."""
     content = {"step": step, "signal": signal.Signals(number).name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}

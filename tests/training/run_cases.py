@@ -2,7 +2,8 @@
 
 Starting processes costs more than the runs themselves, so a matrix of strategies shares one launch. The word
 `gathers:a.yaml:out.json` counts instead what ZeRO-3 gathers of the frozen base; `cuda-autocast:a.yaml` is `fit` where
-the engine sees the autocast around it, as it does on CUDA.
+the engine sees the autocast around it, as it does on CUDA; after `poison:3,17` the noise of the samples at these
+positions is NaN.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from one4d_pl.config import Config, load_config
 from one4d_pl.fit import fit
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import load_transformer
+from one4d_pl.training.module import One4DModule
 from one4d_pl.training.zero import BlockKeeper, StagePartitioner, engine_config, skip_compilation
+from one4d_pl.types import Batch
 
 AUTOCAST = "cuda-autocast:"
 GATHER = "_PartitionedParameterCoordinator__all_gather_params_"
@@ -92,6 +95,20 @@ def fit_as_on_cuda(config: Config) -> None:
         fit(config)
 
 
+def poison(positions: set[int]) -> None:
+    """From now on the samples at these positions have no finite loss; every other one is as it was."""
+    draw_noise = One4DModule.draw_noise
+
+    def poisoned(self: One4DModule, batch: Batch, purpose: str) -> Tensor:
+        noise = draw_noise(self, batch, purpose)
+        for i, position in enumerate(batch.position.tolist()):
+            if purpose == "noise" and position in positions:
+                noise[i :: len(batch)] = torch.nan  # both branches
+        return noise
+
+    One4DModule.draw_noise = poisoned
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
     for word in sys.argv[1:]:
@@ -102,5 +119,8 @@ if __name__ == "__main__":
                 Path(target).write_text(json.dumps(shares))
         elif word.startswith(AUTOCAST):
             fit_as_on_cuda(load_config([word.removeprefix(AUTOCAST)], []))
+        elif word.startswith("poison:"):
+            poison({int(position) for position in word.removeprefix("poison:").split(",")})
         else:
             fit(load_config([word], []))
+            torch.distributed.barrier()  # the next word may go on from the checkpoint that rank 0 has written
