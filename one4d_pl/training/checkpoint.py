@@ -162,12 +162,13 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTrans
         for file in staging.rglob("*"):
             _flush(file)
         if folder.exists() or folder.is_symlink():  # only ever a damaged one
-            discard(folder)
+            folder.rename(new_staging(folder))
         staging.rename(folder)
     except OSError:
         shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
         raise
     _flush(folder.parent)
+    discard_leftovers(folder.parent)
 
 
 class BackgroundWriter:

@@ -127,18 +127,21 @@ def new_staging(folder: Path) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; a warning where that fails. It loses its name first, so none is ever half a checkpoint."""
+    """Delete a checkpoint; where that fails, a warning, and what is left of it keeps its place.
+
+    It loses its name first: a process that is killed meanwhile leaves no half of a checkpoint.
+    """
     aside = new_staging(folder)
     try:
         folder.rename(aside)
+        if not _delete(aside):
+            aside.rename(folder)
     except OSError as error:
-        log.warning("%s cannot be deleted (%s); trying again after the next save", folder, error.strerror)
-        return
-    _delete(aside)
+        log.warning("%s cannot be moved aside to be deleted (%s)", folder, error.strerror)
 
 
 def discard_leftovers(checkpoints: Path) -> None:
-    """Delete what a killed writer left and what could not be deleted before; a warning where that fails again."""
+    """Delete what a killed process has left of writing or deleting; a warning where that fails."""
     for leftover in checkpoints.glob(".step-*.tmp"):
         if STAGED.fullmatch(leftover.name):
             _delete(leftover)
@@ -168,11 +171,13 @@ def _step_of(folder: Path) -> int:
         return int(folder.name.removeprefix("step-"))
 
 
-def _delete(folder: Path) -> None:
+def _delete(folder: Path) -> bool:
     try:
         folder.unlink() if folder.is_symlink() else shutil.rmtree(folder)
     except OSError as error:
-        log.warning("%s cannot be deleted (%s); trying again after the next save", folder, error)
+        log.warning("%s; trying to delete it again after the next save", error)
+        return False
+    return True
 
 
 def _sha256(path: Path) -> str:
