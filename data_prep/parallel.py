@@ -12,7 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from one4d_pl.data.worker import become_worker
-from one4d_pl.interrupts import uninterrupted
+from one4d_pl.interrupts import before_workers, uninterrupted
 
 QUIET_S = 600.0  # without one result: a person should know what is waited for
 
@@ -36,6 +36,7 @@ def run_parallel(
         yield from map(function, items)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by OpenMP when a new process loads it
+    before_workers()
     context = multiprocessing.get_context("spawn")
     queue, running = deque(items), set[Future[Result]]()
     executor = ProcessPoolExecutor(min(jobs, len(queue) or 1), context, initializer=become_worker)

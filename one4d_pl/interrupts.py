@@ -7,7 +7,7 @@ print it or make another error of it. So SIGINT raises nothing:
    terminal, and children would print a traceback each.
 2. One thread waits for it. It lets the main thread stop at its next bytecode, outside `uninterrupted` sections.
 3. Then nothing of ours runs any more: what `at_interrupt` has registered is undone, children are ended, and the
-   process leaves without unwinding. A second Ctrl-C leaves at once.
+   process leaves without unwinding. A second Ctrl-C gives that one second, a third none.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from typing import NoReturn
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 STOP_S = 0.5  # for the main thread to stop; one in a long call of C is left there, it stops when it comes back
 CHILDREN_S = 3.0  # for children to end after SIGTERM, then SIGKILL
-UNDO_S = 120.0  # for everything together
+UNDO_S, HURRY_S = 120.0, 1.0  # for everything together; after a second Ctrl-C
 
 _undo: dict[object, Callable[[], object]] = {}
 _section = threading.RLock()
 _sections = 0  # open ones
-_ending, _stopped = threading.Event(), threading.Event()
+_ending, _hurried, _stopped = threading.Event(), threading.Event(), threading.Event()
 _watcher: threading.Thread | None = None
 
 
@@ -49,6 +49,15 @@ def watch() -> None:
 def prepare() -> None:
     """Let `end` be able to stop the main thread, which calls this; a SIGINT alone stays a KeyboardInterrupt."""
     signal.signal(signal.SIGINT, _on_interrupt)
+
+
+def before_workers() -> None:
+    """To be called before multiprocessing starts the first worker: its resource tracker would unblock SIGINT."""
+    from multiprocessing import resource_tracker
+
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
 def follow_parent() -> None:
@@ -94,12 +103,16 @@ def at_interrupt(undo: Callable[[], object]) -> Iterator[None]:
 
 
 def end(message: str = "") -> None:
-    """Begin to end: stop the main thread, undo, end the children, leave with code 130. Called again: leave at once."""
-    if _ending.is_set():
+    """Begin to end: stop the main thread, undo, end the children, leave with code 130. Called again: hurry."""
+    if _hurried.is_set():
         os._exit(INTERRUPTED)
-    _ending.set()
-    _in_thread(_leave_later)
-    _in_thread(lambda: _leave(message))
+    elif _ending.is_set():
+        _hurried.set()
+        _in_thread(lambda: _leave_after(HURRY_S))
+    else:
+        _ending.set()
+        _in_thread(lambda: _leave_after(UNDO_S))
+        _in_thread(lambda: _leave(message))
 
 
 def _leave(message: str) -> NoReturn:
@@ -124,15 +137,15 @@ def _wait() -> None:
         end("interrupted")
 
 
-def _leave_later() -> None:
-    time.sleep(UNDO_S)
+def _leave_after(seconds: float) -> None:
+    time.sleep(seconds)
     os._exit(INTERRUPTED)
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
     """Python's handler of SIGINT, which runs in the main thread between two bytecodes."""
     if _stopped.is_set():
-        os._exit(INTERRUPTED)
+        end()
     elif _ending.is_set():
         if not _sections:
             _stop()

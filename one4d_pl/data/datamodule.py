@@ -29,6 +29,7 @@ from one4d_pl.data.read_cache import RangeCache
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.data.worker import become_worker
+from one4d_pl.interrupts import before_workers
 from one4d_pl.types import Batch, Sample, collate
 
 WORKER_TIMEOUT_S = 600.0  # a batch that takes longer ends the run instead of hanging it
@@ -134,6 +135,8 @@ class One4DDataModule(lightning.LightningDataModule):
 
     def _loader(self, stream: ClipStream | PaddedStream, batches: StepSampler | list[list[int]]) -> DataLoader[Sample]:
         workers = self.config.data.num_workers
+        if workers:
+            before_workers()
         return DataLoader(
             stream,
             batch_sampler=batches,

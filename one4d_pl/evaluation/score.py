@@ -23,7 +23,7 @@ from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.protocols import Protocol
 from one4d_pl.inference.framing import to_image
 from one4d_pl.inference.predictions import Prediction, PredictionError, find_prediction, read_prediction
-from one4d_pl.interrupts import uninterrupted
+from one4d_pl.interrupts import before_workers, uninterrupted
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.camera import camera_errors
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
@@ -219,6 +219,7 @@ def _run(
     if processes <= 1 or len(sequences) <= 1:
         yield from map(work, sequences)
         return
+    before_workers()
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(processes, context, initializer=become_worker) as pool:
         with uninterrupted():  # it starts processes
