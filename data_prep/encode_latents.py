@@ -43,7 +43,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", metavar="FOLDER", help="raw shards; default: every folder of data.sources")
     parser.add_argument("--out", metavar="FOLDER", help="of one --raw folder; default: beside it, as the cache of fit")
     parser.add_argument("--sparse-draws", type=int, default=4, metavar="K", help="per clip (default %(default)s)")
-    parser.add_argument("--device", default="auto", help="auto = cuda where there is one (default %(default)s)")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        help="auto: see train.accelerator (default %(default)s)",
+    )
     parser.add_argument("--rank", type=int, default=0, help="number of this task of an array job (default %(default)s)")
     parser.add_argument("--world", type=int, default=1, help="tasks of the array job (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.num_frames=49")
@@ -56,10 +60,11 @@ def encode(arguments: Arguments, config: Config) -> list[str]:
     from one4d_pl.data.datamodule import video_sample_maker
     from one4d_pl.data.encoded import EncodedSet, cache_folder, encode_set, encoding_recipe
     from one4d_pl.data.shards import ShardSet
+    from one4d_pl.models.device import device_of
     from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
 
     base = config.base
-    device = arguments.device if arguments.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_of(config) if arguments.device == "auto" else torch.device(arguments.device)
     recipe = encoding_recipe(fingerprint(base.path, ENCODER_PARTS), base.max_text_tokens, config.data)
     opened: list[WanEncoders] = []
 

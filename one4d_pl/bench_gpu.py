@@ -62,7 +62,7 @@ class Case:
     @property
     def memory(self) -> Memory:
         """What the planner says: one process, no encoders."""
-        return step_memory(self.shape, self.batch, Layout(1, 0, self.checkpointing, False, True, True, 0.0, 0))
+        return step_memory(self.shape, self.batch, Layout(1, 0, self.checkpointing, False, True, True, 0.0, 0.0, 0))
 
 
 @dataclass(frozen=True)

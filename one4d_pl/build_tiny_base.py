@@ -54,7 +54,7 @@ def build(config: Config, vae_folder: Path) -> None:
     build_tiny_wan(Path(base.path), base.tiny, vae)
     # the latents depend on the VAE alone; the text encoder is being trained
     encoders = fingerprint(base.path, ("vae",))
-    datamodule = One4DDataModule(config, encoder=lambda: WanEncoders.of(config), encoder_fingerprint=encoders)
+    datamodule = One4DDataModule(config, lambda device: WanEncoders.of(config).to(device), encoders)
     state = BaseState(config)
     datamodule.start_step = state.step()
     if datamodule.start_step >= config.train.max_steps:

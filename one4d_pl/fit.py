@@ -27,6 +27,8 @@ from one4d_pl.training.run_lock import sole_run
 from one4d_pl.training.watchdog import rank_log
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from lightning.pytorch.callbacks import Callback
 
     from one4d_pl.data.datamodule import One4DDataModule
@@ -97,11 +99,12 @@ def fit(config: Config, stop: Stop | None = None) -> int:
 
     import torch  # heavy imports only after every cheap check
 
-    from one4d_pl.models.precision import describe_precision, run_device
+    from one4d_pl.models.device import device_of
+    from one4d_pl.models.precision import describe_precision
 
     log.info(
         "one4d_pl fit: scale %s in %s, run folder %s; the paper's scale: %s",
-        config.scale, describe_precision(config, run_device()), config.run_dir, LARGE_SCALE,
+        config.scale, describe_precision(config, device_of(config)), config.run_dir, LARGE_SCALE,
     )  # fmt: skip
 
     import lightning
@@ -111,6 +114,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.callbacks.survival import Heartbeat, Preempted, Preemption
     from one4d_pl.callbacks.throughput import StepBar, StepLine, Throughput
     from one4d_pl.data.shards import SampleError, ShardSetError
+    from one4d_pl.data.shared_memory import refuse_small_shared_memory
     from one4d_pl.models.transformer import describe_sizes
     from one4d_pl.training.checkpoint import StepCheckpoint, refuse_other_run
     from one4d_pl.training.checkpoint_files import newest_checkpoint, read_step, refuse_used_folder
@@ -118,6 +122,10 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.training.step_guard import StepGuard
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
 
+    try:
+        refuse_small_shared_memory(config)
+    except ShardSetError as error:
+        raise ConfigError(str(error)) from error
     if config.scale == "tiny" and torch.cuda.device_count() > 1:
         log.warning("the tiny scale on %d GPUs: did you mean %s ?", torch.cuda.device_count(), LARGE_SCALE)
     if mismatch := driver_mismatch():
@@ -139,7 +147,8 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     if early_rank(config.train.devices) == 0:
         _write_config(config)
 
-    datamodule = training_data(config)
+    heartbeat = Heartbeat(config, early_rank(config.train.devices))
+    datamodule = training_data(config, heartbeat.beat)
     datamodule.start_step = start_step
     init_from = Path(config.train.init_from) if config.train.init_from else None
     module = One4DModule(config, adapters=resume_from or init_from)
@@ -147,7 +156,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     checkpoint = StepCheckpoint(config, resume_from, guard.skipped)
     throughput, losses = Throughput(config.train, config.data.max_skip_share), LossCurves(config.train)
     callbacks = [
-        Heartbeat(config),
+        heartbeat,
         throughput,
         losses,
         guard,
@@ -173,13 +182,13 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     return 0
 
 
-def training_data(config: Config) -> One4DDataModule:
+def training_data(config: Config, on_progress: Callable[[], None] = lambda: None) -> One4DDataModule:
     """The run's clips; its encoders are opened only where some are not encoded yet."""
     from one4d_pl.data.datamodule import One4DDataModule
     from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
 
     encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    return One4DDataModule(config, encoder=lambda: WanEncoders.of(config), encoder_fingerprint=encoders)
+    return One4DDataModule(config, lambda device: WanEncoders.of(config).to(device), encoders, on_progress)
 
 
 def scene_callbacks(config: EvalConfig) -> list[Callback]:

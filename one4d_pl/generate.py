@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 MAX_FRAMES = 10_000  # of one scene; a typing mistake must not fill the disk
 MAX_SIDE = 4096
+LARGEST_ON_CPU = 2e9  # bytes of a transformer that is sampled on a CPU unasked; the 1.3B has 3e9
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,6 +192,8 @@ def _open(args: argparse.Namespace) -> One4DPipeline:
         raise ConfigError(f"--device: {args.device}, need cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device: {args.device}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    if device.type == "cpu" and args.device is None:
+        _refuse_large(args)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     pipeline = One4DPipeline.from_pretrained(args.base, args.adapters, dtype, device)
     if args.offload:
@@ -202,6 +205,20 @@ def _open(args: argparse.Namespace) -> One4DPipeline:
     if args.compile:
         pipeline.compile_blocks()
     return pipeline.with_settings(args.steps, args.guidance, args.negative_prompt, args.solver)
+
+
+def _refuse_large(args: argparse.Namespace) -> None:
+    """ConfigError where a base made for GPUs would fall to the CPU unasked."""
+    from one4d_pl.models.adapters import AdapterCard
+    from one4d_pl.models.base_files import resolve_base, weight_files
+
+    base = resolve_base(args.base or AdapterCard.read(args.adapters).base_path)
+    size = sum(file.stat().st_size for file in weight_files(base, "transformer"))
+    if size > LARGEST_ON_CPU:
+        raise ConfigError(
+            f"--device: torch finds no CUDA device, and a base of {size / 1e9:.0f} GB is made for one; "
+            "--device cpu runs it here all the same"
+        )
 
 
 def _from_video(

@@ -149,7 +149,7 @@ def _time(run: Run) -> list[str]:
 
 def _memory(run: Run) -> list[str]:
     memory = step_memory(run.shape, run.batch, run.layout)
-    verdict = "fits" if memory.total <= GPU_GIB[run.gpu] * GIB else "DOES NOT FIT"
+    verdict = "fits" if memory.fits(GPU_GIB[run.gpu] * GIB) else "DOES NOT FIT"
     lines = [f"memory      GiB per GPU, {_way(run.layout)}"]
     lines += [f"  {name:<12}{value / GIB:8.2f}" for name, value in memory.parts() if value]
     lines.append(f"  {'total':<12}{memory.total / GIB:8.2f}   {verdict} {run.gpu} ({GPU_GIB[run.gpu]} GiB)")
@@ -176,16 +176,15 @@ def _way(layout: Layout) -> str:
 
 def _ways(run: Run) -> list[str]:
     lines = [
-        "every way   GiB per GPU with the encoders on it, and without (encoded shards, once fit leaves the encoders",
-        "            off the GPU); fits: the GPUs that hold the first, in brackets those that hold the second alone",
+        "every way   GiB per GPU where the encoders visit it in every step, and without (encoded shards);",
+        "            fits: the GPUs that hold the first, in brackets those that hold the second alone",
         f"  {'ZeRO':<6}{'recompute':<11}{'offload':<9}{'GiB':>7}{'without':>9}{'s/step':>10}  fits",
     ]
     for stage in range(4):
         for checkpointing in ("full", "selective", "none"):
             for offload in (False, True) if stage else (False,):
                 layout = replace(run.layout, zero_stage=stage, checkpointing=checkpointing, offload=offload)
-                encoded = replace(layout, encoder_bytes=0.0, vae_base_dim=0)
-                both = [step_memory(run.shape, run.batch, way) for way in (layout, encoded)]
+                both = [step_memory(run.shape, run.batch, way) for way in (layout, layout.without_encoders())]
                 mark = "*" if layout == run.layout else " "
                 lines.append(
                     f"{mark} {stage:<6}{checkpointing:<11}{_said(offload):<9}{both[0].total / GIB:7.1f}"
@@ -195,8 +194,8 @@ def _ways(run: Run) -> list[str]:
 
 
 def _fits(whole: Memory, encoded: Memory) -> str:
-    names = [gpu for gpu, size in GPU_GIB.items() if whole.total <= size * GIB]
-    more = [gpu for gpu, size in GPU_GIB.items() if gpu not in names and encoded.total <= size * GIB]
+    names = [gpu for gpu, size in GPU_GIB.items() if whole.fits(size * GIB)]
+    more = [gpu for gpu, size in GPU_GIB.items() if gpu not in names and encoded.fits(size * GIB)]
     return ", ".join([*names, *(f"({gpu})" for gpu in more)]) or "none"
 
 

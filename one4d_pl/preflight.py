@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING
 from one4d_pl.commands import USER_ERROR, Command
 from one4d_pl.config import Config, ConfigError, check_paths, load_config
 from one4d_pl.training.machine import refuse_absent_deepspeed
-from one4d_pl.training.readiness import Place, Report, check_world, differences, look, run_faults
+from one4d_pl.training.readiness import Place, Report, check_world, differences, faults_of, look, run_faults
 
 if TYPE_CHECKING:
     from torch.distributed import Store
@@ -133,7 +133,7 @@ def share(
         try:
             store.wait(keys, timedelta(seconds=seconds))
             reports = [Report(**json.loads(store.get(key))) for key in keys]
-            faults = [fault for other in reports for fault in other.faults] + differences(reports) + more_faults()
+            faults = faults_of(reports) + differences(reports) + more_faults()
         except RuntimeError:  # DistStoreError: the wait has ended
             absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
             faults = [

@@ -5,7 +5,7 @@
 export SBATCH_PARTITION=${SBATCH_PARTITION:-}   # where the GPU nodes are
 export SBATCH_ACCOUNT=${SBATCH_ACCOUNT:-}       # who pays
 export SBATCH_TIMELIMIT=${SBATCH_TIMELIMIT:-}   # of one job; a training job that reaches it is requeued and goes on
-export SBATCH_GPUS_PER_NODE=${SBATCH_GPUS_PER_NODE:-}  # where the site wants GPUs named although nodes are exclusive
+export SBATCH_GPUS_PER_NODE=${SBATCH_GPUS_PER_NODE:-}  # where the site wants their kind named, e.g. h100:8; the scripts ask for a number
 for name in SBATCH_PARTITION SBATCH_ACCOUNT SBATCH_TIMELIMIT SBATCH_GPUS_PER_NODE; do
     [ -n "${!name}" ] || unset "$name"  # sbatch takes an empty value for a name
 done
@@ -19,4 +19,6 @@ SRUN_ARGS=${SRUN_ARGS:-}       # more for srun, e.g. pyxis: "--container-image=i
 # the wrong one (symptom: the pre-flight's all-reduce does not finish), e.g. ib0 or bond0.
 [ -z "${NCCL_INTERFACE:=}" ] || export NCCL_SOCKET_IFNAME=$NCCL_INTERFACE GLOO_SOCKET_IFNAME=$NCCL_INTERFACE
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}  # a lost peer ends the step, not a hang
+# memory that one shape of tensors left is used for the next: less is lost between the pieces
+export PYTORCH_CUDA_ALLOC_CONF=${PYTORCH_CUDA_ALLOC_CONF:-expandable_segments:True}
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} OMP_WAIT_POLICY=PASSIVE

@@ -2,10 +2,12 @@
 # Evaluate a checkpoint on one GPU; benchmarks are the tasks of an array:
 #   sbatch slurm/eval.sh --bench sintel --root /data/sintel --ckpt runs/nodes_8x8/checkpoints/step-00002750
 #   BENCHES="sintel bonn tum" ROOTS="/data/sintel /data/bonn /data/tum" sbatch --array=0-2 slurm/eval.sh --ckpt ...
+# Where there are no GPUs: sbatch --gpus-per-node=0 slurm/eval.sh ... train.accelerator=auto
 # By environment: VENV, and the site settings of slurm/env.sh (`source slurm/env.sh` first for partition and account).
 # Predictions are stored as they are made: a task that was requeued, or submitted again, goes on where it was.
 #SBATCH --job-name=one4d-eval
 #SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8
 #SBATCH --time=12:00:00
 #SBATCH --requeue

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # One data_prep command as an array job; its tasks share the work, the last to finish writes the manifest:
 #   sbatch --array=0-15 slurm/prep.sh write_shards --source tartanair --root raw/tartanair --out shards/tartanair
-#   sbatch --array=0-7 --gpus-per-task=1 slurm/prep.sh encode_latents --config configs/dlc.yaml --config ...
+#   sbatch --array=0-7 --gpus-per-node=1 slurm/prep.sh encode_latents --config configs/dlc.yaml --config ...
 #   sbatch slurm/prep.sh stats shards/tartanair/train shards/bedlam/train
 # A task that was killed or ran out of time goes on where it was when the same line is submitted again.
 #SBATCH --job-name=one4d-prep

@@ -3,6 +3,7 @@
 #   slurm/train_8node.sh                            submits itself, with the settings of slurm/env.sh
 #   sbatch slurm/train_8node.sh                     the same where the site's own defaults do
 #   NODES=2 GPUS_PER_NODE=4 RUN_DIR=runs/x OVERRIDES="train.max_steps=100 flow.shift=4" slurm/train_8node.sh --time=02:00:00
+#   GPUS_PER_NODE=2 CONFIGS=configs/dlc.yaml slurm/train_8node.sh --gpus-per-node=0     nodes without GPUs
 # By environment: NODES (8), GPUS_PER_NODE (8; on CPUs: processes per node), CONFIGS and OVERRIDES (of one4d_pl.fit, by
 # spaces, quotes allowed), RUN_DIR, VENV; MASTER_ADDR and MASTER_PORT where the automatic ones do not serve;
 # PREFLIGHT_TIMEOUT (120 seconds). The run folder gets code/ (what runs, also after a requeue, with its resolved
@@ -10,6 +11,7 @@
 #SBATCH --job-name=one4d
 #SBATCH --nodes=8
 #SBATCH --exclusive
+#SBATCH --gpus-per-node=8
 #SBATCH --mem=0
 #SBATCH --time=24:00:00
 #SBATCH --signal=B:USR1@600
@@ -30,7 +32,10 @@ if [ -z "${SLURM_JOB_ID:-}" ]; then
     cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
     # shellcheck source=env.sh
     source slurm/env.sh
-    exec sbatch --nodes="${NODES:-8}" "$@" slurm/train_8node.sh
+    # per node, never per task: each rank sees its node's GPUs and takes that of its number; a site's own wins
+    gpus=(--gpus-per-node="${GPUS_PER_NODE:-8}")
+    [ -z "${SBATCH_GPUS_PER_NODE:-}" ] || gpus=()
+    exec sbatch --nodes="${NODES:-8}" "${gpus[@]}" "$@" slurm/train_8node.sh
 fi
 
 NODES=${NODES:-$SLURM_JOB_NUM_NODES}
@@ -39,6 +44,9 @@ CONFIGS=${CONFIGS:-configs/dlc.yaml configs/scale/wan_14b.yaml configs/data/one4
 RUN_DIR=${RUN_DIR:-runs/nodes_8x8}
 [ "$NODES" = "$SLURM_JOB_NUM_NODES" ] ||
     die "NODES: $NODES, but the job holds $SLURM_JOB_NUM_NODES nodes; run NODES=$NODES slurm/train_8node.sh (it submits itself) or sbatch --nodes=$NODES"
+held=${SLURM_GPUS_PER_NODE:-0} held=${held##*:}  # h100:8, or 8
+[ "$held" -eq 0 ] || [ "$held" -ge "$GPUS_PER_NODE" ] ||
+    die "GPUS_PER_NODE: $GPUS_PER_NODE, but the job holds $held GPUs per node; add --gpus-per-node=$GPUS_PER_NODE to sbatch"
 cd "$SLURM_SUBMIT_DIR" || die "$SLURM_SUBMIT_DIR: the folder of the submission is not on $(hostname); submit from a shared one"
 [ -f slurm/env.sh ] || die "$SLURM_SUBMIT_DIR: no slurm/env.sh here; submit from the checkout"
 mkdir -p "$RUN_DIR/logs" && RUN_DIR=$(realpath "$RUN_DIR") || die "RUN_DIR: cannot write to $RUN_DIR"
@@ -132,6 +140,7 @@ launch() {
     # shellcheck disable=SC2016,SC2086
     SLURM_NTASKS_PER_NODE=$GPUS_PER_NODE timeout --kill-after=30 "$limit" \
         srun --nodes="$NODES" --ntasks-per-node="$GPUS_PER_NODE" --cpus-per-task=$((cpus > 0 ? cpus : 1)) \
+        ${SLURM_GPUS_PER_NODE:+--gpus-per-node="$SLURM_GPUS_PER_NODE"} \
         --kill-on-bad-exit=1 --wait=60 --output="$logs/$name-%4t.log" $SRUN_ARGS \
         bash -c 'refused=$1; shift; trap "" USR1; trap : TERM; "$@"; code=$?
                  [ $code -ne 2 ] || echo "$SLURM_PROCID" >>"$refused"; exit $code' \

@@ -112,7 +112,7 @@ def test_live_tensor_bytes_are_within_five_percent(name, checkpointing, bfloat16
     batch = BatchShape(1, grid, 512 if image else 96, 17 if image else 0)
     found = measured(settings, batch, checkpointing, bfloat16)
     shape = TransformerShape.of(settings, DLCConfig(rank=8, num_links=1))
-    memory = step_memory(shape, batch, Layout(1, 0, checkpointing, False, bfloat16, bfloat16, 0.0, 0))
+    memory = step_memory(shape, batch, Layout(1, 0, checkpointing, False, bfloat16, bfloat16, 0.0, 0.0, 0))
     kept, rest = step_activations(shape, batch, checkpointing, bfloat16)
     ours = {
         "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
@@ -154,7 +154,7 @@ PAPER = BatchShape(1, (21, 44, 78), 512, 257)
 
 def plan(**changes: object) -> float:
     shape = TransformerShape.of(RELEASED["14B"], DLCConfig())
-    layout = Layout(64, 2, "full", False, True, True, 13e9, 96)
+    layout = Layout(64, 2, "full", False, True, True, 13e9, 11e9, 96)
     return step_memory(shape, PAPER, replace(layout, **changes)).total
 
 
@@ -164,7 +164,12 @@ def test_what_is_shared_or_moved_away_costs_less():
     assert plan(zero_stage=3, world=8) > plan(zero_stage=3, world=64)
     assert plan(offload=True) < plan() and plan(zero_stage=3, offload=True) < plan(zero_stage=3)
     assert plan(checkpointing="none") > 10 * 2**30 + plan(checkpointing="selective") > 20 * 2**30 + plan()
-    moved = step_memory(
-        TransformerShape.of(RELEASED["14B"], DLCConfig()), PAPER, Layout(64, 3, "full", True, True, True, 13e9, 96)
-    ).host
-    assert moved > 0.5e9
+    layout = Layout(64, 3, "full", True, True, True, 13e9, 11e9, 96)
+    moved = step_memory(TransformerShape.of(RELEASED["14B"], DLCConfig()), PAPER, layout).host
+    assert moved > 13e9 + 0.5e9
+
+
+def test_encoders_visit_before_the_step_and_cost_only_where_they_are_larger_than_it():
+    """They never lie beside a block's activations; on the host they lie whole."""
+    assert plan() == plan(visitor_bytes=0.0, vae_base_dim=0)
+    assert plan(visitor_bytes=40e9) > plan() + 10e9

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from one4d_pl.config import ConfigError, load_config
-from one4d_pl.costs.memory import GPU_GIB, step_memory
+from one4d_pl.costs.memory import step_memory
 from one4d_pl.models.base_files import ENCODER_PARAMETERS, ORIGINAL_MARK, encoder_sizes
 from one4d_pl.plan import main, plan, told
 from one4d_pl.training import readiness
@@ -29,7 +30,7 @@ def test_the_plan_of_eight_nodes_says_all_that_it_promises(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     run = plan(load_config(NODES, []), 64, "H200", 0.5)
     text = told(run)
-    parts = ["weights", "optimizer", "gradients", "encoders", "checkpoints", "activations", "allowance"]
+    parts = ["weights", "optimizer", "gradients", "checkpoints", "activations", "allowance"]
     said = ["685.0 LoRA / 250.7 control / 935.7", "18018 tokens", "legal: 64, 128, 192, 256", "fits H200"]
     for words in said + parts:
         assert words in text, words
@@ -112,9 +113,18 @@ def test_the_pre_flight_refuses_what_cannot_fit(run_config, monkeypatch):
         readiness._check_memory(config)
 
 
-def test_the_plan_and_the_pre_flight_speak_of_one_memory(tmp_path, monkeypatch):
-    """The 14B under ZeRO-2 is refused on 40 GB and let through on 141 GB."""
+def test_the_plan_and_the_pre_flight_give_one_verdict(run_config):
+    """On a GPU just large enough for what the planner counts, and on one that is a byte too small."""
+    run = plan(run_config(), 1, "H100", 0.5)
+    total = step_memory(run.shape, run.batch, run.layout).total
+    refuse_too_large(run_config(), "GPU", math.ceil(total))
+    with pytest.raises(ConfigError, match=f"a step needs {total / 2**30:.1f} GiB"):
+        refuse_too_large(run_config(), "GPU", math.floor(total) - 1)
+
+
+def test_the_8x8_preset_fits_80_gb(tmp_path, monkeypatch):
+    """Raw shards or encoded ones: the encoders visit before the step."""
     monkeypatch.chdir(tmp_path)
-    run = plan(load_config(NODES, []), 64, "H200", 0.5)
-    memory = step_memory(run.shape, run.batch, run.layout)
-    assert GPU_GIB["A100-40GB"] * 2**30 < memory.tensors < memory.total < GPU_GIB["H200"] * 2**30
+    for gpu in ("H100", "A100-80GB", "H200"):
+        assert f"fits {gpu}" in told(plan(load_config(NODES, []), 64, gpu, 0.5))
+    assert "DOES NOT FIT A100-40GB" in told(plan(load_config(NODES, []), 64, "A100-40GB", 0.5))

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from safetensors.torch import load_file
 from one4d_pl.config import Config, to_yaml
 from one4d_pl.preflight import main, meet, share
 from one4d_pl.training import readiness
-from one4d_pl.training.readiness import Place, Report, checkpoint_bytes, differences, look
+from one4d_pl.training.readiness import Place, Report, checkpoint_bytes, differences, faults_of, look
 
 REPO = Path(__file__).parents[1]
 
@@ -142,8 +143,10 @@ def test_ranks_that_do_not_report_are_named():
 def test_a_node_that_sees_another_folder_is_named(run_config, tmp_path, monkeypatch):
     monkeypatch.setattr(readiness, "SHARED_FOLDER_PATIENCE_S", 0.1)
     report = look(run_config(), Place(2, 3, 0, "node3", 2, 3, True, "", 0), tmp_path / "elsewhere" / "probe")
-    assert len(report.faults) == 1 and report.faults[0].startswith("node3: run_dir:")
+    assert len(report.faults) == 1 and report.faults[0].startswith("run_dir:")
     assert "shared storage" in report.faults[0]
+    same = [replace(report, node=f"node{i}") for i in (3, 3, 5, 7, 8)]
+    assert faults_of(same) == [f"node3, node5, node7 ...: {report.faults[0]}"]  # one line, however many see it
 
 
 def test_nodes_with_other_weights_or_versions_are_told_apart():

@@ -66,8 +66,10 @@ def test_outside_a_job_the_script_submits_itself_with_the_sites_settings(script)
     done = script("--time=01:00:00", job=False, NODES="4", SBATCH_PARTITION="gpu")
     assert done.returncode == 0, done.stderr
     said = done.stdout.splitlines()
-    assert said[:3] == ["--nodes=4", "--time=01:00:00", "slurm/train_8node.sh"]
-    assert said[3:] == ["NODES=4", "SBATCH_PARTITION=gpu"]  # and nothing empty, which sbatch would take for a name
+    assert said[:4] == ["--nodes=4", "--gpus-per-node=1", "--time=01:00:00", "slurm/train_8node.sh"]
+    assert said[4:] == ["NODES=4", "SBATCH_PARTITION=gpu"]  # and nothing empty, which sbatch would take for a name
+    done = script(job=False, SBATCH_GPUS_PER_NODE="h100:4")
+    assert done.stdout.splitlines()[:2] == ["--nodes=8", "slurm/train_8node.sh"]  # the site's own is the environment's
 
 
 def test_code_and_resolved_config_are_copied_and_a_requeue_keeps_them(script, tmp_path):
@@ -100,6 +102,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(script, tmp_path):
         (tmp_path / "owned/job").write_text("17\n")
         mistakes: list[tuple[dict[str, str], list[str]]] = [
             ({"NODES": "4"}, ["NODES: 4", "holds 1 nodes", "--nodes=4"]),
+            ({"SLURM_GPUS_PER_NODE": "h100:4", "GPUS_PER_NODE": "8"}, ["GPUS_PER_NODE: 8", "4 GPUs", "per-node=8"]),
             ({"SLURM_SUBMIT_DIR": str(tmp_path)}, ["no slurm/env.sh", "submit from the checkout"]),
             ({"VENV": "/nowhere"}, ["VENV", "/nowhere/bin/python", "make setup"]),
             ({"RUN_DIR": str(tmp_path / "file/run")}, ["RUN_DIR", "file/run"]),

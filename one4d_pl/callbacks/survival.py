@@ -8,7 +8,6 @@ import signal
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from one4d_pl.config import Config
 from one4d_pl.training.checkpoint import StepCheckpoint
@@ -103,28 +102,29 @@ def _agreed(trainer: lightning.Trainer, number: int) -> int:
 
 
 class Heartbeat(Callback):
-    """Runs the hang watchdog from set-up on; every pass through the transformer counts as a sign of life."""
+    """Runs the hang watchdog from the first sign of life on: a clip encoded ahead, a pass through the transformer."""
 
     watchdog: HangWatchdog | None = None
 
-    def __init__(self, config: Config) -> None:
-        self.run_dir, self.timeout_s = config.run_dir, 60 * config.train.hang_minutes
+    def __init__(self, config: Config, rank: int) -> None:
+        self.run_dir, self.rank, self.timeout_s = config.run_dir, rank, 60 * config.train.hang_minutes
+
+    def beat(self) -> None:
+        """Something moved."""
+        if self.watchdog is None and self.timeout_s:
+            self.watchdog = HangWatchdog(self.run_dir, self.rank, self.timeout_s)
+            self.watchdog.start()
+        elif self.watchdog is not None:
+            self.watchdog.beat()
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        if self.timeout_s:  # not before: filling the cache of encodings may rightly take hours
-            self.watchdog = HangWatchdog(self.run_dir, trainer.global_rank, self.timeout_s)
-            self.watchdog.start()
+        self.beat()
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        if self.watchdog is not None:
-            assert isinstance(module, One4DModule)
-            self.watchdog.beat()
-            # training, validation and every callback that samples pass here, and nothing else does
-            module.transformer.register_forward_hook(self._beat)
-
-    def _beat(self, transformer: torch.nn.Module, inputs: tuple[Tensor, ...], velocity: Tensor) -> None:
-        assert self.watchdog is not None
-        self.watchdog.beat()
+        assert isinstance(module, One4DModule)
+        self.beat()
+        # training, validation and every callback that samples pass here, and nothing else does
+        module.transformer.register_forward_hook(lambda *arguments: self.beat())
 
     def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
         if self.watchdog is not None:

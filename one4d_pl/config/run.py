@@ -124,6 +124,7 @@ class TrainConfig:
     offload: bool = False  # deepspeed: optimiser state in host memory, at stage 3 the weights too
     num_nodes: int = 1
     devices: int = 1  # processes per node (GPUs where there are any)
+    accelerator: str = "auto"  # auto: GPUs where there are any, else the CPU; gpu: without one, nothing starts
     precision: str = "32-true"  # 32-true | bf16-mixed; trainables and optimiser stay float32
     activation_checkpointing: str = (
         "none"  # full: blocks run again in the backward pass; selective: less self-attention
@@ -143,6 +144,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         one_of("train.strategy", self.strategy, ("single", "ddp", "deepspeed"))
         one_of("train.zero_stage", self.zero_stage, (1, 2, 3))
+        one_of("train.accelerator", self.accelerator, ("auto", "gpu"))
         # what yaml's true and false become here: the knob was a switch once
         switch = {"True": "full", "False": "none"}
         self.activation_checkpointing = switch.get(self.activation_checkpointing, self.activation_checkpointing)

@@ -8,7 +8,7 @@ pass, and without it the same of the last block. Counted is what tensors hold; w
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 from one4d_pl.config import TEMPORAL_FACTOR, Config
 from one4d_pl.costs.flops import BatchShape, TransformerShape
@@ -60,8 +60,13 @@ class Layout:
     offload: bool
     bfloat16: bool  # autocast of activations; else float32
     bfloat16_base: bool  # the frozen transformer's weights
-    encoder_bytes: float  # VAE, text and image encoder, whole in every process
+    encoder_bytes: float  # VAE, text and image encoder, whole in the host memory of every process
+    visitor_bytes: float  # the largest of them: they visit the GPU one at a time; 0 = nothing is encoded in the step
     vae_base_dim: int  # width of the VAE that encodes in the step; 0 = nothing is encoded there
+
+    def without_encoders(self) -> Layout:
+        """The same run on encoded shards."""
+        return replace(self, encoder_bytes=0.0, visitor_bytes=0.0, vae_base_dim=0)
 
 
 @dataclass(frozen=True)
@@ -72,11 +77,10 @@ class Memory:
     gathered: float  # of other processes' shares, at stage 3
     gradients: float
     optimizer: float  # moments, and DeepSpeed's float32 copy
-    encoders: float
     checkpoints: float  # inputs of the blocks, where activations are recomputed, and what selective keeps besides
     activations: float  # everything else that is computed; without checkpointing of every block
     allowance: float  # CUDA context, NCCL, fragmentation: an estimate
-    host: float  # not on the GPU: what offload moved away
+    host: float  # not on the GPU: encoders, and what offload moved away
 
     @property
     def tensors(self) -> float:
@@ -88,6 +92,10 @@ class Memory:
         """On the GPU."""
         return self.tensors + self.allowance
 
+    def fits(self, gpu_bytes: float) -> bool:
+        """Whether a GPU of this size holds it all: the one verdict of planner and pre-flight."""
+        return self.total <= gpu_bytes
+
     def parts(self) -> Iterator[tuple[str, float]]:
         """What lies on the GPU, by name."""
         return ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "host")
@@ -98,6 +106,7 @@ def layout_of(config: Config, encoders: Mapping[str, int], vae_base_dim: int) ->
     train, base = config.train, config.base
     bytes_each = {"vae": FLOAT}  # the others in base.dtype
     wide = 2 if base.dtype == "bfloat16" else FLOAT
+    sizes = [count * bytes_each.get(name, wide) for name, count in encoders.items()]
     return Layout(
         world=train.world_size,
         zero_stage=train.zero_stage if train.strategy == "deepspeed" else 0,
@@ -105,7 +114,8 @@ def layout_of(config: Config, encoders: Mapping[str, int], vae_base_dim: int) ->
         offload=train.strategy == "deepspeed" and train.offload,
         bfloat16=train.precision == "bf16-mixed",
         bfloat16_base=base.dtype == "bfloat16",
-        encoder_bytes=sum(count * bytes_each.get(name, wide) for name, count in encoders.items()),
+        encoder_bytes=sum(sizes),
+        visitor_bytes=max(sizes, default=0.0),
         vae_base_dim=vae_base_dim,
     )
 
@@ -159,14 +169,14 @@ def step_memory(shape: TransformerShape, batch: BatchShape, layout: Layout) -> M
     if layout.zero_stage:
         gradients += min(REDUCE_BUCKET, FLOAT * n.trainable)
     checkpoints, activations = step_activations(shape, batch, layout.checkpointing, layout.bfloat16)
-    # the VAE's turn comes before the transformer's, AdamW's (one more copy of its share) after it
-    beside = max(_vae(batch, layout.vae_base_dim), FLOAT * n.trainable / sharded if not layout.offload else 0)
+    # the encoders' turn comes before the transformer's, AdamW's (one more copy of its share) after it
+    encoding = max(layout.visitor_bytes, _vae(batch, layout.vae_base_dim))
+    beside = max(encoding, FLOAT * n.trainable / sharded if not layout.offload else 0)
     activations = max(activations, beside - checkpoints)
-    tensors = weights + gathered + gradients + optimizer + layout.encoder_bytes + checkpoints + activations
+    tensors = weights + gathered + gradients + optimizer + checkpoints + activations
     allowance = CUDA_CONTEXT + (NCCL if layout.world > 1 else 0) + FRAGMENTATION * tensors
-    return Memory(
-        weights, gathered, gradients, optimizer, layout.encoder_bytes, checkpoints, activations, allowance, moved
-    )
+    host = moved + layout.encoder_bytes
+    return Memory(weights, gathered, gradients, optimizer, checkpoints, activations, allowance, host)
 
 
 def step_activations(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,11 +28,13 @@ from one4d_pl.data.order import EachOnceOrder, MixtureOrder, rank_positions
 from one4d_pl.data.ranged_reads import RangeReader, is_remote, one_line
 from one4d_pl.data.read_cache import RangeCache
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
+from one4d_pl.data.shared_memory import PREFETCH
 from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.data.worker import become_worker
 from one4d_pl.interrupts import before_workers
 from one4d_pl.types import Batch, Sample, collate
 
+WAITING_S = 5.0  # between two looks at which clips other processes have encoded
 WORKER_TIMEOUT_S = 600.0  # a batch that takes longer ends the run instead of hanging it
 MEASURED_CLIPS = 16  # of each training source, alike, for the latents' statistics
 VAL_SEED_OFFSET = 1_000_000  # toy seeds of the validation split never meet those of the training splits
@@ -56,6 +59,22 @@ class StepSampler(Sampler[list[int]]):
         return max(0, self.max_steps - self.start_step) * per_step
 
 
+class TimedLoader(DataLoader[Sample]):
+    """Knows for how long its reader has waited for batches."""
+
+    waited_s = 0.0  # in all
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        batches = super().__iter__()
+        while True:
+            began = time.perf_counter()
+            batch = next(batches, None)
+            self.waited_s += time.perf_counter() - began
+            if batch is None:
+                return
+            yield batch
+
+
 def validation_batches(count: int, rank: int, world: int) -> list[list[int]]:
     """One position per batch, n on rank n mod world, equally many on every rank; PaddedStream knows which count."""
     return [[first + rank] for first in range(0, count, world)]
@@ -66,12 +85,20 @@ class One4DDataModule(lightning.LightningDataModule):
 
     Args:
         config: the whole run's config; its data, masking, flow, train, val and base.max_text_tokens are read.
-        encoder: makes the encoders when (and only when) some clip is not cached yet.
+        encoder: makes the encoders, on a device, when (and only when) some clip is not cached yet.
         encoder_fingerprint: of those encoders; names the cache.
+        on_progress: called whenever a clip has been encoded, by this process or, while it waits, by another.
     """
 
-    def __init__(self, config: Config, encoder: Callable[[], ClipEncoder], encoder_fingerprint: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        encoder: Callable[[torch.device], ClipEncoder],
+        encoder_fingerprint: str,
+        on_progress: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
+        self.on_progress = on_progress
         self.prepare_data_per_node = False  # shards lie on shared storage: eight writers of one cache collide
         self.config = config
         self.encoder = encoder
@@ -80,14 +107,17 @@ class One4DDataModule(lightning.LightningDataModule):
         self.start_step = 0  # set on resume, before the loaders are built
 
     def prepare_data(self) -> None:
-        """Write the toy shards and the encoded cache where absent; one process only."""
+        """Write the toy shards where absent; one process only."""
         data = self.config.data
         if data.toy is not None:
             write_toy_world(data.toy, data.num_frames, data.height, data.width)
-        if data.cache_latents:
+
+    def setup(self, stage: str) -> None:
+        """Fill the encoded cache where clips are missing: every process its share, on its own device."""
+        if self.config.data.cache_latents:
             self._fill_cache()
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> TimedLoader:
         """This rank's micro batches from `start_step` to the end."""
         train = self.config.train
         sampler = StepSampler(
@@ -100,7 +130,7 @@ class One4DDataModule(lightning.LightningDataModule):
         )
         return self._loader(self._stream(self.config.data.sources, validation=False), sampler)
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> TimedLoader:
         """The first val.clips clips of the validation sources, split over the ranks: each counts once.
 
         Every rank gets equally many batches, for a forward pass may be a collective; where the clips do not go round,
@@ -133,11 +163,11 @@ class One4DDataModule(lightning.LightningDataModule):
             self._latents = asdict(latent_statistics(known, MEASURED_CLIPS)) if known else {}
         return self._latents or None
 
-    def _loader(self, stream: ClipStream | PaddedStream, batches: StepSampler | list[list[int]]) -> DataLoader[Sample]:
+    def _loader(self, stream: ClipStream | PaddedStream, batches: StepSampler | list[list[int]]) -> TimedLoader:
         workers = self.config.data.num_workers
         if workers:
             before_workers()
-        return DataLoader(
+        return TimedLoader(
             stream,
             batch_sampler=batches,
             num_workers=workers,
@@ -147,6 +177,7 @@ class One4DDataModule(lightning.LightningDataModule):
             # forked copies of a process that runs OpenMP or CUDA threads can hang
             multiprocessing_context="forkserver" if workers else None,
             persistent_workers=workers > 0,
+            prefetch_factor=PREFETCH if workers else None,
             pin_memory=torch.cuda.is_available(),
         )
 
@@ -234,10 +265,14 @@ class One4DDataModule(lightning.LightningDataModule):
     def _fill_cache(self) -> None:
         """A set that encode_latents made serves as well, with as many draws as it has."""
         encoder: list[ClipEncoder] = []
+        rank, world, device = 0, 1, torch.device("cpu")
+        if self.trainer:
+            rank, world = self.trainer.global_rank, self.config.train.world_size
+            device = self.trainer.strategy.root_device
 
         def open_encoder() -> ClipEncoder:
             if not encoder:
-                encoder.append(self.encoder())
+                encoder.append(self.encoder(device))
             return encoder[0]
 
         for path in {source.path: None for source in [*self.config.data.sources, *self.config.data.val_sources]}:
@@ -247,9 +282,22 @@ class One4DDataModule(lightning.LightningDataModule):
                 continue
             if not (folder / "manifest.json").is_file():
                 make = video_sample_maker(source, self.config.data)
-                encode_set(source, folder, self.recipe, 0, open_encoder, make)
+                share = (rank, world, self.on_progress)
+                while not encode_set(source, folder, self.recipe, 0, open_encoder, make, *share):
+                    self._wait_for_others(folder)
             elif EncodedSet.open(folder).manifest.recipe["raw"] != raw_digest(source):
                 raise ShardSetError(f"{folder}: encodes other clips than {path} holds now; remove it")
+        if encoder and device.type == "cuda":
+            encoder.clear()
+            torch.cuda.empty_cache()  # the transformer comes next
+
+    def _wait_for_others(self, folder: Path) -> None:
+        """A while, in which another process may finish clips; how long none may is the watchdog's concern."""
+        before, until = len(list(folder.rglob("*"))), time.monotonic() + WAITING_S
+        while time.monotonic() < until and not (folder / "manifest.json").is_file():
+            time.sleep(0.2)
+        if len(list(folder.rglob("*"))) != before:
+            self.on_progress()
 
 
 def video_sample_maker(shards: ShardSet, config: DataConfig) -> Callable[[int], Sample]:

@@ -27,7 +27,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 from tqdm import tqdm
 
-from one4d_pl.config import DataConfig
+from one4d_pl.config import Config, DataConfig
 from one4d_pl.data.clip_codec import tar_members
 from one4d_pl.data.masking import draw_frame_mask
 from one4d_pl.data.order import derived_numpy_generator
@@ -158,6 +158,13 @@ def open_set(location: str | Path, reader: RangeReader = PLAIN_READER) -> ShardS
     return kind.of(folder, manifest, reader)
 
 
+def trains_on_encoded(config: Config) -> bool:
+    """Whether every source that does not have to be made first holds encoded clips: then no step sees a pixel."""
+    made_by_fit = config.data.toy.folders() if config.data.toy else []
+    paths = [source.path for source in config.data.sources if Path(source.path) not in made_by_fit]
+    return bool(paths) and all(isinstance(open_set(path), EncodedSet) for path in paths)
+
+
 def encode_set(
     raw: ShardSet,
     folder: Path,
@@ -167,16 +174,20 @@ def encode_set(
     make_sample: Callable[[int], Sample],  # of a clip's index in `raw`; SampleError or ValueError if it is broken
     rank: int = 0,
     world: int = 1,
+    on_clip: Callable[[], None] = lambda: None,
 ) -> bool:
     """Encode what is not encoded yet of this task's share; True once the set is whole.
 
     It may be stopped at any moment and goes on where it was; the encoders are opened only if a clip is missing.
+    `on_clip` is called after each clip.
     """
     recipe = {**recipe, "raw": raw_digest(raw), "sparse_draws": sparse_draws}
     if is_finished(folder, EncodedSet.kind, recipe):
         return True
     keys = [entry.key for entry in raw.entries]
     staging = Staging(folder, Plan(keys, max(raw.samples_per_shard), None, EncodedSet.kind, raw.manifest.split, recipe))
+    if is_finished(folder, EncodedSet.kind, recipe):  # by another process, a moment ago
+        return True
     todo = [i for i in range(len(keys)) if i % world == rank and not staging.has(i)]
     if todo:
         encoder = open_encoder()
@@ -190,6 +201,7 @@ def encode_set(
             packed = _encode_clip(raw, index, sparse_draws, encoder, empty_prompt, make_sample, dropped)
             staging.write_unit(index, ((origin, *one) for one in packed), dropped)
             staging.assemble()
+            on_clip()
     return staging.assemble()
 
 

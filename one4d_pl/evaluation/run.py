@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError
@@ -29,6 +28,7 @@ from one4d_pl.files import write_text
 from one4d_pl.inference.framing import Shape
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.inference.predictions import find_prediction, read_prediction
+from one4d_pl.models.device import device_of
 from one4d_pl.models.precision import autocast
 from one4d_pl.models.wan import WanEncoders
 
@@ -105,7 +105,7 @@ def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]
 def _predict(
     request: Request, config: Config, adapters: tuple[Path, ...], sequences: list[EvalSequence]
 ) -> list[_Stored]:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config)
     encoders, options = None, request.options(config)
     stored = []
     for folder in adapters:
@@ -187,7 +187,7 @@ def generate_vbench(request: Request, config: Config, adapters: Path, ratio: str
         prompts = read_i2v_prompts(json.loads(path.read_text(encoding="utf-8")), images, VBENCH_DIMENSIONS)
     except ValueError as error:
         raise ConfigError(f"{path}: {error}") from None
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(config)
     pipeline, _ = open_pipeline(config, adapters, device)
     with autocast(config, device):
         generate_videos(

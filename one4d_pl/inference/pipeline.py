@@ -7,8 +7,8 @@ scene of any length. Training and evaluation use the batched `sample` below it.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, GuidanceConfig, SamplerConfig
 from one4d_pl.data.masking import task_of
@@ -82,7 +82,6 @@ class One4DPipeline:
         self.transformer, self.encoders, self.config = transformer, encoders, config
         self.shift, self.negative_prompt, self.card = shift, negative_prompt, card
         self.two_calls = False  # guidance in two calls instead of one of twice the batch: less memory
-        self.offload = False  # encoders lie on the CPU and visit the device when they are needed
 
     @staticmethod
     def from_pretrained(
@@ -245,7 +244,7 @@ class One4DPipeline:
             raise RequestError(str(error)) from None
         negative = self.negative_prompt if negative_prompt is None else negative_prompt
         changed = One4DPipeline(self.transformer, self.encoders, config, self.shift, negative, self.card)
-        changed.two_calls, changed.offload = self.two_calls, self.offload
+        changed.two_calls = self.two_calls
         return changed
 
     def framing(
@@ -291,9 +290,7 @@ class One4DPipeline:
 
     def enable_encoder_offload(self) -> None:
         """Keep text encoder, image encoder and VAE on the CPU; each visits the device while it works."""
-        self.offload = True
-        for encoder in self._encoder_modules():
-            encoder.to("cpu")
+        self.encoders.wait_on_host(self.device)
 
     def enable_vae_tiling(self) -> None:
         """Encode and decode in overlapping tiles, blended: less memory; neighbouring tiles do not see each other."""
@@ -318,12 +315,9 @@ class One4DPipeline:
     ) -> GeneratedScene:
         """Generate a batch; guidance follows each sample's task (none, first, some or all frames given)."""
         encoders = self.encoders
-        with self._at_work(encoders.vae):
-            condition = encode_condition(encoders.encode, frames, frame_mask, encoders.temporal_factor)
-        with self._at_work(encoders.image_encoder):
-            image_embeds = encoders.encode_first_frame(frames, frame_mask)
-        with self._at_work(encoders.text_encoder):
-            text = GuidedText.embed(encoders, self.config, prompts, self.negative_prompt, frame_mask)
+        condition = encode_condition(encoders.encode, frames, frame_mask, encoders.temporal_factor)
+        image_embeds = encoders.encode_first_frame(frames, frame_mask)
+        text = GuidedText.embed(encoders, self.config, prompts, self.negative_prompt, frame_mask)
         latents = integrate(
             lambda noisy, sigma: guided_velocity(
                 self.transformer, noisy, condition, sigma, text, image_embeds, self.two_calls
@@ -335,8 +329,7 @@ class One4DPipeline:
             on_step,
         )
         rgb, xyz = self.transformer.restore(latents).chunk(2)
-        with self._at_work(encoders.vae):
-            return GeneratedScene(encoders.decode(rgb), encoders.decode_pointmap(xyz))
+        return GeneratedScene(encoders.decode(rgb), encoders.decode_pointmap(xyz))
 
     def _card(self) -> AdapterCard:
         if self.card is None:
@@ -361,22 +354,6 @@ class One4DPipeline:
         """A base in bfloat16 runs under autocast: the adapter's own weights are float32."""
         bfloat16 = self.transformer.base.proj_out.weight.dtype == torch.bfloat16
         return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
-
-    def _encoder_modules(self) -> list[nn.Module]:
-        modules = (self.encoders.vae, self.encoders.text_encoder, self.encoders.image_encoder)
-        return [module for module in modules if module is not None]
-
-    @contextmanager
-    def _at_work(self, module: nn.Module | None) -> Iterator[None]:
-        """Where encoders are offloaded: on the device inside, on the CPU outside."""
-        if module is None or not self.offload:
-            yield
-            return
-        module.to(self.device)
-        try:
-            yield
-        finally:
-            module.to("cpu")
 
 
 def _pixels(picture: Picture) -> Tensor:  # [H, W, 3] uint8

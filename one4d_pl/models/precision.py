@@ -13,11 +13,6 @@ from one4d_pl.config import Config
 BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 
 
-def run_device() -> torch.device:
-    """Return the kind of device that a run's processes compute on."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def computes_bfloat16(device: torch.device) -> bool:
     """Tell whether the device has bfloat16 arithmetic.
 

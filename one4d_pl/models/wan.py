@@ -6,6 +6,9 @@ pixels lives here alone.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from diffusers import WanTransformer3DModel
 from torch import Tensor, nn
@@ -37,6 +40,14 @@ def load_transformer(
     return stream_transformer(resolve_base(path), getattr(torch, dtype), device or CPU, partitioner)
 
 
+def pad_prompt_embeds(embeds: list[Tensor], length: int) -> Tensor:  # [n_i, D] each -> [B, length, D]
+    """Zero-pad, as Wan was trained; the transformer attends to the zeros too."""
+    padded = embeds[0].new_zeros(len(embeds), length, embeds[0].shape[-1])
+    for row, embed in zip(padded, embeds, strict=True):
+        row[: len(embed)] = embed
+    return padded
+
+
 class WanEncoders(nn.Module):
     """VAE, text encoder and (where the base has one) CLIP image encoder, all frozen; the VAE stays float32.
 
@@ -64,6 +75,7 @@ class WanEncoders(nn.Module):
                 f"{IMAGE_CONTEXT} text tokens; set base.max_text_tokens={IMAGE_CONTEXT}"
             )
         self.max_text_tokens = max_text_tokens
+        self.visits = False  # see wait_on_host
         self.requires_grad_(False).eval()
         shape = (1, -1, 1, 1, 1)
         self.register_buffer("latents_mean", torch.tensor(self.vae.config.latents_mean).view(shape), persistent=False)
@@ -74,6 +86,35 @@ class WanEncoders(nn.Module):
         """Those of a run: the base at `base.path`, pointmaps as `data.pointmap_power` says."""
         base = config.base
         return WanEncoders(base.path, base.dtype, base.max_text_tokens, config.data.pointmap_power, device)
+
+    def wait_on_host(self, device: torch.device) -> WanEncoders:
+        """Leave the weights in host memory; each part visits `device` while it works, unless that is a CPU."""
+        self.to(CPU)
+        if device.type == "cuda" and torch.cuda.is_available():
+            for part in (self.vae, self.text_encoder, self.image_encoder):
+                for tensor in () if part is None else (*part.parameters(), *part.buffers()):
+                    tensor.data = tensor.data.pin_memory()  # a visit takes half a second instead of two
+        self.latents_mean, self.latents_std = self.latents_mean.to(device), self.latents_std.to(device)
+        self.visits = device.type != "cpu"
+        return self
+
+    @contextmanager
+    def _at_work(self, part: nn.Module) -> Iterator[None]:
+        """Inside, the part is where it works; what it left on the host is what it finds there afterwards."""
+        if not self.visits:
+            yield
+            return
+        tensors = [*part.parameters(), *part.buffers()]
+        on_host = [tensor.data for tensor in tensors]
+        try:
+            with torch.inference_mode(False):  # what is made in that mode cannot be used outside of it
+                for tensor in tensors:
+                    tensor.data = tensor.data.to(self.latents_mean.device, non_blocking=True, copy=True)
+            yield
+        finally:
+            with torch.inference_mode(False):
+                for tensor, data in zip(tensors, on_host, strict=True):
+                    tensor.data = data
 
     @property
     def temporal_factor(self) -> int:
@@ -104,14 +145,14 @@ class WanEncoders(nn.Module):
             raise ValueError(f"video: {num_frames} frames, need {self.temporal_factor}k+1; Wan's VAE drops the rest")
         if height % self.spatial_factor or width % self.spatial_factor:
             raise ValueError(f"video: {height}x{width} is not a multiple of the VAE's {self.spatial_factor}")
-        with torch.autocast(video.device.type, enabled=False):
+        with self._at_work(self.vae), torch.autocast(video.device.type, enabled=False):
             mode = self.vae.encode(video.float()).latent_dist.mode()
         return (mode - self.latents_mean) / self.latents_std
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W] in [-1, 1]
         """Back to pixels or pointmaps, in float32; Wan's VAE clamps at +-1."""
-        with torch.autocast(latents.device.type, enabled=False):
+        with self._at_work(self.vae), torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode(latents.float() * self.latents_std + self.latents_mean).sample
 
     def encode_clips(self, frames: Tensor, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W] x 2 -> [2B, C, t, h, w]
@@ -140,16 +181,14 @@ class WanEncoders(nn.Module):
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.latents_mean.device)
-        embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
+        with self._at_work(self.text_encoder):
+            embeds = self.text_encoder(tokens.input_ids, tokens.attention_mask).last_hidden_state
         lengths = tokens.attention_mask.sum(dim=1).tolist()
         return [embed[:length].float() for embed, length in zip(embeds, lengths, strict=True)]
 
     def pad_prompt_embeds(self, embeds: list[Tensor]) -> Tensor:  # [n_i, D] each -> [B, max_text_tokens, D]
-        """Zero-pad, as Wan was trained; the transformer attends to the zeros too."""
-        padded = embeds[0].new_zeros(len(embeds), self.max_text_tokens, embeds[0].shape[-1])
-        for row, embed in zip(padded, embeds, strict=True):
-            row[: len(embed)] = embed
-        return padded
+        """See the function of this name."""
+        return pad_prompt_embeds(embeds, self.max_text_tokens)
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor | None:  # [B, 3, H, W] in [-1, 1] -> [B, N, D]
@@ -160,7 +199,8 @@ class WanEncoders(nn.Module):
         pixels = interpolate((image.float() + 1) / 2, (size, size), mode="bicubic", align_corners=False)
         mean, std = (pixels.new_tensor(values).view(1, 3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
         pixels = ((pixels - mean) / std).to(self.image_encoder.dtype)
-        return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2].float()
+        with self._at_work(self.image_encoder):
+            return self.image_encoder(pixels, output_hidden_states=True).hidden_states[-2].float()
 
     def encode_first_frame(
         self,

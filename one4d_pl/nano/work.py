@@ -164,7 +164,9 @@ def _train(config: Config) -> None:
     root.parent.mkdir(parents=True, exist_ok=True)
     try:  # two writers of the same shards or encodings would collide
         with locked(root.with_name(f"{root.name}.lock"), LOCK_WAIT_S, LOCK_POLL_S):
-            training_data(config).prepare_data()
+            data = training_data(config)
+            data.prepare_data()
+            data.setup("fit")
     except (TimeoutError, ShardSetError) as error:
         raise ConfigError(str(error)) from error
     with sole_run(config.run_dir):

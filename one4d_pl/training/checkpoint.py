@@ -56,8 +56,8 @@ FREE_KEYS = (
     "data.toy", "data.val_sources", "data.num_workers", "data.cache_latents", "data.cache_dir", "data.cache_gib",
     "data.max_skip_share", "train.max_steps",
     "train.micro_batch_size", "train.strategy", "train.zero_stage", "train.offload", "train.num_nodes",
-    "train.devices", "train.activation_checkpointing", "train.compile", "train.init_from", "train.resume",
-    "train.save_every", "train.keep_last", "train.keep_best", "train.log_every", "train.hang_minutes",
+    "train.devices", "train.accelerator", "train.activation_checkpointing", "train.compile", "train.init_from",
+    "train.resume", "train.save_every", "train.keep_last", "train.keep_best", "train.log_every", "train.hang_minutes",
     "train.max_restarts",
     "optim.cooldown_steps",  # with train.max_steps, as long as no cooldown has begun: see refuse_other_run
 )  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
-from one4d_pl.config import Config, ConfigError
+from one4d_pl.config import TEMPORAL_FACTOR, Config, ConfigError
 from one4d_pl.data.order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample, shift_sigma
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
@@ -18,7 +18,7 @@ from one4d_pl.models.adapters import load_adapters
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.coupling import couple
 from one4d_pl.models.transformer import CoupledTransformer
-from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
+from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer, pad_prompt_embeds
 from one4d_pl.training.optim import build_optimizer, set_learning_rates
 from one4d_pl.training.zero import ZeroStrategy
 from one4d_pl.types import MODALITIES, Batch
@@ -39,6 +39,7 @@ class One4DModule(lightning.LightningModule):
         self.config, self.adapters = config, adapters
         self.base_fingerprint = fingerprint(config.base.path)
         self.val_loss = torch.nn.ModuleDict({m: MeanMetric() for m in MODALITIES})
+        self._encoders: tuple[WanEncoders, ...] = ()
         self._built = False
 
     def configure_model(self) -> None:
@@ -57,7 +58,6 @@ class One4DModule(lightning.LightningModule):
         device = torch.device("cpu") if strategy is None else strategy.root_device
         partitioner = strategy.partitioner() if isinstance(strategy, ZeroStrategy) else None
         statistics = self._measure_latents() if config.dlc.standardise_xyz and self.adapters is None else None
-        self._encoders = (WanEncoders.of(config, device).to(device),)  # to: its own constants
         base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
         self.transformer = couple(base, config.dlc, config.train.seed)
         self.transformer.set_attention(config.base.attention)
@@ -92,11 +92,15 @@ class One4DModule(lightning.LightningModule):
 
     @property
     def encoders(self) -> WanEncoders:
-        """The frozen encoders, whole in every process.
+        """The frozen encoders, opened when something is encoded or decoded for the first time; whole in every process.
 
-        Hidden from the strategy in a tuple: under ZeRO-3 an encoder that is sharded would need all processes at every
-        call, but which clips are encoded differs from rank to rank.
+        They wait in host memory and visit the GPU. Hidden from the strategy in a tuple: under ZeRO-3 an encoder that is
+        sharded would need all processes at every call, but which clips are encoded differs from rank to rank.
         """
+        if not self._encoders:
+            # first used in a validation, where Lightning switches inference mode on
+            with torch.device("cpu"), torch.inference_mode(False):
+                self._encoders = (WanEncoders.of(self.config).wait_on_host(self.device),)
         return self._encoders[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -130,10 +134,10 @@ class One4DModule(lightning.LightningModule):
         """Velocity error of each sample and branch (One4D, Eq. 4)."""
         encoded, prompt_embeds, image_embeds = self.encode(batch)
         condition = encode_condition(
-            self.encoders.encode,
+            lambda frames: self.encoders.encode(frames),
             batch.frames,
             batch.frame_mask,
-            self.encoders.temporal_factor,
+            TEMPORAL_FACTOR,
             encoded[: len(batch)],
             () if batch.encoded is None else [e.condition for e in batch.encoded],
         )
@@ -143,13 +147,13 @@ class One4DModule(lightning.LightningModule):
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """Latents [2B, C, t, h, w], prompt embeddings [B, L, D], image tokens [B, N, D]; cached or computed."""
-        encoders = self.encoders
         if batch.encoded is None:
+            encoders = self.encoders
             latents = encoders.encode_clips(batch.frames, batch.pointmap)
             prompts = encoders.pad_prompt_embeds(encoders.encode_prompts(list(batch.prompts)))
             return latents, prompts, encoders.encode_first_frame(batch.frames, batch.frame_mask)
         latents = torch.stack([e.latents for e in batch.encoded], dim=1).flatten(0, 1)
-        prompts = encoders.pad_prompt_embeds([e.prompt_embeds for e in batch.encoded])
+        prompts = pad_prompt_embeds([e.prompt_embeds for e in batch.encoded], self.config.base.max_text_tokens)
         images = [e.image_embeds for e in batch.encoded if e.image_embeds is not None]
         if not images:
             return latents, prompts, None

@@ -86,18 +86,28 @@ def check_world(config: Config, place: Place) -> None:
 def look(config: Config, place: Place, probe: Path) -> Report:
     """What this rank sees; files are looked at once per node."""
     report = Report(place.node, _versions())
-    checks: list[Callable[[], None]] = [lambda: _check_gpus(config, place)]
+    checks: list[Callable[[], None]] = [lambda: _check_gpus(config)]
     if place.local_rank == 0:
         checks += [_check_driver, lambda: _check_shared(probe), lambda: _read_base(config, report)]
-        checks += [lambda: _check_memory(config)]
+        checks += [lambda: _check_memory(config), lambda: _check_shared_memory(config)]
         sources = {source.path: source for source in [*config.data.sources, *config.data.val_sources]}
         checks += [lambda source=source: _read_sample(config, source, place) for source in sources.values()]  # type: ignore[misc]
     for check in checks:
         try:
             check()
         except (ValueError, OSError) as error:  # ConfigError and the shards' errors are ValueErrors
-            report.faults.append(f"{place.node}: {' '.join(str(error).split())}")
+            report.faults.append(" ".join(str(error).split()))
     return report
+
+
+def faults_of(reports: list[Report]) -> list[str]:
+    """A line per fault, with the nodes that found it."""
+    nodes: dict[str, list[str]] = {}
+    for report in reports:
+        for fault in report.faults:
+            if report.node not in nodes.setdefault(fault, []):
+                nodes[fault].append(report.node)
+    return [f"{_some(found)}: {fault}" for fault, found in nodes.items()]
 
 
 def differences(reports: list[Report]) -> list[str]:
@@ -160,12 +170,17 @@ def _check_shared(probe: Path) -> None:
         time.sleep(0.2)
 
 
-def _check_gpus(config: Config, place: Place) -> None:
+def _check_gpus(config: Config) -> None:
     import torch
 
+    from one4d_pl.models.device import device_of
+
     found = torch.cuda.device_count()
-    if torch.cuda.is_available() and found < config.train.devices:
-        raise ConfigError(f"train.devices: {config.train.devices} processes per node, but {found} GPUs")
+    if device_of(config).type == "cuda" and found < config.train.devices:
+        raise ConfigError(
+            f"train.devices: {config.train.devices} processes per node, but {found} GPUs; in SLURM ask for GPUs per "
+            "node (--gpus-per-node), never per task: every process sees all of its node's and takes its own"
+        )
 
 
 def _check_driver() -> None:
@@ -181,22 +196,30 @@ def _check_memory(config: Config) -> None:
         refuse_too_large(config, gpu.name, gpu.total_memory)
 
 
+def _check_shared_memory(config: Config) -> None:
+    from one4d_pl.data.shared_memory import refuse_small_shared_memory
+
+    refuse_small_shared_memory(config)
+
+
 def refuse_too_large(config: Config, gpu: str, gpu_bytes: int) -> None:
-    """ConfigError if a training step's tensors and the CUDA context alone exceed the GPU's memory."""
+    """ConfigError if the planner says that a training step does not fit the GPU."""
     from one4d_pl.costs.flops import TransformerShape
-    from one4d_pl.costs.memory import CUDA_CONTEXT, batch_of, layout_of, step_memory
+    from one4d_pl.costs.memory import batch_of, layout_of, step_memory
+    from one4d_pl.data.encoded import trains_on_encoded
     from one4d_pl.models.base_files import IMAGE_TOKENS, encoder_sizes, resolve_base, transformer_config
 
     folder = resolve_base(config.base.path)
     shape = TransformerShape.of(transformer_config(folder), config.dlc)
     layout = layout_of(config, *encoder_sizes(folder))
+    if trains_on_encoded(config):
+        layout = layout.without_encoders()
     memory = step_memory(shape, batch_of(config, IMAGE_TOKENS if shape.image_dim is not None else 0), layout)
-    needed = memory.tensors + CUDA_CONTEXT
-    if needed > gpu_bytes:
+    if not memory.fits(gpu_bytes):
         name, largest = max(memory.parts(), key=lambda part: part[1])
         raise ConfigError(
-            f"train: a step needs {needed / 2**30:.1f} GiB of a GPU, {gpu} has {gpu_bytes / 2**30:.1f}; the largest "
-            f"part is {name}, {largest / 2**30:.1f} GiB; `python -m one4d_pl.plan` tells what fits"
+            f"train: a step needs {memory.total / 2**30:.1f} GiB of a GPU, {gpu} has {gpu_bytes / 2**30:.1f}; the "
+            f"largest part is {name}, {largest / 2**30:.1f} GiB; `python -m one4d_pl.plan` tells what fits"
         )
 
 
@@ -246,5 +269,8 @@ def _grouped(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
 
 
 def _told(groups: dict[str, list[str]]) -> str:
-    shown = [f"{value} on {', '.join(nodes[:3])}{' ...' if len(nodes) > 3 else ''}" for value, nodes in groups.items()]
-    return "; ".join(shown)
+    return "; ".join(f"{value} on {_some(nodes)}" for value, nodes in groups.items())
+
+
+def _some(nodes: list[str]) -> str:
+    return f"{', '.join(nodes[:3])}{' ...' if len(nodes) > 3 else ''}"

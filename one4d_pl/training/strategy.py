@@ -13,7 +13,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from one4d_pl.config import Config
-from one4d_pl.models.precision import run_device, uses_bfloat16
+from one4d_pl.models.device import device_of
+from one4d_pl.models.precision import uses_bfloat16
 from one4d_pl.training.zero import ZeroStrategy
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for the others ends the run
@@ -22,9 +23,9 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for th
 def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Trainer:
     """A Trainer that stops at train.max_steps, validates before the first step and every val.every steps."""
     train = config.train
-    bfloat16 = uses_bfloat16(config, run_device())
+    bfloat16 = uses_bfloat16(config, device_of(config))
     return lightning.Trainer(
-        accelerator="gpu" if torch.cuda.is_available() else "cpu",
+        accelerator="gpu" if device_of(config).type == "cuda" else "cpu",
         strategy=_strategy(config, bfloat16),
         num_nodes=train.num_nodes,
         devices=train.devices,
@@ -69,7 +70,7 @@ def limit_threads(config: Config) -> None:
 
 def _strategy(config: Config, bfloat16: bool) -> Strategy:
     if config.train.strategy == "single":
-        return SingleDeviceStrategy(device="cuda:0" if torch.cuda.is_available() else "cpu")
+        return SingleDeviceStrategy(device="cuda:0" if device_of(config).type == "cuda" else "cpu")
     if config.train.strategy == "deepspeed":
         return ZeroStrategy(config.train, bfloat16, COLLECTIVE_TIMEOUT)
     # every trainable is used in every step whatever the task draw; the base has no buffers that change

@@ -110,10 +110,9 @@ class ZeroStrategy(DeepSpeedStrategy):
             BlockKeeper(coordinator).watch(model.transformer.base.blocks)  # type: ignore[union-attr,arg-type]
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
-        # the engine moves no buffer of a model that is sharded already
-        for buffer in model.buffers():
-            buffer.data = buffer.data.to(self.root_device)
-        return model
+        # the engine moves nothing of a model that is sharded already: buffers and metrics would stay behind, and the
+        # module would take itself to be on the CPU
+        return model.to(self.root_device)
 
 
 class StagePartitioner:

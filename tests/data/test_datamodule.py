@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import threading
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.utils.data._utils.pin_memory import pin_memory
 
 from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, TrainConfig, ValConfig
+from one4d_pl.data import datamodule as datamodule_file
 from one4d_pl.data import order as order_module
 from one4d_pl.data.datamodule import ClipEncoder, One4DDataModule, StepSampler
 from one4d_pl.data.order import MixtureOrder
@@ -45,7 +48,7 @@ class PlainEncoder:
         return torch.stack([(sample.frames * given[:, None, None])[:, ::4, ::8, ::8] for given in frame_masks])
 
 
-def no_encoder() -> ClipEncoder:
+def no_encoder(device: torch.device) -> ClipEncoder:
     raise AssertionError("the encoders were opened")
 
 
@@ -71,9 +74,15 @@ def make_config(folder: Path, num_workers: int = 0, cache_latents: bool = False,
 
 
 def make_module(config: Config, rank: int = 0, encoder: PlainEncoder | None = None) -> One4DDataModule:
-    module = One4DDataModule(config, no_encoder if encoder is None else lambda: encoder, "fingerprint")
-    module.trainer = SimpleNamespace(global_rank=rank)
+    module = One4DDataModule(config, no_encoder if encoder is None else lambda device: encoder, "fingerprint")
+    module.trainer = SimpleNamespace(global_rank=rank, strategy=SimpleNamespace(root_device=torch.device("cpu")))
     return module
+
+
+def prepare(module: One4DDataModule) -> None:
+    """What Lightning calls before training."""
+    module.prepare_data()
+    module.setup("fit")
 
 
 @pytest.fixture(scope="module")
@@ -283,14 +292,14 @@ def toy_config(tmp_path: Path) -> Config:
 
 def test_toy_shards_and_encodings_are_made_once(toy_config, tmp_path):
     encoder = PlainEncoder()
-    make_module(toy_config, encoder=encoder).prepare_data()
+    prepare(make_module(toy_config, encoder=encoder))
     sources = {split: ShardSet.open(tmp_path / "toy" / split) for split in ("train_synthetic", "train_real", "val")}
     assert [len(source) for source in sources.values()] == [3, 2, 1]
     assert [source.manifest.domain for source in sources.values()] == ["synthetic", "real", "synthetic"]
     keys = [source.key(n) for source in sources.values() for n in range(len(source))]
     assert len(set(keys)) == len(keys)  # no validation clip is trained on
     assert encoder.encoded == keys
-    make_module(toy_config).prepare_data()  # opens no encoder
+    prepare(make_module(toy_config))  # opens no encoder
     for batch in make_module(toy_config).train_dataloader():
         assert batch.encoded is not None and not batch.skipped
         for frames, pointmap, prompt, encoded in zip(batch.frames, batch.pointmap, batch.prompts, batch.encoded):
@@ -300,7 +309,7 @@ def test_toy_shards_and_encodings_are_made_once(toy_config, tmp_path):
 
 def test_every_tensor_of_a_batch_is_pinned_where_there_is_a_gpu(toy_config, monkeypatch):
     encoder = PlainEncoder()
-    make_module(toy_config, encoder=encoder).prepare_data()
+    prepare(make_module(toy_config, encoder=encoder))
     batch = next(iter(make_module(toy_config).train_dataloader()))
     pinned: list[int] = []
 
@@ -334,21 +343,51 @@ def test_an_interrupted_encoding_continues(toy_config, tmp_path):
 
     first, second = DyingEncoder(), PlainEncoder()
     with pytest.raises(KeyboardInterrupt):
-        make_module(toy_config, encoder=first).prepare_data()
-    make_module(toy_config, encoder=second).prepare_data()
+        prepare(make_module(toy_config, encoder=first))
+    prepare(make_module(toy_config, encoder=second))
     splits = ("train_synthetic", "train_real", "val")
     keys = [entry.key for split in splits for entry in ShardSet.open(tmp_path / "toy" / split).entries]
     assert len(first.encoded) == 2 and first.encoded + second.encoded == keys
 
 
+def test_two_processes_share_the_encoding_and_both_wait_until_it_is_whole(toy_config, monkeypatch):
+    """Each on its own device, each telling the watchdog of what itself and the other have done."""
+    monkeypatch.setattr(datamodule_file, "WAITING_S", 0.2)
+    make_module(toy_config).prepare_data()
+    toy_config.train = dataclasses.replace(toy_config.train, strategy="ddp", devices=2, micro_batch_size=1)
+    encoders, beats, ended = [PlainEncoder(), PlainEncoder()], [0, 0], [0.0, 0.0]
+
+    def run(rank: int) -> None:
+        module = make_module(toy_config, rank, encoders[rank])
+
+        def beat() -> None:
+            beats[rank] += 1
+            time.sleep(0.3 * rank)  # one is slower
+
+        module.on_progress = beat
+        module.setup("fit")
+        ended[rank] = time.monotonic()
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    done = [set(encoder.encoded) for encoder in encoders]
+    assert len(done[0]) >= 3 and len(done[1]) >= 2 and len(done[0] | done[1]) == 6 and not done[0] & done[1]
+    assert abs(ended[0] - ended[1]) < 2 and beats[0] > len(done[0])  # the quick one waited, and saw the other move
+    assert not list(Path(toy_config.data.toy.root).rglob(".staging"))
+    make_module(toy_config, 1).setup("fit")  # opens no encoder
+
+
 def test_a_cache_of_other_clips_is_refused(toy_config, tmp_path):
-    make_module(toy_config, encoder=PlainEncoder()).prepare_data()
+    prepare(make_module(toy_config, encoder=PlainEncoder()))
     folder = tmp_path / "toy/train_real"
     (folder / "manifest.json").unlink()
     write_shards([render_clip(99, 17, 16, 32)], folder, samples_per_shard=1)
     toy_config.data.toy = None
     with pytest.raises(ShardSetError, match=r"encodes other clips than .*train_real"):
-        make_module(toy_config, encoder=PlainEncoder()).prepare_data()
+        prepare(make_module(toy_config, encoder=PlainEncoder()))
 
 
 def test_benchmark_clips_are_no_training_data(tmp_path):
@@ -371,7 +410,7 @@ def test_a_broken_clip_is_not_encoded_and_the_stream_counts_it(folder, tmp_path)
         (copy / path.name).write_bytes(path.read_bytes())
     encoder = PlainEncoder()
     config = make_config(copy, cache_latents=True)
-    make_module(config, encoder=encoder).prepare_data()
+    prepare(make_module(config, encoder=encoder))
     assert len(set(encoder.encoded)) == 6
     skipped = [reason for batch in make_module(config).train_dataloader() for reason in batch.skipped]
     broken = ShardSet.open(copy).key(6)

@@ -115,11 +115,12 @@ def test_fit_takes_what_lies_beside_the_raw_shards_as_its_cache(small, tmp_path,
     config = resolve(small)
     assert config.data.cache_latents
 
-    def never() -> None:
+    def never(device: torch.device) -> None:
         raise AssertionError("encoded again")
 
     datamodule = One4DDataModule(config, never, fingerprint(config.base.path, ENCODER_PARTS))
     datamodule.prepare_data()
+    datamodule.setup("fit")
     (manifest,) = (tmp_path / "raw/encoded").glob("*/manifest.json")
     assert EncodedSet.open(manifest.parent).sparse_draws == 1
 
@@ -135,7 +136,7 @@ def test_an_encoded_source_is_refused_where_it_does_not_fit(small, tmp_path):
         changed = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0, **changes))
         source = dataclasses.replace(config.data.sources[0], path=str(tmp_path / folder))
         changed.data.sources = changed.data.val_sources = [source]
-        datamodule = One4DDataModule(changed, lambda: None, encoders)
+        datamodule = One4DDataModule(changed, lambda device: None, encoders)
         datamodule.trainer = None
         datamodule.val_dataloader() if validation else datamodule.train_dataloader()
 

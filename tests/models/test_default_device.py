@@ -61,6 +61,7 @@ def test_latents_are_measured_the_same_on_every_default_device(tiny_base_plain, 
     config = run_config("dlc.standardise_xyz=true")
     datamodule = training_data(config)
     datamodule.prepare_data()
+    datamodule.setup("fit")
     module = One4DModule(config, adapters=None)
     module._trainer = SimpleNamespace(
         is_global_zero=True, datamodule=datamodule,

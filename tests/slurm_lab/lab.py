@@ -56,7 +56,9 @@ SchedulerType=sched/backfill
 SchedulerParameters=bf_interval=2,sched_min_interval=200000,batch_sched_delay=0
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
-NodeName=node[1-{nodes}] NodeAddr=127.0.0.1 NodeHostname={host} Port={first_port}-{last_port} CPUs=2 RealMemory=4000
+GresTypes=gpu
+NodeName=node[1-{nodes}] NodeAddr=127.0.0.1 NodeHostname={host} Port={first_port}-{last_port} CPUs=8 \\
+  RealMemory=4000 {gres}
 PartitionName=lab Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
 
@@ -70,10 +72,16 @@ def what_is_missing() -> str:
 
 
 class Lab:
-    """Eight nodes; `with Lab(folder) as lab` starts and ends them."""
+    """Eight nodes; `with Lab(folder) as lab` starts and ends them.
 
-    def __init__(self, folder: Path, nodes: int = 8) -> None:
-        self.folder, self.nodes = folder.resolve(), nodes
+    Args:
+        folder: of everything that belongs to the cluster.
+        nodes: how many.
+        gpus: of every node, for SLURM to count and to hand out; behind them is /dev/null, and torch finds no CUDA.
+    """
+
+    def __init__(self, folder: Path, nodes: int = 8, gpus: int = 8) -> None:
+        self.folder, self.nodes, self.gpus = folder.resolve(), nodes, gpus
         self.conf = self.folder / "slurm.conf"
         self.environment = {**_plain_environment(), "SLURM_CONF": str(self.conf)}
 
@@ -94,10 +102,12 @@ class Lab:
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         if not self.conf.is_file():
             first = _free_ports(self.nodes + 1)
+            self._write_gpus()
             self.conf.write_text(
                 CONF.format(
                     host=socket.gethostname().split(".")[0], folder=self.folder, nodes=self.nodes, control_port=first,
                     first_port=first + 1, last_port=first + self.nodes,
+                    gres=f"Gres=gpu:{self.gpus}" if self.gpus else "",
                 )
             )  # fmt: skip
         if not self._alive("munged"):
@@ -192,6 +202,15 @@ class Lab:
             if env.get("SLURM_CONF") == str(self.conf) and "SLURM_JOB_ID" in env and pid not in daemons:
                 found[pid] = env
         return found
+
+    def _write_gpus(self) -> None:
+        """gres.conf; SLURM tells a job of a GPU only where its file is a device."""
+        devices = self.folder / "dev"
+        devices.mkdir(exist_ok=True)
+        for number in range(self.gpus):
+            (devices / f"gpu{number}").symlink_to("/dev/null")
+        gres = f"Name=gpu File={devices}/gpu[0-{self.gpus - 1}]\n" if self.gpus else ""
+        (self.folder / "gres.conf").write_text(gres)
 
     def _numbers(self) -> Iterator[int]:
         return iter(range(1, self.nodes + 1))

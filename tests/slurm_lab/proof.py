@@ -9,8 +9,10 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
+from tests.slurm_lab.gpu_probe import train_ranks
 from tests.slurm_lab.lab import Lab, what_is_missing
 from tests.slurm_lab.tiny_run import prepare
 from tests.slurm_lab.trials import HEADER, STRATEGIES, Row, Trials
@@ -31,6 +33,7 @@ def main(arguments: list[str]) -> int:
     try:
         lab_yaml = prepare(folder)
         with Lab(folder / "slurm") as lab:
+            rows.append(prove_gpus(lab, folder))
             for strategy in args.strategies:
                 prove(Trials(lab, folder, lab_yaml, strategy, LONG), rows)
     finally:
@@ -43,6 +46,16 @@ def main(arguments: list[str]) -> int:
         + (f"; see {folder}" if failed else "")
     )
     return 1 if failed else 0
+
+
+def prove_gpus(lab: Lab, folder: Path) -> Row:
+    """Every rank of the whole job sees its node's GPUs and takes one that no other takes."""
+    began, ranks = time.monotonic(), 8 * lab.nodes
+    seen = train_ranks(lab, folder)
+    pairs = {(rank.node, rank.taken) for rank in seen if rank.taken != "none"}
+    remarks = [f"{len(pairs)} (node, GPU) pairs of {ranks}"] if (len(seen), len(pairs)) != (ranks, ranks) else []
+    remarks += sorted({f"{rank.node} shows {rank.visible} GPUs" for rank in seen if rank.visible != lab.gpus})
+    return Row(f"{len(pairs)} ranks, each its own GPU", "ddp", 1, time.monotonic() - began, 0.0, remarks)
 
 
 def prove(trials: Trials, rows: list[Row]) -> None:

@@ -28,8 +28,9 @@ def module(run_config) -> One4DModule:
 
 def stream(module: One4DModule, positions: range) -> list[Sample]:
     config = module.config
-    datamodule = One4DDataModule(config, lambda: module.encoders, fingerprint(config.base.path, ENCODER_PARTS))
+    datamodule = One4DDataModule(config, lambda device: module.encoders, fingerprint(config.base.path, ENCODER_PARTS))
     datamodule.prepare_data()
+    datamodule.setup("fit")
     clips = datamodule.train_dataloader().dataset
     return [clips[p] for p in positions]
 

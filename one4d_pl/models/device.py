@@ -1,0 +1,24 @@
+"""Where a process computes; nothing that was made for GPUs falls back to a CPU unasked."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from one4d_pl.config import Config, ConfigError
+
+
+def device_of(config: Config) -> torch.device:
+    """A GPU where there is one, else the CPU; ConfigError where train.accelerator asks for a GPU and there is none."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if config.train.accelerator == "gpu":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        seen = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
+        raise ConfigError(
+            f"train.accelerator: {config.scale} is made for GPUs, but torch {torch.__version__} finds no CUDA device"
+            f"{seen}; in SLURM ask for GPUs per node (--gpus-per-node), see whether nvidia-smi finds one, or set "
+            "train.accelerator=auto to run on the CPU"
+        )
+    return torch.device("cpu")
