@@ -14,7 +14,11 @@ from tqdm import tqdm
 
 from one4d_pl.callbacks.losses import LossCurves
 from one4d_pl.config import Config, ConfigError, TrainConfig
-from one4d_pl.costs.flops import BatchShape, Flops, TransformerShape, peak_flops, training_flops
+from one4d_pl.costs.flops import Flops, TransformerShape, peak_flops, training_flops
+from one4d_pl.costs.memory import batch_of
+from one4d_pl.data.datamodule import TimedLoader
+from one4d_pl.models.base_files import resolve_base
+from one4d_pl.models.encoder_files import image_tokens
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch
 
@@ -35,14 +39,12 @@ class Throughput(Callback):
         self.latest: dict[str, float] = {}  # what was last logged
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self.step, self.step_began, self.waiting_since = trainer.global_step, time.perf_counter(), time.perf_counter()
-        self.waited = 0.0
+        self.step, self.step_began, self.waited = trainer.global_step, time.perf_counter(), _waited(trainer)
         self.window = [0.0, 0.0, 0.0]  # steps, seconds, seconds of waiting since the last logged step
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self.waited += time.perf_counter() - self.waiting_since
         self.samples += len(batch)
         self.skipped += len(batch.skipped)
         # the first two batches of a run are too few to judge a share by
@@ -61,14 +63,14 @@ class Throughput(Callback):
         batch_idx: int,
     ) -> None:
         now = time.perf_counter()
-        self.waiting_since = now
         if trainer.global_step == self.step:
             return  # in the middle of an accumulation
         steps, seconds = trainer.global_step - self.step, now - self.step_began
+        waited, self.waited = _waited(trainer) - self.waited, _waited(trainer)
         module.log("s/step", seconds / steps, prog_bar=True, logger=False)
-        module.log("wait", self.waited / seconds, prog_bar=True, logger=False)
-        self.window = [a + b for a, b in zip(self.window, (steps, seconds, self.waited), strict=True)]
-        self.step, self.step_began, self.waited = trainer.global_step, now, 0.0
+        module.log("wait", waited / seconds, prog_bar=True, logger=False)
+        self.window = [a + b for a, b in zip(self.window, (steps, seconds, waited), strict=True)]
+        self.step, self.step_began = trainer.global_step, now
         if self.step % self.config.log_every == 0:
             steps_since, seconds_since, waited_since = self.window
             self.window = [0.0, 0.0, 0.0]
@@ -82,7 +84,13 @@ class Throughput(Callback):
                 logger.log_metrics(self.latest, self.step)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self.waiting_since = self.step_began = time.perf_counter()  # validation is neither step nor wait
+        self.step_began = time.perf_counter()  # validation is no step
+
+
+def _waited(trainer: lightning.Trainer) -> float:
+    """Seconds that training has spent in fetching batches, and in nothing else, since the run began."""
+    assert isinstance(trainer.train_dataloader, TimedLoader)
+    return trainer.train_dataloader.waited_s
 
 
 class StepLine(Callback):
@@ -104,7 +112,7 @@ class StepLine(Callback):
         self.flops: Flops | None = None
         if self.config.dlc.coupling == "decoupled":
             shape = TransformerShape.of(dict(module.transformer.base.config), self.config.dlc)
-            batch = batch_shape(self.config, module)
+            batch = batch_of(self.config, image_tokens(resolve_base(self.config.base.path)))
             self.flops = training_flops(shape, batch, train.activation_checkpointing, self.on_gpu) * train.accumulation
         name = torch.cuda.get_device_name(module.device) if self.on_gpu else "cpu"
         self.peak = peak_flops(name, train.precision)
@@ -141,19 +149,6 @@ class StepLine(Callback):
             metrics["train/flops/mfu"] = self.flops.model / step_s / self.peak
             metrics["train/flops/hfu"] = self.flops.hardware / step_s / self.peak
         return metrics
-
-
-def batch_shape(config: Config, module: One4DModule) -> BatchShape:
-    """One forward pass of one process under this config."""
-    data, encoders = config.data, module.encoders
-    image_tokens = 0
-    if encoders.image_encoder is not None:
-        vision = encoders.image_encoder.config
-        image_tokens = (vision.image_size // vision.patch_size) ** 2 + 1  # and the class token
-    _, *grid = encoders.latent_shape(data.num_frames, data.height, data.width)
-    return BatchShape(
-        config.train.micro_batch_size, (grid[0], grid[1], grid[2]), config.base.max_text_tokens, image_tokens
-    )
 
 
 def step_line(step: int, max_steps: int, losses: dict[str, float], metrics: dict[str, float]) -> str:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import logging
 import re
+import time
 from pathlib import Path
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from one4d_pl.callbacks import throughput
+from one4d_pl.callbacks.survival import Preemption
 from one4d_pl.callbacks.throughput import step_line
 from one4d_pl.config import Config
 from one4d_pl.costs.flops import BatchShape, TransformerShape, training_flops
+from one4d_pl.data.decode import ClipStream
 from one4d_pl.fit import fit
 from one4d_pl.models.wan import load_transformer
 
@@ -68,6 +71,28 @@ def test_with_a_peak_mfu_counts_the_method_and_hfu_what_is_executed(run_config, 
         assert logged["train/flops/mfu"][step] == pytest.approx(logged["train/flops/tflops"][step], rel=1e-5)
         assert float(line["mfu"]) == pytest.approx(100 * logged["train/flops/mfu"][step], abs=0.051)
         assert 1.3 < logged["train/flops/hfu"][step] / logged["train/flops/mfu"][step] < 1.6  # a second forward
+
+
+def test_data_wait_is_the_time_in_the_fetch_and_in_nothing_else(run_config, monkeypatch):
+    """What other callbacks do between two steps (a sync, a gather, an all-reduce) is the step's, not the data's."""
+    slow, fetch = 0.2, 0.05
+
+    def between_steps(callback, *arguments):
+        time.sleep(slow)
+
+    def read(stream, position):
+        time.sleep(fetch)
+        return plain(stream, position)
+
+    plain = ClipStream.__getitem__
+    monkeypatch.setattr(Preemption, "on_train_batch_end", between_steps)
+    monkeypatch.setattr(ClipStream, "__getitem__", read)
+    config = run_config("train.max_steps=4", "train.global_batch_size=2", "val.every=100", "val.clips=1")
+    fit(config)
+    logged = scalars(config)
+    for step in (2, 3, 4):  # the first one's fetch begins before the clock of the step
+        waited = logged["train/time/data_wait"][step] * logged["train/time/step_s"][step]
+        assert 2 * fetch <= waited < 2 * fetch + 0.5 * slow
 
 
 def test_the_line_of_a_large_run_can_be_read():
