@@ -83,8 +83,6 @@ class Measured:
 
 def _run(args: argparse.Namespace) -> int:
     """Measure and print; the exit code: 1 where a case did not fit."""
-    if args.compile and "selective" in args.checkpointing:
-        raise ConfigError("--compile decides itself what to keep; give it --checkpointing full or none")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         raise ConfigError("no CUDA device; --tiny runs the same on a CPU")
@@ -111,7 +109,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--models", nargs="+", choices=RELEASED, default=["14B", "1.3B"], help="default: both")
     parser.add_argument("--checkpointing", nargs="+", choices=CHECKPOINTING, default=["full"], help="default: full")
     parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=["native"], help="default: native")
-    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks; not with selective")
+    parser.add_argument("--compile", action="store_true", help="torch.compile of the blocks")
     parser.add_argument("--rank", type=int, default=64, help="of the LoRAs (default 64)")
     parser.add_argument("--steps", type=int, default=5, help="measured steps (default 5)")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them (default 2)")

@@ -456,7 +456,6 @@ def test_activation_checkpointing_was_a_switch_once_and_still_understands_it(wor
         (["train.activation_checkpointing=half"], ["train.activation_checkpointing", "none, full, selective"]),
         (["base.attention=fast"], ["base.attention", "native"]),
         (["train.activation_checkpointing=selective", "base.attention=flash"], ["base.attention=flash", "or full"]),
-        (["train.compile=true", "train.activation_checkpointing=selective"], ["train.compile", "=full or none"]),
         (["train.compile=true", "train.strategy=deepspeed", "train.zero_stage=3"], ["train.compile", "zero_stage=2"]),
     ],
 )

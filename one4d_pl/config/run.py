@@ -156,10 +156,6 @@ class TrainConfig:
             at_least(f"train.{name}", getattr(self, name), 1)
         for name in ("seed", "overfit_clips", "keep_best", "hang_minutes", "max_restarts"):
             at_least(f"train.{name}", getattr(self, name), 0)
-        if self.compile and self.activation_checkpointing == "selective":
-            raise ConfigError(
-                "train.compile: decides itself what to keep; set train.activation_checkpointing=full or none"
-            )
         if self.compile and self.strategy == "deepspeed" and self.zero_stage == 3:
             raise ConfigError(
                 "train.compile: blocks whose weights come and go are not compiled; set train.zero_stage=2"

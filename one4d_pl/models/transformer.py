@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 
 from one4d_pl.config import ConfigError, DLCConfig
-from one4d_pl.models.checkpointing import run_checkpointed
+from one4d_pl.models.checkpointing import compile_selective, run_checkpointed
 from one4d_pl.models.control_links import ControlLink, link_positions
 from one4d_pl.models.lora import BranchPatchEmbedding, wrap_linears
 
@@ -31,6 +31,7 @@ class CoupledTransformer(nn.Module):
         super().__init__()
         self.base = base.requires_grad_(False).eval()
         self.config = config
+        self.keeps_attention = False  # see set_activation_checkpointing
         self.links = nn.ModuleDict()  # block -> ControlLink; only Decoupled LoRA Control has any
         channels, device = base.config.out_channels, base.proj_out.weight.device
         self.register_buffer("xyz_mean", torch.zeros(channels, 1, 1, 1, device=device), persistent=False)
@@ -68,7 +69,8 @@ class CoupledTransformer(nn.Module):
     def set_activation_checkpointing(self, mode: str) -> None:
         """none; full: each block, with its link, runs again in the backward pass; selective: all but self-attention."""
         self.base.gradient_checkpointing = mode != "none"
-        self.base._gradient_checkpointing_func = partial(run_checkpointed, keep_attention=mode == "selective")
+        self.keeps_attention = mode == "selective"
+        self.base._gradient_checkpointing_func = partial(run_checkpointed, keep_attention=self.keeps_attention)
 
     def set_attention(self, backend: str) -> None:
         """Which kernels attend, by diffusers' name (base.attention); ConfigError where they are not there."""
@@ -81,8 +83,13 @@ class CoupledTransformer(nn.Module):
             raise ConfigError(f"base.attention: {backend} cannot be used here ({error}); native always can") from error
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile of the blocks, which are all alike: compiled once, used by all; links likewise."""
+        """torch.compile of the blocks, which are all alike: compiled once, used by all; links likewise.
+
+        To be called after `set_activation_checkpointing`.
+        """
         self.base.compile_repeated_blocks(backend=backend)
+        if self.keeps_attention:
+            self.base._gradient_checkpointing_func = compile_selective(backend)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Named trainables in a fixed order: the adapter, nothing of the base."""

@@ -188,7 +188,7 @@ def test_an_attention_backend_that_is_not_installed_is_named(tiny_base):
         build(tiny_base.transformer()).set_attention("_flash_3")
 
 
-@pytest.mark.parametrize("mode", ["none", "full"])
+@pytest.mark.parametrize("mode", ["none", "full", "selective"])
 def test_compiled_blocks_have_the_same_gradients_and_links(tiny_base, mode):
     expected = gradients(build(tiny_base.transformer()), tiny_base)
     model = build(tiny_base.transformer(), mode)
@@ -200,6 +200,23 @@ def test_compiled_blocks_have_the_same_gradients_and_links(tiny_base, mode):
     # one graph serves all blocks, another all links
     assert counters["stats"]["unique_graphs"] <= 2 and not counters["graph_break"]
     assert all(link.ratio > 0 for link in model.links.values())
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_selective_checkpointing_attends_to_the_clip_once(tiny_base_plain, backend):
+    """And to the text twice: counted where the kernels run, for the compiler looks through no mode."""
+    plain, model = build(tiny_base_plain.transformer()), build(tiny_base_plain.transformer(), "selective")
+    torch._dynamo.reset()
+    model.compile_blocks(backend)
+    for one in (plain, model):  # compiles
+        gradients(one, tiny_base_plain)
+    expected = gradients(plain, tiny_base_plain)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        found = gradients(model, tiny_base_plain)
+    kernels = [e.count for e in profile.key_averages() if e.key == "aten::_scaled_dot_product_flash_attention_for_cpu"]
+    assert sum(kernels) == 3 * len(model.base.blocks)
+    for name, gradient in found.items():
+        assert (gradient - expected[name]).norm() <= 1e-5 * expected[name].norm(), name
 
 
 @checkpointing

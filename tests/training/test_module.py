@@ -13,6 +13,7 @@ from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 from one4d_pl.training.module import One4DModule
 from one4d_pl.training.optim import build_optimizer, lr_share, set_learning_rates
+from one4d_pl.training.zero import ZeroStrategy
 from one4d_pl.types import Batch, Encoded, Sample, collate
 
 
@@ -145,6 +146,14 @@ def test_sample_generates_scenes_of_the_batchs_size(module):
     scene = module.sample(batch)
     assert scene.frames.shape == scene.pointmap.shape == batch.frames.shape
     assert torch.equal(scene.frames, module.sample(batch).frames)
+
+
+def test_a_module_whose_base_is_sharded_knows_where_it_computes(run_config, monkeypatch):
+    """The engine moves it nowhere then, so nothing else would tell it, and its sigmas would lie on the CPU."""
+    monkeypatch.setattr(ZeroStrategy, "root_device", torch.device("cpu", 0))
+    module = One4DModule(run_config(), adapters=None)
+    ZeroStrategy.__new__(ZeroStrategy)._setup_model(module)
+    assert module.device == torch.device("cpu", 0)
 
 
 def test_learning_rates_groups_and_warm_up(module):
