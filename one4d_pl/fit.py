@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
-from one4d_pl.training.machine import driver_mismatch, refuse_absent_deepspeed
 from one4d_pl.training.preemption import RunFailed, begin_start, forget_starts, note_end
+from one4d_pl.training.readiness import refuse_absent_deepspeed
 from one4d_pl.training.run_lock import sole_run
 from one4d_pl.training.watchdog import rank_log
 
@@ -115,6 +115,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.callbacks.throughput import StepBar, StepLine, Throughput
     from one4d_pl.data.shards import SampleError, ShardSetError
     from one4d_pl.data.shared_memory import refuse_small_shared_memory
+    from one4d_pl.models.driver import driver_mismatch
     from one4d_pl.models.transformer import describe_sizes
     from one4d_pl.training.checkpoint import StepCheckpoint, refuse_other_run
     from one4d_pl.training.checkpoint_files import newest_checkpoint, read_step, refuse_used_folder

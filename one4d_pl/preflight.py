@@ -28,8 +28,16 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import USER_ERROR, Command
 from one4d_pl.config import Config, ConfigError, check_paths, load_config
-from one4d_pl.training.machine import refuse_absent_deepspeed
-from one4d_pl.training.readiness import Place, Report, check_world, differences, faults_of, look, run_faults
+from one4d_pl.training.readiness import (
+    Place,
+    Report,
+    check_world,
+    differences,
+    faults_of,
+    look,
+    refuse_absent_deepspeed,
+    run_faults,
+)
 
 if TYPE_CHECKING:
     from torch.distributed import Store

@@ -7,6 +7,7 @@ import os
 import torch
 
 from one4d_pl.config import Config, ConfigError
+from one4d_pl.models.driver import driver_mismatch
 
 
 def device_of(config: Config) -> torch.device:
@@ -14,6 +15,8 @@ def device_of(config: Config) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     if config.train.accelerator == "gpu":
+        if mismatch := driver_mismatch():
+            raise ConfigError(f"train.accelerator: {config.scale} is made for GPUs; {mismatch}")
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         seen = "" if visible is None else f" (CUDA_VISIBLE_DEVICES={visible})"
         raise ConfigError(

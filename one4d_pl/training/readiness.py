@@ -11,11 +11,11 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 
 from one4d_pl.config import Config, ConfigError, SourceConfig
 from one4d_pl.training.checkpoint_files import STATE, refuse_used_folder, step_folders
-from one4d_pl.training.machine import driver_mismatch
 
 # what computes a step or a file; other packages may differ between nodes
 PACKAGES = (
@@ -80,6 +80,15 @@ def check_world(config: Config, place: Place) -> None:
         raise ConfigError(
             f"train.num_nodes, train.devices: {train.num_nodes} x {train.devices} = {train.world_size} processes, but "
             f"SLURM started {place.world} on {place.nodes} nodes; set NODES and GPUS_PER_NODE instead of these keys"
+        )
+
+
+def refuse_absent_deepspeed(config: Config) -> None:
+    """ConfigError if the run asks for DeepSpeed and it is not installed."""
+    if config.train.strategy == "deepspeed" and find_spec("deepspeed") is None:
+        raise ConfigError(
+            f"train.strategy: deepspeed is not installed on this {platform.system()} (one4d_pl requires it on Linux "
+            "alone); set train.strategy=ddp, or single for one process"
         )
 
 
@@ -184,6 +193,8 @@ def _check_gpus(config: Config) -> None:
 
 
 def _check_driver() -> None:
+    from one4d_pl.models.driver import driver_mismatch
+
     if mismatch := driver_mismatch():
         raise ConfigError(mismatch)
 

@@ -15,8 +15,8 @@ import torch
 from one4d_pl import preflight
 from one4d_pl.config import to_yaml
 from one4d_pl.fit import fit
-from one4d_pl.training import machine
-from one4d_pl.training.machine import driver_mismatch
+from one4d_pl.models import driver as driver_module
+from one4d_pl.models.driver import driver_mismatch
 from tests.conftest import REPO
 
 HEADER = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: {} |"
@@ -80,7 +80,7 @@ def test_without_nvidia_smi_nothing_is_said(driver, monkeypatch, tmp_path):
 
 
 def test_a_hanging_nvidia_smi_is_left(driver, monkeypatch):
-    monkeypatch.setattr(machine, "NVIDIA_SMI_PATIENCE_S", 0.5)
+    monkeypatch.setattr(driver_module, "NVIDIA_SMI_PATIENCE_S", 0.5)
     driver("exec sleep 60")
     began = time.monotonic()
     assert driver_mismatch() is None

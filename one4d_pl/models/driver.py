@@ -1,14 +1,12 @@
-"""What a run asks of the machine that it is on: DeepSpeed where it is named, a driver as new as torch's CUDA."""
+"""Why torch sees no GPU where there is one: a driver older than torch's CUDA, and which torch fits it."""
 
 from __future__ import annotations
 
 import os
-import platform
 import re
 import subprocess
-from importlib.util import find_spec
 
-from one4d_pl.config import Config, ConfigError
+import torch
 
 NVIDIA_SMI_PATIENCE_S = 20.0  # it wakes each GPU first, which takes seconds; with a sick driver it hangs
 # the newest driver alone says "CUDA UMD Version"
@@ -18,22 +16,11 @@ DRIVER_CUDA = re.compile(r"CUDA (?:UMD )?Version:\s*(\d+)\.(\d+)")
 TORCH_INDEXES = {12: "cu126", 13: "cu130"}
 
 
-def refuse_absent_deepspeed(config: Config) -> None:
-    """ConfigError if the run asks for DeepSpeed and it is not installed."""
-    if config.train.strategy == "deepspeed" and find_spec("deepspeed") is None:
-        raise ConfigError(
-            f"train.strategy: deepspeed is not installed on this {platform.system()} (one4d_pl requires it on Linux "
-            "alone); set train.strategy=ddp, or single for one process"
-        )
-
-
 def driver_mismatch() -> str | None:
     """One line if torch sees no GPU because the NVIDIA driver is older than torch's CUDA; None otherwise.
 
     None too where no driver is found, or where CUDA_VISIBLE_DEVICES hides the GPUs on purpose.
     """
-    import torch
-
     if torch.cuda.is_available() or torch.version.cuda is None:
         return None
     if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
