@@ -2,9 +2,15 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-TORCH_INDEX ?=
 
 STAMP := $(VENV)/.setup-stamp
+# the stamp keeps the index that torch came from; with another one torch is installed again, of the same version
+TORCH_CAME_FROM := $(shell cat $(STAMP) 2>/dev/null)
+TORCH_INDEX ?= $(TORCH_CAME_FROM)
+ifneq ($(TORCH_INDEX),$(TORCH_CAME_FROM))
+.PHONY: $(STAMP)
+REINSTALL_TORCH := --force-reinstall
+endif
 PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 # what open3d's shared library links to besides libc
 SYSTEM_PACKAGES := libusb-1.0-0 libegl1 libgl1 libx11-6
@@ -16,7 +22,7 @@ APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq 
 INSTALL_SYSTEM = $(APT) $(SYSTEM_PACKAGES) && { $(APT) $(BROWSER_PACKAGE) || echo "setup-system: no $(BROWSER_PACKAGE): the browser tests are skipped"; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system slurm-setup slurm-test demo eval nano test test-long bench bench-gpu chaos lint types clean
+.PHONY: help setup setup-system slurm-setup slurm-test demo eval nano test test-long test-elsewhere bench bench-gpu chaos lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -30,20 +36,25 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 		|| { echo "setup: $(PYTHON) is not Python 3.11-3.13; name one: make setup PYTHON=python3.12"; exit 1; }
 	@test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
 	@echo "setup: torch"
-	@$(PIP) install -q -c constraints.txt $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
+	@$(PIP) install -q -c constraints.txt $(REINSTALL_TORCH) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch
 	@echo "setup: one4d_pl and its dependencies"
 	@$(PIP) install -q -c constraints.txt -e '.[dev]'
-	@echo "setup: open3d and viser"
-	@{ $(PIP) install -c constraints.txt -e '.[viz]' && $(VENV)/bin/python -c 'import open3d, viser'; } >$(VENV)/viz.log 2>&1 \
-		|| echo "setup: open3d or viser cannot be imported ($$(tail -n 1 $(VENV)/viz.log)): no 3-D viewer, all else works; make setup-system may help"
-	@touch $@
+	@echo "setup: viser"
+	@{ $(PIP) install -c constraints.txt -e '.[viz]' && $(VENV)/bin/python -c 'import viser'; } >$(VENV)/viser.log 2>&1 \
+		|| echo "setup: no viser ($$(tail -n 1 $(VENV)/viser.log)): no 3-D viewer, all else works"
+	@echo "setup: open3d"
+	@if ! $(PIP) install -c constraints.txt -e '.[open3d]' >$(VENV)/open3d.log 2>&1; then \
+		echo "setup: open3d cannot be installed (no wheel for this system and Python? see $(VENV)/open3d.log): no points in TensorBoard, all else works"; \
+	elif ! $(VENV)/bin/python -c 'import open3d' >$(VENV)/open3d.log 2>&1; then \
+		echo "setup: open3d cannot be imported ($$(tail -n 1 $(VENV)/open3d.log)): no points in TensorBoard, all else works; make setup-system may help"; fi
+	@echo "$(TORCH_INDEX)" >$@
 
 setup-system:  ## install what open3d links to, and Chromium for the viewer's tests (apt-get, as root or with sudo)
 	@if dpkg -s $(SYSTEM_PACKAGES) $(BROWSER_PACKAGE) >/dev/null 2>&1; then echo "setup-system: all there"; \
-	elif ! command -v apt-get >/dev/null; then echo "setup-system: no apt-get here; for the 3-D viewer install libusb-1.0, EGL, GL and X11 yourself"; \
+	elif ! command -v apt-get >/dev/null; then echo "setup-system: no apt-get here; for points in TensorBoard install libusb-1.0, EGL, GL and X11 yourself"; \
 	elif [ "$$(id -u)" -eq 0 ]; then $(INSTALL_SYSTEM); \
 	elif sudo -n true 2>/dev/null; then sudo -n sh -c '$(INSTALL_SYSTEM)'; \
-	else echo "setup-system: needs root; for the 3-D viewer run as root: apt-get install $(SYSTEM_PACKAGES)"; fi
+	else echo "setup-system: needs root; for points in TensorBoard run as root: apt-get install $(SYSTEM_PACKAGES)"; fi
 
 slurm-setup:  ## install the SLURM of the tests' virtual cluster (Debian's, by apt-get, as root)
 	@if command -v slurmctld >/dev/null && command -v slurmd >/dev/null && command -v munged >/dev/null; then echo "slurm-setup: all there"; \
@@ -68,6 +79,9 @@ test: $(STAMP)  ## the tests but the slow ones
 
 test-long: $(STAMP)  ## the slow tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m slow -o faulthandler_timeout=1800
+
+test-elsewhere: $(STAMP)  ## a quick selection as an ordinary user, in a folder with a space, on a processor without AVX-512
+	$(VENV)/bin/python -m tests.elsewhere
 
 slurm-test: $(STAMP)  ## everything that can befall a job, on a virtual cluster of eight nodes; an hour or two
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m tests.slurm_lab.proof $(SLURM_TEST_ARGS)
