@@ -2,7 +2,8 @@
 
 Under srun every rank starts it (slurm/train_8node.sh does, before training); alone it checks one machine.
 
-1. each rank: number of processes, GPUs; each node: the base's files and fingerprint, one sample of every source.
+1. each rank: number of processes, GPUs; each node: the driver, the base's files and fingerprint, one sample
+   of every source.
 2. the ranks meet at MASTER_ADDR:MASTER_PORT and hand what they saw to rank 0, which compares weights and versions,
    and looks at the run folder and the disk.
 3. an all-reduce of all ranks, gloo on CPUs and NCCL on GPUs.
