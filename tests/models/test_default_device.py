@@ -49,8 +49,10 @@ def test_configure_model_builds_the_same_on_every_default_device(tiny_base, run_
     base = (f"base.path={tiny_base.path}", f"base.max_text_tokens={tiny_base.max_text_tokens}")
     config = run_config(*base, "dlc.standardise_xyz=true", f"dlc.coupling={coupling}")
 
+    modules = [One4DModule(config, adapters=None) for _ in range(2)]
+
     def build() -> list[nn.Module]:
-        module = One4DModule(config, adapters=None)
+        module = modules.pop()
         module.configure_model()
         return [module, module.encoders]
 
