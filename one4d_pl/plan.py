@@ -23,7 +23,14 @@ from one4d_pl.costs.memory import (
     layout_of,
     step_memory,
 )
-from one4d_pl.models.base_files import IMAGE_TOKENS, RELEASED, encoder_sizes, resolve_base, transformer_config
+from one4d_pl.models.base_files import (
+    IMAGE_TOKENS,
+    RELEASED,
+    encoder_sizes,
+    released_size,
+    resolve_base,
+    transformer_config,
+)
 
 GIB, MEGA = 2**30, 2**20
 
@@ -81,13 +88,8 @@ def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
         folder = resolve_base(config.base.path)
         settings, base = transformer_config(folder), str(base_folder(config.base.path))
     else:
-        folder, name = None, Path(config.base.path).name
-        released = next((size for size in RELEASED if f"-{size}-" in f"-{name}-"), None)
-        if released is None:
-            raise ConfigError(
-                f"base.path: no base at {config.base.path}, and {name} names none of {', '.join(RELEASED)}"
-            )
-        settings, base = RELEASED[released], f"{name} (not there; sizes of the released Wan 2.1 {released})"
+        folder, released = None, released_size(config.base.path)
+        settings, base = RELEASED[released], f"{Path(config.base.path).name} (not there; sizes of the released Wan 2.1 {released})"
     encoders, vae_base_dim = encoder_sizes(folder)
     train, shape = config.train, TransformerShape.of(settings, config.dlc)
     per_pass = gpus * train.micro_batch_size

@@ -168,6 +168,15 @@ def safetensors_header(file: Path) -> dict[str, dict[str, object]]:
     return header
 
 
+def released_size(path: str) -> str:
+    """Which released size a base is by its name alone: a key of RELEASED; ConfigError where it names none."""
+    name = Path(path).name
+    for size in RELEASED:
+        if f"-{size}-" in f"-{name}-":
+            return size
+    raise ConfigError(f"base.path: no base at {path}, and {name} names none of {', '.join(RELEASED)}")
+
+
 def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:
     """Numbers of parameters of a base's encoders, and its VAE's width; Wan 2.1's own where no folder tells."""
     if folder is None or is_original(folder):
@@ -181,6 +190,16 @@ def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:
         counts[part] = sum(math.prod(shape) for shape in shapes if isinstance(shape, list))
     settings = json.loads((folder / "vae" / "config.json").read_text())
     return counts, settings.get("base_dim", VAE_BASE_DIM)
+
+
+def image_tokens(folder: Path) -> int:
+    """Tokens of a base's image encoder, its class token among them; 0 where it has none."""
+    if transformer_config(folder).get("image_dim") is None:
+        return 0
+    if is_original(folder):
+        return IMAGE_TOKENS
+    settings = json.loads((folder / "image_encoder" / "config.json").read_text())
+    return (settings["image_size"] // settings["patch_size"]) ** 2 + 1
 
 
 def _identifying_files(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:

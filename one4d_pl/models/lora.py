@@ -36,10 +36,13 @@ class BranchLinear(nn.Module):
             nn.init.zeros_(self.lora_B[modality].weight)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [2B, L, D] -> [2B, L, D']
-        low = {m: self.lora_A[m](half) for m, half in zip(MODALITIES, hidden.chunk(2), strict=True)}
+        low = torch.stack([self.lora_A[m](half) for m, half in zip(MODALITIES, hidden.chunk(2), strict=True)])
         if self.scale != 1:  # here, where it costs rank instead of D' numbers a token
-            low = {m: self.scale * half for m, half in low.items()}
-        return self.base(hidden) + torch.cat([self.lora_B[m](low[m]) for m in MODALITIES])
+            low = self.scale * low
+        base = self.base(hidden)
+        up = torch.stack([self.lora_B[m].weight for m in MODALITIES]).transpose(1, 2)  # [2, rank, D']
+        # one product that adds both branches' LoRAs: D' numbers a token are read once and written once
+        return torch.baddbmm(base.unflatten(0, (2, -1)).flatten(1, 2), low.flatten(1, 2), up).view(base.shape)
 
 
 class BranchPatchEmbedding(nn.Module):

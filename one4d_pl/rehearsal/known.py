@@ -1,0 +1,92 @@
+"""Values of small tensors among fake ones, so that control flow that depends on them is the real run's.
+
+Masks, positions, sigmas and lengths are computed twice: as fake tensors on their device, and for real on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
+from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils.weak import WeakTensorKeyDictionary
+
+SMALL = 4096  # elements
+aten = torch.ops.aten
+UNKNOWN = {torch.bool: True}  # what a large tensor's element is taken for; other types: 1
+
+
+class Known:
+    """The real twins of small fake tensors."""
+
+    def __init__(self) -> None:
+        self._twins = WeakTensorKeyDictionary()
+
+    def twin(self, tensor: Tensor) -> Tensor | None:
+        """The real value on the CPU, None where it is not known."""
+        if not isinstance(tensor, FakeTensor):
+            return tensor if tensor.numel() <= SMALL and tensor.device.type == "cpu" else None
+        return self._twins.get(tensor)
+
+    def follow(
+        self,
+        func: Callable[..., object],
+        args: tuple[object, ...],
+        kwargs: Mapping[str, object],
+        made: list[Tensor],
+    ) -> None:
+        """Compute what an operation has made, where it is small and everything it read is known."""
+        if not made or any(tensor.numel() > SMALL for tensor in made) or "one4d_rehearsal" in str(func):
+            return
+        if any(isinstance(leaf, Tensor) and self.twin(leaf) is None for leaf in tree_leaves((args, kwargs))):
+            self._forget(func, args)
+            return
+        with unset_fake_temporarily(), torch.no_grad():
+            real = func(*tree_map(self._real, args), **{k: self._real_device(k, v) for k, v in kwargs.items()})
+        for fake, value in zip(made, (leaf for leaf in tree_leaves(real) if isinstance(leaf, Tensor)), strict=True):
+            if isinstance(fake, FakeTensor):
+                self._twins[fake] = value
+
+    def item(self, tensor: Tensor) -> object:
+        """The tensor's only element."""
+        value = self.twin(tensor)
+        with unset_fake_temporarily():
+            return UNKNOWN.get(tensor.dtype, 1) if value is None else value.item()
+
+    def indices(self, mask: Tensor) -> list[Tensor]:
+        """Where a mask is true, one index per dimension; everywhere, where that is not known."""
+        return [self._fake(index, mask.device) for index in self._found(mask).unbind(1)]
+
+    def nonzero(self, tensor: Tensor) -> Tensor:
+        """aten.nonzero's result."""
+        return self._fake(self._found(tensor), tensor.device)
+
+    def _found(self, tensor: Tensor) -> Tensor:
+        value = self.twin(tensor)
+        with unset_fake_temporarily():
+            return torch.ones(tensor.shape, device="cpu").nonzero() if value is None else value.nonzero()
+
+    def _fake(self, value: Tensor, device: torch.device) -> Tensor:
+        fake = torch.empty(value.shape, dtype=value.dtype, device=device)
+        self._twins[fake] = value
+        return fake
+
+    def _real(self, leaf: object) -> object:
+        return self.twin(leaf) if isinstance(leaf, Tensor) else torch.device("cpu") if _is_device(leaf) else leaf
+
+    def _real_device(self, name: str, value: object) -> object:
+        if name == "device":
+            return torch.device("cpu")
+        return False if name == "pin_memory" else tree_map(self._real, value)
+
+    def _forget(self, func: Callable[..., object], args: tuple[object, ...]) -> None:
+        """What is overwritten with something unknown is known no longer."""
+        schema = getattr(func, "_schema", None)
+        if schema is not None and schema.is_mutable and args and isinstance(args[0], Tensor):
+            self._twins.pop(args[0], None)
+
+
+def _is_device(leaf: object) -> bool:
+    return isinstance(leaf, torch.device)

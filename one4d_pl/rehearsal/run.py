@@ -1,0 +1,297 @@
+"""A training run and a sampled scene on a GPU that is not there: the project's own code, tensors without bytes.
+
+1. A skeleton of the base is written and opened by the run's own loader.
+2. Lightning's own Trainer fits the run's own module for one optimiser step, AdamW's moments and the gradients of an
+   accumulation being there already: a step's largest moment.
+3. The run's own sampler makes a scene in a few steps.
+
+Several processes are rehearsed as one of them that holds everything; what their strategy shares is the planner's.
+"""
+
+from __future__ import annotations
+
+import logging
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from one4d_pl.callbacks.scene_samples import sample_scene
+from one4d_pl.config import Config, ConfigError, DataConfig
+from one4d_pl.costs.flops import TransformerShape
+from one4d_pl.costs.memory import Memory, batch_of, layout_of, step_memory
+from one4d_pl.models.base_files import encoder_sizes, image_tokens, transformer_config
+from one4d_pl.rehearsal.fake_cuda import pretend
+from one4d_pl.rehearsal.skeleton import write_skeleton
+from one4d_pl.rehearsal.watch import Phase, Watch, told_place
+from one4d_pl.training.module import One4DModule
+from one4d_pl.training.strategy import build_trainer
+from one4d_pl.training.zero import fill_optimizer
+from one4d_pl.types import Batch, Encoded, PointmapScale, Sample, collate
+
+SAMPLER_STEPS = 2  # all are alike
+PROMPT = "a red cube on a table"
+
+
+class Fault(Exception):
+    """What a GPU would have refused: one line with the module and the place."""
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """What was seen."""
+
+    base: str  # where the sizes come from
+    phases: dict[str, Phase]
+    at_peak: list[tuple[int, str]]  # bytes of what was alive at the training step's peak, and what made it
+    tensors: dict[str, str]  # part of the model -> devices, dtypes and sizes of its tensors, in words
+    planned: Memory  # of the same process, by costs/memory.py
+
+
+def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
+    """Rehearse a run; raises Fault, or ConfigError where the config cannot be rehearsed.
+
+    Args:
+        config: of the run; nothing of it need be there, neither weights nor data.
+        blocks: of the transformer; None = all.
+    """
+    with TemporaryDirectory() as folder:
+        told = write_skeleton(Path(folder) / "base", config.base.path, blocks)
+        alone = one_process(config, Path(folder), blocks)
+        with rehearsing(alone) as watch:
+            watching = Watching(watch, sample)
+            fit(alone, watching)
+        return Rehearsal(told, watch.phases, watching.at_peak, watching.tensors, planned_memory(alone))
+
+
+def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
+    """The config of one process that holds everything, on the skeleton in `folder`/base."""
+    settings = transformer_config(folder / "base")
+    layers, dlc = int(str(settings["num_layers"])), config.dlc
+    if blocks is not None:
+        kept = None if dlc.link_blocks is None else [block for block in dlc.link_blocks if block < layers]
+        dlc = replace(dlc, num_links=min(dlc.num_links, layers), link_blocks=kept)
+    train = replace(
+        config.train, strategy="single", num_nodes=1, devices=1, max_steps=1, init_from=None,
+        global_batch_size=config.train.micro_batch_size,
+    )  # fmt: skip
+    return replace(
+        config,
+        base=replace(config.base, path=str(folder / "base")),
+        dlc=dlc,
+        train=train,
+        val=replace(config.val, sigmas=config.val.sigmas[:1], clips=1),
+        run_dir=str(folder / "run"),
+    )
+
+
+@contextmanager
+def rehearsing(config: Config) -> Iterator[Watch]:
+    """Fake tensors that are watched, inside; an error becomes a Fault."""
+    shape = TransformerShape.of(transformer_config(Path(config.base.path)), replace(config.dlc, coupling="decoupled"))
+    t, h, w = batch_of(config, 0).latent_grid
+    tokens = t * h * w // (shape.patch[0] * shape.patch[1] * shape.patch[2])
+    watch = Watch(2 * config.train.micro_batch_size * tokens * shape.width)
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # a trace of what we tell in a line
+    with pretend(watch), watch.watching():
+        try:
+            yield watch
+        except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
+            if isinstance(error, ConfigError):
+                raise
+            raise Fault(told_fault(error, watch.where)) from error
+
+
+def told_fault(error: Exception, where: str) -> str:
+    """Module, place and the first line of an error."""
+    places = [told_place(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    place = next((place for place in reversed(places) if place is not None), "outside of the package")
+    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{where or 'outside of any module'}: {place}: {message}"
+
+
+def fit(config: Config, *callbacks: Callback) -> None:
+    """The run's `trainer.fit`."""
+    trainer = build_trainer(config, list(callbacks))
+    trainer.fit(One4DModule(config, adapters=None), datamodule=FakeClips(config))
+
+
+def sample(trainer: lightning.Trainer, module: One4DModule, watch: Watch) -> None:
+    """Sample one scene of a clip of which two frames are given, as the callbacks of a run do."""
+    batch = collate([fake_sample(module.config, encoded=False)]).to(module.device)
+    watch.begin("sampling: encoders")
+    handles = [
+        module.transformer.register_forward_pre_hook(lambda *_: watch.begin("sampling: transformer")),
+        module.encoders.vae.decoder.register_forward_pre_hook(lambda *_: watch.begin("sampling: decoding")),
+    ]
+    sample_scene(trainer, module, batch, SAMPLER_STEPS)
+    for handle in handles:
+        handle.remove()
+
+
+class Watching(Callback):
+    """Tells the watch what the Trainer is at, and makes the step's largest moment.
+
+    Args:
+        watch: to be told.
+        at_end: called after the step, while the model is on its device.
+        largest: as in the middle of a run: AdamW has its moments, an accumulation its gradients.
+    """
+
+    def __init__(
+        self,
+        watch: Watch,
+        at_end: Callable[[lightning.Trainer, One4DModule, Watch], None] | None = None,
+        largest: bool = True,
+    ) -> None:
+        self.watch, self.at_end, self.largest = watch, at_end, largest
+        self.at_peak: list[tuple[int, str]] = []
+        self.tensors: dict[str, str] = {}
+
+    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, One4DModule)
+        self.watch.name(module)
+        module.transformer.register_forward_pre_hook(lambda *_: self._transformer_begins(trainer, module))
+
+    def on_sanity_check_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.watch.begin("validation")
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, One4DModule)
+        if self.largest:
+            trainables = [parameter for _, parameter in module.transformer.trainable_parameters()]
+            fill_optimizer(trainables, trainer.optimizers[0], 1, lambda i, _: torch.zeros_like(trainables[i]))
+
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self.watch.begin("encoding")
+        self.watch.peak = 0
+
+    def on_before_backward(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, loss: Tensor
+    ) -> None:
+        self.watch.begin("backward")
+
+    def on_before_optimizer_step(
+        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        self.watch.begin("optimizer")
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: object,
+        batch: Batch,
+        batch_idx: int,
+    ) -> None:
+        self.watch.begin("callbacks")
+        self.at_peak = list(self.watch.at_peak.values())
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, One4DModule)
+        self.tensors = {"transformer": _described(module.transformer)}
+        self.tensors |= {name: _described(part) for name, part in module.encoders.named_children()}
+        trainer.training = False
+        if self.at_end is not None:
+            module.eval()
+            with torch.no_grad():
+                self.at_end(trainer, module, self.watch)
+
+    def _transformer_begins(self, trainer: lightning.Trainer, module: One4DModule) -> None:
+        if not trainer.training or trainer.sanity_checking:
+            return
+        self.watch.begin("forward")
+        if self.largest:
+            for _, parameter in module.transformer.trainable_parameters():  # of the micro batch before
+                parameter.grad = torch.zeros_like(parameter)
+
+
+class FakeClips(lightning.LightningDataModule):
+    """What the run's datamodule gives, without bytes."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+
+    def train_dataloader(self) -> DataLoader[Sample]:
+        return self._loader(self.config.train.micro_batch_size)
+
+    def val_dataloader(self) -> DataLoader[Sample]:
+        return self._loader(1)
+
+    def describe_latents(self) -> dict[str, object]:
+        channels = int(str(transformer_config(Path(self.config.base.path))["out_channels"]))
+        return {"xyz_mean": [0.0] * channels, "xyz_std": [1.0] * channels}
+
+    def _loader(self, clips: int) -> DataLoader[Sample]:
+        encoded = self.config.data.cache_latents
+        samples: Sequence[Sample] = [fake_sample(self.config, encoded, position) for position in range(clips)]
+        return DataLoader(samples, batch_size=clips, collate_fn=collate)  # type: ignore[arg-type]
+
+
+def fake_sample(config: Config, encoded: bool, position: int = 0) -> Sample:
+    """A clip of the config's size with its first frame and another given: the task that encodes most."""
+    data = config.data
+    frames, size = data.num_frames, (data.num_frames, data.height, data.width)
+    frame_mask = torch.zeros(frames, dtype=torch.bool)
+    frame_mask[[0, frames // 2]] = True
+    return Sample(
+        key=f"clip-{position}",
+        position=position,
+        frames=torch.empty(3, *size),
+        pointmap=torch.empty(3, *size),
+        valid=torch.ones(size, dtype=torch.bool),
+        moving=torch.zeros(size, dtype=torch.bool),
+        scale=PointmapScale(torch.tensor(1.0), torch.tensor(0.0)),
+        intrinsics=torch.eye(3).repeat(frames, 1, 1),
+        cam2world=torch.eye(4).repeat(frames, 1, 1),
+        frame_mask=frame_mask,
+        task="sparse",
+        caption=PROMPT,
+        drop_caption=False,
+        encoded=_fake_encoded(config, data) if encoded else None,
+        skipped=(),
+    )
+
+
+def _fake_encoded(config: Config, data: DataConfig) -> Encoded:
+    settings = transformer_config(Path(config.base.path))
+    grid = batch_of(config, 0).latent_grid
+    channels, width = int(str(settings["out_channels"])), int(str(settings["text_dim"]))
+    image = settings.get("image_dim")
+    tokens = image_tokens(Path(config.base.path))
+    return Encoded(
+        latents=torch.empty(2, channels, *grid),
+        prompt_embeds=torch.empty(len(PROMPT), width),
+        image_embeds=None if image is None else torch.empty(tokens, int(str(image))),
+        condition=torch.empty(channels, *grid),
+    )
+
+
+def planned_memory(config: Config) -> Memory:
+    """The planner's word about the process that was rehearsed."""
+    folder = Path(config.base.path)
+    shape = TransformerShape.of(transformer_config(folder), config.dlc)
+    layout = layout_of(config, *encoder_sizes(folder))
+    if config.data.cache_latents:
+        layout = replace(layout, vae_base_dim=0)
+    return step_memory(shape, batch_of(config, image_tokens(folder)), layout)
+
+
+def _described(part: nn.Module) -> str:
+    sizes: dict[str, int] = {}
+    for tensor in [*part.parameters(), *part.buffers()]:
+        kind = "trained" if tensor.requires_grad else "frozen"
+        key = f"{kind} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device.type}"
+        sizes[key] = sizes.get(key, 0) + tensor.nbytes
+    return ", ".join(f"{key} {size / 2**30:.2f} GiB" for key, size in sizes.items())

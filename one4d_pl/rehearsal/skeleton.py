@@ -1,0 +1,97 @@
+"""A base without weights: a folder in diffusers' layout that the project's own loader opens, of any size, on no disk.
+
+Its safetensors files have true headers and no bytes behind them (sparse files), so that fake tensors, which read
+nothing, come from where real ones would.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+
+from accelerate import init_empty_weights
+from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
+from torch import nn
+from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+
+from one4d_pl.config import DIFFUSERS_MARK, ConfigError, holds_base
+from one4d_pl.models.base_files import (
+    RELEASED,
+    is_original,
+    released_size,
+    resolve_base,
+    tokenizer_folder,
+    transformer_config,
+)
+
+BF16 = 2  # bytes
+UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
+CLIP_VIT_H = {
+    "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+    "image_size": 224, "patch_size": 14,
+}  # fmt: skip
+
+
+def write_skeleton(folder: Path, base_path: str, blocks: int | None) -> str:
+    """Write the skeleton of the base at `base_path` into an empty folder; says in words where its sizes come from.
+
+    Args:
+        folder: to be filled.
+        base_path: base.path; where nothing lies there, its name tells which release it would be.
+        blocks: fewer than it has; None = all of them.
+    """
+    source = resolve_base(base_path) if holds_base(base_path) else None
+    if source is not None:
+        settings, told = transformer_config(source), str(source)
+    else:
+        size = released_size(base_path)
+        settings, told = RELEASED[size], f"{Path(base_path).name} (not there; sizes of the released Wan 2.1 {size})"
+    layers = int(str(settings["num_layers"]))
+    if blocks is not None and not 0 < blocks <= layers:
+        raise ConfigError(f"--blocks: {blocks}, need 1 to {layers}, the base's number")
+    settings = {**settings, "num_layers": layers if blocks is None else blocks}
+    known = source if source is not None and not is_original(source) else None  # its own configs describe its encoders
+    with init_empty_weights(include_buffers=False):
+        _write(folder / "transformer", WanTransformer3DModel.from_config(settings))
+        vae = AutoencoderKLWan() if known is None else AutoencoderKLWan.from_config(_settings(known / "vae"))
+        _write(folder / "vae", vae)
+        text = UMT5Config(**UMT5_XXL, feed_forward_proj="gated-gelu") if known is None else None
+        _write(folder / "text_encoder", UMT5EncoderModel(text or UMT5Config.from_pretrained(known / "text_encoder")))
+        if settings.get("image_dim") is not None:
+            image = CLIPVisionConfig(**CLIP_VIT_H, hidden_act="gelu") if known is None else None
+            vision = CLIPVisionModel(image or CLIPVisionConfig.from_pretrained(known / "image_encoder"))
+            _write(folder / "image_encoder", vision)
+    if source is not None:
+        shutil.copytree(tokenizer_folder(source), folder / "tokenizer")
+    else:
+        ByT5Tokenizer().save_pretrained(folder / "tokenizer")  # one that needs no file
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    (folder / DIFFUSERS_MARK).write_text("{}\n")
+    return told
+
+
+def _settings(folder: Path) -> dict[str, object]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def _write(folder: Path, model: nn.Module) -> None:
+    """The model's config and the header of its weights."""
+    folder.mkdir(parents=True)
+    header, end = {}, 0
+    for name, parameter in model.named_parameters():
+        if name == "encoder.embed_tokens.weight":  # UMT5's input embedding is the shared one, and files hold it once
+            continue
+        size = BF16 * math.prod(parameter.shape)
+        header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    config = model.config
+    if hasattr(config, "to_json_file"):
+        config.to_json_file(folder / "config.json")
+    else:
+        model.save_config(folder)
