@@ -199,7 +199,8 @@ def step_activations(
     if bfloat16:
         shared += pixels * shape.in_channels * wide
     # beyond what a block saves: gradients around its GELU, or its residual sum in float32
-    last = max(2 * ffn * wide, 4 * hidden * FLOAT)
+    residual = hidden * (3 * (FLOAT + wide) if bfloat16 else 4 * FLOAT)
+    last = max(2 * ffn * wide, residual)
     if checkpointing != "none":
         kept = shape.num_layers * hidden * wide
         if checkpointing == "selective":  # and of self-attention result and statistics; the block at work has its own
@@ -213,8 +214,9 @@ def _saved_by_block(shape: TransformerShape, rows: int, context: int, image: boo
     """Bytes that one block's forward pass leaves for its backward pass."""
     d, r = shape.width, shape.rank
     heads = _heads(d)
-    # inputs of linears and attention, its output: 9 (11 with image tokens); inputs of norms, widened to float32: 6
-    saved = rows * d * ((11 if image else 9) * wide + 6 * FLOAT)
+    # what linears, attention and the norms of queries and keys read, and attention's output: 12 (14 with image tokens);
+    # inputs of the other norms, widened to float32: 3
+    saved = rows * d * ((14 if image else 12) * wide + 3 * FLOAT)
     saved += 2 * rows * shape.ffn_dim * wide  # before and after the GELU
     saved += context * d * (2 * wide + FLOAT)  # keys, values, keys before their norm
     saved += r * wide * (8 * rows + 2 * context)  # between A and B of every LoRA

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ from one4d_pl.training.zero import fill_optimizer
 from one4d_pl.types import Batch, Encoded, PointmapScale, Sample, collate
 
 SAMPLER_STEPS = 2  # all are alike
+AFTER = "after"  # Lightning hands the model back on the CPU: no part of the run
+STEP = ("encoding", "forward", "backward", "optimizer")  # the phases of a training step
 PROMPT = "a red cube on a table"
 
 
@@ -50,10 +53,26 @@ class Rehearsal:
     """What was seen."""
 
     base: str  # where the sizes come from
+    blocks: int
     phases: dict[str, Phase]
-    at_peak: list[tuple[int, str]]  # bytes of what was alive at the training step's peak, and what made it
+    at_peak: Counter[str]  # bytes of what was alive at the training step's peak, by what made it
     tensors: dict[str, str]  # part of the model -> devices, dtypes and sizes of its tensors, in words
     planned: Memory  # of the same process, by costs/memory.py
+
+    @property
+    def step_peak(self) -> int:
+        """Bytes of tensors at the training step's largest moment."""
+        return max(self.phases[name].peak for name in STEP if name in self.phases)
+
+    @property
+    def traffic(self) -> float:
+        """Bytes that one block reads and writes in a training step."""
+        return sum(self.phases[name].block_bytes for name in ("forward", "backward")) / self.blocks
+
+    @property
+    def elementwise(self) -> float:
+        """Those of it that are outside of products and attention."""
+        return sum(self.phases[name].block_elementwise for name in ("forward", "backward")) / self.blocks
 
 
 def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
@@ -69,7 +88,8 @@ def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
         with rehearsing(alone) as watch:
             watching = Watching(watch, sample)
             fit(alone, watching)
-        return Rehearsal(told, watch.phases, watching.at_peak, watching.tensors, planned_memory(alone))
+        layers, _ = watching.blocks, watch.phases.pop(AFTER)
+        return Rehearsal(told, layers, watch.phases, watching.at_peak, watching.tensors, planned_memory(alone))
 
 
 def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
@@ -153,7 +173,8 @@ class Watching(Callback):
         largest: bool = True,
     ) -> None:
         self.watch, self.at_end, self.largest = watch, at_end, largest
-        self.at_peak: list[tuple[int, str]] = []
+        self.at_peak: Counter[str] = Counter()
+        self.blocks = 0
         self.tensors: dict[str, str] = {}
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -195,10 +216,12 @@ class Watching(Callback):
         batch_idx: int,
     ) -> None:
         self.watch.begin("callbacks")
-        self.at_peak = list(self.watch.at_peak.values())
+        for size, label in self.watch.at_peak.values():
+            self.at_peak[label] += size
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, One4DModule)
+        self.blocks = len(module.transformer.base.blocks)
         self.tensors = {"transformer": _described(module.transformer)}
         self.tensors |= {name: _described(part) for name, part in module.encoders.named_children()}
         trainer.training = False
@@ -206,6 +229,7 @@ class Watching(Callback):
             module.eval()
             with torch.no_grad():
                 self.at_end(trainer, module, self.watch)
+        self.watch.begin(AFTER)
 
     def _transformer_begins(self, trainer: lightning.Trainer, module: One4DModule) -> None:
         if not trainer.training or trainer.sanity_checking:

@@ -1,0 +1,89 @@
+"""python -m one4d_pl.rehearse --config ...: the configured training step and sampler on a GPU that is not there.
+
+No GPU, no weights, no data: the project's own code and Lightning's Trainer run on fake CUDA tensors, which have a
+device, a dtype and a shape but no bytes. Told are what a GPU would have refused (one line with module and file), where
+the CPU waits for the GPU, and the memory of every phase beside the planner's. The whole 14B takes two minutes on a CPU,
+--blocks 2 half of one. Needs g++ and a CPU build of torch, or a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+import warnings
+from typing import TYPE_CHECKING
+
+from one4d_pl.config import ConfigError, load_config
+from one4d_pl.rehearsal.fake_cuda import load_device
+from one4d_pl.training.signals import end_process
+
+if TYPE_CHECKING:
+    from one4d_pl.rehearsal.run import Rehearsal
+
+GIB, GB = 2**30, 1e9
+SHOWN = 12  # of what is alive at the peak
+
+
+def main(arguments: list[str]) -> int:
+    """Rehearse and print; returns the exit code: 1 for a fault, 2 for a mistake in the config."""
+    parser = argparse.ArgumentParser(
+        prog="python -m one4d_pl.rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
+    parser.add_argument("--blocks", type=int, metavar="N", help="of the transformer (default: all): quicker, same code")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value")
+    args = parser.parse_args(arguments)
+    began = time.perf_counter()
+    try:
+        config = load_config(args.config, args.overrides)
+        load_device()  # before torch is imported
+        warnings.simplefilter("ignore")
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+        from one4d_pl.rehearsal.run import Fault, rehearse
+
+        for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+            logging.getLogger(name).setLevel(logging.ERROR)
+        try:
+            seen = rehearse(config, args.blocks)
+        except Fault as fault:
+            print(f"fault: {fault}", file=sys.stderr)
+            return 1
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print("\n".join([*told(seen), "", f"rehearsed in {time.perf_counter() - began:.0f} s; no fault"]))
+    return 0
+
+
+def told(seen: Rehearsal) -> list[str]:
+    """The rehearsal as text."""
+    lines = [f"base        {seen.base}, {seen.blocks} blocks"]
+    lines += [f"  {name:<16}{words}" for name, words in seen.tensors.items()]
+    lines += ["", f"  {'phase':<24}{'peak GiB':>10}{'waits':>8}{'uploads':>9}"]
+    for name, phase in seen.phases.items():
+        lines.append(f"  {name:<24}{phase.peak / GIB:10.2f}{phase.waits.total():8}{phase.uploads:9}")
+    found, planned = seen.step_peak, seen.planned.tensors
+    lines += [
+        "",
+        f"step        peak {found / GIB:.2f} GiB of tensors, the planner says {planned / GIB:.2f} "
+        f"({planned / found - 1:+.1%}); one process that holds everything, gradients and moments there",
+        f"traffic     {seen.traffic / GB:.3g} GB a block, forward and backward, "
+        f"{seen.elementwise / GB:.3g} GB of it outside of products and attention",
+        "",
+        "alive at the step's peak, GiB by what made it:",
+        *(f"  {size / GIB:8.2f}  {label}" for label, size in seen.at_peak.most_common(SHOWN)),
+    ]
+    for name, phase in seen.phases.items():
+        if phase.waits:
+            lines += ["", f"{name}: the CPU waits for the GPU at"]
+            lines += [f"  {count:4} x {place}" for place, count in phase.waits.most_common()]
+    return lines
+
+
+if __name__ == "__main__":
+    # autograd's threads believe in the device to the end, and would outlive Python
+    end_process(lambda: main(sys.argv[1:]))
