@@ -22,7 +22,7 @@ APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq 
 INSTALL_SYSTEM = $(APT) $(SYSTEM_PACKAGES) && { $(APT) $(BROWSER_PACKAGE) || echo "setup-system: no $(BROWSER_PACKAGE): the browser tests are skipped"; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system slurm-setup slurm-test demo eval nano test test-long test-elsewhere bench bench-gpu chaos lint types clean
+.PHONY: help setup setup-system slurm-setup slurm-test demo eval nano test test-long test-elsewhere bench bench-gpu gpu-proof chaos lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -97,6 +97,10 @@ nano: $(STAMP)  ## the paper's claims at laptop scale: dozens of short trainings
 BENCH_GPU_ARGS ?=
 bench-gpu: $(STAMP)  ## a training step of the 14B and the 1.3B at random on this GPU; BENCH_GPU_ARGS=--tiny runs on a CPU
 	$(VENV)/bin/python -m one4d_pl.bench_gpu $(BENCH_GPU_ARGS)
+
+GPU_PROOF_ARGS ?=
+gpu-proof: $(STAMP)  ## everything once on one GPU in ten minutes, with a report; GPU_PROOF_ARGS=--tiny runs on a CPU
+	$(VENV)/bin/python -m one4d_pl.gpu_proof $(GPU_PROOF_ARGS)
 
 chaos: $(STAMP)  ## KILLS=200: SIGKILL a 2-rank run again and again; survivors must equal the undisturbed one bit for bit
 	PYTHONPATH=. $(VENV)/bin/python -m tests.training.chaos

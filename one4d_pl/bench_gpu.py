@@ -101,7 +101,7 @@ def _run(args: argparse.Namespace) -> int:
             rows[case.name] = _out_of_memory(case, device)
     _tell([*table(rows), "", *method(args, device)])
     if args.out is not None:
-        _write(Path(args.out), {"device": _name(device), "torch": torch.__version__, "ceiling": ceiling}, rows)
+        _write(Path(args.out), {"device": name_of(device), "torch": torch.__version__, "ceiling": ceiling}, rows)
     return 1 if any(isinstance(row, str) for row in rows.values()) else 0
 
 
@@ -182,7 +182,7 @@ def measure(case: Case, device: torch.device, steps: int, warmup: int, ceiling: 
     if profile:
         _profile(step, device)
     flops = training_flops(case.shape, case.batch, case.checkpointing, flash=True)
-    peak = peak_flops(_name(device), "bf16-mixed")
+    peak = peak_flops(name_of(device), "bf16-mixed")
     median = statistics.median(times)
     return Measured(
         seconds=median,
@@ -286,7 +286,7 @@ def method(args: argparse.Namespace, device: torch.device) -> list[str]:
     """What the numbers are, in words."""
     size = "toy size" if args.tiny else "81 x 352 x 624 pixels (latents 21 x 44 x 78), 512 text and 257 image tokens"
     return [
-        f"{_name(device)}, torch {torch.__version__}; one dual sample (rgb and xyz stacked), {size}; random "
+        f"{name_of(device)}, torch {torch.__version__}; one dual sample (rgb and xyz stacked), {size}; random "
         f"bf16 weights, LoRA rank {args.rank} and links float32, bf16 autocast, no encoders, one process.",
         f"s/sample: wall clock of forward, loss, backward, clipping and AdamW, median of {args.steps} steps after "
         f"{args.warmup}. MFU, HFU: operations by one4d_pl/costs/flops.py over the data sheet's dense bf16 peak; of "
@@ -305,8 +305,9 @@ def _write(path: Path, about: dict[str, object], rows: dict[str, Measured | str]
     write_json(path, {**about, "cases": found})
 
 
-def _name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def name_of(device: torch.device) -> str:
+    """The GPU's name by its driver, or cpu."""
+    return torch.cuda.get_devicename_of(device) if device.type == "cuda" else "cpu"
 
 
 def _share(value: float | None) -> str:

@@ -89,7 +89,10 @@ def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
         settings, base = transformer_config(folder), str(base_folder(config.base.path))
     else:
         folder, released = None, released_size(config.base.path)
-        settings, base = RELEASED[released], f"{Path(config.base.path).name} (not there; sizes of the released Wan 2.1 {released})"
+        settings, base = (
+            RELEASED[released],
+            f"{Path(config.base.path).name} (not there; sizes of the released Wan 2.1 {released})",
+        )
     encoders, vae_base_dim = encoder_sizes(folder)
     train, shape = config.train, TransformerShape.of(settings, config.dlc)
     per_pass = gpus * train.micro_batch_size

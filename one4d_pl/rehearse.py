@@ -45,7 +45,11 @@ def main(arguments: list[str]) -> int:
 
         from one4d_pl.rehearsal.run import Fault, rehearse
 
-        for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        for name in (
+            "lightning.pytorch",
+            "lightning.pytorch.utilities.rank_zero",
+            "lightning.fabric.utilities.rank_zero",
+        ):
             logging.getLogger(name).setLevel(logging.ERROR)
         try:
             seen = rehearse(config, args.blocks)

@@ -21,10 +21,11 @@ FLOORS = (
     "inference",
     "training evaluation",
     "callbacks",
+    "rehearsal",
     "fit preflight demo build_tiny_vae build_tiny_base evaluate generate cameras view plan export fetch_weights "
-    "bench_gpu "
+    "bench_gpu rehearse "
     "data_prep",
-    "nano",  # runs fit
+    "nano gpu_proof",  # run fit and others
 )
 SHELF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms.split()} | {"one4d_pl": -1}
 ROOMLESS = {"utils", "util", "common", "misc", "helpers"}

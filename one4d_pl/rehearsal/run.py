@@ -197,9 +197,7 @@ class Watching(Callback):
         self.watch.begin("encoding")
         self.watch.peak = 0
 
-    def on_before_backward(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, loss: Tensor
-    ) -> None:
+    def on_before_backward(self, trainer: lightning.Trainer, module: lightning.LightningModule, loss: Tensor) -> None:
         self.watch.begin("backward")
 
     def on_before_optimizer_step(

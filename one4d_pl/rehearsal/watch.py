@@ -22,7 +22,14 @@ from one4d_pl.rehearsal.known import Known
 aten = torch.ops.aten
 PACKAGE = Path(__file__).parents[1]
 WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default)
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_dot_product")  # parts of names: no elementwise work
+PRODUCTS = (
+    "mm",
+    "bmm",
+    "addmm",
+    "baddbmm",
+    "convolution",
+    "_scaled_dot_product",
+)  # parts of names: no elementwise work
 
 
 @dataclass
@@ -35,7 +42,9 @@ class Phase:
     other_bytes: int = 0  # outside of the blocks
     waits: Counter[str] = field(default_factory=Counter)  # place -> times the CPU waited for the GPU
     uploads: int = 0  # copies from the host to the GPU
-    wide: Counter[tuple[str, str]] = field(default_factory=Counter)  # (kind of module, operation) -> wide float32 results
+    wide: Counter[tuple[str, str]] = field(
+        default_factory=Counter
+    )  # (kind of module, operation) -> wide float32 results
     by_operation: Counter[str] = field(default_factory=Counter)  # bytes of blocks' operations
 
 

@@ -1,0 +1,273 @@
+"""Rehearsals in a process of their own, for torch must not be imported before its device is: what each saw, as json.
+
+python -m tests.rehearsal.cases FILE
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from unittest.mock import patch
+
+from one4d_pl.config import Config, load_config
+from one4d_pl.rehearsal.fake_cuda import load_device
+
+REPO = Path(__file__).parents[2]
+PAPER = [str(REPO / f"configs/{name}.yaml") for name in ("dlc", "scale/wan_14b", "data/one4d_mix")]
+BLOCKS = 2
+SMALL_CLIP = ("data.num_frames=9", "data.height=64", "data.width=96")
+cases: dict[str, Callable[[], object]] = {}
+
+
+def case(function: Callable[[], object]) -> Callable[[], object]:
+    cases[function.__name__] = function
+    return function
+
+
+def paper(*overrides: str) -> Config:
+    return load_config(PAPER, ["dlc.num_links=1", *overrides])
+
+
+def step(checkpointing: str) -> dict[str, object]:
+    """One step of the paper's own clip from cached encodings: the transformer alone."""
+    from one4d_pl.rehearsal import run
+
+    config = paper("data.cache_latents=true", f"train.activation_checkpointing={checkpointing}")
+    with patch.object(run, "sample", lambda *args: None):
+        seen = run.rehearse(config, BLOCKS)
+    planned = seen.planned
+    fixed = planned.weights + planned.gradients + planned.optimizer + planned.encoders
+    return {
+        "peak": seen.step_peak,
+        "planned": planned.tensors,
+        "fixed": fixed,
+        "traffic": seen.traffic,
+        "elementwise": seen.elementwise,
+        "wide": sorted({kind for kind, _ in seen.phases["forward"].wide}),
+        "waits": {name: phase.waits.total() for name, phase in seen.phases.items()},
+        "tensors": seen.tensors,
+    }
+
+
+@case
+def step_none() -> object:
+    return step("none")
+
+
+@case
+def step_full() -> object:
+    return step("full")
+
+
+@case
+def step_selective() -> object:
+    return step("selective")
+
+
+def small(
+    *overrides: str, at_end: object = None, callbacks: Callable[[Config], list] = lambda config: [], **options: object
+):
+    """A run of a small clip, and what `at_end` does with the trained module; returns the watch."""
+    from one4d_pl.rehearsal import run
+    from one4d_pl.rehearsal.skeleton import write_skeleton
+
+    with TemporaryDirectory() as folder:
+        write_skeleton(Path(folder) / "base", "weights/Wan2.1-Fun-V1.1-14B-InP", BLOCKS)
+        config = run.one_process(paper(*SMALL_CLIP, *overrides), Path(folder), BLOCKS)
+        with run.rehearsing(config) as watch:
+            run.fit(config, *callbacks(config), run.Watching(watch, at_end, **options))
+        return watch
+
+
+@case
+def sampling() -> object:
+    """Guidance in one call and in two, whole and in tiles, with encoders that visit the device."""
+    from one4d_pl.inference.pipeline import One4DPipeline
+    from one4d_pl.rehearsal.run import fake_sample
+    from one4d_pl.types import collate
+
+    found = {}
+
+    def sample(trainer, module, watch) -> None:
+        batch = collate([fake_sample(module.config, encoded=False)]).to(module.device)
+        noise = module.draw_noise(batch, "sampling noise")
+        sampler = replace(module.config.sampler, steps=2)
+        for name, two_calls, tiled, offload in (
+            ("stacked", False, False, False),
+            ("two calls", True, False, False),
+            ("tiled", False, True, False),
+            ("offload", False, False, True),
+        ):
+            pipeline = One4DPipeline(module.transformer, module.encoders, sampler, 5.0, "ugly")
+            pipeline.two_calls = two_calls
+            if tiled:
+                pipeline.enable_vae_tiling()
+                module.encoders.vae.tile_sample_min_height = module.encoders.vae.tile_sample_min_width = 48
+                module.encoders.vae.tile_sample_stride_height = module.encoders.vae.tile_sample_stride_width = 32
+            if offload:
+                pipeline.enable_encoder_offload()
+            calls = []
+            handle = module.transformer.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+            watch.begin(name)
+            with trainer.precision_plugin.forward_context():
+                scene = pipeline.sample(["a cube"], batch.frames, batch.frame_mask, noise)
+            handle.remove()
+            found[name] = {
+                "calls": calls,
+                "devices": sorted({str(t.device) for t in (scene.frames, scene.pointmap)}),
+                "shape": list(scene.pointmap.shape),
+                "peak": watch.phases[name].peak,
+                "encoders": sorted({str(p.device) for p in module.encoders.parameters()}),
+            }
+
+    small(at_end=sample, largest=False)
+    return found
+
+
+@case
+def callbacks() -> object:
+    """Two optimiser steps from the first on, with everything that a run logs, measures and saves."""
+    import torch
+
+    from one4d_pl.callbacks.losses import LossCurves
+    from one4d_pl.callbacks.throughput import StepLine, Throughput
+    from one4d_pl.training.checkpoint import take_snapshot
+
+    found = {}
+
+    def of(config: Config) -> list:
+        losses, throughput = LossCurves(config.train), Throughput(config.train, 0.5)
+        return [throughput, losses, StepLine(config, losses, throughput)]
+
+    def look(trainer, module, watch) -> None:
+        (optimizer,) = trainer.optimizers
+        found["moments"] = sorted(
+            {
+                f"{key} {value.dtype} {value.device}"
+                for state in optimizer.state.values()
+                for key, value in state.items()
+            }
+        )
+        found["groups"] = [group["name"] for group in optimizer.param_groups]
+        snapshot = take_snapshot(module, optimizer, 1, trainer.datamodule)
+        tensors = [t for file in snapshot.adapters.values() for t in file.values()] + list(snapshot.moments.values())
+        found["snapshot"] = sorted({f"{t.dtype} {t.device}" for t in tensors})
+        found["saved"] = sum(t.numel() for file in snapshot.adapters.values() for t in file.values())
+        found["trained"] = sum(p.numel() for _, p in module.transformer.trainable_parameters())
+
+    small("train.log_every=1", at_end=look, callbacks=of, largest=False)
+    assert torch.cuda.is_available() is False  # what pretended is gone
+    return found
+
+
+@case
+def metrics() -> object:
+    """Every metric of sampled scenes, on the device."""
+    import torch
+
+    from one4d_pl.metrics.camera import CameraError
+    from one4d_pl.metrics.depth import VideoDepthError
+    from one4d_pl.metrics.pointmap import PointmapError
+    from one4d_pl.rehearsal.fake_cuda import pretend
+    from one4d_pl.rehearsal.watch import Watch
+
+    watch = Watch()
+    with pretend(watch) as device, watch.watching():
+        g = torch.Generator().manual_seed(0)
+
+        def drawn(*size: int):
+            return torch.rand(size, generator=g, dtype=torch.float64).to(device) + 0.5
+
+        valid = torch.ones(1, 3, 6, 8, dtype=torch.bool, device=device)
+        pointmap = PointmapError("scale_shift").to(device)
+        pointmap.update(drawn(1, 3, 6, 8, 3), drawn(1, 3, 6, 8, 3), valid, ~valid)
+        depth = VideoDepthError("scale_shift").to(device)
+        depth.update(drawn(3, 6, 8), drawn(3, 6, 8), valid[0])
+        camera = CameraError().to(device)
+        pose = torch.eye(4, dtype=torch.float64, device=device).repeat(3, 1, 1)
+        moved = pose.clone()
+        moved[:, :3, 3] = drawn(3, 3)
+        camera.update(moved, moved + 0, torch.ones(3, dtype=torch.bool, device=device))
+        values = {**pointmap.compute(), **depth.compute(), **camera.compute()}
+        return {name: str(torch.as_tensor(value).device) for name, value in values.items()}
+
+
+@case
+def generator_fault() -> object:
+    """The fault that every first fit on a GPU died of: a draw on the default device with a CPU generator."""
+    import torch
+
+    from one4d_pl.models import lora
+    from one4d_pl.rehearsal.run import Fault
+
+    def as_it_was(weight, generator) -> None:
+        torch.empty(weight.shape).uniform_(-1, 1, generator=generator)
+
+    try:
+        with patch.object(lora, "_kaiming_uniform", as_it_was):
+            small()
+    except Fault as fault:
+        return str(fault)
+    return "no fault"
+
+
+@case
+def device_fault() -> object:
+    """A link that was left on the CPU."""
+    import torch
+
+    from one4d_pl.models import control_links
+    from one4d_pl.rehearsal.run import Fault
+
+    built = control_links._zero_linear
+    try:
+        with patch.object(control_links, "_zero_linear", lambda width, device: built(width, torch.device("cpu"))):
+            with patch("lightning.pytorch.strategies.SingleDeviceStrategy.model_to_device", lambda self: None):
+                small()
+    except Fault as fault:
+        return str(fault)
+    return "no fault"
+
+
+@case
+def dtype_fault() -> object:
+    """What a bfloat16 base says without autocast."""
+    import contextlib
+
+    from lightning.pytorch.plugins.precision import MixedPrecision
+
+    from one4d_pl.rehearsal.run import Fault
+
+    try:
+        with patch.object(MixedPrecision, "forward_context", lambda self: contextlib.nullcontext()):
+            small()
+    except Fault as fault:
+        return str(fault)
+    return "no fault"
+
+
+def main(out: str, *names: str) -> int:
+    load_device()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    found = {}
+    for name in names or cases:
+        try:
+            found[name] = cases[name]()
+        except Exception:
+            found[name] = {"error": traceback.format_exc()}
+        Path(out).write_text(json.dumps(found))
+    return 0
+
+
+if __name__ == "__main__":
+    from one4d_pl.training.signals import end_process
+
+    end_process(lambda: main(*sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""What a GPU would have refused, rehearsed: the real Trainer, module, sampler and metrics on fake CUDA tensors.
+
+All rehearsals run once, in one process of their own (cases.py): torch must not be imported before its device is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from one4d_pl.config import CHECKPOINTING
+
+REPO = Path(__file__).parents[2]
+PAPER = [f"--config=configs/{name}.yaml" for name in ("dlc", "scale/wan_14b", "data/one4d_mix")]
+TRAFFIC_BEFORE = (
+    289.7e9,
+    357.1e9,
+)  # bytes of a 14B block's step, fully checkpointed: elementwise, all; before issue 19
+pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch")
+
+
+def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=REPO, capture_output=True, text=True, timeout=280,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict[str, object]:
+    out = tmp_path_factory.mktemp("rehearsals") / "seen.json"
+    done = python("-m", "tests.rehearsal.cases", str(out))
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    faults = [case["error"] for case in found.values() if isinstance(case, dict) and "error" in case]
+    assert not faults, "\n".join(faults)
+    return found
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_a_step_of_the_14b_needs_the_planners_memory(seen, mode):
+    step = seen[f"step_{mode}"]
+    assert step["planned"] == pytest.approx(step["peak"], rel=0.02)
+    # and so what is computed, which the weights do not dilute
+    assert step["planned"] - step["fixed"] == pytest.approx(step["peak"] - step["fixed"], rel=0.05)
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_the_transformers_step_never_waits_for_the_gpu(seen, mode):
+    waits = seen[f"step_{mode}"]["waits"]
+    assert waits["forward"] == waits["backward"] == waits["optimizer"] == 0
+
+
+@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_float32_of_tokens_times_width_is_only_in_norms_modulation_and_residual_sums(seen, mode):
+    """Those are diffusers' own: a block's own code and its FP32LayerNorms; no attention, linear, LoRA or link."""
+    assert seen[f"step_{mode}"]["wide"] == ["FP32LayerNorm", "WanTransformerBlock"]
+
+
+def test_a_block_moves_fewer_bytes(seen):
+    step = seen["step_full"]
+    assert step["elementwise"] <= 0.65 * TRAFFIC_BEFORE[0] and step["traffic"] <= 0.75 * TRAFFIC_BEFORE[1]
+
+
+def test_the_step_holds_each_part_in_its_dtype_on_the_device(seen):
+    tensors = seen["step_full"]["tensors"]
+    assert not [words for words in tensors.values() if " on cpu" in words]
+    assert "trained float32" in tensors["transformer"] and "trained bfloat16" not in tensors["transformer"]
+
+
+def test_the_sampler_guides_in_one_call_or_two_and_encoders_visit(seen):
+    ways = seen["sampling"]
+    assert ways["stacked"]["calls"] == [4, 4] and ways["two calls"]["calls"] == [2, 2, 2, 2]
+    for way in ways.values():
+        assert way["devices"] == ["cuda:0"] and way["shape"] == [1, 3, 9, 64, 96]
+    assert ways["stacked"]["encoders"] == ["cuda:0"] and ways["offload"]["encoders"] == ["cpu"]
+    assert ways["offload"]["peak"] < ways["stacked"]["peak"] - 8 * 2**30  # the text encoder alone has 10.6 GiB
+
+
+def test_first_steps_log_and_leave_a_whole_checkpoint_on_the_cpu(seen):
+    found = seen["callbacks"]
+    assert found["groups"] == ["lora", "links", "xyz_patch_embedding"]
+    assert found["snapshot"] == ["torch.float32 cpu"] and found["saved"] == found["trained"]
+    moments = {words for words in found["moments"] if "exp_avg" in words}
+    assert moments == {"exp_avg torch.float32 cuda:0", "exp_avg_sq torch.float32 cuda:0"}
+
+
+def test_metrics_stay_on_the_device(seen):
+    assert seen["metrics"] and set(seen["metrics"].values()) == {"cuda:0"}
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        ("generator_fault", ("cases.py", "generator")),
+        ("device_fault", ("models/control_links.py", "transformer.links.0", "cpu")),
+        ("dtype_fault", ("convolution", "transformer.base.patch_embedding")),
+    ],
+)
+def test_a_fault_put_back_is_one_line_with_module_and_file(seen, fault, words):
+    told = seen[fault]
+    assert "\n" not in told
+    for word in words:
+        assert word in told, told
+
+
+def test_the_door_tells_what_it_saw():
+    done = python(
+        "-m", "one4d_pl.rehearse", *PAPER, "--blocks", "1", "data.num_frames=5", "data.height=32", "data.width=32"
+    )
+    assert done.returncode == 0, done.stderr
+    for words in ("1 blocks", "backward", "sampling: transformer", "the planner says", "GB a block", "no fault"):
+        assert words in done.stdout
+    assert not done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "words"),
+    [
+        (["--blocks", "41"], {}, "--blocks: 41, need 1 to 40"),
+        (["base.path=weights/Unknown"], {}, "weights/Unknown"),
+        (["train.nothing=1"], {}, "unknown key train.nothing"),
+        ([], {"PATH": "/nowhere"}, "no g++"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(arguments, environment, words):
+    done = python("-m", "one4d_pl.rehearse", *PAPER, *arguments, **environment)
+    assert done.returncode == 2, done.stdout
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: ") and words in line
