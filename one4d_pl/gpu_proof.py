@@ -25,6 +25,7 @@ from one4d_pl.bench_gpu import name_of
 REPO = Path(__file__).parents[1]
 TOY = REPO / "configs" / "dlc.yaml"
 PYTHON_M = [sys.executable, "-m"]
+STEP_LINE = re.compile(r"step (\d+)/\d+ \| rgb ([\d.]+) \| xyz ([\d.]+) \| ([\d.e-]+) s/step")  # of StepLine
 NO_TESTS = 5  # pytest's exit code
 
 
@@ -91,7 +92,7 @@ def parts(out: Path, tiny: bool) -> Iterator[Part]:
     yield Part(
         "tests",
         "the tests marked gpu pass",
-        [*PYTHON_M, "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", str(REPO / "tests")],
+        [*PYTHON_M, "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", str(REPO / "tests/gpu")],
         150,
         lambda text: {"summary": _last(r"^.*\d+ (?:passed|skipped|failed).*$", text)},
     )
@@ -195,14 +196,13 @@ def _fit(folder: Path, tiny: bool, *overrides: str) -> list[str]:
     toy = [f"data.toy.root={data}", f"data.toy.train_synthetic={clips}", "data.toy.train_real=0", "data.toy.val=2"]
     quiet = ["val.clips=2", "val.sigmas=[0.5]", "eval.every=0", "train.log_every=1", "train.resume=false"]
     small = ["train.global_batch_size=4", "train.micro_batch_size=4", "data.num_workers=0"] if tiny else []
-    return [
-        *PYTHON_M, "one4d_pl.fit", "--config", str(TOY), *sources, *toy, *quiet, *small, f"run_dir={folder}", *overrides,
-    ]  # fmt: skip
+    rest = [*sources, *toy, *quiet, *small, f"run_dir={folder}", *overrides]
+    return [*PYTHON_M, "one4d_pl.fit", "--config", str(TOY), *rest]
 
 
 def _losses(text: str) -> dict[str, object]:
     """First and last logged losses, and the seconds of the last step."""
-    steps = re.findall(r"step (\d+)/\d+ \| rgb ([\d.]+) \| xyz ([\d.]+) \| ([\d.e-]+) s/step", text)
+    steps = STEP_LINE.findall(text)
     if not steps:
         return {"steps": 0}
     (_, rgb_first, xyz_first, _), (last, rgb, xyz, seconds) = steps[0], steps[-1]

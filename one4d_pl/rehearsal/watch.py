@@ -1,4 +1,4 @@
-"""What happens to tensors in a rehearsal: live bytes, traffic, waits for the GPU, and what CUDA's kernels would refuse."""
+"""What happens to tensors in a rehearsal: live bytes, traffic, waits for the GPU, and what CUDA would refuse."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
@@ -86,6 +87,10 @@ def small(
         return watch
 
 
+def note_samples(calls: list[int], transformer: object, inputs: tuple) -> None:
+    calls.append(len(inputs[0]))
+
+
 @case
 def sampling() -> object:
     """Guidance in one call and in two, whole and in tiles, with encoders that visit the device."""
@@ -113,8 +118,8 @@ def sampling() -> object:
                 module.encoders.vae.tile_sample_stride_height = module.encoders.vae.tile_sample_stride_width = 32
             if offload:
                 pipeline.enable_encoder_offload()
-            calls = []
-            handle = module.transformer.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+            calls: list[int] = []
+            handle = module.transformer.register_forward_pre_hook(partial(note_samples, calls))
             watch.begin(name)
             with trainer.precision_plugin.forward_context():
                 scene = pipeline.sample(["a cube"], batch.frames, batch.frame_mask, noise)
@@ -228,9 +233,11 @@ def device_fault() -> object:
 
     built = control_links._zero_linear
     try:
-        with patch.object(control_links, "_zero_linear", lambda width, device: built(width, torch.device("cpu"))):
-            with patch("lightning.pytorch.strategies.SingleDeviceStrategy.model_to_device", lambda self: None):
-                small()
+        with (
+            patch.object(control_links, "_zero_linear", lambda width, device: built(width, torch.device("cpu"))),
+            patch("lightning.pytorch.strategies.SingleDeviceStrategy.model_to_device", lambda self: None),
+        ):
+            small()
     except Fault as fault:
         return str(fault)
     return "no fault"
