@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from one4d_pl.rehearsal.watch import Watch
+
 SOURCE = Path(__file__).with_suffix(".cpp")
 COMPILER = "g++"
 LIBRARIES = ("libtorch_global_deps.so", "libc10.so", "libtorch_cpu.so")
@@ -65,11 +67,11 @@ def _torch_folder() -> Path:
 
 
 @contextmanager
-def pretend(peak_bytes: SimpleNamespace) -> Iterator[torch.device]:
+def pretend(watch: Watch) -> Iterator[torch.device]:
     """Fake tensors, and a `torch.cuda` that says there is one device, inside; yields the device.
 
     Args:
-        peak_bytes: its `peak` is what torch.cuda.max_memory_allocated tells.
+        watch: its `peak` is what torch.cuda.max_memory_allocated tells.
 
     Raises ConfigError under a CUDA build of torch without a GPU: its own device cannot be replaced.
     """
@@ -87,7 +89,7 @@ def pretend(peak_bytes: SimpleNamespace) -> Iterator[torch.device]:
     device = torch.device("cuda", 0)
     with ExitStack() as stack:
         if torch.version.cuda is None:
-            for name, value in _python_side(peak_bytes).items():
+            for name, value in _python_side(watch).items():
                 stack.enter_context(patch.object(torch.cuda, name, value))
             stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))
             # torch.tensor(..., device="cuda") is made on the CPU and moved as a fake one
@@ -103,7 +105,7 @@ def pretend(peak_bytes: SimpleNamespace) -> Iterator[torch.device]:
         yield device
 
 
-def _python_side(peak_bytes: SimpleNamespace) -> dict[str, object]:
+def _python_side(watch: Watch) -> dict[str, object]:
     """What torch.cuda answers; its functions ask a C++ module that a CPU build does not have."""
     properties = SimpleNamespace(name=NAME, total_memory=2**62, major=9, minor=0, multi_processor_count=132)
 
@@ -123,7 +125,7 @@ def _python_side(peak_bytes: SimpleNamespace) -> dict[str, object]:
         "get_device_name": answer(NAME),
         "get_device_capability": answer((9, 0)),
         "get_device_properties": answer(properties),
-        "max_memory_allocated": lambda *args: peak_bytes.peak,
+        "max_memory_allocated": lambda *args: watch.peak,
         **dict.fromkeys(silent, nothing),
     }
 

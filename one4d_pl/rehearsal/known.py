@@ -57,7 +57,10 @@ class Known:
 
     def indices(self, mask: Tensor) -> list[Tensor]:
         """Where a mask is true, one index per dimension; everywhere, where that is not known."""
-        return [self._fake(index, mask.device) for index in self._found(mask).unbind(1)]
+        found = self._found(mask)
+        with unset_fake_temporarily():
+            columns = found.unbind(1)
+        return [self._fake(index, mask.device) for index in columns]
 
     def nonzero(self, tensor: Tensor) -> Tensor:
         """aten.nonzero's result."""

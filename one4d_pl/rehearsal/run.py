@@ -127,7 +127,7 @@ def rehearsing(config: Config) -> Iterator[Watch]:
         except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
             if isinstance(error, ConfigError):
                 raise
-            raise Fault(told_fault(error, watch.where)) from error
+            raise Fault(told_fault(error, watch.failed_in)) from error
 
 
 def told_fault(error: Exception, where: str) -> str:
@@ -254,6 +254,9 @@ class FakeClips(lightning.LightningDataModule):
     def describe_latents(self) -> dict[str, object]:
         channels = int(str(transformer_config(Path(self.config.base.path))["out_channels"]))
         return {"xyz_mean": [0.0] * channels, "xyz_std": [1.0] * channels}
+
+    def describe_sources(self) -> list[dict[str, str]]:
+        return []
 
     def _loader(self, clips: int) -> DataLoader[Sample]:
         encoded = self.config.data.cache_latents

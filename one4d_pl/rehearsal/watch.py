@@ -62,6 +62,7 @@ class Watch(TorchDispatchMode):
         self.now = self.peak = 0
         self.phases: dict[str, Phase] = {}
         self.current = Phase()
+        self.failed_in = ""  # module of the last operation that was refused
         self.at_peak: dict[int, tuple[int, str]] = {}
         self._alive: dict[int, tuple[int, str]] = {}
         self._gone: dict[int, weakref.ref[object]] = {}
@@ -117,10 +118,14 @@ class Watch(TorchDispatchMode):
         if func is aten.nonzero.default:
             return self.known.nonzero(read[0])
         args = self._without_masks(func, args)
-        refuse(func, read)
-        result = func(*args, **kwargs)
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        refuse_generator(func, kwargs.get("generator"), made)
+        try:
+            refuse(func, read)
+            result = func(*args, **kwargs)
+            made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+            refuse_generator(func, kwargs.get("generator"), made)
+        except Exception:
+            self.failed_in = self.where  # hooks will have left the module when the error arrives
+            raise
         self.known.follow(func, args, kwargs, made)
         self._count(func, read, made)
         return result

@@ -80,7 +80,7 @@ def test_the_sampler_guides_in_one_call_or_two_and_encoders_visit(seen):
     for way in ways.values():
         assert way["devices"] == ["cuda:0"] and way["shape"] == [1, 3, 9, 64, 96]
     assert ways["stacked"]["encoders"] == ["cuda:0"] and ways["offload"]["encoders"] == ["cpu"]
-    assert ways["offload"]["peak"] < ways["stacked"]["peak"] - 8 * 2**30  # the text encoder alone has 10.6 GiB
+    assert ways["offload"]["peak"] < ways["stacked"]["peak"] - 2**30  # the others wait while the text encoder works
 
 
 def test_first_steps_log_and_leave_a_whole_checkpoint_on_the_cpu(seen):
@@ -98,7 +98,7 @@ def test_metrics_stay_on_the_device(seen):
 @pytest.mark.parametrize(
     ("fault", "words"),
     [
-        ("generator_fault", ("cases.py", "generator")),
+        ("generator_fault", ("models/lora.py", "generator", "cpu")),
         ("device_fault", ("models/control_links.py", "transformer.links.0", "cpu")),
         ("dtype_fault", ("convolution", "transformer.base.patch_embedding")),
     ],
