@@ -11,7 +11,7 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 
 from one4d_pl.config import ConfigError, DLCConfig
-from one4d_pl.models.attention_norms import keep_base_dtype
+from one4d_pl.models.attention_norms import norm_without_autocast
 from one4d_pl.models.checkpointing import compile_selective, run_checkpointed
 from one4d_pl.models.control_links import ControlLink, link_positions
 from one4d_pl.models.lora import BranchPatchEmbedding, wrap_linears
@@ -31,7 +31,7 @@ class CoupledTransformer(nn.Module):
     def __init__(self, base: WanTransformer3DModel, config: DLCConfig) -> None:
         super().__init__()
         self.base = base.requires_grad_(False).eval()
-        keep_base_dtype(base)
+        norm_without_autocast(base)
         self.config = config
         self.keeps_attention = False  # see set_activation_checkpointing
         self.links = nn.ModuleDict()  # block -> ControlLink; only Decoupled LoRA Control has any

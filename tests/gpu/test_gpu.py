@@ -10,7 +10,7 @@ import torch
 from one4d_pl import bench_gpu
 from one4d_pl.config import CHECKPOINTING, DLCConfig, OptimConfig
 from one4d_pl.costs.flops import BatchShape
-from one4d_pl.models.attention_norms import keep_base_dtype
+from one4d_pl.models.attention_norms import norm_without_autocast
 from one4d_pl.models.base_files import RELEASED
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.training.optim import build_optimizer
@@ -27,7 +27,7 @@ def case(checkpointing: str) -> bench_gpu.Case:
 
 def test_at_step_0_the_frames_are_plain_wans_bit_for_bit():
     plain = bench_gpu.random_base(SHALLOW, CUDA)
-    keep_base_dtype(plain)  # which Wan's own inference has; autocast would run these norms in float32
+    norm_without_autocast(plain)  # which Wan's own inference has; autocast would run these norms in float32
     model = One4DTransformer(copy.deepcopy(plain), DLCConfig(num_links=1), seed=0)
     inputs = bench_gpu.random_inputs(case("none"), CUDA)
     condition = torch.cat([inputs.condition, torch.zeros_like(inputs.condition)])
