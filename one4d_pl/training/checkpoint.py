@@ -161,14 +161,16 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTrans
         (staging / STATE).write_text(json.dumps(state, indent=1) + "\n")
         for file in staging.rglob("*"):
             _flush(file)
-        if folder.exists() or folder.is_symlink():  # only ever a damaged one
+        damaged = folder.exists() or folder.is_symlink()  # a sound one is never overwritten
+        if damaged:
             folder.rename(new_staging(folder))
         staging.rename(folder)
     except OSError:
         shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
         raise
     _flush(folder.parent)
-    discard_leftovers(folder.parent)
+    if damaged:
+        discard_leftovers(folder.parent)
 
 
 class BackgroundWriter:
