@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import torch
-
 from one4d_pl.interrupts import follow_parent
 
 
@@ -15,5 +13,7 @@ def become_worker(number: int = 0) -> None:
     workers. So what is followed is the process that asked for this one, by a pipe that ends with it however it ends:
     no process id that another may have got since.
     """
+    import torch  # doors that start workers need not have it
+
     torch.set_num_threads(1)  # the cores are the training process's
     follow_parent()
