@@ -220,6 +220,17 @@ def test_a_checkpoint_counts_by_the_step_it_holds_whatever_it_is_called_now(run_
     assert newest_checkpoint(config.run_dir) == checkpoint_folder(config.run_dir, 6)
 
 
+def test_ranks_that_see_different_checkpoints_do_not_train_together(fit_command, run_config, monkeypatch, capsys):
+    """Each would take another step's data and wait in another collective than the rest."""
+    fit(run_config("train.max_steps=2"))
+    monkeypatch.setattr("one4d_pl.training.checkpoint.gather", lambda mine: [mine, 0])
+    assert main(fit_command("train.max_steps=4")[3:]) == 1
+    printed = capsys.readouterr().err
+    assert "Traceback" not in printed
+    (line,) = [line for line in printed.splitlines() if line.startswith("error:")]
+    assert "rank 0 goes on from step 2, rank 1 from step 0" in line
+
+
 # --- what cannot be deleted
 
 
