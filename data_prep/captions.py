@@ -30,6 +30,7 @@ import torch
 from PIL import Image
 
 from one4d_pl.data.texts import caption_text, is_missing
+from one4d_pl.errors import UserError
 from one4d_pl.files import write_text
 from one4d_pl.geometry.camera import resize_frames
 from one4d_pl.types import Clip
@@ -46,7 +47,7 @@ LONGEST_CAPTION = 2000  # characters; the text encoder sees 512 tokens
 logger = logging.getLogger(__name__)
 
 
-class CaptionError(ValueError):
+class CaptionError(UserError):
     """Captions cannot be had; nothing is lost, for what was answered is in the cache."""
 
 

@@ -29,7 +29,7 @@ from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError
 from one4d_pl.errors import UserError
-from one4d_pl.files import open_whole
+from one4d_pl.files import check_folder, open_whole
 from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
 from one4d_pl.models.base_files import weight_files
 from one4d_pl.models.encoder_files import open_vae
@@ -205,6 +205,7 @@ def _run(args: argparse.Namespace) -> int:
         if vae is not None and not weight_files(Path(vae), "vae"):
             raise ValueError(f"{vae}: no VAE there; --base takes a folder in diffusers layout or in Wan's own")
         shards = ShardSet.open(args.folder)
+        check_folder(report, "--report")
         (report / "parts").mkdir(parents=True, exist_ok=True)
         parts = [
             report / "parts" / f"{shard.name}.{shard.sha256[:12]}-{tried}.json" for shard in shards.manifest.shards

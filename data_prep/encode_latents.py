@@ -16,6 +16,7 @@ from pathlib import Path
 from one4d_pl.commands import Command
 from one4d_pl.config import Config, ConfigError, load_config
 from one4d_pl.errors import UserError
+from one4d_pl.files import check_folder
 
 
 @dataclass(frozen=True)
@@ -80,6 +81,9 @@ def encode(arguments: Arguments, config: Config) -> list[str]:
             raise ConfigError(f"{location}: nothing can be written beside a URL; give --raw and --out")
         folder = Path(arguments.out) if arguments.out else cache_folder(location, recipe)
         make = video_sample_maker(raw, config.data)
+        check_folder(
+            folder, "--out" if arguments.out else "data.sources", "" if arguments.out else "give --raw and --out"
+        )
         draws, task = arguments.sparse_draws, (arguments.rank, arguments.world)
         if encode_set(raw, folder, recipe, draws, open_encoders, make, *task):
             whole = EncodedSet.open(folder)

@@ -26,7 +26,7 @@ from one4d_pl.data.latent_stats import LatentStats, latent_statistics, spread
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError
 from one4d_pl.errors import UserError
-from one4d_pl.files import open_whole
+from one4d_pl.files import check_folder, open_whole
 
 COLUMNS = ("folder", "source", "domain", "split", "licence", "clips", "scenes", "hours", "size", "MB/clip",
            "motion %", "turn deg", "depth 2-98 %", "words")  # fmt: skip
@@ -170,6 +170,7 @@ def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if args.clips < 1:
         raise UserError("--clips must be at least 1")
+    check_folder(args.out, "--out")
     try:
         found = [measure_set(folder, args.clips) for folder in args.folders]
         args.out.mkdir(parents=True, exist_ok=True)

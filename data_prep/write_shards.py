@@ -29,6 +29,7 @@ from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.staging import Plan, Staging, is_finished
 from one4d_pl.data.tar_set import SPLITS, Recipe
 from one4d_pl.errors import UserError
+from one4d_pl.files import check_folder
 from one4d_pl.types import DOMAINS
 
 log = logging.getLogger("data_prep")
@@ -209,6 +210,7 @@ def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
         arguments = Arguments(**vars(args))
+        check_folder(Path(arguments.out), "--out")
         shards = write(arguments)
     except (ValueError, OSError) as error:
         raise UserError(str(error)) from None

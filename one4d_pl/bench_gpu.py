@@ -23,7 +23,7 @@ from one4d_pl.costs.ceiling import measure_ceiling, seconds
 from one4d_pl.costs.flops import BatchShape, TransformerShape, peak_flops, training_flops
 from one4d_pl.costs.memory import Layout, Memory, step_memory
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample
-from one4d_pl.files import write_json
+from one4d_pl.files import check_folder, write_json
 from one4d_pl.models.base_files import IMAGE_TOKENS, RELEASED
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.training.optim import build_optimizer
@@ -86,6 +86,8 @@ def _run(args: argparse.Namespace) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         raise ConfigError("no CUDA device; --tiny runs the same on a CPU")
+    if args.out is not None:
+        check_folder(Path(args.out).parent, "--out")
     ceiling = measure_ceiling(device, args.tiny)
     _tell(ceiling_table(ceiling))
     best = max(speed for name, speed in ceiling.items() if not name.startswith("attention"))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from one4d_pl.commands import Command
 from one4d_pl.config import EMBEDDED_BASE, Config, ConfigError, base_folder, load_config
+from one4d_pl.files import check_folder
 
 log = logging.getLogger("one4d_pl")
 
@@ -30,6 +31,7 @@ def _run(args: argparse.Namespace) -> None:
     config = load_config(args.config, args.overrides)
     if not (args.vae / "config.json").is_file():
         raise ConfigError(f"--vae: no VAE at {args.vae}; make it with `python -m one4d_pl.build_tiny_vae`")
+    check_folder(Path(config.run_dir), "run_dir")
     build(config, args.vae)
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.errors import UserError
-from one4d_pl.files import replaced_folder, write_json
+from one4d_pl.files import check_folder, replaced_folder, write_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -51,6 +51,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    check_folder(args.out, "--out")
     state = args.out / "state.safetensors"
     if args.resume != state.exists():
         hint = "is not there to resume; leave --resume away" if args.resume else "exists; pass --resume or remove it"

@@ -17,12 +17,13 @@ from __future__ import annotations
 import argparse
 import json
 import time
-import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError
+from one4d_pl.errors import reading
+from one4d_pl.files import check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> None:
         raise ConfigError(f"{source}: no such file, need a .npy or .npz of pointmaps [T, H, W, 3], or a scene folder")
 
     from one4d_pl.files import write_text
+
+    check_folder(args.out, "--out")
     from one4d_pl.inference.predictions import Prediction, report_dict, write_prediction
     from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 
@@ -76,7 +79,7 @@ def read_pointmaps(path: Path) -> tuple[Tensor, Tensor | None]:  # [T, H, W, 3] 
     import numpy as np
     import torch
 
-    try:
+    with reading(path):
         arrays = np.load(path, allow_pickle=False)
         if isinstance(arrays, np.ndarray):
             points, valid = arrays, None
@@ -89,8 +92,6 @@ def read_pointmaps(path: Path) -> tuple[Tensor, Tensor | None]:  # [T, H, W, 3] 
             raise ValueError(f"{points.dtype} {list(points.shape)}, need floating point [T, H, W, 3]")
         if valid is not None and (valid.shape != points.shape[:3] or valid.dtype.kind not in "bfiu"):
             raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}, need [T, H, W] = {list(points.shape[:3])}")
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ConfigError(f"{path}: {' '.join(str(error).split())}") from None
     weights = None if valid is None else torch.from_numpy(valid if valid.dtype == bool else valid.astype(np.float32))
     if weights is not None and weights.dtype != torch.bool and not bool((weights >= 0).all()):
         raise ConfigError(f"{path}: valid holds weights that are negative or nan")

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config
+from one4d_pl.files import check_folder
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -46,6 +47,7 @@ def _run(args: argparse.Namespace) -> None:
     config = load_config(args.config or ["configs/demo.yaml"], args.overrides)
     if args.clips < 2:
         raise ConfigError(f"--clips: {args.clips}, need 2 or more (one clip's condition is tried on another)")
+    check_folder(args.out, "--out")
     demo(config, args.adapters, args.clips, args.out)
 
 

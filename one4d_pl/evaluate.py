@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config
+from one4d_pl.files import check_folder
 
 if TYPE_CHECKING:
     from one4d_pl.evaluation.run import Request
@@ -46,6 +47,7 @@ def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     model = None if args.predictions else find_model(args)
     request = _request(args)
+    check_folder(request.out, "--out")
     if args.bench == "vbench":
         _vbench(request, model, args)
     else:
@@ -115,14 +117,9 @@ def _request(args: argparse.Namespace) -> Request:
 
 
 def _evaluate(request: Request, model: Model | None) -> None:
-    from one4d_pl.evaluation.benchmarks import BenchmarkError
     from one4d_pl.evaluation.run import evaluate
-    from one4d_pl.inference.predictions import PredictionError
 
-    try:
-        table = evaluate(request, None if model is None else model.config, () if model is None else model.adapters)
-    except (BenchmarkError, PredictionError) as error:
-        raise ConfigError(str(error)) from None
+    table = evaluate(request, None if model is None else model.config, () if model is None else model.adapters)
     print(table, end="")
     log.info("written: %s", request.out)
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import argparse
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError
-from one4d_pl.files import whole_folder
+from one4d_pl.errors import reading
+from one4d_pl.files import check_folder, whole_folder
 
 log = logging.getLogger("one4d_pl")
 
@@ -70,22 +70,17 @@ def export_scene_folder(
         raise ConfigError(f"--points: {points}, need 1 or more")
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name a new folder")
+    check_folder(out, "--out")
 
     from one4d_pl.inference.exports import POINT_LIMIT, export_scene
-    from one4d_pl.inference.scene import SceneError, open_scene
+    from one4d_pl.inference.scene import open_scene
 
-    try:
-        export_scene(open_scene(folder), out, tuple(dict.fromkeys(formats)), keep_flying_points, points or POINT_LIMIT)
-    except SceneError as error:
-        raise ConfigError(str(error)) from None
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {out} ({error})") from None
+    export_scene(open_scene(folder), out, tuple(dict.fromkeys(formats)), keep_flying_points, points or POINT_LIMIT)
 
 
 def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()) -> int:
     """Write the adapter of `checkpoint` to `out`, atomically; returns its size in bytes."""
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file, save_file
 
     from one4d_pl.models.adapters import AdapterCard, adapter_files, check_complete
@@ -105,24 +100,20 @@ def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()
     if lora_for and card.coupling != "decoupled":
         raise ConfigError(f"--lora-for: {folder} couples by {card.coupling}, it has no LoRA of the frames alone")
     check_complete(folder, card)
-    try:
-        with whole_folder(out) as staging:
-            for file in adapter_files(folder):
-                target = staging / file
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if target.suffix == ".safetensors":
-                    try:
-                        stored = load_file(folder / file)
-                    except (OSError, SafetensorError) as error:
-                        raise ConfigError(f"{folder / file}: cannot be read ({error})") from None
-                    save_file({name: tensor.to(getattr(torch, dtype)) for name, tensor in stored.items()}, target)
-                else:
-                    shutil.copyfile(folder / file, target)
-            for layout in dict.fromkeys(lora_for):
-                for modality in MODALITIES:
-                    save_lora(staging, modality, layout, staging / f"{modality}_lora_{layout}.safetensors")
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {out} ({error})") from None
+    check_folder(out, "--out")
+    with whole_folder(out) as staging:
+        for file in adapter_files(folder):
+            target = staging / file
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with reading(folder / file):
+                content = (folder / file).read_bytes() if target.suffix == ".json" else load_file(folder / file)
+            if isinstance(content, bytes):
+                target.write_bytes(content)
+            else:
+                save_file({name: tensor.to(getattr(torch, dtype)) for name, tensor in content.items()}, target)
+        for layout in dict.fromkeys(lora_for):
+            for modality in MODALITIES:
+                save_lora(staging, modality, layout, staging / f"{modality}_lora_{layout}.safetensors")
     return sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from one4d_pl.commands import USER_ERROR, Command
 from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, ConfigError
-from one4d_pl.files import write_json
+from one4d_pl.files import check_folder, write_json
 from one4d_pl.models.base_files import (
     ORIGINAL_FILES,
     ORIGINAL_TOKENIZER,
@@ -82,6 +82,7 @@ def _run(args: argparse.Namespace) -> int:
     if not args.run:
         print(plan(base, folder))
         return 0
+    check_folder(folder, "--to")
     return report(folder, fetch(base, folder, show))
 
 

@@ -1,11 +1,12 @@
 """Files and folders that appear whole or not at all, with the modes that the umask asks for.
 
 What is being made lies beside its place under a hidden name, is flushed to the disk and renamed. A full disk, an error
-or Ctrl-C leaves what was there before, and nothing else.
+or Ctrl-C leaves what was there before, and nothing else. What the file system refuses is a UserError that names it.
 """
 
 from __future__ import annotations
 
+import codecs
 import contextlib
 import io
 import json
@@ -15,7 +16,7 @@ import uuid
 from collections.abc import Collection, Iterator
 from pathlib import Path
 
-from one4d_pl.errors import UserError
+from one4d_pl.errors import UserError, reading, writing
 from one4d_pl.interrupts import at_interrupt, uninterrupted
 
 _making: set[Path] = set()  # folders that will appear as a whole: files inside need no care of their own
@@ -46,11 +47,12 @@ def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
     With `folder` (on the same file system) it lies there until then, and FileNotFoundError says that one is absent.
     """
     if folder is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
     if any(made in path.parents for made in _making):
         yield path
         return
-    with temporary(path, folder) as staging:
+    with writing(path), temporary(path, folder) as staging:
         mode = _touch(staging)
         yield staging
         _settle(staging, mode)
@@ -78,12 +80,11 @@ def write_json(path: Path, tree: object) -> None:
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder to fill; at the end it is moved to `path`, which must not be there or be empty."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with temporary(path) as staging:
-        staging.mkdir()
+    with writing(path), temporary(path) as staging:
+        staging.mkdir(parents=True)
         with _in_making(staging):
             yield staging
-        _settle_tree(staging)
+        settle(staging)
         staging.rename(path)
 
 
@@ -95,16 +96,17 @@ def replaced_folder(path: Path, names: Collection[str] | None = None, last: str 
     mount point or a link. Until the new contents are whole the old ones are untouched, and a folder that was not there
     is not made.
     """
-    absent = not path.exists()
-    path.mkdir(parents=True, exist_ok=True)
+    with writing(path):
+        absent = not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
     for left in (*path.glob(".new.*.tmp"), *path.glob(".old.*.tmp")):  # by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
-        with temporary(path / "new") as staging, temporary(path / "old") as old:
+        with writing(path), temporary(path / "new") as staging, temporary(path / "old") as old:
             staging.mkdir()
             with _in_making(staging):
                 yield staging
-            _settle_tree(staging)
+            settle(staging)
             old.mkdir()
             going = [n for n in os.listdir(path) if n not in (staging.name, old.name) and (names is None or n in names)]
             with uninterrupted():
@@ -118,14 +120,30 @@ def replaced_folder(path: Path, names: Collection[str] | None = None, last: str 
                 path.rmdir()
 
 
-def check_folder(path: Path, option: str) -> None:
+def read_text(path: Path) -> str:
+    """A text file in UTF-8, with or without a byte order mark; UserError names one that is none."""
+    with reading(path):
+        content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            raise ValueError("text in UTF-16; save it in UTF-8")
+        return content.decode("utf-8-sig")
+
+
+def read_json(path: Path) -> object:
+    """What a json file holds; UserError names one that is none."""
+    text = read_text(path)
+    with reading(path, "json"):
+        return json.loads(text)
+
+
+def check_folder(path: Path, option: str, advice: str = "") -> None:
     """UserError where a folder cannot be made or written; so that hours of work do not end there. Leaves no trace."""
     place = path
     while not place.exists() and place != place.parent:
         place = place.parent
     try:
         if not place.is_dir():
-            raise UserError(f"{option}: {place} is a file; name a folder")
+            raise UserError(f"{option}: cannot write {path} ({place} is a file); name a folder")
         with temporary(place / path.name) as probe:
             probe.mkdir()
             if place != path:  # a name may be too long
@@ -133,7 +151,7 @@ def check_folder(path: Path, option: str) -> None:
             with open(probe / "byte", "wb") as file:  # a full disk takes a folder, but no byte
                 file.write(b"0")
     except OSError as error:
-        raise UserError(f"{option}: cannot write {path} ({error.strerror})") from None
+        raise UserError(f"{option}: cannot write {path} ({error.strerror}){advice and f'; {advice}'}") from None
 
 
 def sync(path: Path) -> None:
@@ -167,7 +185,8 @@ def _settle(path: Path, mode: int) -> None:
     sync(path)
 
 
-def _settle_tree(folder: Path) -> None:
+def settle(folder: Path) -> None:
+    """Give every file below a folder the mode that the folder's umask has, and flush them: before a rename."""
     mode = folder.stat().st_mode & 0o666
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from one4d_pl.files import write_text
+from one4d_pl.errors import UserError
+from one4d_pl.files import check_folder, write_text
 from one4d_pl.interrupts import INTERRUPTED, at_interrupt
 from one4d_pl.training.signals import STOP, Stop, die_with_launcher, early_rank, end_process, exit_code
 
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
-from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
+from one4d_pl.config import Config, EvalConfig, check_paths, load_config, to_yaml
 from one4d_pl.training.preemption import RunFailed, begin_start, forget_starts, note_end
 from one4d_pl.training.readiness import refuse_absent_deepspeed
 from one4d_pl.training.run_lock import sole_run
@@ -55,6 +56,7 @@ def _run(args: argparse.Namespace) -> int:
         return 0
     check_paths(config)
     refuse_absent_deepspeed(config)
+    check_folder(Path(config.run_dir), "run_dir")
     rank = early_rank(config.train.devices)
     with sole_run(config.run_dir) if rank == 0 else nullcontext():
         if rank == 0:
@@ -69,10 +71,10 @@ def _fit_counted(config: Config, rank: int) -> int:
         with at_interrupt(lambda: rank == 0 and forget_starts(config.run_dir)):
             code = fit(config, STOP)
         reason = f"exit code {code}" if code else ""
-    except (ConfigError, KeyboardInterrupt, SystemExit) as end:  # SystemExit: Lightning's, after a KeyboardInterrupt
+    except (UserError, KeyboardInterrupt, SystemExit) as end:  # SystemExit: Lightning's, after a KeyboardInterrupt
         if rank == 0:
             forget_starts(config.run_dir)  # somebody is there and looks at it
-        if isinstance(end, ConfigError):
+        if isinstance(end, UserError):
             raise
         return INTERRUPTED
     except RunFailed as failure:  # the same on every rank
@@ -113,7 +115,6 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.callbacks.losses import LossCurves
     from one4d_pl.callbacks.survival import Heartbeat, Preempted, Preemption
     from one4d_pl.callbacks.throughput import StepBar, StepLine, Throughput
-    from one4d_pl.data.shards import SampleError, ShardSetError
     from one4d_pl.data.shared_memory import refuse_small_shared_memory
     from one4d_pl.models.driver import driver_mismatch
     from one4d_pl.models.transformer import describe_sizes
@@ -123,10 +124,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.training.step_guard import StepGuard
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
 
-    try:
-        refuse_small_shared_memory(config)
-    except ShardSetError as error:
-        raise ConfigError(str(error)) from error
+    refuse_small_shared_memory(config)
     if config.scale == "tiny" and torch.cuda.device_count() > 1:
         log.warning("the tiny scale on %d GPUs: did you mean %s ?", torch.cuda.device_count(), LARGE_SCALE)
     if mismatch := driver_mismatch():
@@ -172,8 +170,6 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     try:
         with at_interrupt(checkpoint.writer.wait):
             trainer.fit(module, datamodule=datamodule)
-    except (SampleError, ShardSetError) as error:
-        raise ConfigError(str(error)) from error
     except Preempted as stopped:
         log.info("stopped by %s; the same command goes on from there", stopped)
         return exit_code(stopped.number) if trainer.is_global_zero else 0

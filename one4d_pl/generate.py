@@ -82,8 +82,8 @@ def generate(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    from one4d_pl.inference.media import MediaError, open_video
-    from one4d_pl.inference.pipeline import FPS, RequestError
+    from one4d_pl.inference.media import open_video
+    from one4d_pl.inference.pipeline import FPS
     from one4d_pl.inference.scene import may_become_scene, save_scene
 
     if args.image:
@@ -115,10 +115,6 @@ def generate(args: argparse.Namespace) -> None:
                     on_step=on_step,
                 )
         save_scene(args.out, scene)
-    except (MediaError, RequestError) as error:
-        raise ConfigError(str(error)) from None
-    except OSError as error:
-        raise ConfigError(f"--out: cannot write {args.out} ({error})") from None
     except (MemoryError, torch.OutOfMemoryError):
         raise ConfigError(
             "out of memory; make --size or --num-frames smaller, or add --offload --tile-vae --guidance-in-two-calls"

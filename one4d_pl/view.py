@@ -12,6 +12,7 @@ from pathlib import Path
 
 from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError
+from one4d_pl.files import check_folder
 
 log = logging.getLogger("one4d_pl")
 
@@ -35,18 +36,17 @@ def view(folder: Path, html: Path | None, port: int, keep_flying_points: bool) -
         raise ConfigError(f"--port: {port}, need 0 to 65535")
     if importlib.util.find_spec("viser") is None:
         raise ConfigError("the viewer needs viser, which is not installed: pip install 'one4d_pl[viz]'")
+    if html is not None:
+        check_folder(html.parent, "--html")
 
-    from one4d_pl.inference.scene import SceneError, open_scene
+    from one4d_pl.inference.scene import open_scene
     from one4d_pl.inference.viewer import Viewer, write_html
 
-    try:
-        scene = open_scene(folder)
-    except SceneError as error:
-        raise ConfigError(str(error)) from None
+    scene = open_scene(folder)
     if html is not None:
         try:
             stride = write_html(html, scene, keep_flying_points)
-        except (OSError, ValueError) as error:
+        except ValueError as error:
             raise ConfigError(f"--html: cannot write {html} ({error})") from None
         log.info("%s: %.1f MB, stride %d (every n-th pixel both ways)", html, html.stat().st_size / 1e6, stride)
         return

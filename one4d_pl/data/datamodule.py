@@ -31,6 +31,7 @@ from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.shared_memory import PREFETCH
 from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.data.worker import become_worker
+from one4d_pl.files import check_folder
 from one4d_pl.interrupts import before_workers
 from one4d_pl.types import Batch, Sample, collate
 
@@ -262,8 +263,19 @@ class One4DDataModule(lightning.LightningDataModule):
         folder = self._cache_folder(source)
         return None if folder is None else EncodedSet.open(folder)
 
+    def check_caches(self) -> None:
+        """UserError where clips are to be encoded into a folder that cannot be written."""
+        for path in {source.path: None for source in [*self.config.data.sources, *self.config.data.val_sources]}:
+            if "://" not in path and not (Path(path) / "manifest.json").is_file():
+                continue  # fit will make it
+            folder = self._cache_folder(open_set(path))
+            if folder is not None and not (folder / "manifest.json").is_file():
+                advice = "set data.cache_latents=false, or encode with data_prep.encode_latents --out"
+                check_folder(folder, "data.cache_latents", advice)
+
     def _fill_cache(self) -> None:
         """A set that encode_latents made serves as well, with as many draws as it has."""
+        self.check_caches()
         encoder: list[ClipEncoder] = []
         rank, world, device = 0, 1, torch.device("cpu")
         if self.trainer:

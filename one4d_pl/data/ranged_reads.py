@@ -20,13 +20,14 @@ from typing import TypeVar
 import fsspec
 
 from one4d_pl.data.read_cache import RangeCache
+from one4d_pl.errors import UserError
 
 LOCAL_PROTOCOLS = ("file", "local")
 
 Answer = TypeVar("Answer")
 
 
-class ShardSetError(ValueError):
+class ShardSetError(UserError):
     """A folder of shards that cannot be used as a whole."""
 
 

@@ -28,6 +28,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from one4d_pl.errors import UserError
+from one4d_pl.files import read_text
 from one4d_pl.geometry.se3 import invert_se3, se3_matrix, xyzw_to_matrix
 
 Layout = Literal["tum", "bonn"]
@@ -136,9 +138,9 @@ def list_files(
     elif folder.is_dir():
         files = list_pngs(folder)
     else:
-        raise ValueError(f"{root}: neither {kind}.txt nor {kind}/, need a TUM or Bonn RGB-D sequence folder")
+        raise UserError(f"{root}: neither {kind}.txt nor {kind}/, need a TUM or Bonn RGB-D sequence folder")
     if not files:
-        raise ValueError(f"{root}: no {kind} image is listed")
+        raise UserError(f"{root}: no {kind} image is listed")
     return sorted(files, key=lambda file: file.timestamp)
 
 
@@ -155,15 +157,15 @@ def list_pngs(folder: Path) -> list[StampedFile]:  # by time
 def read_trajectory(path: Path) -> Trajectory:
     """Rows `timestamp tx ty tz qx qy qz qw` as they stand; ValueError names the file and line that is broken."""
     if not path.is_file():
-        raise ValueError(f"{path}: no such file, need TUM's trajectory text")
+        raise UserError(f"{path}: no such file, need TUM's trajectory text")
     rows = _rows(path, 8)
     if not rows:
-        raise ValueError(f"{path}: no camera in it")
+        raise UserError(f"{path}: no camera in it")
     numbers = torch.tensor([[_number(path, i, word) for word in row] for i, row in rows], dtype=torch.float64)
     norm = torch.linalg.vector_norm(numbers[:, 4:], dim=1)
     for (i, _), length in zip(rows, norm.tolist()):
         if not abs(length - 1) < 1e-2:
-            raise ValueError(f"{path}: line {i}: the quaternion's norm is {length:.4f}, need 1")
+            raise UserError(f"{path}: line {i}: the quaternion's norm is {length:.4f}, need 1")
     return Trajectory(numbers[:, 0], se3_matrix(xyzw_to_matrix(numbers[:, 4:]), numbers[:, 1:4]))
 
 
@@ -222,21 +224,21 @@ def _decode(path: Path, mode: str) -> np.ndarray:
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if mode == "I;16" and image.mode != "I;16":
-                raise ValueError(f"{path}: {image.mode} picture, need 16-bit grey")
+                raise UserError(f"{path}: {image.mode} picture, need 16-bit grey")
             return np.array(image if mode == "I;16" else image.convert(mode))
     except UNDECODABLE as error:
-        raise ValueError(f"{path}: cannot be decoded ({error})") from error
+        raise UserError(f"{path}: cannot be decoded ({error})") from error
 
 
 def _rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
     """Line numbers and words of the lines that are neither empty nor comments."""
     rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for i, line in enumerate(read_text(path).splitlines(), start=1):
         words = line.split("#")[0].split()
         if not words:
             continue
         if len(words) < columns:
-            raise ValueError(f"{path}: line {i}: {len(words)} columns, need {columns}")
+            raise UserError(f"{path}: line {i}: {len(words)} columns, need {columns}, with spaces between them")
         rows.append((i, words[:columns]))
     return rows
 
@@ -244,7 +246,7 @@ def _rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
 def _inside(path: Path, line: int, name: str) -> str:
     """The name, if it stays below the sequence's folder: a downloaded list must not reach other files."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
-        raise ValueError(f"{path}: line {line}: {name!r} lies outside of the folder")
+        raise UserError(f"{path}: line {line}: {name!r} lies outside of the folder")
     return name
 
 
@@ -254,7 +256,8 @@ def _number(path: Path, line: int, word: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise ValueError(f"{path}: line {line}: {word!r} is no finite number") from None
+        where = f"{path}: line {line}" if line else f"{path}: its name"
+        raise UserError(f"{where}: {word!r} is no finite number") from None
     return value
 
 
@@ -262,7 +265,7 @@ def _camera_of(*names: str) -> str:
     for camera in INTRINSICS:
         if any(camera in name for name in names):
             return camera
-    raise ValueError(f"{names[0]}: the folder's name tells the camera, need one of {', '.join(INTRINSICS)} in it")
+    raise UserError(f"{names[0]}: the folder's name tells the camera, need one of {', '.join(INTRINSICS)} in it")
 
 
 def camera_intrinsics(camera: str) -> Tensor:  # [3, 3] float32, pixels

@@ -25,6 +25,7 @@ from webdataset.writer import TarWriter
 from one4d_pl.data.clip_codec import MAX_STACKED_PIXELS, SAFE_KEY, SCHEMA_VERSION
 from one4d_pl.data.ranged_reads import PLAIN_READER, RangeReader, ShardSetError, StoreError, one_line
 from one4d_pl.data.texts import licence_text
+from one4d_pl.errors import UserError
 from one4d_pl.files import open_whole
 
 MANIFEST_NAME = "manifest.json"
@@ -35,7 +36,7 @@ SPLITS = ("all", "train", "val")
 Recipe = dict[str, str | int | float | bool | None]
 
 
-class SampleError(ValueError):
+class SampleError(UserError):
     """One broken sample; the rest of its shard set may be fine."""
 
     def __init__(self, key: str, shard: str, reason: str) -> None:

@@ -33,6 +33,7 @@ from one4d_pl.data.rgbd_folder import (
     read_trajectory,
 )
 from one4d_pl.data.toy_world import FPS, render_clip
+from one4d_pl.errors import UserError
 from one4d_pl.evaluation.formats import read_cam, read_dpt
 from one4d_pl.types import Clip
 
@@ -61,10 +62,6 @@ GET = {
     "tum": "get TUM RGB-D's freiburg3 sitting and walking sequences (static, xyz, halfsphere, rpy) and unpack them "
     "side by side",
 }
-
-
-class BenchmarkError(ValueError):
-    """The data are not where they should be; one line that says what to get and where to put it."""
 
 
 @dataclass(frozen=True)
@@ -144,7 +141,7 @@ class RGBDFolderSequence(EvalSequence):
         maps = [None if depth is None else read_depth_png(depth.path) for depth in self.depths]
         known = next((depth for depth in maps if depth is not None), None)
         if known is None:
-            raise ValueError(f"{self.name}: no depth map belongs to any of its images")
+            raise UserError(f"{self.name}: no depth map belongs to any of its images")
         return torch.stack([torch.full_like(known, torch.nan) if depth is None else depth for depth in maps])
 
     def read_cameras(self) -> tuple[Tensor, Tensor]:
@@ -190,19 +187,19 @@ class ToySequence(EvalSequence):
 def open_benchmark(name: str, root: Path | None, only: tuple[str, ...] = ()) -> list[EvalSequence]:
     """The sequences of a benchmark, all or those named in `only`, checked to be complete before anything is read.
 
-    BenchmarkError says in one line what is missing.
+    UserError says in one line what is missing.
     """
     if name not in NAMES:
-        raise BenchmarkError(f"benchmark {name!r}, need one of {', '.join(NAMES)}")
+        raise UserError(f"benchmark {name!r}, need one of {', '.join(NAMES)}")
     listed = sequence_names(name)
     if unknown := sorted(set(only) - set(listed)):
-        raise BenchmarkError(f"{name}: no sequence {unknown[0]}; it has {', '.join(listed)}")
+        raise UserError(f"{name}: no sequence {unknown[0]}; it has {', '.join(listed)}")
     wanted = [sequence for sequence in listed if not only or sequence in only]
     if name == "toy":
         return [_toy(sequence) for sequence in wanted]
     family = name.split("_")[0]
     if root is None or not root.is_dir():
-        raise BenchmarkError(f"{name}: no folder at {root}; {GET[family]}, then say where with --root")
+        raise UserError(f"{name}: no folder at {root}; {GET[family]}, then say where with --root")
     opened = {"sintel": _sintel, "bonn": _bonn, "tum": lambda r, s: _tum(r, s, TUM_FRAMES[name])}[family]
     return [opened(root, sequence) for sequence in wanted]
 
@@ -235,9 +232,9 @@ def _sintel(root: Path, sequence: str) -> SintelSequence:
         try:
             found = len(numbered_files(folder, (f".{suffix}",), "frame_")) if folder.is_dir() else 0
         except ValueError as error:
-            raise BenchmarkError(f"sintel: {error}") from None
+            raise UserError(f"sintel: {error}") from None
         if found != count:
-            raise BenchmarkError(f"sintel: {found} .{suffix} files in {folder}, need {count}; {GET['sintel']}")
+            raise UserError(f"sintel: {found} .{suffix} files in {folder}, need {count}; {GET['sintel']}")
     return SintelSequence(sequence, count, scores, 24.0, training)
 
 
@@ -246,7 +243,7 @@ def _bonn(root: Path, sequence: str) -> RGBDFolderSequence:
     images, depths = (_pngs(folder, kind)[BONN_SLICE] for kind in ("rgb", "depth"))
     count = BONN_SLICE.stop - BONN_SLICE.start
     if len(images) != count or len(depths) != count:
-        raise BenchmarkError(
+        raise UserError(
             f"bonn: {folder} gives {len(images)} images and {len(depths)} depth maps at [30:140], need {count} of "
             f"each; {GET['bonn']}"
         )
@@ -254,7 +251,7 @@ def _bonn(root: Path, sequence: str) -> RGBDFolderSequence:
     times = torch.tensor([image.timestamp for image in images], dtype=torch.float64)
     pairs = associate(times, trajectory.timestamps, BONN_MAX_DIFFERENCE)
     if len(pairs) != count:
-        raise BenchmarkError(f"bonn: {count - len(pairs)} images of {folder} have no camera in groundtruth.txt")
+        raise UserError(f"bonn: {count - len(pairs)} images of {folder} have no camera in groundtruth.txt")
     rows = torch.tensor([row for _, row in pairs])
     cam2world = bonn_cam2world(trajectory.cam2world[rows])
     return RGBDFolderSequence(sequence, count, ("depth",), 30.0, tuple(images), tuple(depths), "bonn", cam2world, times)
@@ -268,7 +265,7 @@ def _tum(root: Path, sequence: str, count: int) -> RGBDFolderSequence:
     absent = [images[i].path for i, _ in pairs if not images[i].path.is_file()]
     if len(pairs) != count or absent:
         missing = f"no {absent[0]}" if absent else f"{len(pairs)} images at stride {TUM_STRIDE} have a camera"
-        raise BenchmarkError(f"tum: {folder}: {missing}, need {count} images; {GET['tum']}")
+        raise UserError(f"tum: {folder}: {missing}, need {count} images; {GET['tum']}")
     depths = list_files(folder, "depth")
     depth_of = dict(associate(times, torch.tensor([d.timestamp for d in depths], dtype=torch.float64)))
     rows = torch.tensor([row for _, row in pairs])
@@ -290,7 +287,7 @@ def _folder(root: Path, name: str, benchmark: str) -> Path:
     for folder in (root / name, *sorted(root.glob(f"*/{name}"))):
         if (folder / "groundtruth.txt").is_file():
             return folder
-    raise BenchmarkError(f"{benchmark}: no {name}/groundtruth.txt under {root}; {GET[benchmark]}")
+    raise UserError(f"{benchmark}: no {name}/groundtruth.txt under {root}; {GET[benchmark]}")
 
 
 def _pngs(folder: Path, kind: str) -> list[StampedFile]:

@@ -84,7 +84,7 @@ class _Stored:
 def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]) -> str:
     """Predict (unless predictions are given), score, write the report; returns the table.
 
-    BenchmarkError, PredictionError or ConfigError say in one line what is missing or broken.
+    UserError says in one line what is missing or broken.
     """
     sequences = open_benchmark(request.bench, request.root, request.sequences)
     if request.predictions is not None:

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from one4d_pl.data.worker import become_worker
+from one4d_pl.errors import UserError
 from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.protocols import Protocol
 from one4d_pl.inference.framing import to_image
-from one4d_pl.inference.predictions import Prediction, PredictionError, find_prediction, read_prediction
+from one4d_pl.inference.predictions import Prediction, find_prediction, read_prediction
 from one4d_pl.interrupts import before_workers, uninterrupted
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.camera import camera_errors
@@ -91,10 +92,10 @@ def score_benchmark(
     processes: int = 1,
     progress: Callable[[Iterable[SequenceScore]], Iterable[SequenceScore]] = iter,
 ) -> BenchmarkScore:
-    """Score every sequence; PredictionError names the first whose prediction is missing or broken."""
+    """Score every sequence; UserError names the first whose prediction is missing or broken."""
     absent = [s.name for s in sequences if find_prediction(folder, s.name) is None]
     if absent:
-        raise PredictionError(
+        raise UserError(
             f"{folder}: no prediction of {', '.join(absent)}; need a folder <sequence>/ with cameras.json or "
             "frame_%04d.npy and pred_traj.txt, or <sequence>.npz"
         )
@@ -103,9 +104,9 @@ def score_benchmark(
 
 
 def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Prediction, protocol: Protocol) -> SequenceScore:
-    """Compare one prediction with its sequence's ground truth; PredictionError where they cannot be paired."""
+    """Compare one prediction with its sequence's ground truth; UserError where they cannot be paired."""
     if prediction.num_frames != sequence.num_frames:
-        raise PredictionError(
+        raise UserError(
             f"{sequence.name}: {prediction.num_frames} predicted frames, the sequence has {sequence.num_frames}"
         )
     notes = list(prediction.flags)

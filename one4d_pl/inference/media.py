@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from one4d_pl.data.frame_order import numbered_files
+from one4d_pl.errors import UserError
 from one4d_pl.geometry.camera import resize_frames
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -34,7 +35,7 @@ ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N", "I")
 
 
-class MediaError(ValueError):
+class MediaError(UserError):
     """A picture or video cannot be used; one line that names the file and what would work."""
 
 

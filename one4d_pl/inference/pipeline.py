@@ -21,6 +21,7 @@ from torch import Tensor
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, GuidanceConfig, SamplerConfig
 from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
+from one4d_pl.errors import UserError
 from one4d_pl.files import whole_folder, write_text
 from one4d_pl.geometry.camera import resize_crop_plan
 from one4d_pl.inference.framing import Framing, Placement, frame_images
@@ -46,7 +47,7 @@ FPS = 16.0  # Wan's own
 OVERLAP = 5  # frames that neighbouring windows share: one latent frame and the first
 
 
-class RequestError(ValueError):
+class RequestError(UserError):
     """What was asked of the pipeline cannot be made; one line that names the argument."""
 
 

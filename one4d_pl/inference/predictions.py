@@ -16,7 +16,6 @@ Nothing is unpickled.
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,16 +25,13 @@ import torch
 from torch import Tensor
 
 from one4d_pl.data.frame_order import numbered_files
-from one4d_pl.files import open_whole, write_text
+from one4d_pl.errors import reading
+from one4d_pl.files import open_whole, read_json, read_text, write_text
 from one4d_pl.geometry.se3 import is_rotation, se3_matrix, wxyz_to_matrix
 from one4d_pl.inference.framing import Placement
 from one4d_pl.postopt.recover import RecoverReport
 
 FORMAT = "one4d_pl cameras 1"
-
-
-class PredictionError(ValueError):
-    """A stored prediction cannot be used; one line that names the file."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +94,8 @@ def find_prediction(root: Path, sequence: str) -> Path | None:
 
 
 def read_prediction(path: Path) -> Prediction:
-    """Read any of the three layouts; PredictionError names what is broken."""
-    try:
+    """Read any of the three layouts; UserError names what is broken."""
+    with reading(path):
         if path.is_file():
             prediction = _read_npz(path)
         elif (path / "cameras.json").is_file():
@@ -109,10 +105,6 @@ def read_prediction(path: Path) -> Prediction:
         else:
             prediction = _read_frames(path)
         return _checked(prediction)
-    except PredictionError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise PredictionError(f"{path}: {' '.join(str(error).split()) or type(error).__name__}") from None
 
 
 def write_npy(path: Path, tensor: Tensor) -> None:
@@ -122,7 +114,7 @@ def write_npy(path: Path, tensor: Tensor) -> None:
 
 
 def _read_ours(folder: Path) -> Prediction:
-    content = json.loads((folder / "cameras.json").read_text(encoding="utf-8"))
+    content = read_json(folder / "cameras.json")
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ValueError(f"cameras.json is not of the format {FORMAT!r}")
     stored = content["frames"]
@@ -168,7 +160,7 @@ def _read_frames(folder: Path) -> Prediction:
 def read_wxyz_trajectory(path: Path) -> Tensor:  # [T, 4, 4] float64, camera to world
     """Lines `t x y z qw qx qy qz`: not TUM's order, though the tools call the file so."""
     rows = []
-    for i, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for i, line in enumerate(read_text(path).splitlines(), start=1):
         if not (words := line.split("#")[0].split()):
             continue
         if len(words) != 8:
@@ -181,10 +173,8 @@ def read_wxyz_trajectory(path: Path) -> Tensor:  # [T, 4, 4] float64, camera to 
 def _load(path: Path) -> Tensor | None:
     if not path.is_file():
         return None
-    try:
+    with reading(path, "an array of numbers"):
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise ValueError(f"{path.name}: no array of numbers ({error})") from None
     if array.dtype.kind not in "fiub":
         raise ValueError(f"{path.name}: {array.dtype}, need numbers")
     return torch.from_numpy(array)

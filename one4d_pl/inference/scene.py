@@ -8,9 +8,7 @@ scene.json             prompt, frames per second, how it was made
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,20 +18,17 @@ from PIL import Image
 from torch import Tensor
 
 from one4d_pl.data.frame_order import numbered_files
-from one4d_pl.files import open_whole, replaced_folder, write_json
+from one4d_pl.errors import UserError, reading
+from one4d_pl.files import open_whole, read_json, replaced_folder, write_json
 from one4d_pl.inference.framing import Placement
 from one4d_pl.inference.panels import SKY_COLOUR, near_to_far, panel, pointmap_colours, to_bytes
-from one4d_pl.inference.predictions import Prediction, PredictionError, read_prediction, write_prediction
+from one4d_pl.inference.predictions import Prediction, read_prediction, write_prediction
 from one4d_pl.inference.scene_files import save_picture, save_video
 
 FORMAT = "one4d_pl scene 1"
 FRAMES = "frames"
 STORED = ("depth.npy", "valid.npy", "cameras.json")  # by `predictions`
 NAMES = frozenset({FRAMES, "rgb.mp4", "depth.mp4", "panel.png", "pointmap.npz", "scene.json", *STORED})
-
-
-class SceneError(ValueError):
-    """A scene folder cannot be used; one line that names the file."""
 
 
 @dataclass(frozen=True)
@@ -104,29 +99,26 @@ def is_scene(folder: Path) -> bool:
 
 
 def open_scene(folder: Path) -> Scene:
-    """Read a scene folder; SceneError names the file that is missing or broken. Nothing is unpickled."""
+    """Read a scene folder; UserError names the file that is missing or broken. Nothing is unpickled."""
     if not folder.is_dir():
-        raise SceneError(f"{folder}: no such folder; need a scene that `python -m one4d_pl.generate` wrote")
+        raise UserError(f"{folder}: no such folder; need a scene that `python -m one4d_pl.generate` wrote")
     if not is_scene(folder):
-        raise SceneError(f"{folder}: no scene.json; not a scene, or its writer was cut short")
+        raise UserError(f"{folder}: no scene.json; not a scene, or its writer was cut short")
     for name in ("cameras.json", "depth.npy", "pointmap.npz"):
         if not (folder / name).is_file():
-            raise SceneError(f"{folder / name}: missing")
+            raise UserError(f"{folder / name}: missing")
     about = _about(folder / "scene.json")
-    try:
-        prediction = read_prediction(folder)
-    except PredictionError as error:
-        raise SceneError(str(error)) from None
+    prediction = read_prediction(folder)
     pointmap, valid = _points(folder / "pointmap.npz")
     frames = _frames(folder / FRAMES)
     size = tuple(pointmap.shape[:3])
     if prediction.depth is None or prediction.cam2world is None or prediction.intrinsics is None:
-        raise SceneError(f"{folder / 'cameras.json'}: a camera is missing")
+        raise UserError(f"{folder / 'cameras.json'}: a camera is missing")
     for name, tensor in (("frames", frames), ("depth.npy", prediction.depth)):
         if tuple(tensor.shape[:3]) != size:
-            raise SceneError(f"{folder / name}: {list(tensor.shape[:3])}, but pointmap.npz has {list(size)}")
+            raise UserError(f"{folder / name}: {list(tensor.shape[:3])}, but pointmap.npz has {list(size)}")
     if len(prediction.cam2world) != size[0]:
-        raise SceneError(f"{folder / 'cameras.json'}: {len(prediction.cam2world)} cameras for {size[0]} frames")
+        raise UserError(f"{folder / 'cameras.json'}: {len(prediction.cam2world)} cameras for {size[0]} frames")
     return Scene(
         frames,
         pointmap,
@@ -139,7 +131,7 @@ def open_scene(folder: Path) -> Scene:
         prediction.given or (),
         prediction.placement,
         prediction.flags,
-        json.loads((folder / "cameras.json").read_text(encoding="utf-8")).get("report", {}),
+        _report(folder / "cameras.json"),
         about[2],
     )
 
@@ -163,28 +155,32 @@ def _even(frames: Tensor) -> Tensor:  # [T, H, W, 3]: H.264 in yuv420 has even s
 
 
 def _about(path: Path) -> tuple[str, float, dict[str, object]]:
-    try:
-        about = json.loads(path.read_text(encoding="utf-8"))
+    with reading(path):
+        about = read_json(path)
         if not isinstance(about, dict) or about.get("format") != FORMAT:
             raise ValueError(f"not of the format {FORMAT!r}")
         prompt, fps, made = about["prompt"], float(about["fps"]), about["made"]
         if not isinstance(prompt, str) or not isinstance(made, dict) or not 0 < fps < math.inf:
             raise ValueError("prompt, fps or made is of the wrong kind")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise SceneError(f"{path}: {' '.join(str(error).split())}") from None
     return prompt, fps, made
 
 
+def _report(path: Path) -> dict[str, object]:
+    content = read_json(path)
+    report = content.get("report", {}) if isinstance(content, dict) else None
+    if not isinstance(report, dict):
+        raise UserError(f"{path}: its report is of the wrong kind")
+    return report
+
+
 def _points(path: Path) -> tuple[Tensor, Tensor]:  # [T, H, W, 3] float32, [T, H, W] bool
-    try:
+    with reading(path):
         with np.load(path, allow_pickle=False) as arrays:
             pointmap, valid = arrays["pointmap"], arrays["valid"]
         if pointmap.dtype != np.float32 or pointmap.ndim != 4 or pointmap.shape[-1] != 3 or 0 in pointmap.shape:
             raise ValueError(f"pointmap is {pointmap.dtype} {list(pointmap.shape)}, need float32 [T, H, W, 3]")
         if valid.dtype != np.bool_ or valid.shape != pointmap.shape[:3]:
             raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}, need bool {list(pointmap.shape[:3])}")
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise SceneError(f"{path}: {' '.join(str(error).split())}") from None
     return torch.from_numpy(pointmap), torch.from_numpy(valid)
 
 
@@ -192,19 +188,16 @@ def _picture_files(folder: Path) -> list[Path]:
     try:
         return numbered_files(folder, (".png",)) if folder.is_dir() else []
     except (OSError, ValueError) as error:
-        raise SceneError(str(error)) from None
+        raise UserError(str(error)) from None
 
 
 def _frames(folder: Path) -> Tensor:  # [T, H, W, 3] uint8
     pictures = []
     for path in _picture_files(folder):
-        try:
-            with Image.open(path, formats=["PNG"]) as image:
-                pictures.append(np.asarray(image.convert("RGB")))
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise SceneError(f"{path}: {' '.join(str(error).split())}") from None
+        with reading(path), Image.open(path, formats=["PNG"]) as image:
+            pictures.append(np.asarray(image.convert("RGB")))
         if pictures[-1].shape != pictures[0].shape:
-            raise SceneError(f"{path}: another size than the first frame")
+            raise UserError(f"{path}: another size than the first frame")
     if not pictures:
-        raise SceneError(f"{folder}: no frames (000000.png, ...)")
+        raise UserError(f"{folder}: no frames (000000.png, ...)")
     return torch.from_numpy(np.stack(pictures))

@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from one4d_pl.config import ConfigError, DLCConfig, GuidanceConfig, SamplerConfig
+from one4d_pl.errors import reading
 from one4d_pl.models.concat import ConcatTransformer
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.types import MODALITIES
@@ -84,10 +84,8 @@ class AdapterCard:
     @staticmethod
     def read(folder: Path) -> AdapterCard:
         """The card of an adapter folder; ConfigError where there is none or it is broken."""
-        try:
-            return AdapterCard(**json.loads((folder / CARD).read_text()))
-        except (OSError, ValueError, TypeError) as error:
-            raise ConfigError(f"{folder / CARD}: not an adapter of one4d_pl ({error})") from None
+        with reading(folder / CARD, "an adapter of one4d_pl"):
+            return AdapterCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
 
 
 def adapter_tensors(transformer: CoupledTransformer) -> dict[str, dict[str, Tensor]]:
@@ -180,10 +178,8 @@ def load_adapters(
         if theirs[key] != value:
             raise ConfigError(f"{folder}: adapter has {key} = {theirs[key]}, the config asks for {value}")
     for file, tensors in adapter_tensors(transformer).items():
-        try:
+        with reading(folder / file):
             stored = load_file(folder / file)
-        except (OSError, SafetensorError) as error:
-            raise ConfigError(f"{folder / file}: cannot be read ({error})") from None
         differing = sorted(stored.keys() ^ tensors.keys())
         if differing:
             raise ConfigError(f"{folder / file}: missing or unexpected tensors, first {differing[0]}")

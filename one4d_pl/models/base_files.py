@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, TEMPORAL_FACTOR, ConfigError, base_folder
+from one4d_pl.errors import is_lfs_pointer
+from one4d_pl.files import read_json
 
 ENCODER_PARTS = ("vae", "text_encoder", "tokenizer", "image_encoder")
 PARTS = ("transformer", *ENCODER_PARTS)
@@ -81,10 +83,7 @@ def tokenizer_folder(folder: Path) -> Path:
 def transformer_config(folder: Path) -> dict[str, object]:
     """The transformer's settings in diffusers' words; ConfigError names what is not there or not One4D's."""
     file = folder / "config.json" if is_original(folder) else folder / "transformer" / "config.json"
-    try:
-        settings = json.loads(file.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise ConfigError(f"{file.parent}: no readable config.json ({error})") from None
+    settings = read_json(file)
     if not isinstance(settings, dict):
         raise ConfigError(f"{file}: holds no settings")
     config = _in_diffusers_words(settings, file) if is_original(folder) else settings
@@ -140,13 +139,14 @@ def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
         with file.open("rb") as stream:
             start = 0
             if file.suffix == ".safetensors":
+                safetensors_header(file)  # a damaged one would be sought far beyond its end
                 start = 8 + int.from_bytes(stream.read(8), "little")
                 digest.update(stream.read(min(start - 8, size)))
             for i in range(64):
                 stream.seek(start + (size - start) * i // 64)
                 digest.update(stream.read(4096))
     for file in (f for f in files if f.name.endswith("config.json")):
-        digest.update(json.dumps(json.loads(file.read_text()), sort_keys=True).encode())
+        digest.update(json.dumps(read_json(file), sort_keys=True).encode())
     return digest.hexdigest()
 
 
@@ -156,7 +156,8 @@ def safetensors_header(file: Path) -> dict[str, dict[str, object]]:
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > min(size, HEADER_LIMIT):
-            raise ConfigError(f"{file}: {size} bytes: cut short, or no safetensors file")
+            hint = " (a git-lfs pointer: git lfs pull)" if is_lfs_pointer(file) else ""
+            raise ConfigError(f"{file}: {size} bytes: cut short, or no safetensors file{hint}")
         try:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)

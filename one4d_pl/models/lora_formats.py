@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from one4d_pl.errors import reading
 from one4d_pl.models.adapters import PEFT_PREFIX, AdapterCard
 from one4d_pl.models.original_names import transformer_source
 
@@ -49,8 +50,10 @@ def save_lora(folder: Path, modality: str, layout: str, path: Path) -> None:
 
 def _parts(folder: Path, modality: str) -> list[tuple[str, str, Tensor]]:
     """(path of the linear in the transformer, lora_A or lora_B, weight)."""
-    found = []
-    for name, tensor in load_file(folder / modality / "adapter_model.safetensors").items():
+    found, file = [], folder / modality / "adapter_model.safetensors"
+    with reading(file):
+        tensors = load_file(file)
+    for name, tensor in tensors.items():
         path, part, _ = name.removeprefix(PEFT_PREFIX).rsplit(".", 2)
         found.append((path, part, tensor))
     return found

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from one4d_pl.config import TinyWanConfig
+from one4d_pl.errors import UserError
 from one4d_pl.files import whole_folder, write_json
 
 IMAGE_DIM = 32  # width of the tiny CLIP
@@ -29,7 +30,7 @@ def build_tiny_wan(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -
         with whole_folder(folder) as staging, torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             _save_parts(staging, config, vae)
-    except OSError:
+    except (OSError, UserError):
         if not (folder / "model_index.json").is_file():  # else another process was faster
             raise
 

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, ConfigError
+from one4d_pl.files import check_folder
 from one4d_pl.interrupts import at_interrupt, uninterrupted
 from one4d_pl.nano.experiments import EXPERIMENTS, RUNS, Experiment, Run
 from one4d_pl.nano.work import CLIPS, Plan, is_finished, work
@@ -56,6 +57,7 @@ def _run(args: argparse.Namespace) -> None:
     plan = Plan(args.out, tuple(args.config or Plan.configs), tuple(args.overrides), args.adapters, args.clips)
     if args.clips < 2 or args.jobs < 0 or (args.seeds is not None and args.seeds < 1):
         raise ConfigError("--clips, --seeds, --jobs: need at least 2, 1 and 0")
+    check_folder(args.out, "--out")
     if args.run:
         work(plan, *_parse_run(args.run))
         return

@@ -156,7 +156,6 @@ def _refuse_other_start(plan: Plan, run: Run, seed: int) -> None:
 
 def _train(config: Config) -> None:
     from one4d_pl.data.file_lock import locked
-    from one4d_pl.data.shards import ShardSetError
     from one4d_pl.fit import fit, training_data
     from one4d_pl.training.run_lock import sole_run
 
@@ -167,7 +166,7 @@ def _train(config: Config) -> None:
             data = training_data(config)
             data.prepare_data()
             data.setup("fit")
-    except (TimeoutError, ShardSetError) as error:
+    except TimeoutError as error:
         raise ConfigError(str(error)) from error
     with sole_run(config.run_dir):
         code = fit(config)

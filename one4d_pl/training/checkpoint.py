@@ -13,7 +13,6 @@ and the learning rate too (optim.py).
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from one4d_pl.config import Config, ConfigError, as_dict, flatten
 from one4d_pl.data.datamodule import One4DDataModule
+from one4d_pl.files import settle, sync
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.training.checkpoint_files import (
@@ -159,8 +159,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTrans
         save_file(snapshot.moments, staging / "optimizer.safetensors")
         state = {**snapshot.state, "sha256": hash_files(staging)}
         (staging / STATE).write_text(json.dumps(state, indent=1) + "\n")
-        for file in staging.rglob("*"):
-            _flush(file)
+        settle(staging)
         damaged = folder.exists() or folder.is_symlink()  # a sound one is never overwritten
         if damaged:
             folder.rename(new_staging(folder))
@@ -168,7 +167,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTrans
     except OSError:
         shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
         raise
-    _flush(folder.parent)
+    sync(folder.parent)
     if damaged:
         discard_leftovers(folder.parent)
 
@@ -304,12 +303,3 @@ def _cooldown_start(flat_config: dict[str, object]) -> int:
     """The first step whose learning rate a cooldown lowers; of checkpoints before there was one: never."""
     cooldown, max_steps = (int(str(flat_config.get(key, 0))) for key in COOLDOWN_KEYS)
     return max_steps - cooldown + 1
-
-
-def _flush(path: Path) -> None:
-    """fsync a file or folder: a rename must not outlive the bytes it promises."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -101,6 +101,7 @@ def look(config: Config, place: Place, probe: Path) -> Report:
         checks += [lambda: _check_memory(config), lambda: _check_shared_memory(config)]
         sources = {source.path: source for source in [*config.data.sources, *config.data.val_sources]}
         checks += [lambda source=source: _read_sample(config, source, place) for source in sources.values()]  # type: ignore[misc]
+        checks.append(lambda: _check_caches(config))
     for check in checks:
         try:
             check()
@@ -255,6 +256,14 @@ def _read_sample(config: Config, source: SourceConfig, place: Place) -> None:
         shards.read(len(shards) * place.node_index // place.nodes)
     except ValueError as error:
         raise ConfigError(f"{source.path}: {error}; see `python -m data_prep.check_shards {source.path}`") from None
+
+
+def _check_caches(config: Config) -> None:
+    from one4d_pl.data.datamodule import One4DDataModule
+    from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
+
+    encoders = fingerprint(config.base.path, ENCODER_PARTS)
+    One4DDataModule(config, lambda: WanEncoders.of(config), encoders).check_caches()
 
 
 def _versions() -> dict[str, str]:

@@ -12,8 +12,9 @@ from PIL import Image
 
 from one4d_pl.config import ToyConfig
 from one4d_pl.data.datamodule import REAL_SEED_OFFSET, VAL_SEED_OFFSET
+from one4d_pl.errors import UserError
 from one4d_pl.evaluation import benchmarks
-from one4d_pl.evaluation.benchmarks import BenchmarkError, open_benchmark, sequence_names
+from one4d_pl.evaluation.benchmarks import open_benchmark, sequence_names
 
 TAG = struct.pack("<f", 202021.25)
 REAL_TUM = Path(__file__).resolve().parents[3] / "shared/data/tum/rgbd_dataset_freiburg3_sitting_xyz"
@@ -94,7 +95,7 @@ def test_tum_takes_every_third_matched_image(tmp_path, name, count):
     torch.testing.assert_close(sequence.timestamps, torch.tensor([images[k] + 0.001 for k in expected]).double())
     assert sequence.read_depth()[0].isfinite().all() and sequence.read_depth()[1].isnan().all()
     (folder / "rgb" / f"{images[7]:.5f}.png").unlink()
-    with pytest.raises(BenchmarkError, match="tum: "):
+    with pytest.raises(UserError, match="tum: "):
         (folder / "rgb.txt").write_text("".join(f"{t} rgb/{t:.5f}.png\n" for t in images))
         open_benchmark(name, tmp_path, ("walking_rpy",))
 
@@ -123,16 +124,16 @@ def test_missing_data_say_what_to_get_and_where(tmp_path):
         ("bonn", tmp_path, r"no rgbd_bonn_balloon2/groundtruth.txt under"),
         ("tum", tmp_path, r"no rgbd_dataset_freiburg3_sitting_static"),
     ):
-        with pytest.raises(BenchmarkError, match=message) as caught:
+        with pytest.raises(UserError, match=message) as caught:
             open_benchmark(name, root)
         assert "\n" not in str(caught.value)
-    with pytest.raises(BenchmarkError, match=r"19 .png files in .*ambush_6, need 20"):
+    with pytest.raises(UserError, match=r"19 .png files in .*ambush_6, need 20"):
         open_benchmark("sintel", tmp_path, ("ambush_6",))
-    with pytest.raises(BenchmarkError, match=r"gives 0 images and 0 depth maps at \[30:140\]"):
+    with pytest.raises(UserError, match=r"gives 0 images and 0 depth maps at \[30:140\]"):
         open_benchmark("bonn", tmp_path, ("crowd2",))
-    with pytest.raises(BenchmarkError, match="no sequence alley_9"):
+    with pytest.raises(UserError, match="no sequence alley_9"):
         open_benchmark("sintel", tmp_path, ("alley_9",))
-    with pytest.raises(BenchmarkError, match="need one of toy, sintel"):
+    with pytest.raises(UserError, match="need one of toy, sintel"):
         open_benchmark("kitti", tmp_path)
 
 
@@ -143,7 +144,7 @@ def test_the_real_text_files_of_a_tum_sequence_give_its_90_frames(tmp_path):
     (folder / "rgb").mkdir(parents=True)
     for name in ("rgb.txt", "depth.txt", "groundtruth.txt"):
         (folder / name).write_bytes((REAL_TUM / name).read_bytes())
-    with pytest.raises(BenchmarkError, match=r"tum: .*no .*rgb/1341845820\.\d+\.png, need 90 images"):
+    with pytest.raises(UserError, match=r"tum: .*no .*rgb/1341845820\.\d+\.png, need 90 images"):
         open_benchmark("tum", tmp_path, ("sitting_xyz",))
     for line in (folder / "rgb.txt").read_text().splitlines()[3:]:
         (folder / line.split()[1]).touch()

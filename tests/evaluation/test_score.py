@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from one4d_pl.errors import UserError
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark
 from one4d_pl.evaluation.protocols import PROTOCOLS, Protocol
 from one4d_pl.evaluation.score import BenchmarkScore, score_benchmark, score_sequence
@@ -18,7 +19,6 @@ from one4d_pl.geometry.pointmap import depth_to_pointmap
 from one4d_pl.geometry.se3 import matrix_to_wxyz, rebase_to_first
 from one4d_pl.inference.predictions import (
     Prediction,
-    PredictionError,
     read_prediction,
     read_wxyz_trajectory,
     write_prediction,
@@ -214,7 +214,7 @@ def test_a_trajectory_line_has_the_scalar_part_first(tmp_path):
 
 def test_what_cannot_be_scored_is_named_in_one_line(tmp_path, sequences):
     def message() -> str:
-        with pytest.raises(PredictionError) as caught:
+        with pytest.raises(UserError) as caught:
             score_benchmark("toy", sequences[:1], tmp_path, PROTOCOL)
         assert "\n" not in str(caught.value)
         return str(caught.value)

@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from one4d_pl import cameras, generate
+from one4d_pl.errors import UserError
 from one4d_pl.inference.pipeline import One4DPipeline, RequestError
 from one4d_pl.inference.predictions import read_prediction
-from one4d_pl.inference.scene import SceneError, open_scene, save_scene
+from one4d_pl.inference.scene import open_scene, save_scene
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 
@@ -177,7 +178,7 @@ def test_a_scene_folder_that_is_not_whole_is_refused_by_name(files, tmp_path):
     def broken(name: str, content: bytes | None, words: str) -> None:
         path, kept = scene / name, (scene / name).read_bytes()
         path.unlink() if content is None else path.write_bytes(content)
-        with pytest.raises(SceneError, match=words) as caught:
+        with pytest.raises(UserError, match=words) as caught:
             open_scene(scene)
         assert "\n" not in str(caught.value)
         path.write_bytes(kept)
