@@ -30,8 +30,8 @@ import torch
 from PIL import Image
 
 from one4d_pl.data.texts import caption_text, is_missing
-from one4d_pl.errors import UserError
-from one4d_pl.files import write_text
+from one4d_pl.errors import UserError, fault_of
+from one4d_pl.files import read_text, write_text
 from one4d_pl.geometry.camera import resize_frames
 from one4d_pl.types import Clip
 
@@ -108,20 +108,19 @@ def read_table(path: Path) -> dict[str, str]:  # key of a clip or unit -> captio
     """
     found: dict[str, str] = {}
     seen: set[str] = set()
-    number = 1
+    number, lines = 1, io.StringIO(read_text(path), newline="")
     try:
-        with path.open(newline="", encoding="utf-8-sig") as file:  # spreadsheets put a byte order mark first
-            for row in _table_rows(file, path.suffix.lower() == ".csv"):
-                if not isinstance(row, dict) or "caption" not in row or not isinstance(row.get("key"), str):
-                    raise ValueError("has no key and caption")
-                if row["key"] in seen:
-                    raise ValueError(f"{row['key']!r} occurs twice")
-                seen.add(row["key"])
-                if caption := caption_text(row["caption"]):
-                    found[row["key"]] = caption
-                number += 1
+        for row in _table_rows(lines, path.suffix.lower() == ".csv"):
+            if not isinstance(row, dict) or "caption" not in row or not isinstance(row.get("key"), str):
+                raise ValueError("has no key and caption")
+            if row["key"] in seen:
+                raise ValueError(f"{row['key']!r} occurs twice")
+            seen.add(row["key"])
+            if caption := caption_text(row["caption"]):
+                found[row["key"]] = caption
+            number += 1
     except (ValueError, RecursionError, csv.Error) as error:
-        raise ValueError(f"{path}: row {number}: {error}") from error
+        raise UserError(f"{path}: row {number}: {fault_of(path, error)}") from error
     return found
 
 

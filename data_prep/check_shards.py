@@ -28,7 +28,7 @@ from one4d_pl.commands import Command
 from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError
-from one4d_pl.errors import UserError
+from one4d_pl.errors import UserError, reading
 from one4d_pl.files import check_folder, open_whole
 from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
 from one4d_pl.models.base_files import weight_files
@@ -126,7 +126,7 @@ def check_shard(task: ShardTask) -> None:
         except (SampleError, ValueError) as error:
             checks.append(ClipCheck(shards.key(index), str(error)))
     path = Path(task.folder) / shard.name
-    with path.open("rb") as file:
+    with reading(path), path.open("rb") as file:
         intact = hashlib.file_digest(file, "sha256").hexdigest() == shard.sha256
     tree = {"sha256": shard.sha256, "intact": intact, "clips": [asdict(check) for check in checks]}
     with open_whole(task.part) as file:
@@ -201,25 +201,19 @@ def _run(args: argparse.Namespace) -> int:
     report = args.report or Path(args.folder) / "check"
     vae = None if args.vae_clips < 1 else args.base or str(base_folder(EMBEDDED_BASE))
     tried = hashlib.sha256(f"{vae} {args.vae_clips}".encode()).hexdigest()[:8]
-    try:
-        if vae is not None and not weight_files(Path(vae), "vae"):
-            raise ValueError(f"{vae}: no VAE there; --base takes a folder in diffusers layout or in Wan's own")
-        shards = ShardSet.open(args.folder)
-        check_folder(report, "--report")
-        (report / "parts").mkdir(parents=True, exist_ok=True)
-        parts = [
-            report / "parts" / f"{shard.name}.{shard.sha256[:12]}-{tried}.json" for shard in shards.manifest.shards
-        ]
-        mine = range(args.rank, len(parts), args.world)
-        tasks = [ShardTask(args.folder, n, parts[n], vae, args.vae_clips) for n in mine if not parts[n].exists()]
-        for _ in tqdm(run_parallel(check_shard, tasks, args.jobs), total=len(tasks), unit="shard"):
-            pass
-        if not all(part.exists() for part in parts):
-            print(f"task {args.rank} of {args.world} is done; the others are not: {report}")
-            return 0
-        checks, damaged = write_report(shards, parts, report)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from None
+    if vae is not None and not weight_files(Path(vae), "vae"):
+        raise UserError(f"{vae}: no VAE there; --base takes a folder in diffusers layout or in Wan's own")
+    shards = ShardSet.open(args.folder)
+    check_folder(report, "--report")
+    parts = [report / "parts" / f"{shard.name}.{shard.sha256[:12]}-{tried}.json" for shard in shards.manifest.shards]
+    mine = range(args.rank, len(parts), args.world)
+    tasks = [ShardTask(args.folder, n, parts[n], vae, args.vae_clips) for n in mine if not parts[n].exists()]
+    for _ in tqdm(run_parallel(check_shard, tasks, args.jobs), total=len(tasks), unit="shard"):
+        pass
+    if not all(part.exists() for part in parts):
+        print(f"task {args.rank} of {args.world} is done; the others are not: {report}")
+        return 0
+    checks, damaged = write_report(shards, parts, report)
     print("\n".join([*summary(shards, checks, damaged), f"  report: {report}"]))
     return 1 if damaged or any(check.fault for check in checks) else 0
 

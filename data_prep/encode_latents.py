@@ -15,7 +15,6 @@ from pathlib import Path
 
 from one4d_pl.commands import Command
 from one4d_pl.config import Config, ConfigError, load_config
-from one4d_pl.errors import UserError
 from one4d_pl.files import check_folder
 
 
@@ -96,12 +95,8 @@ def encode(arguments: Arguments, config: Config) -> list[str]:
 
 def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        arguments = Arguments(**vars(args))
-        config = load_config(arguments.config, arguments.overrides)
-        lines = encode(arguments, config)
-    except (ValueError, OSError) as error:  # ConfigError and ShardSetError are ValueErrors
-        raise UserError(str(error)) from None
+    arguments = Arguments(**vars(args))
+    lines = encode(arguments, load_config(arguments.config, arguments.overrides))
     print("\n".join(lines))
 
 

@@ -12,6 +12,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
 
 from one4d_pl.data.worker import become_worker
+from one4d_pl.errors import UserError
 from one4d_pl.interrupts import before_workers, uninterrupted
 
 QUIET_S = 600.0  # without one result: a person should know what is waited for
@@ -30,7 +31,7 @@ def run_parallel(
     """The results as they come, in any order; two items per process are under way, so that a slow one stops nobody.
 
     One job runs in this process. Several run in new ones with a thread each (forked copies of a process that uses
-    OpenMP can hang); they end when this one does, however it ends. OSError where one of them was killed.
+    OpenMP can hang); they end when this one does, however it ends. UserError where one of them was killed.
     """
     if jobs == 1:
         yield from map(function, items)
@@ -52,6 +53,6 @@ def run_parallel(
                 yield future.result()
     except BrokenProcessPool as error:
         remedy = "start again to go on, with fewer --jobs where memory ran out"
-        raise ChildProcessError(f"a process of the pool was killed from outside; {remedy}") from error
+        raise UserError(f"a process of the pool was killed from outside; {remedy}") from error
     finally:
         executor.shutdown(cancel_futures=True)

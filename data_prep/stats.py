@@ -9,7 +9,6 @@ pointmaps, over the same number of clips.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import math
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from one4d_pl.data.latent_stats import LatentStats, latent_statistics, spread
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError
 from one4d_pl.errors import UserError
-from one4d_pl.files import check_folder, open_whole
+from one4d_pl.files import check_folder, open_whole, write_json
 
 COLUMNS = ("folder", "source", "domain", "split", "licence", "clips", "scenes", "hours", "size", "MB/clip",
            "motion %", "turn deg", "depth 2-98 %", "words")  # fmt: skip
@@ -69,7 +68,7 @@ def measure_set(folder: str, num_clips: int) -> SetStats:
         except SampleError as error:
             logging.getLogger("data_prep").warning("left out: %s", error)
     if not clips:
-        raise ValueError(f"{folder}: none of its clips can be read; run check_shards")
+        raise UserError(f"{folder}: none of its clips can be read; run check_shards")
     checks = [check_geometry(clip) for clip in clips if bool(clip.valid.any())]
     ranges = [_depth_range(clip.depth[clip.valid]) for clip in clips if bool(clip.valid.any())]
     words = [len(clip.caption.split()) for clip in clips]
@@ -171,15 +170,9 @@ def _run(args: argparse.Namespace) -> None:
     if args.clips < 1:
         raise UserError("--clips must be at least 1")
     check_folder(args.out, "--out")
-    try:
-        found = [measure_set(folder, args.clips) for folder in args.folders]
-        args.out.mkdir(parents=True, exist_ok=True)
-        tree = [{k: _plain(v) for k, v in asdict(s).items()} for s in found]
-        with open_whole(args.out / "stats.json") as file:
-            file.write((json.dumps(tree, indent=1) + "\n").encode())
-        draw(found, args.out / "stats.png")
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from None
+    found = [measure_set(folder, args.clips) for folder in args.folders]
+    write_json(args.out / "stats.json", [{k: _plain(v) for k, v in asdict(s).items()} for s in found])
+    draw(found, args.out / "stats.png")
     print(table(found))
 
 

@@ -23,6 +23,8 @@ from one4d_pl.data.shards import pack_clip
 from one4d_pl.data.staging import Dropped, Plan, Staging
 from one4d_pl.data.tar_set import MANIFEST_NAME, Origin, SampleEntry
 from one4d_pl.data.toy_world import clip_key, render_clip
+from one4d_pl.errors import UserError, reading
+from one4d_pl.files import read_text
 from one4d_pl.types import Clip
 
 # Sequences that published evaluations use (protocol.md, sec. 1.1): all of Sintel's training set, Bonn's five and
@@ -75,10 +77,12 @@ def list_source_units(source: str, root: str | None, seed: int, count: int, doma
     if source == "toy":
         return [clip_key(number, domain) for number in range(seed, seed + count)]
     assert root is not None  # the door saw to it
-    units = registry.list_units(source, root)
+    with reading(root):
+        units = registry.list_units(source, root)
+        if not units:
+            registry.iter_clips(source, root)  # says what it looked for
     if not units:
-        registry.iter_clips(source, root)  # says what it looked for
-        raise ValueError(f"{root}: nothing to convert")
+        raise UserError(f"{root}: nothing to convert")
     return units
 
 
@@ -86,11 +90,7 @@ def read_exclusions(path: str | None) -> set[str]:
     """Clip keys and units, one per line; what follows a # is a comment."""
     if path is None:
         return set()
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: no text file ({error})") from error
-    names = (line.split("#", 1)[0].strip() for line in lines)
+    names = (line.split("#", 1)[0].strip() for line in read_text(Path(path)).splitlines())
     return {name for name in names if name}
 
 
@@ -159,11 +159,13 @@ def iter_unit(task: UnitTask) -> Iterator[Clip]:
     """The clips of one unit as its source gives them."""
     if task.source == "toy":
         domain, seed = task.unit.removeprefix("toy_").rsplit("_", 1)
-        return iter([render_clip(int(seed), task.num_frames, task.height, task.width, domain)])
+        yield render_clip(int(seed), task.num_frames, task.height, task.width, domain)
+        return
     assert task.root is not None
-    return registry.iter_clips(
-        task.source, task.root, task.num_frames, task.stride, [task.unit], task.geometry, task.min_confidence
-    )
+    with reading(Path(task.root) / task.unit):
+        yield from registry.iter_clips(
+            task.source, task.root, task.num_frames, task.stride, [task.unit], task.geometry, task.min_confidence
+        )
 
 
 class _SourceNotes(logging.Handler):

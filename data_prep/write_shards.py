@@ -65,20 +65,20 @@ class Arguments:
 
     def __post_init__(self) -> None:
         if self.count < 1 or (self.limit is not None and self.limit < 1):
-            raise ValueError("--count and --limit must be at least 1")
+            raise UserError("--count and --limit must be at least 1")
         if self.source == "toy":
             if self.root is not None or self.stride not in (None, 1):
-                raise ValueError("--source toy takes no --root and no --stride")
+                raise UserError("--source toy takes no --root and no --stride")
         elif self.root is None:
-            raise ValueError(f"--source {self.source} needs --root, the folder of the dataset")
+            raise UserError(f"--source {self.source} needs --root, the folder of the dataset")
         if not MIN_FRAMES <= self.num_frames <= MAX_FRAMES or self.num_frames % 4 != 1:
-            raise ValueError(f"--num-frames must be 4k+1 from {MIN_FRAMES} to {MAX_FRAMES}, got {self.num_frames}")
+            raise UserError(f"--num-frames must be 4k+1 from {MIN_FRAMES} to {MAX_FRAMES}, got {self.num_frames}")
         if self.jobs < 1 or not 0 <= self.rank < self.world:
-            raise ValueError(f"need --jobs >= 1 and 0 <= --rank < --world, got {self.jobs}, {self.rank}, {self.world}")
+            raise UserError(f"need --jobs >= 1 and 0 <= --rank < --world, got {self.jobs}, {self.rank}, {self.world}")
         if not 0 < self.val_share < 1:
-            raise ValueError(f"--val-share must lie between 0 and 1, got {self.val_share}")
+            raise UserError(f"--val-share must lie between 0 and 1, got {self.val_share}")
         if (self.caption_url is None) != (self.caption_model is None):
-            raise ValueError("--caption-url and --caption-model go together: who is asked for captions, and as what")
+            raise UserError("--caption-url and --caption-model go together: who is asked for captions, and as what")
 
     def caption_options(self) -> CaptionOptions:
         """Where captions come from; the answers of an endpoint lie in `<out>.captions`, beside the folder."""
@@ -171,7 +171,7 @@ def write(arguments: Arguments) -> ShardSet | None:
         u for u in split_units(arguments.source, units, arguments.split, arguments.val_share) if u not in exclusions
     ]
     if not units:
-        raise ValueError(f"{arguments.root or arguments.source}: no scene left for --split {arguments.split}")
+        raise UserError(f"{arguments.root or arguments.source}: no scene left for --split {arguments.split}")
     plan = Plan(units, arguments.samples_per_shard, arguments.limit, "raw", arguments.split, recipe)
     staging = Staging(out, plan)
     todo = [
@@ -208,12 +208,9 @@ def _show(bar: tqdm, result: UnitResult, clips: int, seconds: float) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        arguments = Arguments(**vars(args))
-        check_folder(Path(arguments.out), "--out")
-        shards = write(arguments)
-    except (ValueError, OSError) as error:
-        raise UserError(str(error)) from None
+    arguments = Arguments(**vars(args))
+    check_folder(Path(arguments.out), "--out")
+    shards = write(arguments)
     if shards is None:
         print(f"task {arguments.rank} of {arguments.world} is done; the others are not: {arguments.out}")
         return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import errno
 import struct
 import tarfile
 import zipfile
@@ -16,7 +17,7 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
-LFS_POINTER = b"version https://git-lfs"
+LFS_POINTER, LFS_HINT = b"version https://git-lfs", "a git-lfs pointer, not the file itself; get it with: git lfs pull"
 # of a file that is not what its name says; KeyError, TypeError and the like: of a tree of another shape
 UNREADABLE = (
     OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
@@ -24,6 +25,13 @@ UNREADABLE = (
     zlib.error,
 )  # fmt: skip
 LIBRARIES = ("PIL", "av", "safetensors", "yaml")  # whose own errors are about the file; by name: they are heavy
+
+
+# states of a file system, met where nothing more can be said about them; never a bug of ours
+FILE_SYSTEM = {
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTDIR,
+    errno.ENAMETOOLONG, errno.ELOOP,
+}  # fmt: skip
 
 
 class UserError(ValueError):
@@ -62,7 +70,7 @@ def writing(path: Path | str, option: str = "") -> Iterator[None]:
 def fault_of(path: Path | str, error: Exception) -> str:
     """Why a file cannot be read, in words; a pointer that git-lfs has left in its place is called by its name."""
     if is_lfs_pointer(path):
-        return "a git-lfs pointer, not the file itself; get it with: git lfs pull"
+        return LFS_HINT
     if isinstance(error, UnicodeError):
         return "not text in UTF-8"
     return reason_of(error).replace(f"{path}: ", "").replace(f": '{path}'", "")

@@ -23,6 +23,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from one4d_pl.errors import LFS_HINT, UserError, fault_of, is_lfs_pointer
+from one4d_pl.files import read_text
 from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
 from one4d_pl.inference.media import load_image, upright_frames
 
@@ -47,7 +49,9 @@ def read_depth_codes(path: Path) -> NDArray[np.uint16]:  # [H, W]
                 raise ValueError(f"{path}: {image.mode} picture, need 16-bit grey")
             return np.array(image, np.uint16)
     except (OSError, SyntaxError, struct.error, zlib.error, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be decoded ({error})") from error  # Pillow: SyntaxError for a broken png
+        raise ValueError(
+            f"{path}: cannot be decoded ({fault_of(path, error)})"
+        ) from error  # Pillow: SyntaxError for a broken png
 
 
 def read_frames(paths: Sequence[Path]) -> Tensor:  # [T, H, W, 3] uint8
@@ -66,6 +70,8 @@ def stack_alike(arrays: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarr
 
 def read_npy(path: Path) -> np.ndarray:
     """A .npy file."""
+    if is_lfs_pointer(path):
+        raise ValueError(f"{path}: {LFS_HINT}")
     return npy_array(path.read_bytes(), str(path))
 
 
@@ -123,7 +129,7 @@ def _open_zip(path: Path) -> zipfile.ZipFile:
     try:
         return zipfile.ZipFile(path)
     except (zipfile.BadZipFile, struct.error, NotImplementedError, EOFError, IndexError) as error:
-        raise ValueError(f"{path}: no zip archive ({error})") from error
+        raise ValueError(f"{path}: no zip archive ({fault_of(path, error)})") from error
 
 
 def read_exr(
@@ -155,9 +161,9 @@ def read_exr(
 def read_json(path: Path) -> object:
     """A json file."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_text(path))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no json ({error})") from error
+        raise ValueError(f"{path}: no json ({fault_of(path, error)})") from error
 
 
 def json_numbers(tree: Mapping[str, object], field: str, path: Path, *shape: int) -> NDArray[np.float64]:
@@ -185,10 +191,10 @@ def finite(numbers: np.ndarray, name: str, *shape: int) -> NDArray[np.float64]:
 def read_csv(path: Path) -> list[dict[str, str]]:
     """The rows of a csv file with a header line; a field that a row lacks is an empty text."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(file)]
-    except (csv.Error, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: no csv ({error})") from error
+        lines = io.StringIO(read_text(path), newline="")
+        return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(lines)]
+    except (csv.Error, UserError) as error:
+        raise ValueError(f"{path}: no csv ({fault_of(path, error)})") from error
 
 
 def rigid_transforms(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import NoReturn, TextIO
 
 from one4d_pl import interrupts
-from one4d_pl.errors import UserError
+from one4d_pl.errors import FILE_SYSTEM, UserError
 
 USER_ERROR = 2
 PIPE_CLOSED = 141  # 128 + SIGPIPE: the reader (`| head`) has what it wanted
@@ -57,6 +57,11 @@ def exit_code(work: Callable[[], int | None]) -> int:
         if not any([_is_closed(sys.stdout), _is_closed(sys.stderr)]):
             raise  # a socket's
         return PIPE_CLOSED
+    except OSError as error:
+        if error.errno not in FILE_SYSTEM:
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}", file=sys.stderr)
+        return USER_ERROR
     return code
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import io
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
 from one4d_pl.config.checks import ConfigError
 from one4d_pl.config.run import Config
+from one4d_pl.errors import UserError
+from one4d_pl.files import read_text
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -71,7 +74,9 @@ def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, D
     if not path.is_file():
         raise ConfigError(f"{path}: no such config file")
     try:
-        node = OmegaConf.load(path)
+        node = OmegaConf.load(io.StringIO(read_text(path)))
+    except UserError:
+        raise
     except Exception as error:  # yaml has many error classes, all of them the user's
         raise ConfigError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(node, DictConfig):

@@ -20,7 +20,7 @@ from typing import TypeVar
 import fsspec
 
 from one4d_pl.data.read_cache import RangeCache
-from one4d_pl.errors import UserError
+from one4d_pl.errors import LFS_HINT, UserError, is_lfs_pointer
 
 LOCAL_PROTOCOLS = ("file", "local")
 
@@ -97,6 +97,8 @@ class RangeReader:
                     fault = _fault(answer, end - start, crc32)
                     if fault is None:
                         return answer
+                    if not is_remote(url) and is_lfs_pointer(url):
+                        raise ValueError(LFS_HINT)
                     if not is_remote(url) or (len(answer) == end - start and answer == previous):
                         raise ValueError(fault)
                     previous, trouble = answer, fault

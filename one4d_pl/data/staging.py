@@ -29,6 +29,7 @@ from one4d_pl.data.tar_set import (
     one_line,
     write_tar,
 )
+from one4d_pl.errors import UserError, writing
 from one4d_pl.files import open_whole
 
 STAGING_NAME = ".staging"
@@ -57,7 +58,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         if self.samples_per_shard < 1:
-            raise ValueError(f"samples per shard must be at least 1, got {self.samples_per_shard}")
+            raise UserError(f"samples per shard must be at least 1, got {self.samples_per_shard}")
 
 
 def is_finished(folder: Path, kind: str, recipe: Recipe) -> bool:
@@ -82,7 +83,8 @@ class Staging:
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
         self.path = folder / STAGING_NAME
-        self.path.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(plan))
         plan_file = self.path / "plan.json"
         if plan_file.exists() and (begun := self._read(plan_file)) != json.loads(text):

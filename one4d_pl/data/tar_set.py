@@ -25,7 +25,7 @@ from webdataset.writer import TarWriter
 from one4d_pl.data.clip_codec import MAX_STACKED_PIXELS, SAFE_KEY, SCHEMA_VERSION
 from one4d_pl.data.ranged_reads import PLAIN_READER, RangeReader, ShardSetError, StoreError, one_line
 from one4d_pl.data.texts import licence_text
-from one4d_pl.errors import UserError
+from one4d_pl.errors import LFS_HINT, UserError, is_lfs_pointer
 from one4d_pl.files import open_whole
 
 MANIFEST_NAME = "manifest.json"
@@ -225,7 +225,8 @@ def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str, reader: Rang
     except StoreError:
         raise
     except (ValueError, ImportError) as error:  # not json, or a protocol that fsspec or this machine does not know
-        raise ShardSetError(f"{folder}: cannot read {MANIFEST_NAME} ({one_line(error)}); {remedy}") from error
+        reason = LFS_HINT if is_lfs_pointer(f"{folder}/{MANIFEST_NAME}") else one_line(error)
+        raise ShardSetError(f"{folder}: cannot read {MANIFEST_NAME} ({reason}); {remedy}") from error
 
 
 def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError
+from one4d_pl.errors import reading
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark, sequence_names
 from one4d_pl.evaluation.open_model import describe, open_pipeline
 from one4d_pl.evaluation.pictures import save_pictures
@@ -24,7 +25,7 @@ from one4d_pl.evaluation.score import SequenceScore, score_benchmark
 from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.tables import Row, write_report
 from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
-from one4d_pl.files import write_text
+from one4d_pl.files import read_json, write_text
 from one4d_pl.inference.framing import Shape
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.inference.predictions import find_prediction, read_prediction
@@ -183,10 +184,9 @@ def generate_vbench(request: Request, config: Config, adapters: Path, ratio: str
             f"--root: need {path} and {images}; clone VBench, run its vbench2_beta_i2v/download_data.sh and name the "
             "folder vbench2_beta_i2v"
         )
-    try:
-        prompts = read_i2v_prompts(json.loads(path.read_text(encoding="utf-8")), images, VBENCH_DIMENSIONS)
-    except ValueError as error:
-        raise ConfigError(f"{path}: {error}") from None
+    tree = read_json(path)
+    with reading(path):
+        prompts = read_i2v_prompts(tree, images, VBENCH_DIMENSIONS)
     device = device_of(config)
     pipeline, _ = open_pipeline(config, adapters, device)
     with autocast(config, device):

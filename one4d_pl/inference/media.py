@@ -19,7 +19,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from one4d_pl.data.frame_order import numbered_files
-from one4d_pl.errors import UserError
+from one4d_pl.errors import UserError, fault_of
 from one4d_pl.geometry.camera import resize_frames
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
@@ -64,7 +64,7 @@ def load_image(path: Path) -> Tensor:  # [H, W, 3] uint8
     except MediaError:
         raise
     except (OSError, ValueError, SyntaxError, IndexError, Image.DecompressionBombError) as error:
-        reason = " ".join(str(error).replace(str(path), "").split()) or type(error).__name__
+        reason = fault_of(path, error).replace(str(path), "").strip()
         raise MediaError(
             f"{path}: not a picture that can be read ({reason}); need {', '.join(IMAGE_FORMATS)}"
         ) from error
@@ -236,7 +236,7 @@ def _turned(pixels: np.ndarray, frame: av.VideoFrame, stream: VideoStream) -> np
 
 
 def _video_fault(path: Path, error: Exception) -> MediaError:
-    reason = " ".join(str(error).replace(str(path), "").replace("''", "").split())
+    reason = fault_of(path, error).replace(str(path), "").replace("''", "").strip()
     return MediaError(f"{path}: not a video that can be read ({reason})")
 
 

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from one4d_pl.config import ConfigError
+from one4d_pl.errors import LFS_HINT, is_lfs_pointer
 from one4d_pl.models.base_files import is_original, transformer_config, weight_files
 from one4d_pl.models.original_names import Source, same_name, transformer_source
 
@@ -175,6 +176,8 @@ def stream_transformer(
 
 def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
     """Shapes of a file's tensors, and what reads one."""
+    if is_lfs_pointer(path):
+        raise ConfigError(f"{path}: {LFS_HINT}")
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
