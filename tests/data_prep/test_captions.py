@@ -304,7 +304,7 @@ def test_the_writer_goes_on_where_the_endpoint_failed_and_holds_other_captions_a
     asked = ["--caption-url", server.url, "--caption-model", "vlm"]
     assert write(dataset, tmp_path / "out", *asked) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("write_shards: scene2-00000: ") and "400 no credit" in error
+    assert error.startswith("error: scene2-00000: ") and "400 no credit" in error
     staged = {path.name for path in (tmp_path / "out/.staging").glob("unit-???????.json")}
     assert staged == {"unit-0000000.json", "unit-0000001.json"}
     assert write(dataset, tmp_path / "out", *asked) == 0

@@ -317,7 +317,7 @@ def test_a_save_that_fails_leaves_no_rest_and_the_old_checkpoints(run_config, mo
     def full(*arguments: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("one4d_pl.training.checkpoint._flush", full)
+    monkeypatch.setattr("one4d_pl.training.checkpoint.settle", full)
     with pytest.raises(OSError, match="No space left"):
         fit(config)
     monkeypatch.undo()
