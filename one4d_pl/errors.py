@@ -73,7 +73,7 @@ def fault_of(path: Path | str, error: Exception) -> str:
         return LFS_HINT
     if isinstance(error, UnicodeError):
         return "not text in UTF-8"
-    return reason_of(error).replace(f"{path}: ", "").replace(f": '{path}'", "")
+    return reason_of(error).replace(f"{path}: ", "").replace(f": '{path}'", "").replace(f" '{path}'", "")
 
 
 def is_lfs_pointer(path: Path | str) -> bool:

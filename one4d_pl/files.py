@@ -139,9 +139,9 @@ def read_json(path: Path) -> object:
 def check_folder(path: Path, option: str, advice: str = "") -> None:
     """UserError where a folder cannot be made or written; so that hours of work do not end there. Leaves no trace."""
     place = path
-    while not place.exists() and place != place.parent:
-        place = place.parent
     try:
+        while not place.exists() and place != place.parent:
+            place = place.parent
         if not place.is_dir():
             raise UserError(f"{option}: cannot write {path} ({place} is a file); name a folder")
         with temporary(place / path.name) as probe:
