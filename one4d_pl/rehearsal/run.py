@@ -29,6 +29,7 @@ from one4d_pl.callbacks.scene_samples import sample_scene
 from one4d_pl.config import Config, ConfigError, DataConfig
 from one4d_pl.costs.flops import TransformerShape
 from one4d_pl.costs.memory import Memory, batch_of, layout_of, step_memory
+from one4d_pl.data.masking import task_of
 from one4d_pl.models.base_files import encoder_sizes, image_tokens, transformer_config
 from one4d_pl.rehearsal.fake_cuda import pretend
 from one4d_pl.rehearsal.skeleton import write_skeleton
@@ -39,7 +40,8 @@ from one4d_pl.training.zero import fill_optimizer
 from one4d_pl.types import Batch, Encoded, PointmapScale, Sample, collate
 
 SAMPLER_STEPS = 2  # all are alike
-AFTER = "after"  # Lightning hands the model back on the CPU: no part of the run
+AFTER = "after"  # Lightning hands the model back on the CPU
+UNTOLD = ("moments", AFTER)  # what is no part of a run
 STEP = ("encoding", "forward", "backward", "optimizer")  # the phases of a training step
 PROMPT = "a red cube on a table"
 
@@ -88,8 +90,8 @@ def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
         with rehearsing(alone) as watch:
             watching = Watching(watch, sample)
             fit(alone, watching)
-        layers, _ = watching.blocks, watch.phases.pop(AFTER)
-        return Rehearsal(told, layers, watch.phases, watching.at_peak, watching.tensors, planned_memory(alone))
+        layers, shown = watching.blocks, {name: seen for name, seen in watch.phases.items() if name not in UNTOLD}
+        return Rehearsal(told, layers, shown, watching.at_peak, watching.tensors, planned_memory(alone))
 
 
 def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
@@ -145,8 +147,8 @@ def fit(config: Config, *callbacks: Callback) -> None:
 
 
 def sample(trainer: lightning.Trainer, module: One4DModule, watch: Watch) -> None:
-    """Sample one scene of a clip of which two frames are given, as the callbacks of a run do."""
-    batch = collate([fake_sample(module.config, encoded=False)]).to(module.device)
+    """Sample one scene from a first frame, as the callbacks of a run do."""
+    batch = collate([fake_sample(module.config, given=[0])]).to(module.device)
     watch.begin("sampling: encoders")
     handles = [
         module.transformer.register_forward_pre_hook(lambda *_: watch.begin("sampling: transformer")),
@@ -179,7 +181,8 @@ class Watching(Callback):
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, One4DModule)
-        self.watch.name(module)
+        self.watch.name(module, "transformer")
+        self.watch.name(module.encoders, "encoders")
         module.transformer.register_forward_pre_hook(lambda *_: self._transformer_begins(trainer, module))
 
     def on_sanity_check_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -188,6 +191,7 @@ class Watching(Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, One4DModule)
         if self.largest:
+            self.watch.begin("moments")
             trainables = [parameter for _, parameter in module.transformer.trainable_parameters()]
             fill_optimizer(trainables, trainer.optimizers[0], 1, lambda i, _: torch.zeros_like(trainables[i]))
 
@@ -246,10 +250,10 @@ class FakeClips(lightning.LightningDataModule):
         self.config = config
 
     def train_dataloader(self) -> DataLoader[Sample]:
-        return self._loader(self.config.train.micro_batch_size)
+        return self._loader(self.config.train.micro_batch_size, [0, self.config.data.num_frames // 2])
 
     def val_dataloader(self) -> DataLoader[Sample]:
-        return self._loader(1)
+        return self._loader(1, list(range(self.config.data.num_frames)))
 
     def describe_latents(self) -> dict[str, object]:
         channels = int(str(transformer_config(Path(self.config.base.path))["out_channels"]))
@@ -258,18 +262,18 @@ class FakeClips(lightning.LightningDataModule):
     def describe_sources(self) -> list[dict[str, str]]:
         return []
 
-    def _loader(self, clips: int) -> DataLoader[Sample]:
+    def _loader(self, clips: int, given: list[int]) -> DataLoader[Sample]:
         encoded = self.config.data.cache_latents
-        samples: Sequence[Sample] = [fake_sample(self.config, encoded, position) for position in range(clips)]
+        samples: Sequence[Sample] = [fake_sample(self.config, given, encoded, position) for position in range(clips)]
         return DataLoader(samples, batch_size=clips, collate_fn=collate)  # type: ignore[arg-type]
 
 
-def fake_sample(config: Config, encoded: bool, position: int = 0) -> Sample:
-    """A clip of the config's size with its first frame and another given: the task that encodes most."""
+def fake_sample(config: Config, given: list[int], encoded: bool = False, position: int = 0) -> Sample:
+    """A clip of the config's size; where some frames are given and not all, they are encoded once more."""
     data = config.data
     frames, size = data.num_frames, (data.num_frames, data.height, data.width)
     frame_mask = torch.zeros(frames, dtype=torch.bool)
-    frame_mask[[0, frames // 2]] = True
+    frame_mask[given] = True
     return Sample(
         key=f"clip-{position}",
         position=position,
@@ -281,7 +285,7 @@ def fake_sample(config: Config, encoded: bool, position: int = 0) -> Sample:
         intrinsics=torch.eye(3).repeat(frames, 1, 1),
         cam2world=torch.eye(4).repeat(frames, 1, 1),
         frame_mask=frame_mask,
-        task="sparse",
+        task=task_of(frame_mask),
         caption=PROMPT,
         drop_caption=False,
         encoded=_fake_encoded(config, data) if encoded else None,

@@ -61,7 +61,7 @@ class Watch(TorchDispatchMode):
         self.known = Known()
         self.now = self.peak = 0
         self.phases: dict[str, Phase] = {}
-        self.current = Phase()
+        self.phase, self.current = "", Phase()
         self.failed_in = ""  # module of the last operation that was refused
         self.at_peak: dict[int, tuple[int, str]] = {}
         self._alive: dict[int, tuple[int, str]] = {}
@@ -72,6 +72,7 @@ class Watch(TorchDispatchMode):
 
     def begin(self, name: str) -> None:
         """From here on it is the phase of this name."""
+        self.phase = name
         self.current = self.phases.setdefault(name, Phase())
         self.current.peak = max(self.current.peak, self.now)
         self._in_blocks = False
@@ -90,9 +91,14 @@ class Watch(TorchDispatchMode):
             for handle in handles:
                 handle.remove()
 
-    def name(self, root: nn.Module) -> None:
-        """Tell modules by their paths below `root` from here on."""
+    def name(self, root: nn.Module, part: str) -> None:
+        """Tell modules by their paths below `root` from here on, and what its parameters hold by the part's name."""
         self._names |= {id(module): name for name, module in root.named_modules()}
+        for parameter in root.parameters():
+            key = _key(parameter)
+            if key in self._alive:
+                kind = "trained" if parameter.requires_grad else "frozen"
+                self._alive[key] = (self._alive[key][0], f"{kind} weights of the {part}")
 
     @property
     def where(self) -> str:
@@ -156,7 +162,7 @@ class Watch(TorchDispatchMode):
         mutable = func._schema.is_mutable  # type: ignore[attr-defined]
         view = not mutable and any(_key(tensor) in storages for tensor in made)
         for tensor in made:
-            self._track(tensor, f"{self.where or 'backward'} {name} {list(tensor.shape)} {str(tensor.dtype)[6:]}")
+            self._track(tensor, f"{self.where or self.phase} {name} {list(tensor.shape)} {str(tensor.dtype)[6:]}")
         if view or not made or name.startswith(("aten.empty", "aten.new_empty", "aten.detach", "aten.alias")):
             return
         moved = sum(_bytes(tensor) for tensor in [*read, *made] if tensor.is_cuda)

@@ -101,7 +101,7 @@ def sampling() -> object:
     found = {}
 
     def sample(trainer, module, watch) -> None:
-        batch = collate([fake_sample(module.config, encoded=False)]).to(module.device)
+        batch = collate([fake_sample(module.config, given=[0])]).to(module.device)
         noise = module.draw_noise(batch, "sampling noise")
         sampler = replace(module.config.sampler, steps=2)
         for name, two_calls, tiled, offload in (

@@ -112,7 +112,7 @@ def test_a_fault_put_back_is_one_line_with_module_and_file(seen, fault, words):
 
 def test_the_door_tells_what_it_saw():
     done = python(
-        "-m", "one4d_pl.rehearse", *PAPER, "--blocks", "1", "data.num_frames=5", "data.height=32", "data.width=32"
+        "-m", "one4d_pl.rehearse", *PAPER, "--blocks", "1", "data.num_frames=9", "data.height=64", "data.width=64"
     )
     assert done.returncode == 0, done.stderr
     for words in ("1 blocks", "backward", "sampling: transformer", "the planner says", "GB a block", "no fault"):
