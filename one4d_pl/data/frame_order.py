@@ -76,7 +76,7 @@ def _compare_decimals(where: str, order: Sequence[str]) -> None:
     """ValueError where "0.5" and "0.25" may be decimal numbers, or numbers with a point between them."""
     decimals = [ANY_DECIMAL.findall(PurePath(name).stem) for name in order]
     for (before, first), (after, second) in itertools.pairwise(zip(order, decimals)):
-        if len(first) == len(second) and any(Fraction(a) > Fraction(b) for a, b in zip(first, second)):
+        if len(first) == len(second) and any(a != b and Fraction(a) >= Fraction(b) for a, b in zip(first, second)):
             raise _doubt(where, before, after, "may hold decimal numbers, or two numbers with a point between them")
 
 

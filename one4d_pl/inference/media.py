@@ -89,7 +89,7 @@ class FrameFolder:
         suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
         try:
             self._files = numbered_files(path, suffixes)
-        except ValueError as error:
+        except (OSError, ValueError) as error:
             raise MediaError(str(error)) from None
         if not self._files:
             raise MediaError(f"{path}: a folder without pictures ({', '.join(suffixes)})")

@@ -35,6 +35,7 @@ ORDERED = {
     "archives": ["x/9.exr", "x/10.exr", "x/11.EXR"],
     "words in any case": ["Frame_1.png", "frame_2.png", "FRAME_10.png"],
     "one": ["still.png"],
+    "a decimal that stays": ["v1.5_frame9.png", "v1.5_frame10.png"],
 }  # fmt: skip
 DOUBTFUL = {
     "same number": ["frame_1.png", "frame_01.png"],
@@ -46,6 +47,7 @@ DOUBTFUL = {
     "one without a number": ["cover.png", "frame_1.png", "frame_2.png"],
     "one with another number": ["frame_1.png", "frame_2.png", "frame_2_copy_1.png"],
     "decimal or two numbers": ["0.5.png", "0.25.png"],
+    "one decimal in two spellings": ["t0.5.png", "t0.50.png"],
     "words that disagree with numbers": ["b1.png", "a2.png"],
 }
 
