@@ -9,7 +9,8 @@ DIR gets
   depth.npy      float32 [T, H, W], z in each frame's own camera; 0 = behind it, nan = no point
   valid.npy      bool [T, H, W], pixels with a point that was used
   report.json    residuals, how far to trust the focal length, what is degenerate
-DIR can be scored as it is: python -m one4d_pl.evaluate --predictions (with DIR named after its sequence).
+DIR can be scored as it is: python -m one4d_pl.evaluate --predictions (with DIR named after its sequence). A pixel
+without a point is scored as depth 0, as any answer that is missing; the report says how many there are.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ from one4d_pl.data.worker import become_worker
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.protocols import Protocol
-from one4d_pl.inference.framing import to_image
+from one4d_pl.inference.framing import nearest_to_image, to_image
 from one4d_pl.inference.predictions import Prediction, find_prediction, read_prediction
 from one4d_pl.interrupts import before_workers, uninterrupted
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
@@ -97,7 +97,7 @@ def score_benchmark(
     if absent:
         raise UserError(
             f"{folder}: no prediction of {', '.join(absent)}; need a folder <sequence>/ with cameras.json or "
-            "frame_%04d.npy and pred_traj.txt, or <sequence>.npz"
+            "frame_%04d.npy and pred_traj.txt, or <sequence>.npz (all layouts: one4d_pl/inference/predictions.py)"
         )
     work = partial(_score_stored, benchmark, folder, protocol)
     return BenchmarkScore(benchmark, protocol, tuple(progress(_run(work, sequences, processes))))
@@ -144,9 +144,10 @@ def _score_depth(
         if not bool(fit_valid.any()):
             fit_valid = None
     counts = scored.sum((1, 2)).tolist()  # pixels of each frame
+    # as it was predicted: resizing swings below 0 beside edges
+    notes = odd_depth(nearest_to_image(prediction.depth, height, width, prediction.placement)[scored], target[scored])
     preds, target = preds[scored], target[scored]  # [N]: frame after frame
     del scored
-    notes = odd_depth(preds, target)
     everywhere = torch.ones(1, dtype=torch.bool).expand(len(target))
     fit = align_depth(preds, target, everywhere if fit_valid is None else fit_valid, protocol.alignment)
     preds = torch.where(preds.isfinite(), fit.apply(preds.double()), 0)  # float64: as exact as the alignment

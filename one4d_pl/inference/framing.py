@@ -113,25 +113,47 @@ def to_image(
 ) -> Tensor:  # [T, height, width]
     """Maps in the image's pixels, bicubic as the published protocols; beyond the map its edge is repeated.
 
-    A pixel whose nearest prediction is not finite gets nan.
+    A pixel whose nearest prediction is not finite gets nan. One whose neighbours are partly not finite gets the mean of
+    the others by the positive weights among its own: a hole changes nothing around it.
     """
     rows, columns = maps.shape[1:]
     if (rows, columns) == (height, width) and placement in (None, Placement(1.0, 0.0, 0.0)):
         return maps  # the same grid: not even rounding changes
+    y, x = _positions(rows, columns, height, width, placement)
+    weights_y, weights_x = cubic_weights(y, rows), cubic_weights(x, columns)  # [height, rows], [width, columns]
+    finite = maps.isfinite()
+    if bool(finite.all()):
+        return weights_y @ maps.float() @ weights_x.T
+    maps = torch.where(finite, maps, 0).float()
+    holes = (~finite).float()
+    touches_hole = weights_y.abs() @ holes @ weights_x.T.abs() > 0
+    around = [w.clamp_min(0) for w in (weights_y, weights_x)]  # with negative ones the sum of what is left may vanish
+    mean = (around[0] @ maps @ around[1].T) / (around[0] @ (1 - holes) @ around[1].T)  # 0 / 0 in the middle of a hole
+    result = torch.where(touches_hole, mean, weights_y @ maps @ weights_x.T)
+    return torch.where(nearest_to_image(finite, height, width, placement), result, torch.nan)
+
+
+def nearest_to_image(
+    maps: Tensor,  # [T, h, w], a prediction
+    height: int,  # of the image
+    width: int,
+    placement: Placement | None,
+) -> Tensor:  # [T, height, width], same dtype
+    """As `to_image`, each pixel of the image taking the map's pixel that it falls into: no value is made up."""
+    rows, columns = maps.shape[1:]
+    y, x = _positions(rows, columns, height, width, placement)
+    return maps[:, y.long().clamp(0, rows - 1)[:, None], x.long().clamp(0, columns - 1)]
+
+
+def _positions(
+    rows: int, columns: int, height: int, width: int, placement: Placement | None
+) -> tuple[Tensor, Tensor]:  # [height], [width] float64
+    """Where the image's pixel centres lie on the map, in its pixels."""
     y = torch.arange(height, dtype=torch.float64) + 0.5
     x = torch.arange(width, dtype=torch.float64) + 0.5
     if placement is None:
-        y, x = y * rows / height, x * columns / width
-    else:
-        y, x = y * placement.scale - placement.top, x * placement.scale - placement.left
-    weights_y, weights_x = cubic_weights(y, rows), cubic_weights(x, columns)  # [height, rows], [width, columns]
-    finite = maps.isfinite()
-    whole = bool(finite.all())
-    result = weights_y @ (maps if whole else torch.where(finite, maps, 0)).float() @ weights_x.T
-    if whole:
-        return result
-    nearest = finite[:, y.long().clamp(0, rows - 1)[:, None], x.long().clamp(0, columns - 1)]
-    return torch.where(nearest, result, torch.nan)
+        return y * rows / height, x * columns / width
+    return y * placement.scale - placement.top, x * placement.scale - placement.left
 
 
 def cubic_weights(positions: Tensor, size: int) -> Tensor:  # [N] float64 in pixels, centres at +0.5 -> [N, size]

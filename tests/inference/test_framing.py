@@ -67,3 +67,20 @@ def test_a_hole_stays_a_hole_and_spoils_nothing_else():
     maps[0, 2, 3] = torch.nan
     back = to_image(maps, 16, 16, None)
     assert back[0].isnan().nonzero().tolist() == [[4, 6], [4, 7], [5, 6], [5, 7]]
+
+
+@pytest.mark.parametrize("size", [(16, 16), (31, 17), (5, 7), (9, 9), (8, 8)])
+@pytest.mark.parametrize(
+    "hole", [(slice(3, 5), slice(3, 5)), (slice(0, 3), slice(6, 8)), (slice(0, 8, 2), slice(1, 8, 3))]
+)
+def test_around_a_hole_a_plane_keeps_its_values(size, hole):
+    maps = torch.full((1, 8, 8), 2.0)
+    maps[0][hole] = torch.nan
+    back = to_image(maps, *size, None)
+    torch.testing.assert_close(back[back.isfinite()], torch.full((int(back.isfinite().sum()),), 2.0))
+    ramp = torch.arange(8.0).expand(1, 8, 8).clone()
+    whole = to_image(ramp, *size, None)
+    ramp[0][hole] = torch.nan
+    seen = to_image(ramp, *size, None)
+    known = seen.isfinite()
+    assert torch.equal(known, back.isfinite()) and float((seen - whole)[known].abs().max()) < 1  # a pixel of the map
