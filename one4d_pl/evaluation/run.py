@@ -89,6 +89,7 @@ def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]
     """
     sequences = open_benchmark(request.bench, request.root, request.sequences)
     if request.predictions is not None:
+        sequences = _predicted_set(request, sequences)
         stored = [_Stored(request.predictions.name, request.predictions, {"predictions": str(request.predictions)})]
     else:
         assert config is not None
@@ -101,6 +102,18 @@ def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]
         if request.pictures:
             _draw(request.out / "pictures" / row.folder.name, sequences, row.folder, score.sequences)
     return write_report(request.out, rows, len(sequence_names(request.bench)), request.sweep)
+
+
+def _predicted_set(request: Request, sequences: list[EvalSequence]) -> list[EvalSequence]:
+    """All sequences, or those that score cameras, where just these are predicted: Sintel's cameras are of 14 of its 23.
+
+    Any other set has to be named with --sequences.
+    """
+    assert request.predictions is not None
+    with_cameras = [s for s in sequences if "cameras" in s.scores]
+    found = [s.name for s in sequences if find_prediction(request.predictions, s.name) is not None]
+    just_cameras = bool(found) and found == [s.name for s in with_cameras]
+    return with_cameras if just_cameras and not request.sequences else sequences
 
 
 def _predict(

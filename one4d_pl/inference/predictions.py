@@ -1,16 +1,19 @@
 """Stored predictions, ours and other people's: whatever made them, they are scored from these files alone.
 
-A prediction is a folder per sequence, in one of three layouts that `read_prediction` tells apart by what lies there:
+A prediction is a folder per sequence, in one of these layouts, which `read_prediction` tells apart by what lies there:
 
 ours      cameras.json   intrinsics and cam2world per frame, the map's placement on the image, given frames, report
           depth.npy      float32 [T, h, w], z-depth in the cameras' unit
           valid.npy      bool [T, h, w], where a depth may be used to fit the alignment (optional)
 folders   frame_%04d.npy float depth [h, w] per frame, and pred_traj.txt with lines `t x y z qw qx qy qz`, camera to
-          world (MonST3R, Geo4D); either may be absent
+          world (MonST3R, Geo4D, CUT3R), or pred_poses.npy [T, 4, 4] (Pi3), which goes before it; one may be absent
+demo      depth/%06d.npy and camera/%06d.npz, whose `pose` is camera to world (CUT3R's demo)
 npz       prediction.npz, or <sequence>.npz beside the folders: arrays `depth` [T, h, w], `cam2world` [T, 4, 4] and
           `valid` [T, h, w] bool, all optional but one
 
-Nothing is unpickled.
+Cameras may also be [T, 3, 4]. The folder has the sequence's name, or that of the dataset's own folder for it
+(rgbd_dataset_freiburg3_<sequence>, rgbd_bonn_<sequence>). Numbered files come in the order of their numbers. Nothing is
+unpickled.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ from one4d_pl.inference.framing import Placement
 from one4d_pl.postopt.recover import RecoverReport
 
 FORMAT = "one4d_pl cameras 1"
+DATASET_PREFIXES = ("", "rgbd_dataset_freiburg3_", "rgbd_bonn_")  # of TUM's and Bonn's own folders
 
 
 @dataclass(frozen=True)
@@ -88,13 +92,16 @@ def report_dict(report: RecoverReport) -> dict[str, object]:
 
 
 def find_prediction(root: Path, sequence: str) -> Path | None:
-    """The folder or npz of a sequence below `root`; None where there is none."""
-    folder, archive = root / sequence, root / f"{sequence}.npz"
-    return folder if folder.is_dir() else archive if archive.is_file() else None
+    """The folder or npz of a sequence below `root`, under its own name or its dataset's; None where there is none."""
+    for prefix in DATASET_PREFIXES:
+        folder, archive = root / f"{prefix}{sequence}", root / f"{prefix}{sequence}.npz"
+        if folder.is_dir() or archive.is_file():
+            return folder if folder.is_dir() else archive
+    return None
 
 
 def read_prediction(path: Path) -> Prediction:
-    """Read any of the three layouts; UserError names what is broken."""
+    """Read any of the layouts; UserError names what is broken."""
     with reading(path):
         if path.is_file():
             prediction = _read_npz(path)
@@ -102,6 +109,8 @@ def read_prediction(path: Path) -> Prediction:
             prediction = _read_ours(path)
         elif (path / "prediction.npz").is_file():
             prediction = _read_npz(path / "prediction.npz")
+        elif (path / "camera").is_dir() and (path / "depth").is_dir():
+            prediction = _read_demo(path)
         else:
             prediction = _read_frames(path)
         return _checked(prediction)
@@ -138,23 +147,57 @@ def _read_npz(path: Path) -> Prediction:
     depth, cam2world, valid = (found.get(name) for name in ("depth", "cam2world", "valid"))
     return Prediction(
         None if depth is None else depth.float(),
-        None if cam2world is None else cam2world.double(),
+        None if cam2world is None else _four_rows(cam2world),
         valid=None if valid is None else valid.bool(),
     )
 
 
 def _read_frames(folder: Path) -> Prediction:
-    """MonST3R's and Geo4D's folders."""
+    """MonST3R's, Geo4D's, CUT3R's and Pi3's folders."""
     files = numbered_files(folder, (".npy",), "frame_")
-    trajectory = folder / "pred_traj.txt"
-    if not files and not trajectory.is_file():
-        raise ValueError("holds none of cameras.json, prediction.npz, frame_%04d.npy, pred_traj.txt")
-    depth = [_load(file) for file in files]
-    sizes = {tuple(d.shape) for d in depth if d is not None}
+    poses, trajectory = folder / "pred_poses.npy", folder / "pred_traj.txt"
+    if not files and not poses.is_file() and not trajectory.is_file():
+        raise ValueError(
+            "holds none of cameras.json, prediction.npz, frame_%04d.npy, pred_poses.npy, pred_traj.txt, or depth/ and "
+            "camera/"
+        )
+    cam2world = None
+    if (matrices := _load(poses)) is not None:
+        cam2world = _four_rows(matrices)
+    elif trajectory.is_file():
+        cam2world = read_wxyz_trajectory(trajectory)
+    return Prediction(_stack_maps(files) if files else None, cam2world)
+
+
+def _read_demo(folder: Path) -> Prediction:
+    """What CUT3R's demo leaves."""
+    depths, cameras = numbered_files(folder / "depth", (".npy",)), numbered_files(folder / "camera", (".npz",))
+    if not depths or [file.stem for file in depths] != [file.stem for file in cameras]:
+        raise ValueError(
+            f"depth/ and camera/ hold {len(depths)} and {len(cameras)} files, need the same numbers in both"
+        )
+    poses = []
+    for file in cameras:
+        with np.load(file, allow_pickle=False) as arrays:
+            if "pose" not in arrays:
+                raise ValueError(f"camera/{file.name}: no array `pose`")
+            poses.append(arrays["pose"])
+    return Prediction(_stack_maps(depths), _four_rows(torch.from_numpy(np.stack(poses))))
+
+
+def _stack_maps(files: list[Path]) -> Tensor:  # [T, h, w] float32
+    maps = [_load(file) for file in files]
+    sizes = {tuple(one.shape) for one in maps if one is not None}
     if len(sizes) > 1:
-        raise ValueError(f"frame_*.npy differ in size: {sorted(sizes)}")
-    cam2world = read_wxyz_trajectory(trajectory) if trajectory.is_file() else None
-    return Prediction(torch.stack([d.float() for d in depth if d is not None]) if files else None, cam2world)
+        raise ValueError(f"{files[0].name} and the others differ in size: {sorted(sizes)}")
+    return torch.stack([one.float() for one in maps if one is not None])
+
+
+def _four_rows(cam2world: Tensor) -> Tensor:  # [T, 4, 4] or [T, 3, 4] -> [T, 4, 4] float64; others as they are
+    if cam2world.shape[1:] != (3, 4):
+        return cam2world.double()
+    last = cam2world.new_tensor([0, 0, 0, 1]).double().expand(len(cam2world), 1, 4)
+    return torch.cat([cam2world.double(), last], dim=1)
 
 
 def read_wxyz_trajectory(path: Path) -> Tensor:  # [T, 4, 4] float64, camera to world
@@ -189,7 +232,7 @@ def _checked(prediction: Prediction) -> Prediction:
         raise ValueError(f"valid is {list(valid.shape)}, need the shape of depth")
     if cam2world is not None:
         if cam2world.shape[1:] != (4, 4):
-            raise ValueError(f"cam2world is {list(cam2world.shape)}, need [T, 4, 4]")
+            raise ValueError(f"cam2world is {list(cam2world.shape)}, need [T, 4, 4] or [T, 3, 4]")
         if not bool(cam2world.isfinite().all() & is_rotation(cam2world[:, :3, :3], 1e-3).all()):
             raise ValueError("a camera is not finite, or its 3x3 block is no rotation")
         if depth is not None and len(depth) != len(cam2world):
