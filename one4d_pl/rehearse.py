@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from one4d_pl.rehearsal.run import Rehearsal
 
 GIB, GB = 2**30, 1e9
-SHOWN = 12  # of what is alive at the peak
+SHOWN = 12  # lines of a list
 
 
 def main(arguments: list[str]) -> int:
@@ -77,6 +77,7 @@ def told(seen: Rehearsal) -> list[str]:
         f"({planned / found - 1:+.1%}); one process that holds everything, gradients and moments there",
         f"traffic     {seen.traffic / GB:.3g} GB a block, forward and backward, "
         f"{seen.elementwise / GB:.3g} GB of it outside of products and attention",
+        *(f"  {size / seen.blocks / GB:8.3g}  {name}" for name, size in seen.operations.most_common(SHOWN)),
         "",
         "alive at the step's peak, GiB by what made it:",
         *(f"  {size / GIB:8.2f}  {label}" for label, size in seen.at_peak.most_common(SHOWN)),

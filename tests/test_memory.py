@@ -58,6 +58,25 @@ class LiveBytes(TorchDispatchMode):
         return result
 
 
+class OneKernelNorm(torch.autograd.Function):
+    """RMSNorm that keeps what CUDA's one kernel keeps: its input. A CPU's, made of several, keeps float32 copies."""
+
+    @staticmethod
+    def forward(ctx, hidden, normalized_shape, weight, eps):  # type: ignore[no-untyped-def]
+        ctx.save_for_backward(hidden, weight)
+        ctx.how = normalized_shape, eps
+        return torch.rms_norm(hidden, normalized_shape, weight, eps)
+
+    @staticmethod
+    def backward(ctx, gradient):  # type: ignore[no-untyped-def]
+        hidden, weight = ctx.saved_tensors
+        shape, eps = ctx.how
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            normed = torch.rms_norm(hidden, shape, weight, eps)
+        return *torch.autograd.grad(normed, hidden, gradient), None, None, None
+
+
 def wan(size: dict[str, int], image: bool) -> dict[str, object]:
     return size | {
         "attention_head_dim": 128, "in_channels": 36, "out_channels": 16, "text_dim": 64, "freq_dim": 64,
@@ -106,7 +125,8 @@ def measured(settings: dict[str, object], batch: BatchShape, checkpointing: str,
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bf16-mixed"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
 @pytest.mark.parametrize("name", SIZES)
-def test_live_tensor_bytes_are_within_five_percent(name, checkpointing, bfloat16, record_property):
+def test_live_tensor_bytes_are_within_five_percent(name, checkpointing, bfloat16, record_property, monkeypatch):
+    monkeypatch.setattr(torch.nn.functional, "rms_norm", OneKernelNorm.apply)
     size, grid, image = SIZES[name]
     settings = wan(size, image)
     batch = BatchShape(1, grid, 512 if image else 96, 17 if image else 0)

@@ -76,6 +76,11 @@ class Rehearsal:
         """Those of it that are outside of products and attention."""
         return sum(self.phases[name].block_elementwise for name in ("forward", "backward")) / self.blocks
 
+    @property
+    def operations(self) -> Counter[str]:
+        """Bytes of all blocks' traffic in a training step, by operation."""
+        return self.phases["forward"].by_operation + self.phases["backward"].by_operation
+
 
 def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
     """Rehearse a run; raises Fault, or ConfigError where the config cannot be rehearsed.
@@ -95,14 +100,14 @@ def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
 
 
 def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
-    """The config of one process that holds everything, on the skeleton in `folder`/base."""
+    """The config of one process that holds everything and compiles nothing, on the skeleton in `folder`/base."""
     settings = transformer_config(folder / "base")
     layers, dlc = int(str(settings["num_layers"])), config.dlc
     if blocks is not None:
         kept = None if dlc.link_blocks is None else [block for block in dlc.link_blocks if block < layers]
         dlc = replace(dlc, num_links=min(dlc.num_links, layers), link_blocks=kept)
     train = replace(
-        config.train, strategy="single", num_nodes=1, devices=1, max_steps=1, init_from=None,
+        config.train, strategy="single", num_nodes=1, devices=1, max_steps=1, init_from=None, compile=False,
         global_batch_size=config.train.micro_batch_size,
     )  # fmt: skip
     return replace(
@@ -126,9 +131,9 @@ def rehearsing(config: Config) -> Iterator[Watch]:
     with pretend(watch), watch.watching():
         try:
             yield watch
-        except (RuntimeError, TypeError, NotImplementedError, ValueError) as error:
-            if isinstance(error, ConfigError):
-                raise
+        except ConfigError:
+            raise
+        except Exception as error:  # whatever would have ended the run
             raise Fault(told_fault(error, watch.failed_in)) from error
 
 
@@ -136,7 +141,9 @@ def told_fault(error: Exception, where: str) -> str:
     """Module, place and the first line of an error."""
     places = [told_place(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
     place = next((place for place in reversed(places) if place is not None), "outside of the package")
-    message = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    message = (str(error).strip().splitlines() or [""])[0]
+    if not isinstance(error, RuntimeError):
+        message = f"{type(error).__name__}: {message}"
     return f"{where or 'outside of any module'}: {place}: {message}"
 
 
