@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from one4d_pl.commands import Command
-from one4d_pl.config import Config, ConfigError, base_folder, holds_base, load_config
+from one4d_pl.config import Config, ConfigError, load_config
 from one4d_pl.costs.flops import BatchShape, Flops, TransformerShape, peak_flops, training_flops
 from one4d_pl.costs.memory import (
     GPU_GIB,
@@ -23,14 +22,7 @@ from one4d_pl.costs.memory import (
     layout_of,
     step_memory,
 )
-from one4d_pl.models.base_files import (
-    IMAGE_TOKENS,
-    RELEASED,
-    encoder_sizes,
-    released_size,
-    resolve_base,
-    transformer_config,
-)
+from one4d_pl.models.base_files import IMAGE_TOKENS, encoder_sizes, sizes_of
 
 GIB, MEGA = 2**30, 2**20
 
@@ -84,15 +76,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
     """The run of a config on so many GPUs; where they cannot make its global batch, the next larger one they can."""
-    if holds_base(config.base.path):
-        folder = resolve_base(config.base.path)
-        settings, base = transformer_config(folder), str(base_folder(config.base.path))
-    else:
-        folder, released = None, released_size(config.base.path)
-        settings, base = (
-            RELEASED[released],
-            f"{Path(config.base.path).name} (not there; sizes of the released Wan 2.1 {released})",
-        )
+    folder, settings, base = sizes_of(config.base.path)
     encoders, vae_base_dim = encoder_sizes(folder)
     train, shape = config.train, TransformerShape.of(settings, config.dlc)
     per_pass = gpus * train.micro_batch_size

@@ -17,6 +17,7 @@ import warnings
 from typing import TYPE_CHECKING
 
 from one4d_pl.config import ConfigError, load_config
+from one4d_pl.models.base_files import sizes_of
 from one4d_pl.rehearsal.fake_cuda import load_device
 from one4d_pl.training.signals import end_process
 
@@ -39,6 +40,9 @@ def main(arguments: list[str]) -> int:
     began = time.perf_counter()
     try:
         config = load_config(args.config, args.overrides)
+        _, settings, _ = sizes_of(config.base.path)
+        if args.blocks is not None and not 0 < args.blocks <= int(str(settings["num_layers"])):
+            raise ConfigError(f"--blocks: {args.blocks}, need 1 to {settings['num_layers']}, the base's number")
         load_device()  # before torch is imported
         warnings.simplefilter("ignore")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

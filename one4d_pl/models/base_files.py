@@ -12,7 +12,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, TEMPORAL_FACTOR, ConfigError, base_folder
+from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, TEMPORAL_FACTOR, ConfigError, base_folder, holds_base
 from one4d_pl.errors import is_lfs_pointer
 from one4d_pl.files import read_json
 
@@ -169,13 +169,19 @@ def safetensors_header(file: Path) -> dict[str, dict[str, object]]:
     return header
 
 
-def released_size(path: str) -> str:
-    """Which released size a base is by its name alone: a key of RELEASED; ConfigError where it names none."""
+def sizes_of(path: str) -> tuple[Path | None, dict[str, object], str]:
+    """A base's folder, its transformer's settings, and where they come from in words.
+
+    Where nothing lies at `path`: None, and the settings of the release that it names; ConfigError if it names none.
+    """
+    if holds_base(path):
+        folder = resolve_base(path)
+        return folder, transformer_config(folder), str(base_folder(path))
     name = Path(path).name
-    for size in RELEASED:
-        if f"-{size}-" in f"-{name}-":
-            return size
-    raise ConfigError(f"base.path: no base at {path}, and {name} names none of {', '.join(RELEASED)}")
+    size = next((size for size in RELEASED if f"-{size}-" in f"-{name}-"), None)
+    if size is None:
+        raise ConfigError(f"base.path: no base at {path}, and {name} names none of {', '.join(RELEASED)}")
+    return None, RELEASED[size], f"{name} (not there; sizes of the released Wan 2.1 {size})"
 
 
 def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:

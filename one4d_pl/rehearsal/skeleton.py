@@ -16,15 +16,8 @@ from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTran
 from torch import nn
 from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from one4d_pl.config import DIFFUSERS_MARK, ConfigError, holds_base
-from one4d_pl.models.base_files import (
-    RELEASED,
-    is_original,
-    released_size,
-    resolve_base,
-    tokenizer_folder,
-    transformer_config,
-)
+from one4d_pl.config import DIFFUSERS_MARK
+from one4d_pl.models.base_files import is_original, sizes_of, tokenizer_folder
 
 BF16 = 2  # bytes
 UMT5_XXL = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
@@ -35,23 +28,15 @@ CLIP_VIT_H = {
 
 
 def write_skeleton(folder: Path, base_path: str, blocks: int | None) -> str:
-    """Write the skeleton of the base at `base_path` into an empty folder; says in words where its sizes come from.
+    """Write the skeleton of the base at `base_path` into a new folder; says in words where its sizes come from.
 
     Args:
         folder: to be filled.
         base_path: base.path; where nothing lies there, its name tells which release it would be.
         blocks: fewer than it has; None = all of them.
     """
-    source = resolve_base(base_path) if holds_base(base_path) else None
-    if source is not None:
-        settings, told = transformer_config(source), str(source)
-    else:
-        size = released_size(base_path)
-        settings, told = RELEASED[size], f"{Path(base_path).name} (not there; sizes of the released Wan 2.1 {size})"
-    layers = int(str(settings["num_layers"]))
-    if blocks is not None and not 0 < blocks <= layers:
-        raise ConfigError(f"--blocks: {blocks}, need 1 to {layers}, the base's number")
-    settings = {**settings, "num_layers": layers if blocks is None else blocks}
+    source, settings, told = sizes_of(base_path)
+    settings = {**settings, "num_layers": settings["num_layers"] if blocks is None else blocks}
     known = source if source is not None and not is_original(source) else None  # its own configs describe its encoders
     with init_empty_weights(include_buffers=False):
         _write(folder / "transformer", WanTransformer3DModel.from_config(settings))
