@@ -94,10 +94,13 @@ def pretend(watch: Watch) -> Iterator[torch.device]:
             stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))
             # torch.tensor(..., device="cuda") is made on the CPU and moved as a fake one
             stack.enter_context(patch.object(fake_tensor.FakeTensorMode, "avoid_device_init", True))
+        # without bytes nothing can be pinned
+        stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
         stack.enter_context(patch.object(torch.nn.Module, "_apply", _apply))
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", kernels.attend))
         stack.enter_context(patch.object(torch.nn.functional, "rms_norm", kernels.rms_norm))
         stack.enter_context(patch.object(fake_tensor.FakeTensor, "__deepcopy__", _deepcopy))
+        stack.enter_context(patch.object(fake_tensor.FakeTensor, "data", _data_property(), create=True))
         for module in (weights, encoder_files):
             stack.enter_context(patch.object(module, "init_empty_weights", _empty_weights))
         stack.enter_context(patch.object(weights, "_open", _open_header))
@@ -144,6 +147,19 @@ def _apply(self: torch.nn.Module, fn: object, recurse: bool = True) -> torch.nn.
             if buffer is not None:
                 self._buffers[name] = fn(buffer)  # type: ignore[operator]
     return self
+
+
+def _data_property() -> property:
+    """Tensor.data, of which a fake tensor takes the bytes but not the device."""
+    import torch
+
+    plain = torch.Tensor.data
+
+    def assign(tensor: Tensor, value: Tensor) -> None:
+        plain.__set__(tensor, value)  # type: ignore[attr-defined]
+        tensor.fake_device = value.device  # type: ignore[attr-defined]
+
+    return property(plain.__get__, assign)  # type: ignore[attr-defined]
 
 
 @contextmanager
