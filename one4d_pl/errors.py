@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import errno
+import os
 import struct
 import tarfile
 import zipfile
@@ -89,8 +90,9 @@ def reason_of(error: Exception) -> str:
     """The text of an error on one line, without what only programmers read."""
     if reason := getattr(error, "strerror", None):  # of the system, or of FFmpeg
         return str(reason)
-    if isinstance(error, OSError) and "requested and" in str(error):  # NumPy's
-        return "No space left on device"
+    no_space = os.strerror(errno.ENOSPC)
+    if no_space in str(error) or (isinstance(error, OSError) and "requested and" in str(error)):  # NumPy's
+        return no_space
     if isinstance(error, KeyError):
         return f"no {error.args[0]!r} in it" if error.args else "an entry is missing"
     return " ".join(str(error).split())[:300] or type(error).__name__

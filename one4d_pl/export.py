@@ -68,9 +68,9 @@ def export_scene_folder(
     """Write a stored scene to `out`, one folder per format; ConfigError where it cannot be."""
     if points is not None and points < 1:
         raise ConfigError(f"--points: {points}, need 1 or more")
+    check_folder(out, "--out")
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name a new folder")
-    check_folder(out, "--out")
 
     from one4d_pl.inference.exports import POINT_LIMIT, export_scene
     from one4d_pl.inference.scene import open_scene
@@ -94,13 +94,13 @@ def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()
             f"{checkpoint}: neither a checkpoint (card.json) nor a scene (scene.json) nor a run folder with "
             "checkpoints/step-*"
         )
+    check_folder(out, "--out")
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name a new folder")
     card = AdapterCard.read(folder)
     if lora_for and card.coupling != "decoupled":
         raise ConfigError(f"--lora-for: {folder} couples by {card.coupling}, it has no LoRA of the frames alone")
     check_complete(folder, card)
-    check_folder(out, "--out")
     with whole_folder(out) as staging:
         for file in adapter_files(folder):
             target = staging / file

@@ -140,10 +140,11 @@ def check_folder(path: Path, option: str, advice: str = "") -> None:
     """UserError where a folder cannot be made or written; so that hours of work do not end there. Leaves no trace."""
     place = path
     try:
-        while not place.exists() and place != place.parent:
+        while not os.path.lexists(place) and place != place.parent:
             place = place.parent
         if not place.is_dir():
-            raise UserError(f"{option}: cannot write {path} ({place} is a file); name a folder")
+            kind = "file" if place.exists() else "link to nothing"
+            raise UserError(f"{option}: cannot write {path} ({place} is a {kind}); {advice or 'name a folder'}")
         with temporary(place / path.name) as probe:
             probe.mkdir()
             if place != path:  # a name may be too long

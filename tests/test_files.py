@@ -49,8 +49,8 @@ def names(folder: Path) -> list[str]:
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, error):
     (tmp_path / "x").write_text("old")
     expected = UserError if isinstance(error, Full) else type(error)
-    match = "No space left" if isinstance(error, Full) else None
-    with pytest.raises(expected, match=match), whole_file(tmp_path / "x") as staging:
+    said = "No space left" if isinstance(error, Full) else None
+    with pytest.raises(expected, match=said), whole_file(tmp_path / "x") as staging:
         staging.write_text("half")
         raise error
     assert names(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "old"
@@ -195,8 +195,8 @@ def test_a_full_disk_is_said_as_such_by_each_kind_of_writer():
         lambda path: Image.new("RGB", (64, 64)).save(path, "PNG"),
     )
     for write in writers:
-        expected = pytest.raises(UserError, match=r"^cannot write /dev/full \(No space left on device\)$")
-        with expected, writing("/dev/full"):
+        said = r"^cannot write /dev/full \(No space left on device\)$"
+        with pytest.raises(UserError, match=said), writing("/dev/full"):
             write(Path("/dev/full"))
 
 

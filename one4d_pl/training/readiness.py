@@ -106,7 +106,9 @@ def look(config: Config, place: Place, probe: Path) -> Report:
         try:
             check()
         except (ValueError, OSError) as error:  # ConfigError and the shards' errors are ValueErrors
-            report.faults.append(" ".join(str(error).split()))
+            fault = " ".join(str(error).split())
+            if fault not in report.faults:
+                report.faults.append(fault)
     return report
 
 
