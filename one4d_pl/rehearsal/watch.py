@@ -62,7 +62,7 @@ class Watch(TorchDispatchMode):
         self.now = self.peak = 0
         self.phases: dict[str, Phase] = {}
         self.phase, self.current = "", Phase()
-        self.failed_in = ""  # module of the last operation that was refused
+        self.failed_in = ""  # the module that an error ended
         self.at_peak: dict[int, tuple[int, str]] = {}
         self._alive: dict[int, tuple[int, str]] = {}
         self._gone: dict[int, weakref.ref[object]] = {}
@@ -125,7 +125,6 @@ class Watch(TorchDispatchMode):
             return self.known.nonzero(read[0])
         args = self._without_masks(func, args)
         try:
-            refuse(func, read)
             result = func(*args, **kwargs)
             made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             refuse_generator(func, kwargs.get("generator"), made)
@@ -204,6 +203,10 @@ class Watch(TorchDispatchMode):
             self._in_blocks = True
 
     def _leave(self, module: nn.Module, inputs: object, result: object) -> None:
+        if result is not None:
+            self.failed_in = ""
+        elif not self.failed_in:  # left by an error, of a check that comes before any operation
+            self.failed_in = self.where
         if self._stack:
             self._stack.pop()
         if _is_block(module):
@@ -213,13 +216,6 @@ class Watch(TorchDispatchMode):
 
     def _backward_begins(self, gradient: Tensor) -> None:
         self._in_blocks = True
-
-
-def refuse(func: Callable[..., object], read: list[Tensor]) -> None:
-    """What CUDA's kernels refuse and fake tensors do not look at: a convolution of several types."""
-    if func is aten.convolution.default and len({tensor.dtype for tensor in read}) > 1:
-        types = [str(tensor.dtype).removeprefix("torch.") for tensor in read]
-        raise RuntimeError(f"a convolution of input type {types[0]}, weight and bias types {', '.join(types[1:])}")
 
 
 def refuse_generator(func: Callable[..., object], generator: object, made: list[Tensor]) -> None:

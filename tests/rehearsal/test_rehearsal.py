@@ -100,7 +100,7 @@ def test_metrics_stay_on_the_device(seen):
     [
         ("generator_fault", ("models/lora.py", "generator", "cpu")),
         ("device_fault", ("models/control_links.py", "transformer.links.0", "cpu")),
-        ("dtype_fault", ("convolution", "transformer.base.patch_embedding")),
+        ("dtype_fault", ("models/lora.py", "transformer.base.patch_embedding.base", "BFloat16")),
     ],
 )
 def test_a_fault_put_back_is_one_line_with_module_and_file(seen, fault, words):
