@@ -57,6 +57,8 @@ class Stop:
         threading.Thread(target=self._wait, args=(watched,), daemon=True, name="signals").start()
         # multiprocessing starts this helper with the first loader worker, and unblocks two signals as it does
         signal.signal(signal.SIGTERM, lambda number, frame: self._remember(number))
+        # it frees what workers share when this process leaves at once (end_process), which is no news to anybody
+        sys.warnoptions.append("ignore:resource_tracker:UserWarning")
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, watched)
 

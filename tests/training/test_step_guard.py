@@ -64,9 +64,16 @@ def to_inf(noise: Tensor, rows: list[int]) -> None:
     noise[rows, 0, 0, 0, 0] = torch.inf
 
 
-def overflow(noise: Tensor, rows: list[int]) -> None:
-    """The loss is infinite, its gradient is not."""
-    noise[rows] = 1e25
+def poison_loss(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
+    """A loss is infinite, its gradient is not: a square overflows long before its derivative."""
+    losses = One4DModule.losses
+
+    def infinite(self: One4DModule, batch: Batch, sigma: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+        rgb, xyz = losses(self, batch, sigma, noise)
+        hit = torch.tensor([position in positions for position in batch.position.tolist()])
+        return rgb + torch.where(hit, torch.inf, 0.0), xyz
+
+    monkeypatch.setattr(One4DModule, "losses", infinite)
 
 
 def poison_gradient(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> None:
@@ -87,12 +94,11 @@ def poison_gradient(monkeypatch: pytest.MonkeyPatch, positions: set[int]) -> Non
 def test_a_step_that_is_not_finite_changes_nothing_and_the_next_one_does(run_config, monkeypatch, caplog, kind, clip):
     """The third step's second micro batch of two: weights and moments after it are those before, bit for bit."""
     bad = 2 * BATCH + 3
-    if kind == "gradient":
-        poison_gradient(monkeypatch, {bad})
+    if kind in ("gradient", "overflow"):
+        (poison_gradient if kind == "gradient" else poison_loss)(monkeypatch, {bad})
     else:
-        change = {"nan": to_nan, "inf": to_inf, "overflow": overflow}[kind]
-        monkeypatch.setattr(One4DModule, "draw_noise", at({bad}, change))
-    config = run_config(*EVERY_STEP, "train.max_steps=4", f"optim.grad_clip={clip}")
+        monkeypatch.setattr(One4DModule, "draw_noise", at({bad}, {"nan": to_nan, "inf": to_inf}[kind]))
+    config = run_config(*EVERY_STEP, "train.max_steps=4", f"optim.grad_clip={clip}", "val.clips=1")
     assert fit(config) == 0
     states = [state(config, step) for step in (1, 2, 3, 4)]
     assert equal(states[1], states[2])
