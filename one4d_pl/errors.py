@@ -13,6 +13,7 @@ import errno
 import os
 import struct
 import tarfile
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterator
@@ -23,7 +24,7 @@ LFS_POINTER, LFS_HINT = b"version https://git-lfs", "a git-lfs pointer, not the 
 UNREADABLE = (
     OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
     SyntaxError, NotImplementedError, RuntimeError, csv.Error, struct.error, tarfile.TarError, zipfile.BadZipFile,
-    zlib.error,
+    zlib.error, tokenize.TokenError,
 )  # fmt: skip
 LIBRARIES = ("PIL", "av", "safetensors", "yaml")  # whose own errors are about the file; by name: they are heavy
 

@@ -203,12 +203,13 @@ def _four_rows(cam2world: Tensor) -> Tensor:  # [T, 4, 4] or [T, 3, 4] -> [T, 4,
 def read_wxyz_trajectory(path: Path) -> Tensor:  # [T, 4, 4] float64, camera to world
     """Lines `t x y z qw qx qy qz`: not TUM's order, though the tools call the file so."""
     rows = []
-    for i, line in enumerate(read_text(path).splitlines(), start=1):
-        if not (words := line.split("#")[0].split()):
-            continue
-        if len(words) != 8:
-            raise ValueError(f"{path.name}: line {i}: {len(words)} columns, need t x y z qw qx qy qz")
-        rows.append([float(word) for word in words])
+    with reading(path):
+        for i, line in enumerate(read_text(path).splitlines(), start=1):
+            if not (words := line.split("#")[0].split()):
+                continue
+            if len(words) != 8:
+                raise ValueError(f"line {i}: {len(words)} columns, need t x y z qw qx qy qz")
+            rows.append([float(word) for word in words])
     numbers = torch.tensor(rows, dtype=torch.float64).reshape(-1, 8)
     return se3_matrix(wxyz_to_matrix(numbers[:, 4:]), numbers[:, 1:4])
 
