@@ -103,7 +103,7 @@ def test_pointmaps_go_through_the_shipped_vae(clips):
 
 def test_bad_input_is_one_line(tmp_path, capsys):
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err.startswith("check_shards: ")
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def test_unreadable_clips_are_flagged_and_nan_is_no_flag():

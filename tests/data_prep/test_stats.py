@@ -80,7 +80,7 @@ def test_the_report_has_a_row_per_folder_and_domain_and_a_picture(folder, tmp_pa
     assert len(json.loads((tmp_path / "stats.json").read_text())) == 2
     assert Image.open(tmp_path / "stats.png").size[1] > 100
     assert main([str(tmp_path / "nowhere")]) == 2
-    assert capsys.readouterr().err.startswith("stats: ")
+    assert capsys.readouterr().err.startswith("error: ")
 
 
 def run_prep(cwd: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:

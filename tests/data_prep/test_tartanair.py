@@ -207,7 +207,7 @@ def test_bad_clips_end_in_exit_code_2_and_one_line(root, tmp_path, capsys):
     (root / TRAJECTORY / "pose_left.txt").write_text("")
     out = tmp_path / "out"
     assert main(["--source", "tartanair", "--root", str(root), "--num-frames", "17", "--out", str(out)]) == 2
-    assert last_line(capsys.readouterr().err).startswith(f"write_shards: {out}: not one clip to write; 1 dropped, see")
+    assert last_line(capsys.readouterr().err).startswith(f"error: {out}: not one clip to write; 1 dropped, see")
     assert "0 rows, none for frame 50" in (out / "dropped.jsonl").read_text()
     with pytest.raises(SystemExit) as caught:
         main(["--source", "kitti", "--out", str(out)])
