@@ -138,7 +138,7 @@ def parts(out: Path, tiny: bool) -> Iterator[Part]:
         "a true step of the 14B and of the 1.3B",
         [*PYTHON_M, "one4d_pl.bench_gpu", *bench, "--out", str(out / "speed.json")],
         300,
-        lambda text: {"table": [line for line in text.splitlines() if line.startswith("|")]},
+        lambda text: {"table": [line for line in text.splitlines() if not line or line.startswith("|")]},
         out / "speed.json",
     )
 
@@ -175,7 +175,7 @@ def markdown(about: dict[str, object], outcomes: list[Outcome]) -> list[str]:
         lines += ["", f"## {outcome.name}", "", f"`{outcome.command}`", ""]
         for name, value in outcome.found.items():
             if name == "table" and isinstance(value, list):
-                lines += [line for line in value]
+                lines += value
             elif name != "json":
                 lines.append(f"- {name}: {value}")
     return lines
