@@ -209,6 +209,8 @@ class Watching(Callback):
         self.watch.peak = 0
 
     def on_before_backward(self, trainer: lightning.Trainer, module: lightning.LightningModule, loss: Tensor) -> None:
+        assert isinstance(module, One4DModule)
+        self._accumulate(module)  # again: the Trainer takes this micro batch for a step's first one and drops them
         self.watch.begin("backward")
 
     def on_before_optimizer_step(
@@ -243,9 +245,13 @@ class Watching(Callback):
     def _transformer_begins(self, trainer: lightning.Trainer, module: One4DModule) -> None:
         if not trainer.training or trainer.sanity_checking:
             return
+        self._accumulate(module)
         self.watch.begin("forward")
+
+    def _accumulate(self, module: One4DModule) -> None:
+        """The gradients of the micro batch before, where it is a step's largest moment."""
         if self.largest:
-            for _, parameter in module.transformer.trainable_parameters():  # of the micro batch before
+            for _, parameter in module.transformer.trainable_parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
 
