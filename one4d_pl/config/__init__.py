@@ -31,6 +31,7 @@ from one4d_pl.config.places import (
 from one4d_pl.config.run import (
     CHECKPOINTING,
     TEMPORAL_FACTOR,
+    TOY_LEVELS,
     Config,
     DataConfig,
     EvalConfig,
@@ -52,6 +53,7 @@ __all__ = [
     "ORIGINAL_MARK",
     "SOLVERS",
     "TEMPORAL_FACTOR",
+    "TOY_LEVELS",
     "BaseConfig",
     "Config",
     "ConfigError",

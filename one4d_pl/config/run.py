@@ -10,6 +10,7 @@ from one4d_pl.config.checks import ConfigError, at_least, one_of, positive, shar
 from one4d_pl.config.model import NATIVE_ATTENTION, BaseConfig, DLCConfig, FlowConfig, MaskingConfig, SamplerConfig
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
+TOY_LEVELS = ("hard", "clear")  # data/toy_levels.py tells what they are
 CHECKPOINTING = ("none", "full", "selective")
 
 
@@ -48,6 +49,7 @@ class ToyConfig:
     """The procedural world; `fit` writes it as shards at `root`/{train_synthetic,train_real,val} where absent."""
 
     root: str = "data/toy"
+    level: str = "hard"  # clear: narrow depth, one lens, few large things, air between; an hour of training suffices
     train_synthetic: int = 192  # clips
     train_real: int = 64  # clips with sensor noise, holes and pseudo cameras
     val: int = 32  # clips, synthetic
@@ -56,6 +58,7 @@ class ToyConfig:
     def __post_init__(self) -> None:
         for name in ("train_synthetic", "train_real", "val", "seed"):
             at_least(f"data.toy.{name}", getattr(self, name), 0)
+        one_of("data.toy.level", self.level, TOY_LEVELS)
 
     def folders(self) -> list[Path]:
         """The shard folders that `fit` writes."""

@@ -341,17 +341,17 @@ def write_toy_world(config: ToyConfig, num_frames: int, height: int, width: int)
         if count == 0:
             continue
         if (folder / "manifest.json").is_file():
-            _refuse_other_world(folder, seed, count, domain, (num_frames, height, width))
+            keys = [clip_key(s, domain, config.level) for s in range(seed, seed + count)]
+            _refuse_other_world(folder, keys, (num_frames, height, width))
             continue
         seeds = tqdm(range(seed, seed + count), desc=f"rendering {folder}", unit="clip")
-        clips = (render_clip(s, num_frames, height, width, domain) for s in seeds)
+        clips = (render_clip(s, num_frames, height, width, domain, config.level) for s in seeds)
         write_shards((replace(clip, source=f"toy_{split}") for clip in clips), folder, samples_per_shard=32)
 
 
-def _refuse_other_world(folder: Path, seed: int, count: int, domain: str, size: tuple[int, int, int]) -> None:
-    """Old toy shards of another seed, count or size would train something else than the config says."""
+def _refuse_other_world(folder: Path, keys: list[str], size: tuple[int, int, int]) -> None:
+    """Old toy shards of another level, seed, count or size would train something else than the config says."""
     samples = [sample for shard in ShardSet.open(folder).manifest.shards for sample in shard.samples]
-    keys = [clip_key(s, domain) for s in range(seed, seed + count)]
     sizes = {(s.num_frames, s.height, s.width) for s in samples}
     if [s.key for s in samples] != keys or sizes != {size}:
         raise ConfigError(

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from one4d_pl.data.toy_levels import GROUND_COLOURS, LEVELS, PATTERNS, THING_COLOURS, WALL_COLOURS, Level
 from one4d_pl.data.toy_render import FIRST_SOLID, SKY, Floats, Room, Texture, pixel_rays, trace
 from one4d_pl.data.toy_scene import DIRECTIONS, CameraPath, Scene, Thing, moving_codes, reach, solids_at, turn, views_at
 from one4d_pl.types import DOMAINS
@@ -22,44 +23,6 @@ _PREVIEW_SIZE = (16, 24)
 _ATTEMPTS = 16
 _UNPAINTED = Texture(np.zeros((2, 3)), np.zeros((0, 3)), np.zeros(0), np.zeros(0))
 _CLEARANCE = 0.6  # nothing comes nearer to the camera than this
-
-# display colours; those of things keep apart from those of the room, so that a caption can name them
-THING_COLOURS = {
-    "red": (0.86, 0.20, 0.18),
-    "orange": (0.96, 0.55, 0.14),
-    "yellow": (0.97, 0.83, 0.22),
-    "green": (0.22, 0.66, 0.30),
-    "teal": (0.08, 0.66, 0.68),
-    "blue": (0.20, 0.38, 0.87),
-    "purple": (0.56, 0.28, 0.74),
-    "pink": (0.95, 0.52, 0.72),
-    "white": (0.94, 0.94, 0.92),
-}
-GROUND_COLOURS = {
-    "grey": (0.56, 0.57, 0.58),
-    "sandy": (0.79, 0.70, 0.53),
-    "brown": (0.50, 0.37, 0.28),
-    "mossy": (0.44, 0.53, 0.33),
-    "slate": (0.38, 0.45, 0.57),
-    "terracotta": (0.71, 0.45, 0.36),
-}
-WALL_COLOURS = {
-    "cream": (0.90, 0.85, 0.74),
-    "pale grey": (0.76, 0.78, 0.81),
-    "pale blue": (0.66, 0.76, 0.87),
-    "brick": (0.66, 0.42, 0.35),
-    "mint": (0.69, 0.82, 0.73),
-    "lilac": (0.77, 0.71, 0.85),
-}
-PATTERNS = ("plain", "striped", "checked")
-MOTIONS = {
-    "box": ("slides back and forth", "spins", "tumbles in the air", "moves in a circle"),
-    "ball": ("rolls back and forth", "bounces", "moves in a circle"),
-    "egg": ("spins", "tumbles in the air"),
-    "post": ("slides back and forth", "tumbles in the air"),
-    "blob": ("pulsates",),
-    "figure": ("walks",),
-}
 
 
 @dataclass(frozen=True)
@@ -78,22 +41,23 @@ def _log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
     return float(np.exp(rng.uniform(math.log(low), math.log(high))))
 
 
-def _draw_targets(rng: np.random.Generator) -> Targets:
+def _draw_targets(rng: np.random.Generator, level: Level) -> Targets:
     return Targets(
         sky=bool(rng.random() < 1 / 3),
-        depth_ratio=_log_uniform(rng, 3, 50),
-        focal=_log_uniform(rng, 0.62, 1.75),  # fields of view from 78 to 32 degrees
-        zoom=float(rng.choice([0.75, 1.0, 1.0, 1.35])),
+        depth_ratio=_log_uniform(rng, *level.depth_ratios),
+        focal=_log_uniform(rng, *level.focals),
+        zoom=float(rng.choice(level.zooms)),
         lively=bool(rng.random() < 0.75),
         path_ratio=_log_uniform(rng, 0.08, 0.5),
     )
 
 
 def _draw_texture(
-    rng: np.random.Generator, colour: tuple[float, ...], pattern: str, unit: float, far: float
+    rng: np.random.Generator, colour: tuple[float, ...], pattern: str, unit: float, far: float, level: Level
 ) -> Texture:
     """A pattern whose main wavelength is `unit`, over finer and coarser mottling up to wavelength `far`."""
     shade = rng.uniform(0.5, 0.66)
+    shade += (1 - level.contrast) * (1 - shade)
     colours = np.stack([np.array(colour) * shade, np.clip(np.array(colour) * 1.08, 0, 1)]) ** 2
     count = 4 + round(1.5 * math.log2(max(far / unit, 1)))
     direction = rng.normal(size=(count, 3))
@@ -101,7 +65,7 @@ def _draw_texture(
     length = np.exp(np.linspace(math.log(0.6 * unit), math.log(max(far, 1.5 * unit)), count)) * rng.uniform(
         0.85, 1.15, count
     )
-    waves, amplitudes = 2 * math.pi * direction / length[:, None], np.full(count, 0.8)
+    waves, amplitudes = 2 * math.pi * direction / length[:, None], np.full(count, 0.8 / level.crispness)
     if pattern != "plain":
         amplitudes *= 0.35
         turned = rng.uniform(0, math.pi)
@@ -110,7 +74,9 @@ def _draw_texture(
         # sin a sin b is the half difference of cos(a - b) and cos(a + b): soft checks from two waves
         main = first[None] if pattern == "striped" else np.stack([first - second, first + second]) / math.sqrt(2)
         waves = np.concatenate([main, waves])
-        amplitudes = np.concatenate([np.full(len(main), 1.5 if pattern == "striped" else 1.1), amplitudes])
+        amplitudes = np.concatenate(
+            [np.full(len(main), level.crispness * (1.5 if pattern == "striped" else 1.1)), amplitudes]
+        )
     return Texture(colours, waves, rng.uniform(0, 2 * math.pi, len(waves)), amplitudes)
 
 
@@ -137,7 +103,7 @@ def _draw_path(rng: np.random.Generator, targets: Targets, near: float, median: 
 
 
 def _draw_room(
-    rng: np.random.Generator, targets: Targets, path: CameraPath, near: float, far: float
+    rng: np.random.Generator, level: Level, targets: Targets, path: CameraPath, near: float, far: float
 ) -> tuple[Room, str, str]:
     """A box about the camera path whose far wall is about `far` away, and the names of its floor and walls."""
     where = views_at(path, np.linspace(0, 2 * math.pi / path.rate, 32), *_PREVIEW_SIZE).cam2world[:, :3, 3]
@@ -159,11 +125,15 @@ def _draw_room(
         lower=lower,
         upper=upper,
         open_sky=targets.sky,
-        ground=_draw_texture(rng, GROUND_COLOURS[ground], patterns[0], 0.8 * near, far),
-        walls=_draw_texture(rng, WALL_COLOURS[walls], patterns[1], 0.12 * far, far),
-        ceiling=_draw_texture(rng, (0.92, 0.91, 0.88), "plain", 0.3 * far, far),
-        sky=replace(_draw_texture(rng, (1.0, 1.0, 1.0), "plain", 0.35, 1.2), colours=np.stack([blue, clouds]) ** 2),
+        ground=_draw_texture(rng, GROUND_COLOURS[ground], patterns[0], 0.8 * near, far, level),
+        walls=_draw_texture(rng, WALL_COLOURS[walls], patterns[1], 0.12 * far, far, level),
+        ceiling=_draw_texture(rng, (0.92, 0.91, 0.88), "plain", 0.3 * far, far, level),
+        sky=replace(
+            _draw_texture(rng, (1.0, 1.0, 1.0), "plain", 0.35, 1.2, level), colours=np.stack([blue, clouds]) ** 2
+        ),
         light=light / np.linalg.norm(light),
+        air=level.air / far,
+        gloss=level.gloss,
     )
     return room, f"{patterns[0]} {ground} floor", f"{patterns[1]} {walls} walls"
 
@@ -196,22 +166,22 @@ def _draw_thing(
     )
 
 
-def _paint(rng: np.random.Generator, thing: Thing) -> Thing:
+def _paint(rng: np.random.Generator, thing: Thing, level: Level) -> Thing:
     """The thing with textures in proportion to its width; limbs and head are between its colour and skin."""
     colour, width = THING_COLOURS[thing.colour], float(thing.size[0])
     accent = tuple(0.45 * c + 0.55 * skin for c, skin in zip(colour, (0.85, 0.68, 0.52), strict=True))
     return replace(
         thing,
-        texture=_draw_texture(rng, colour, str(rng.choice(PATTERNS)), width, width),
-        accent=_draw_texture(rng, accent, "plain", width, width),
+        texture=_draw_texture(rng, colour, str(rng.choice(PATTERNS)), width, width, level),
+        accent=_draw_texture(rng, accent, "plain", width, width, level),
     )
 
 
 def _draw_things(
-    rng: np.random.Generator, targets: Targets, room: Room, path: CameraPath, near: float, far: float
+    rng: np.random.Generator, level: Level, targets: Targets, room: Room, path: CameraPath, near: float, far: float
 ) -> list[Thing]:
     """Unpainted things ahead of the camera that touch neither each other, nor the room, nor the camera's way."""
-    count, movers = (rng.integers(6, 10), rng.integers(3, 6)) if targets.lively else (rng.integers(4, 8), 2)
+    count, movers = rng.integers(*level.things[targets.lively]), rng.integers(*level.movers[targets.lively])
     colours = rng.permutation(list(THING_COLOURS))
     times = np.linspace(0, 2 * math.pi / path.rate, 32)
     camera_at = views_at(path, times, *_PREVIEW_SIZE).cam2world[:, :3, 3]
@@ -220,14 +190,14 @@ def _draw_things(
     things: list[Thing] = []
     taken: list[tuple[Floats, float]] = []
     for number in range(count):
-        noun = str(rng.choice(["figure", "blob"] if number == 0 else ["box", "ball", "egg", "post", "box", "figure"]))
-        motion = str(rng.choice(MOTIONS[noun])) if number < movers or noun == "figure" else "stands still"
+        noun = str(rng.choice(level.first_nouns if number == 0 else level.nouns))
+        motion = str(rng.choice(level.motions[noun])) if number < movers or noun == "figure" else "stands still"
         for _ in range(30):
             ahead = _log_uniform(rng, 1.25 * near, max(0.8 * far, 2 * near))
             if number < movers:  # nearer, where they count
                 ahead = min(ahead, _log_uniform(rng, 1.25 * near, max(0.8 * far, 2 * near)))
             half_field = ahead * 0.5 / targets.focal
-            share = rng.uniform(0.14, 0.3) if targets.lively and number < movers else rng.uniform(0.08, 0.2)
+            share = rng.uniform(*(level.mover_shares if targets.lively and number < movers else level.other_shares))
             offset = np.array([rng.uniform(-0.85, 0.85) * half_field, 0.0, ahead])
             where = (middle[:3, 3] + heading @ offset) * [1.0, 0.0, 1.0]
             thing = _draw_thing(rng, noun, motion, str(colours[number]), share * half_field, where)
@@ -245,14 +215,14 @@ def _draw_things(
     return things
 
 
-def _draw_scene(rng: np.random.Generator, targets: Targets, gain: float, median: float) -> Scene:
+def _draw_scene(rng: np.random.Generator, level: Level, targets: Targets, gain: float, median: float) -> Scene:
     """A scene whose far wall is scaled by `gain`, for an expected median depth in units of the nearest ground's."""
     near = _log_uniform(rng, 0.6, max(0.7, min(2.5, 30 / targets.depth_ratio)))
     path = _draw_path(rng, targets, near, near * median)
     near = -path.start[1] * math.cos(_half_view(path.focal)) / math.sin(path.pitch + _half_view(path.focal))
     far = near * max(targets.depth_ratio * gain, 1.8)
-    room, ground_name, wall_name = _draw_room(rng, targets, path, near, far)
-    return Scene(room, _draw_things(rng, targets, room, path, near, far), path, ground_name, wall_name)
+    room, ground_name, wall_name = _draw_room(rng, level, targets, path, near, far)
+    return Scene(room, _draw_things(rng, level, targets, room, path, near, far), path, ground_name, wall_name)
 
 
 def _half_view(focal: float) -> float:
@@ -269,19 +239,21 @@ def _preview(scene: Scene) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]
     return depth, code, moving_codes(solids)[code]
 
 
-def build_scene(seed: int, domain: str) -> Scene:
-    """The scene of a seed; every domain has its own scenes."""
+def build_scene(seed: int, domain: str, level_name: str = "hard") -> Scene:
+    """The scene of a seed; every level and domain has its own scenes."""
+    if level_name not in LEVELS:
+        raise ValueError(f"toy world: unknown level {level_name!r}, use one of {tuple(LEVELS)}")
     if domain not in DOMAINS:
         raise ValueError(f"toy world: unknown domain {domain!r}, use one of {DOMAINS}")
     if seed < 0:
         raise ValueError(f"toy world: seed {seed} is negative, use 0 or more")
-    key = [seed, DOMAINS.index(domain)]
+    key, level = [seed, DOMAINS.index(domain)], LEVELS[level_name]
     rng = np.random.default_rng([*key, 0])
-    targets = _draw_targets(rng)
+    targets = _draw_targets(rng, level)
     gain, median = 1.0, math.sqrt(targets.depth_ratio)
     best: tuple[float, Scene] | None = None
     for attempt in range(1, _ATTEMPTS + 1):
-        scene = _draw_scene(np.random.default_rng([*key, attempt]), targets, gain, median)
+        scene = _draw_scene(np.random.default_rng([*key, attempt]), level, targets, gain, median)
         depth, code, moving = _preview(scene)
         finite = depth[np.isfinite(depth)]
         low, middle, high = np.quantile(finite, [0.02, 0.5, 0.98])
@@ -294,7 +266,7 @@ def build_scene(seed: int, domain: str) -> Scene:
             max(0.0, largest - 0.65) * 8,
             max(0.0, 0.35 - float(finite.min())) * 20,
             float(targets.sky and (sky.min() < 0.04 or sky.max() > 0.5)),
-            float(len(np.unique(code[code >= FIRST_SOLID])) < 3),
+            float(len(np.unique(code[code >= FIRST_SOLID])) < level.min_solids),
         ]
         if best is None or sum(misses) < best[0]:
             best = sum(misses), scene
@@ -303,4 +275,4 @@ def build_scene(seed: int, domain: str) -> Scene:
         gain = float(np.clip(gain * (targets.depth_ratio * low / high) ** 0.7, 0.1, 6))
         median *= middle * targets.path_ratio / scene.path.span
     assert best is not None
-    return replace(best[1], things=[_paint(rng, thing) for thing in best[1].things])
+    return replace(best[1], things=[_paint(rng, thing, level) for thing in best[1].things])

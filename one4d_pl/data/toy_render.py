@@ -27,6 +27,7 @@ FIRST_SOLID = 7
 GROUND, CEILING = 3, 2
 _MAX_RAYS = 400_000  # per chunk: bounds memory at any clip size
 _FOOTPRINT_SIGMA = 0.45  # pixels, the Gaussian pixel that textures are seen through: closest to a box of one
+AIR = np.array([0.56, 0.68, 0.82], dtype=np.float32)  # what far things pale to
 _SUBPIXELS = np.array([[-0.125, -0.375], [0.375, -0.125], [0.125, 0.375], [-0.375, 0.125]])  # rotated grid, (u, v)
 
 
@@ -65,6 +66,8 @@ class Room:
     ceiling: Texture
     sky: Texture
     light: Floats  # [3] unit, towards the light
+    air: float = 0.0  # optical depth per unit of z-depth; 0 = a vacuum
+    gloss: float = 0.0  # of solids; 0 = matt
 
 
 @dataclass(frozen=True)
@@ -247,7 +250,23 @@ def shade(
         elif present < SKY:  # corners are darker
             light = light * (1 - 0.3 * np.exp(4 * point[:, 1] / abs(room.lower[1])))
         colour[hit] = albedo * light[:, None].astype(np.float32)
+        if room.gloss and present >= FIRST_SOLID:
+            colour[hit] = _polish(room, colour[hit], ray, normal, point, size.mean(-1))
+        if room.air:
+            clear = np.exp(-room.air * flat_depth[hit, None]).astype(np.float32)
+            colour[hit] = AIR + clear * (colour[hit] - AIR)
     return colour.reshape(*depth.shape, 3), (flat_code * 8 + face).reshape(depth.shape)
+
+
+def _polish(
+    room: Room, colour: NDArray[np.float32], ray: Floats, normal: Floats, point: Floats, size: Floats
+) -> NDArray[np.float32]:
+    """A solid's colour [N, 3] with a soft highlight, and shaded near the ground within about its size [N]."""
+    unit = ray / np.sqrt(_dot(ray, ray))[:, None]
+    mirrored = unit - 2 * _dot(unit, normal)[:, None] * normal
+    highlight = room.gloss * 0.35 * np.maximum(mirrored @ room.light, 0) ** 12
+    shaded = 1 - room.gloss * 0.4 * np.exp(2.5 * point[:, 1] / size)
+    return (colour * shaded[:, None] + highlight[:, None]).astype(np.float32)
 
 
 def _shade_sky(room: Room, ray: Floats, step: Floats) -> NDArray[np.float32]:

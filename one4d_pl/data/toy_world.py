@@ -28,21 +28,23 @@ _WALLS = (0, 1, 4, 5)
 _SENSOR = (1, 1000)  # its own random stream; toy_draw uses (domain, attempt) with few attempts
 
 
-def clip_key(seed: int, domain: str) -> str:
+def clip_key(seed: int, domain: str, level: str = "hard") -> str:
     """The key that `render_clip` gives its clip."""
-    return f"toy_{domain}_{seed:08d}"
+    return f"toy_{'' if level == 'hard' else f'{level}_'}{domain}_{seed:08d}"
 
 
-def render_clip(seed: int, num_frames: int, height: int, width: int, domain: str = "synthetic") -> Clip:
-    """One clip, a pure function of its arguments; the scene of (seed, domain) is the same at every size and length.
+def render_clip(
+    seed: int, num_frames: int, height: int, width: int, domain: str = "synthetic", level: str = "hard"
+) -> Clip:
+    """One clip, a pure function of its arguments; the scene of (seed, domain, level) is the same at every size.
 
     "synthetic" is exact: depth (z, scene units) belongs to pixel centres, `valid` is where it is finite (+inf = sky).
     "real" is what a phone and a reconstruction would make of the scene: blurred, noisy frames; noisy depth with holes
     (nan) and pseudo cameras with jitter and a focal error, all in an unknown unit; `moving` and caption stay true.
-    Raises ValueError for an unknown domain, or a seed or size that cannot be.
+    Raises ValueError for an unknown domain or level (toy_levels.py), or a seed or size that cannot be.
     """
-    scene = build_scene(seed, domain)
-    exact = _exact_clip(scene, seed, num_frames, height, width, domain)
+    scene = build_scene(seed, domain, level)
+    exact = _exact_clip(scene, clip_key(seed, domain, level), num_frames, height, width, domain)
     if domain == "synthetic":
         return exact
     rng = np.random.default_rng([seed, *_SENSOR])
@@ -50,12 +52,13 @@ def render_clip(seed: int, num_frames: int, height: int, width: int, domain: str
     return _with_pseudo_geometry(replace(exact, frames=_film(scene, exact, rng, noise)), rng, noise)
 
 
-def exact_clip(seed: int, num_frames: int, height: int, width: int, domain: str) -> Clip:
+def exact_clip(seed: int, num_frames: int, height: int, width: int, domain: str, level: str = "hard") -> Clip:
     """The truth behind `render_clip` for either domain: an ideal camera and exact geometry."""
-    return _exact_clip(build_scene(seed, domain), seed, num_frames, height, width, domain)
+    scene = build_scene(seed, domain, level)
+    return _exact_clip(scene, clip_key(seed, domain, level), num_frames, height, width, domain)
 
 
-def _exact_clip(scene: Scene, seed: int, num_frames: int, height: int, width: int, domain: str) -> Clip:
+def _exact_clip(scene: Scene, key: str, num_frames: int, height: int, width: int, domain: str) -> Clip:
     if min(num_frames, height, width) < 1:
         raise ValueError(f"toy world: cannot render {num_frames} frames of {height} x {width}, use 1 or more of each")
     times = np.arange(num_frames) / FPS
@@ -63,7 +66,7 @@ def _exact_clip(scene: Scene, seed: int, num_frames: int, height: int, width: in
     colour, depth, code = _look(scene, times, height, width)
     moving = moving_codes([solid for thing in scene.things for solid in solids_at(thing, times[:1])])
     return Clip(
-        key=clip_key(seed, domain),
+        key=key,
         frames=_to_bytes(torch.from_numpy(colour)),
         depth=torch.from_numpy(depth.astype(np.float32)),
         intrinsics=torch.from_numpy(views.intrinsics.astype(np.float32)),

@@ -13,9 +13,9 @@ from one4d_pl.types import Sample
 
 def render_samples(config: Config, seeds: range, what: str) -> list[Sample]:
     """One clip per seed, every frame given; `what` names the progress bar."""
-    data = config.data
+    data, level = config.data, config.data.toy.level if config.data.toy else "hard"
     draw = Draw("video", torch.ones(data.num_frames, dtype=torch.bool), drop_caption=False)
     return [
-        make_sample(render_clip(seed, data.num_frames, data.height, data.width), n, draw, data, None)
+        make_sample(render_clip(seed, data.num_frames, data.height, data.width, level=level), n, draw, data, None)
         for n, seed in enumerate(tqdm(seeds, desc=f"rendering {what}", unit="clip"))
     ]

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d, grid_sample
 
-from one4d_pl.data.toy_draw import MOTIONS, THING_COLOURS, build_scene
+from one4d_pl.config import TOY_LEVELS
+from one4d_pl.data.toy_draw import build_scene
+from one4d_pl.data.toy_levels import MOTIONS, THING_COLOURS
 from one4d_pl.data.toy_scene import solids_at
 from one4d_pl.data.toy_world import FPS, exact_clip, render_clip
 from one4d_pl.types import DOMAINS, Clip
@@ -85,10 +87,11 @@ def test_a_longer_clip_continues_a_shorter_one():
     assert (long.frames[:3].int() - short.frames.int()).abs().max() <= 1
 
 
+@pytest.mark.parametrize("level", TOY_LEVELS)
 @pytest.mark.parametrize("seed", range(6))
-def test_three_times_the_size_is_the_same_scene(seed):
+def test_three_times_the_size_is_the_same_scene(seed, level):
     """The middle pixel of 3 x 3 small ones has the same centre; the mean of the nine is the antialiased colour."""
-    coarse, fine = render_clip(seed, 3, 40, 60), render_clip(seed, 3, 120, 180)
+    coarse, fine = render_clip(seed, 3, 40, 60, level=level), render_clip(seed, 3, 120, 180, level=level)
     torch.testing.assert_close(fine.cam2world, coarse.cam2world, rtol=0, atol=0)
     scaled = coarse.intrinsics * torch.tensor([3.0, 3.0, 1.0])[:, None]
     torch.testing.assert_close(fine.intrinsics, scaled, rtol=1e-6, atol=0)
@@ -101,9 +104,10 @@ def test_three_times_the_size_is_the_same_scene(seed):
     assert error.mean() < 2.5 and error.quantile(0.99) < 25  # of 255: no aliasing of textures or edges
 
 
+@pytest.mark.parametrize("level", TOY_LEVELS)
 @pytest.mark.parametrize("seed", range(6))
-def test_static_points_have_the_same_depth_from_every_frame(seed):
-    clip = render_clip(seed, 17, 64, 96)
+def test_static_points_have_the_same_depth_from_every_frame(seed, level):
+    clip = render_clip(seed, 17, 64, 96, level=level)
     world, last = lift(clip)[0], 16
     known = clip.valid[0] & ~clip.moving[0]
     camera = (
@@ -123,9 +127,9 @@ def test_static_points_have_the_same_depth_from_every_frame(seed):
     assert (error[visible].abs() < 1e-3).double().mean() > 0.75  # the rest is edges and curved surfaces
 
 
-def distance_to_scene(points: np.ndarray, seed: int, time: float) -> np.ndarray:  # [N, 3] -> [N]
+def distance_to_scene(points: np.ndarray, seed: int, level: str, time: float) -> np.ndarray:  # [N, 3] -> [N]
     """Distance of world points to the nearest surface of the scene at `time` s, to first order."""
-    scene = build_scene(seed, "synthetic")
+    scene = build_scene(seed, "synthetic", level)
     bounds = np.stack([scene.room.lower, scene.room.upper])  # [2, 3]
     nearest = np.abs(points[:, None] - bounds).min((1, 2))
     for solid in (solid for thing in scene.things for solid in solids_at(thing, np.array([time]))):
@@ -142,12 +146,13 @@ def distance_to_scene(points: np.ndarray, seed: int, time: float) -> np.ndarray:
     return nearest
 
 
+@pytest.mark.parametrize("level", TOY_LEVELS)
 @pytest.mark.parametrize("seed", range(6))
-def test_every_valid_pixel_lies_on_a_surface_of_the_scene_at_its_time(seed):
-    clip = render_clip(seed, 9, 24, 36)
+def test_every_valid_pixel_lies_on_a_surface_of_the_scene_at_its_time(seed, level):
+    clip = render_clip(seed, 9, 24, 36, level=level)
     for frame in (0, 5, 8):
         points = lift(clip)[frame][clip.valid[frame]].numpy()
-        assert (distance_to_scene(points, seed, frame / FPS) < 1e-5 * clip.depth[clip.valid].max().item()).all()
+        assert (distance_to_scene(points, seed, level, frame / FPS) < 1e-5 * clip.depth[clip.valid].max().item()).all()
 
 
 def test_the_caption_says_sky_if_and_only_if_depth_is_infinite(clips):
@@ -256,6 +261,7 @@ def test_real_frames_are_noisy_pictures_of_the_same_scene(real_clips):
     ("arguments", "word"),
     [
         ((0, 2, 8, 8, "lidar"), "lidar"),
+        ((0, 2, 8, 8, "real", "easy"), "easy.*hard.*clear"),
         ((-1, 2, 8, 8, "real"), "seed"),
         ((0, 0, 8, 8, "real"), "frames"),
     ],
