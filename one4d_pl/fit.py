@@ -118,6 +118,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.data.shared_memory import refuse_small_shared_memory
     from one4d_pl.models.driver import driver_mismatch
     from one4d_pl.models.transformer import describe_sizes
+    from one4d_pl.training.average import WeightAverage
     from one4d_pl.training.checkpoint import StepCheckpoint, refuse_other_run
     from one4d_pl.training.checkpoint_files import newest_checkpoint, read_step, refuse_used_folder
     from one4d_pl.training.module import One4DModule
@@ -150,15 +151,17 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     datamodule = training_data(config, heartbeat.beat)
     datamodule.start_step = start_step
     init_from = Path(config.train.init_from) if config.train.init_from else None
-    module = One4DModule(config, adapters=resume_from or init_from)
+    module = One4DModule(config, adapters=resume_from or init_from, resume=resume_from is not None)
     guard = StepGuard(config.train)
-    checkpoint = StepCheckpoint(config, resume_from, guard.skipped)
+    average = WeightAverage(config.optim.ema_decay, guard, resume_from) if config.optim.ema_decay else None
+    checkpoint = StepCheckpoint(config, resume_from, guard.skipped, average)
     throughput, losses = Throughput(config.train, config.data.max_skip_share), LossCurves(config.train)
     callbacks = [
         heartbeat,
         throughput,
         losses,
         guard,
+        *([average] if average else []),
         StepLine(config, losses, throughput),
         *scene_callbacks(config.eval),
         checkpoint,

@@ -26,6 +26,8 @@ class OptimConfig:
     warmup_steps: int = 100
     cooldown_steps: int = 0  # the lr falls to 0 over the last so many steps; 0 = constant, as the paper
     grad_clip: float = 1.0  # norm over all trainables
+    # validate, sample and export an exponential moving average of the trainables, and keep both; 0 = off
+    ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
         positive("optim.lr", self.lr)
@@ -34,6 +36,8 @@ class OptimConfig:
             raise ConfigError(f"optim.betas: need values in [0, 1), got {self.betas}")
         for name in ("weight_decay", "warmup_steps", "cooldown_steps", "grad_clip"):
             at_least(f"optim.{name}", getattr(self, name), 0)
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(f"optim.ema_decay: need a value in [0, 1), got {self.ema_decay}; 0 = off, e.g. 0.99")
 
 
 @dataclass

@@ -63,6 +63,7 @@ class Layout:
     encoder_bytes: float  # VAE, text and image encoder, whole in the host memory of every process
     visitor_bytes: float  # the largest of them: they visit the GPU one at a time; 0 = nothing is encoded in the step
     vae_base_dim: int  # width of the VAE that encodes in the step; 0 = nothing is encoded there
+    average: bool = False  # optim.ema_decay
 
     def without_encoders(self) -> Layout:
         """The same run on encoded shards."""
@@ -76,7 +77,7 @@ class Memory:
     weights: float  # frozen and trainable, this process's share
     gathered: float  # of other processes' shares, at stage 3
     gradients: float
-    optimizer: float  # moments, and DeepSpeed's float32 copy
+    optimizer: float  # moments, DeepSpeed's float32 copy, and the average (optim.ema_decay)
     checkpoints: float  # inputs of the blocks, where activations are recomputed, and what selective keeps besides
     activations: float  # everything else that is computed; without checkpointing of every block
     allowance: float  # CUDA context, NCCL, fragmentation: an estimate
@@ -117,6 +118,7 @@ def layout_of(config: Config, encoders: Mapping[str, int], vae_base_dim: int) ->
         encoder_bytes=sum(sizes),
         visitor_bytes=max(sizes, default=0.0),
         vae_base_dim=vae_base_dim,
+        average=config.optim.ema_decay > 0,
     )
 
 
@@ -166,6 +168,12 @@ def step_memory(shape: TransformerShape, batch: BatchShape, layout: Layout) -> M
     if layout.offload:
         moved += optimizer + gradients
         optimizer = gradients = 0.0
+    if layout.average:  # lies where the weights do: training/average.py
+        share = FLOAT * n.trainable / (layout.world if layout.zero_stage == 3 else 1)
+        if layout.offload and layout.zero_stage == 3:
+            moved += share
+        else:
+            optimizer += share
     if layout.zero_stage:
         gradients += min(REDUCE_BUCKET, FLOAT * n.trainable)
     checkpoints, activations = step_activations(shape, batch, layout.checkpointing, layout.bfloat16)

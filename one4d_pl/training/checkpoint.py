@@ -2,6 +2,7 @@
 
     step-00000100/   rgb/ xyz/ links.safetensors xyz_patch_embedding.safetensors card.json    (models/adapters.py)
                      optimizer.safetensors   AdamW's two moments, named by parameter
+                     weights.safetensors     with optim.ema_decay: what is trained on; the adapter is their average
                      trainer.json            step, config, sha256 of every other file (checkpoint_files.py)
 
 Under every strategy whole tensors are gathered to rank 0 (training/zero.py), which writes them while training goes on:
@@ -32,6 +33,7 @@ from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.files import settle, sync
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
 from one4d_pl.models.transformer import CoupledTransformer
+from one4d_pl.training.average import WeightAverage
 from one4d_pl.training.checkpoint_files import (
     STATE,
     checkpoint_folder,
@@ -43,7 +45,7 @@ from one4d_pl.training.checkpoint_files import (
     superfluous,
     write_score,
 )
-from one4d_pl.training.module import One4DModule
+from one4d_pl.training.module import WEIGHTS, One4DModule
 from one4d_pl.training.preemption import RunFailed
 from one4d_pl.training.step_guard import SkippedSteps, gather
 from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
@@ -112,6 +114,7 @@ class Snapshot:
     """Everything a checkpoint holds, on the CPU."""
 
     adapters: dict[str, dict[str, Tensor]]  # file -> name -> value
+    weights: dict[str, Tensor]  # where the adapter is an average
     moments: dict[str, Tensor]
     card: AdapterCard
     state: dict[str, object]  # of trainer.json
@@ -123,6 +126,7 @@ def take_snapshot(
     step: int,
     skipped: SkippedSteps,
     datamodule: One4DDataModule,
+    average: WeightAverage | None,
 ) -> Snapshot | None:
     """Collective: copy what is trained to rank 0; None elsewhere."""
     first = module.global_rank == 0
@@ -135,10 +139,13 @@ def take_snapshot(
     for file, parameters in adapter_tensors(module.transformer).items():
         adapters[file] = {}
         for name, parameter in parameters.items():
-            keep(whole_parameter(parameter), adapters[file], name)
+            keep(average.whole(parameter) if average else whole_parameter(parameter), adapters[file], name)
+    weights: dict[str, Tensor] = {}
     moments: dict[str, Tensor] = {}
     link_moments(optimizer)
     for name, parameter in module.transformer.trainable_parameters():
+        if average:
+            keep(whole_parameter(parameter), weights, name)
         for moment in MOMENTS:
             keep(whole_moment(parameter, optimizer, moment), moments, f"{name}.{moment}")
     if not first:
@@ -146,7 +153,7 @@ def take_snapshot(
     # which reads manifests and some clips: not on every rank
     card = _card(module, step, datamodule.describe_latents(), datamodule.describe_sources())
     state = {"step": step, "skipped_steps": asdict(skipped), "config": as_dict(module.config)}
-    return Snapshot(adapters, moments, card, state)
+    return Snapshot(adapters, weights, moments, card, state)
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTransformer) -> None:
@@ -157,6 +164,8 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTrans
     try:
         save_adapters(transformer, staging, snapshot.card, snapshot.adapters)
         save_file(snapshot.moments, staging / "optimizer.safetensors")
+        if snapshot.weights:
+            save_file(snapshot.weights, staging / WEIGHTS)
         state = {**snapshot.state, "sha256": hash_files(staging)}
         (staging / STATE).write_text(json.dumps(state, indent=1) + "\n")
         settle(staging)
@@ -197,8 +206,10 @@ class StepCheckpoint(Callback):
     The best are those with the lowest validation loss (rgb + flow.xyz_weight * xyz) at their own step.
     """
 
-    def __init__(self, config: Config, resume_from: Path | None, skipped: SkippedSteps) -> None:
-        self.config, self.resume_from, self.skipped = config, resume_from, skipped
+    def __init__(
+        self, config: Config, resume_from: Path | None, skipped: SkippedSteps, average: WeightAverage | None
+    ) -> None:
+        self.config, self.resume_from, self.skipped, self.average = config, resume_from, skipped, average
         self.writer = BackgroundWriter()
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
@@ -250,7 +261,7 @@ class StepCheckpoint(Callback):
         self.saved_step = step
         datamodule = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(datamodule, One4DDataModule)
-        snapshot = take_snapshot(module, trainer.optimizers[0], step, self.skipped, datamodule)
+        snapshot = take_snapshot(module, trainer.optimizers[0], step, self.skipped, datamodule, self.average)
         if snapshot is not None:
             self.writer.submit(partial(self._write, snapshot, step, module.transformer))
 

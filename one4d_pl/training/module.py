@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -23,6 +24,8 @@ from one4d_pl.training.optim import build_optimizer, set_learning_rates
 from one4d_pl.training.zero import ZeroStrategy
 from one4d_pl.types import MODALITIES, Batch
 
+WEIGHTS = "weights.safetensors"  # of a checkpoint with optim.ema_decay; training/checkpoint.py
+
 
 class One4DModule(lightning.LightningModule):
     """Frozen Wan, trainable Decoupled-LoRA-Control adapter, flow matching on both branches (One4D, sec. 3).
@@ -30,13 +33,14 @@ class One4DModule(lightning.LightningModule):
     Args:
         config: the whole run's config.
         adapters: folder to start from (a checkpoint, or train.init_from); None = a fresh adapter.
+        resume: go on with a checkpoint's weights where its adapter is their average (optim.ema_decay).
     """
 
     transformer: CoupledTransformer
 
-    def __init__(self, config: Config, adapters: Path | None) -> None:
+    def __init__(self, config: Config, adapters: Path | None, resume: bool = False) -> None:
         super().__init__()
-        self.config, self.adapters = config, adapters
+        self.config, self.adapters, self.resume = config, adapters, resume
         self.base_fingerprint = fingerprint(config.base.path)
         self.val_loss = torch.nn.ModuleDict({m: MeanMetric() for m in MODALITIES})
         self._encoders: tuple[WanEncoders, ...] = ()
@@ -66,6 +70,11 @@ class One4DModule(lightning.LightningModule):
             self.transformer.compile_blocks()
         if self.adapters is not None:
             load_adapters(self.transformer, self.adapters, self.base_fingerprint, config.data.pointmap_power)
+            if self.resume and config.optim.ema_decay:
+                stored = load_file(self.adapters / WEIGHTS)
+                with torch.no_grad():
+                    for name, parameter in self.transformer.trainable_parameters():
+                        parameter.copy_(stored[name])
         elif statistics is not None:
             self.transformer.set_xyz_statistics(*statistics)
 

@@ -245,11 +245,47 @@ def fill_optimizer(
             if not stage3:
                 safe_set_full_optimizer_state(parameter, whole, moment)
                 continue
-            share = torch.zeros(parameter.ds_tensor.numel())  # the last process's may end in padding
-            start = len(share) * torch.distributed.get_rank()
-            mine = whole.flatten()[start : start + len(share)]
-            share[: len(mine)] = mine
-            safe_set_local_optimizer_state(parameter, share, moment)
+            safe_set_local_optimizer_state(parameter, cut_share(parameter, whole), moment)
+
+
+def local_share(parameter: nn.Parameter) -> Tensor:
+    """What this process holds of a trainable, to read and to write: all of it, or at stage 3 a flat share [n]."""
+    return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.detach()
+
+
+def cut_share(parameter: nn.Parameter, whole: Tensor) -> Tensor:
+    """The part of a trainable-like whole tensor that is at `local_share`'s place."""
+    if not hasattr(parameter, "ds_id"):
+        return whole
+    share = whole.new_zeros(parameter.ds_tensor.numel())  # the last process's may end in padding
+    start = len(share) * torch.distributed.get_rank()
+    mine = whole.flatten()[start : start + len(share)]
+    share[: len(mine)] = mine
+    return share
+
+
+def gather_share(parameter: nn.Parameter, share: Tensor) -> Tensor:
+    """Undo `cut_share`; collective where the parameter is sharded."""
+    if not hasattr(parameter, "ds_id"):
+        return share
+    share = share.to(parameter.device)  # offloaded ones lie in host memory
+    parts = [torch.empty_like(share) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, share)
+    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+
+
+def show_shares(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
+    """Let every process compute with shares that were written; collective at stage 3, where some are held whole."""
+    if not hasattr(parameters[0], "ds_id"):
+        return
+    from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+
+    stale = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]  # type: ignore[attr-defined]
+    if stale:
+        stale[0].partition(stale, has_been_updated=False)  # type: ignore[attr-defined]
+    persistent = optimizer.persistent_parameters  # type: ignore[attr-defined]
+    if persistent:
+        persistent[0].all_gather(persistent)
 
 
 def _is_sharded(parameter: nn.Parameter) -> bool:

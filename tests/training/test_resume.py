@@ -180,7 +180,13 @@ def test_two_processes_equal_one_and_resume(run_config, fit_command, fit_environ
 
 
 def curve(run_dir: Path, tag: str) -> list[float]:
-    """The last value logged for every step."""
+    """The last value logged for every step, in their order."""
+    values = curve_points(run_dir, tag)
+    return [values[step] for step in sorted(values)]
+
+
+def curve_points(run_dir: Path, tag: str) -> dict[int, float]:
+    """The last value logged for every step, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     values: dict[int, float] = {}
@@ -188,7 +194,7 @@ def curve(run_dir: Path, tag: str) -> list[float]:
         events = EventAccumulator(str(file)).Reload()
         if tag in events.Tags()["scalars"]:
             values |= {e.step: e.value for e in events.Scalars(tag)}
-    return [values[step] for step in sorted(values)]
+    return values
 
 
 def test_the_newest_and_the_best_checkpoints_are_kept(tmp_path):

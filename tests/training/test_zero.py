@@ -28,7 +28,7 @@ from one4d_pl.training.checkpoint import refuse_started_adapter
 from one4d_pl.training.checkpoint_files import checkpoint_folder
 from one4d_pl.training.zero import whole_parameter
 from tests.conftest import REPO, small_run_config
-from tests.training.test_resume import curve
+from tests.training.test_resume import curve, curve_points
 
 STEPS = 20
 LAUNCH_TIMEOUT_S = 280
@@ -246,7 +246,8 @@ def test_training_refuses_to_start_where_zeros_were_lost(tiny_base_plain, run_co
 def go_on(make):
     """One process's run to the end, and what runs a part of the same run on some processes."""
     folder, prepare = make
-    batch = ("train.global_batch_size=12", "val.every=1000", "data.block_shards=1")
+    # the average is what the checkpoints' adapter is, and takes the weights' place in every validation
+    batch = ("train.global_batch_size=12", "val.every=1", "data.block_shards=1", "optim.ema_decay=0.5")
     fit_here(prepare("whole", *batch, f"train.max_steps={ELASTIC_STEPS * len(ELASTIC)}"))
 
     def part(number: int) -> None:
@@ -263,7 +264,10 @@ def go_on(make):
 
 @pytest.mark.parametrize("parts", [(0, 1), (2, 3)], ids=["one-to-four", "then-two-then-three"])
 def test_a_run_goes_on_with_any_number_of_processes_and_any_strategy(go_on, parts):
-    """1 -> 4 (ZeRO-3) -> 2 (ZeRO-2) -> 3 (ddp) ranks, mid-epoch: every step's losses are those of one process."""
+    """1 -> 4 (ZeRO-3) -> 2 (ZeRO-2) -> 3 (ddp) ranks, mid-epoch: every step's losses are those of one process.
+
+    So are those of the averaged weights at every validation, and the averages themselves at the end.
+    """
     runs, part = go_on
     for number in parts:
         part(number)
@@ -272,6 +276,8 @@ def test_a_run_goes_on_with_any_number_of_processes_and_any_strategy(go_on, part
         losses = runs.losses("elastic", modality)
         assert len(losses) == steps
         assert losses == pytest.approx(runs.losses("whole", modality)[:steps], abs=1e-6, rel=1e-6)
+        validated = [curve_points(runs.folder / n, f"val/loss/{modality}") for n in ("elastic", "whole")]
+        assert validated[0] == pytest.approx({k: validated[1][k] for k in range(steps + 1)}, abs=1e-5, rel=1e-5)
     if parts[-1] + 1 == len(ELASTIC):
         expected = runs.weights("whole", steps)
         for key, tensor in runs.weights("elastic", steps).items():
