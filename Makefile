@@ -86,8 +86,9 @@ test-elsewhere: $(STAMP)  ## a quick selection as an ordinary user, in a folder 
 slurm-test: $(STAMP)  ## everything that can befall a job, on a virtual cluster of eight nodes; an hour or two
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m tests.slurm_lab.proof $(SLURM_TEST_ARGS)
 
-bench: $(STAMP)  ## on a CPU: coupling two branches beside its alternatives, the writer beside its decode + encode limit
+bench: $(STAMP)  ## on a CPU: coupling beside its alternatives, a step before and after, the writer beside its limit
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/models/benchmark_coupling.py
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/models/benchmark_step.py
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/data_prep/benchmark_throughput.py
 
 NANO_ARGS ?=

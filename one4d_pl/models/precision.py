@@ -1,4 +1,4 @@
-"""Where the network runs under bfloat16 autocast: one rule for training, sampling and evaluation."""
+"""Where the network runs under bfloat16 autocast, and what suits a processor: attention, compiled blocks."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from contextlib import AbstractContextManager
 
 import torch
 
-from one4d_pl.config import Config
+from one4d_pl.config import TEMPORAL_FACTOR, Config
 
+SHORT = 1024  # tokens of a clip; up to here a CPU multiplies whole matrices of scores faster than block by block
 # values of ONEDNN_MAX_CPU_ISA that leave oneDNN its bfloat16 instructions
 BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 
@@ -37,6 +38,31 @@ def uses_bfloat16(config: Config, device: torch.device) -> bool:
     if config.train.precision != "bf16-mixed":
         return False
     return config.base.dtype == "bfloat16" or computes_bfloat16(device)
+
+
+def training_attention(config: Config, device: torch.device) -> str:
+    """Diffusers' name of the kernels that attend in training: base.attention, or what is faster on this device.
+
+    On a CPU in bfloat16 the backward pass of torch's fused attention takes three times as long as two products and a
+    softmax, whose memory is quadratic in the tokens. Selective checkpointing knows only fused kernels.
+    """
+    data, chosen = config.data, config.base.attention
+    tokens = ((data.num_frames - 1) // TEMPORAL_FACTOR + 1) * (data.height // 8) * (data.width // 8)  # at most
+    plain = chosen == "native" and device.type == "cpu" and uses_bfloat16(config, device) and tokens <= SHORT
+    return "_native_math" if plain and config.train.activation_checkpointing != "selective" else chosen
+
+
+def can_compile(device: torch.device) -> bool:
+    """Tell whether torch.compile can generate code for the device: a CPU needs a C++ compiler."""
+    if device.type != "cpu":
+        return True
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return bool(get_cpp_compiler())
+    except InvalidCxxCompiler:
+        return False
 
 
 def autocast(config: Config, device: torch.device) -> AbstractContextManager[object]:

@@ -79,6 +79,9 @@ class CoupledTransformer(nn.Module):
         if backend == "native":
             return  # torch's own choice, or that of diffusers' environment variable
         try:
+            if backend == "_native_math" and self.base.device.type == "cpu":
+                # named after CUDA, obeyed by the CPU: else bfloat16 is widened to float32 for these products
+                torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
             with attention_backend("native"):  # restores the choice for other models, which diffusers changes with it
                 self.base.set_attention_backend(backend)
         except (RuntimeError, ValueError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,11 +19,14 @@ from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.models.adapters import load_adapters
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.coupling import couple
+from one4d_pl.models.precision import can_compile, training_attention
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer, pad_prompt_embeds
 from one4d_pl.training.optim import build_optimizer, set_learning_rates
 from one4d_pl.training.zero import ZeroStrategy
 from one4d_pl.types import MODALITIES, Batch
+
+log = logging.getLogger("one4d_pl")
 
 WEIGHTS = "weights.safetensors"  # of a checkpoint with optim.ema_decay; training/checkpoint.py
 
@@ -64,10 +68,12 @@ class One4DModule(lightning.LightningModule):
         statistics = self._measure_latents() if config.dlc.standardise_xyz and self.adapters is None else None
         base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
         self.transformer = couple(base, config.dlc, config.train.seed)
-        self.transformer.set_attention(config.base.attention)
+        self.transformer.set_attention(training_attention(config, device))
         self.transformer.set_activation_checkpointing(config.train.activation_checkpointing)
-        if config.train.compile:
+        if config.train.compile and can_compile(device):
             self.transformer.compile_blocks()
+        elif config.train.compile and (self._trainer is None or self.trainer.is_global_zero):
+            log.warning("train.compile: no C++ compiler is found (install g++), so the blocks run as they are, slower")
         if self.adapters is not None:
             load_adapters(self.transformer, self.adapters, self.base_fingerprint, config.data.pointmap_power)
             if self.resume and config.optim.ema_decay:
