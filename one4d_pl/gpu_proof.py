@@ -21,6 +21,9 @@ from pathlib import Path
 import torch
 
 from one4d_pl.bench_gpu import name_of
+from one4d_pl.commands import Command
+from one4d_pl.config import ConfigError
+from one4d_pl.files import check_folder, write_json, write_text
 
 REPO = Path(__file__).parents[1]
 TOY = REPO / "configs" / "dlc.yaml"
@@ -53,18 +56,17 @@ class Outcome:
     found: dict[str, object] = field(default_factory=dict)
 
 
-def main(arguments: list[str]) -> int:
-    """Run every part and write the report; returns the exit code: 1 where a part failed."""
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.gpu_proof", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_proof"), metavar="DIR", help="default: %(default)s")
     parser.add_argument("--tiny", action="store_true", help="toy sizes: a minute on a CPU")
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Run every part and write the report; return the exit code: 1 where a part failed."""
     if not torch.cuda.is_available() and not args.tiny:
-        print("error: no CUDA device; --tiny runs the same on a CPU", file=sys.stderr)
-        return 2
+        raise ConfigError("no CUDA device; --tiny runs the same on a CPU")
     out: Path = args.out.absolute()
+    check_folder(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
     device = name_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     outcomes = []
@@ -78,10 +80,8 @@ def main(arguments: list[str]) -> int:
         "cuda": torch.version.cuda,
         "python": platform.python_version(),
     }
-    write(
-        out / "report.json", json.dumps({**about, "parts": [asdict(outcome) for outcome in outcomes]}, indent=1) + "\n"
-    )
-    write(out / "report.md", "\n".join(markdown(about, outcomes)) + "\n")
+    write_json(out / "report.json", {**about, "parts": [asdict(outcome) for outcome in outcomes]})
+    write_text(out / "report.md", "\n".join(markdown(about, outcomes)) + "\n")
     print(f"report: {out / 'report.md'}")
     return 0 if all(outcome.verdict == "passed" for outcome in outcomes) else 1
 
@@ -181,13 +181,6 @@ def markdown(about: dict[str, object], outcomes: list[Outcome]) -> list[str]:
     return lines
 
 
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    staging = path.with_name(f".{path.name}.tmp")
-    staging.write_text(text, encoding="utf-8")
-    staging.replace(path)
-
-
 def _fit(folder: Path, tiny: bool, *overrides: str) -> list[str]:
     """The command of a fresh run of `fit` on the toy world in a folder of its own; both runs share the data."""
     data = folder.parent / "data"
@@ -220,5 +213,7 @@ def _last(pattern: str, text: str) -> str:
     return found[-1] if found else "nothing"
 
 
+main = Command("one4d_pl.gpu_proof", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main.run_process()

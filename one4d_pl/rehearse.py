@@ -16,6 +16,8 @@ import time
 import warnings
 from typing import TYPE_CHECKING
 
+from one4d_pl import interrupts
+from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError, load_config
 from one4d_pl.models.base_files import sizes_of
 from one4d_pl.rehearsal.fake_cuda import load_device
@@ -28,41 +30,32 @@ GIB, GB = 2**30, 1e9
 SHOWN = 12  # lines of a list
 
 
-def main(arguments: list[str]) -> int:
-    """Rehearse and print; returns the exit code: 1 for a fault, 2 for a mistake in the config."""
-    parser = argparse.ArgumentParser(
-        prog="python -m one4d_pl.rehearse", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
     parser.add_argument("--blocks", type=int, metavar="N", help="of the transformer (default: all): quicker, same code")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
-    args = parser.parse_args(arguments)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Rehearse and print; return the exit code: 1 for a fault."""
     began = time.perf_counter()
+    config = load_config(args.config, args.overrides)
+    _, settings, _ = sizes_of(config.base.path)
+    if args.blocks is not None and not 0 < args.blocks <= int(str(settings["num_layers"])):
+        raise ConfigError(f"--blocks: {args.blocks}, need 1 to {settings['num_layers']}, the base's number")
+    load_device()  # before torch is imported
+    warnings.simplefilter("ignore")
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+    from one4d_pl.rehearsal.run import Fault, rehearse
+
+    for name in ("lightning.pytorch", "lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
-        config = load_config(args.config, args.overrides)
-        _, settings, _ = sizes_of(config.base.path)
-        if args.blocks is not None and not 0 < args.blocks <= int(str(settings["num_layers"])):
-            raise ConfigError(f"--blocks: {args.blocks}, need 1 to {settings['num_layers']}, the base's number")
-        load_device()  # before torch is imported
-        warnings.simplefilter("ignore")
-        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-        from one4d_pl.rehearsal.run import Fault, rehearse
-
-        for name in (
-            "lightning.pytorch",
-            "lightning.pytorch.utilities.rank_zero",
-            "lightning.fabric.utilities.rank_zero",
-        ):
-            logging.getLogger(name).setLevel(logging.ERROR)
-        try:
-            seen = rehearse(config, args.blocks)
-        except Fault as fault:
-            print(f"fault: {fault}", file=sys.stderr)
-            return 1
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        seen = rehearse(config, args.blocks)
+    except Fault as fault:
+        print(f"fault: {fault}", file=sys.stderr)
+        return 1
     print("\n".join([*told(seen), "", f"rehearsed in {time.perf_counter() - began:.0f} s; no fault"]))
     return 0
 
@@ -93,6 +86,9 @@ def told(seen: Rehearsal) -> list[str]:
     return lines
 
 
+main = Command("one4d_pl.rehearse", __doc__, _add_arguments, _run)
+
 if __name__ == "__main__":
+    interrupts.watch()
     # autograd's threads believe in the device to the end, and would outlive Python
     end_process(lambda: main(sys.argv[1:]))
