@@ -309,7 +309,7 @@ def _write(path: Path, about: dict[str, object], rows: dict[str, Measured | str]
 
 def name_of(device: torch.device) -> str:
     """The GPU's name by its driver, or cpu."""
-    return torch.cuda.get_devicename_of(device) if device.type == "cuda" else "cpu"
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
 def _share(value: float | None) -> str:
