@@ -57,3 +57,8 @@ def test_what_is_not_installed_is_one_line(capsys):
 def test_without_a_gpu_it_says_what_would_work(capsys):
     assert bench_gpu.main([]) == 2
     assert "--tiny" in capsys.readouterr().err
+
+
+def test_a_gpu_is_called_by_the_name_its_driver_gives(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU at {device}")
+    assert bench_gpu.name_of(torch.device("cuda", 0)) == "the GPU at cuda:0"

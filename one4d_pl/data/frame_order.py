@@ -20,6 +20,8 @@ from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path, PurePath
 
+from one4d_pl.errors import UserError, reading
+
 DECIMAL = r"(?<![0-9.])[0-9]{WHOLE}\.[0-9]+(?![0-9.])"
 # Nine digits are seconds since 1970, from 1973 on: what stands behind the point is a fraction of a second.
 NUMBER = re.compile(f"({DECIMAL.replace('WHOLE', '9,')}|[0-9]+)")
@@ -32,7 +34,7 @@ def by_number(
 ) -> list[str]:
     """The names (of files, their suffixes and folders do not count) in the order of their numbers.
 
-    Raises ValueError, naming two of them, where the numbers leave a doubt.
+    Raises UserError, naming two of them, where the numbers leave a doubt.
     """
     visible = [name for name in names if not PurePath(name).name.startswith(".")]
     parts = {name: _split(PurePath(name).stem) for name in visible}
@@ -52,8 +54,12 @@ def by_number(
 
 
 def numbered_files(folder: Path, suffixes: Sequence[str], prefix: str = "") -> list[Path]:
-    """The files of a folder whose names begin and end so (suffixes in lower case), by number; ValueError as above."""
-    found = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.name.startswith(prefix)]
+    """List the files of a folder that begin and end so (suffixes in lower case), by number.
+
+    UserError as above, or where the folder cannot be listed.
+    """
+    with reading(folder):
+        found = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.name.startswith(prefix)]
     return [folder / name for name in by_number([path.name for path in found], str(folder))]
 
 
@@ -64,7 +70,7 @@ def _split(stem: str) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _compare(where: str, before: str, after: str, parts: dict[str, tuple[tuple[str, ...], list[str]]]) -> None:
-    """ValueError unless every number of the second name is at least the first's, and one is larger."""
+    """Raise UserError unless every number of the second name is at least the first's, and one is larger."""
     pairs = list(zip(*(map(Fraction, parts[name][1]) for name in (before, after))))
     if all(a == b for a, b in pairs):
         raise _doubt(where, before, after, "have the same number")
@@ -73,15 +79,15 @@ def _compare(where: str, before: str, after: str, parts: dict[str, tuple[tuple[s
 
 
 def _compare_decimals(where: str, order: Sequence[str]) -> None:
-    """ValueError where "0.5" and "0.25" may be decimal numbers, or numbers with a point between them."""
+    """Raise UserError where "0.5" and "0.25" may be decimal numbers, or numbers with a point between them."""
     decimals = [ANY_DECIMAL.findall(PurePath(name).stem) for name in order]
     for (before, first), (after, second) in itertools.pairwise(zip(order, decimals)):
         if len(first) == len(second) and any(a != b and Fraction(a) >= Fraction(b) for a, b in zip(first, second)):
             raise _doubt(where, before, after, "may hold decimal numbers, or two numbers with a point between them")
 
 
-def _doubt(where: str, before: str, after: str, reason: str) -> ValueError:
-    return ValueError(
+def _doubt(where: str, before: str, after: str, reason: str) -> UserError:
+    return UserError(
         f"{where}: the order of the files is in doubt: {before!r} and {after!r} {reason}; "
         "give every file one number of its own, as in frame_0001"
     )

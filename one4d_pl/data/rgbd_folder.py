@@ -145,12 +145,12 @@ def list_files(
 
 
 def list_pngs(folder: Path) -> list[StampedFile]:  # by time
-    """The pngs of a folder, named after their seconds, hidden files left out; ValueError where two have the same."""
+    """The pngs of a folder, named after their seconds, hidden files left out; UserError where two have the same."""
     paths = [path for path in folder.glob("*.png") if not path.name.startswith(".")]
     files = sorted((_number(path, 0, path.stem), path) for path in paths)
     for (before, first), (after, second) in itertools.pairwise(files):
         if before == after:
-            raise ValueError(f"{folder}: {first.name!r} and {second.name!r} are named after the same time")
+            raise UserError(f"{folder}: {first.name!r} and {second.name!r} are named after the same time")
     return [StampedFile(seconds, path) for seconds, path in files]
 
 

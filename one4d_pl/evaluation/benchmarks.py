@@ -229,10 +229,7 @@ def _sintel(root: Path, sequence: str) -> SintelSequence:
     scores = ("depth", "cameras") if sequence in SINTEL_CAMERAS else ("depth",)
     for kind, suffix in (("final", "png"), ("depth", "dpt"), ("camdata_left", "cam")):
         folder = training / kind / sequence
-        try:
-            found = len(numbered_files(folder, (f".{suffix}",), "frame_")) if folder.is_dir() else 0
-        except ValueError as error:
-            raise UserError(f"sintel: {error}") from None
+        found = len(numbered_files(folder, (f".{suffix}",), "frame_")) if folder.is_dir() else 0
         if found != count:
             raise UserError(f"sintel: {found} .{suffix} files in {folder}, need {count}; {GET['sintel']}")
     return SintelSequence(sequence, count, scores, 24.0, training)

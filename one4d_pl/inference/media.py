@@ -81,16 +81,13 @@ def check_size(path: Path, height: int, width: int) -> None:
 class FrameFolder:
     """The pictures of a folder as a video, in the order of their numbers.
 
-    MediaError where there is none, or their order is in doubt.
+    UserError where there is none, or their order is in doubt.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
         self.path, self.fps = path, fps
         suffixes = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-        try:
-            self._files = numbered_files(path, suffixes)
-        except (OSError, ValueError) as error:
-            raise MediaError(str(error)) from None
+        self._files = numbered_files(path, suffixes)
         if not self._files:
             raise MediaError(f"{path}: a folder without pictures ({', '.join(suffixes)})")
 

@@ -184,16 +184,9 @@ def _points(path: Path) -> tuple[Tensor, Tensor]:  # [T, H, W, 3] float32, [T, H
     return torch.from_numpy(pointmap), torch.from_numpy(valid)
 
 
-def _picture_files(folder: Path) -> list[Path]:
-    try:
-        return numbered_files(folder, (".png",)) if folder.is_dir() else []
-    except (OSError, ValueError) as error:
-        raise UserError(str(error)) from None
-
-
 def _frames(folder: Path) -> Tensor:  # [T, H, W, 3] uint8
     pictures = []
-    for path in _picture_files(folder):
+    for path in numbered_files(folder, (".png",)) if folder.is_dir() else []:
         with reading(path), Image.open(path, formats=["PNG"]) as image:
             pictures.append(np.asarray(image.convert("RGB")))
         if pictures[-1].shape != pictures[0].shape:

@@ -265,7 +265,7 @@ def _check_caches(config: Config) -> None:
     from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
 
     encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    One4DDataModule(config, lambda: WanEncoders.of(config), encoders).check_caches()
+    One4DDataModule(config, lambda device: WanEncoders.of(config).to(device), encoders).check_caches()
 
 
 def _versions() -> dict[str, str]:

@@ -14,10 +14,11 @@ from PIL import Image
 from data_prep.sources import registry
 from one4d_pl.data.frame_order import by_number, numbered_files
 from one4d_pl.data.rgbd_folder import list_files
-from one4d_pl.evaluation.benchmarks import BenchmarkError, open_benchmark
-from one4d_pl.inference.media import FrameFolder, MediaError
-from one4d_pl.inference.predictions import PredictionError, read_prediction
-from one4d_pl.inference.scene import SceneError, open_scene, save_scene
+from one4d_pl.errors import UserError
+from one4d_pl.evaluation.benchmarks import open_benchmark
+from one4d_pl.inference.media import FrameFolder
+from one4d_pl.inference.predictions import read_prediction
+from one4d_pl.inference.scene import open_scene, save_scene
 from tests.data_prep import raw_layouts as raw
 from tests.inference.toy_scene import exact_scene
 
@@ -61,7 +62,7 @@ def test_the_number_decides_whatever_the_order_of_listing(names):
 @pytest.mark.parametrize("names", DOUBTFUL.values(), ids=DOUBTFUL)
 def test_a_doubt_is_one_line_that_names_two_files(names):
     for seed in range(5):
-        with pytest.raises(ValueError, match=r"^folder: the order of the files is in doubt: ") as caught:
+        with pytest.raises(UserError, match=r"^folder: the order of the files is in doubt: ") as caught:
             by_number(random.Random(seed).sample(names, len(names)), "folder")
         assert sum(repr(name) in str(caught.value) for name in names) == 2 and "\n" not in str(caught.value)
 
@@ -87,7 +88,7 @@ TWELVE = [f"{n}.png" for n in range(12)]
 
 def test_a_folder_of_frames_is_a_video_in_order(tmp_path):
     assert [int(frame[0, 0, 0]) for frame in FrameFolder(pictures(tmp_path / "a", TWELVE), 16)] == list(range(12))
-    with pytest.raises(MediaError, match="in doubt"):
+    with pytest.raises(UserError, match="in doubt"):
         FrameFolder(pictures(tmp_path / "b", ["frame_1.png", "frame_01.png"]), 16)
 
 
@@ -125,7 +126,7 @@ def test_predictions_come_in_order(tmp_path):
     prediction = read_prediction(tmp_path)
     assert prediction.depth is not None and prediction.depth[:, 0, 0].tolist() == list(range(12))
     np.save(tmp_path / "frame_03.npy", np.zeros((4, 4)))
-    with pytest.raises(PredictionError, match=r"'frame_3.npy'|'frame_03.npy'"):
+    with pytest.raises(UserError, match=r"'frame_3.npy'|'frame_03.npy'"):
         read_prediction(tmp_path)
 
 
@@ -136,7 +137,7 @@ def test_a_scene_is_read_back_in_order(tmp_path):
         path.rename(path.with_name(f"{n + 7}.png"))  # the digits outgrow
     assert torch.equal(open_scene(tmp_path).frames, scene.frames)
     (tmp_path / "frames" / "7.png").rename(tmp_path / "frames" / "008.png")
-    with pytest.raises(SceneError, match="in doubt"):
+    with pytest.raises(UserError, match="in doubt"):
         open_scene(tmp_path)
 
 
@@ -151,7 +152,7 @@ def test_sintel_is_read_in_order(tmp_path):
     assert sequence.read_frames()[:, 0, 0, 0].tolist() == list(range(1, 21))
     assert sequence.timestamps.tolist() == list(range(1, 21))
     (folder / "frame_2.cam").rename(folder / "frame_03.cam")
-    with pytest.raises(BenchmarkError, match="in doubt"):
+    with pytest.raises(UserError, match="in doubt"):
         open_benchmark("sintel", tmp_path, ("ambush_6",))
 
 
@@ -162,5 +163,5 @@ def test_time_stamps_are_numbers(tmp_path):
         (tmp_path / "rgb" / name).touch()
     assert [file.path.name for file in list_files(tmp_path, "rgb")] == names
     (tmp_path / "rgb" / "10.50.png").touch()
-    with pytest.raises(ValueError, match="named after the same time"):
+    with pytest.raises(UserError, match="named after the same time"):
         list_files(tmp_path, "rgb")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from one4d_pl.errors import UserError
 from one4d_pl.evaluation import run
 from one4d_pl.evaluation.benchmarks import SINTEL_CAMERAS, EvalSequence, open_benchmark
 from one4d_pl.evaluation.protocols import PROTOCOLS
@@ -16,7 +17,7 @@ from one4d_pl.evaluation.run import Request, evaluate
 from one4d_pl.evaluation.score import score_benchmark
 from one4d_pl.evaluation.tables import Row, markdown
 from one4d_pl.geometry.se3 import matrix_to_wxyz
-from one4d_pl.inference.predictions import PredictionError, find_prediction, read_prediction
+from one4d_pl.inference.predictions import find_prediction, read_prediction
 
 PROTOCOL = PROTOCOLS["one4d"]
 
@@ -84,7 +85,7 @@ def test_matrices_go_before_a_text_and_the_sequences_own_name_before_its_dataset
 def test_a_demo_folder_whose_numbers_differ_is_refused(tmp_path, sequence):
     write_demo(tmp_path, sequence.read_cameras()[1].numpy())
     (tmp_path / "camera" / "8.npz").rename(tmp_path / "camera" / "9.npz")
-    with pytest.raises(PredictionError, match="need the same numbers in both"):
+    with pytest.raises(UserError, match="need the same numbers in both"):
         read_prediction(tmp_path)
 
 
@@ -121,7 +122,7 @@ def test_any_other_part_is_refused_or_not_comparable(tmp_path, sintel):
     for one in sintel[:13]:
         (tmp_path / "theirs" / one.name).mkdir(parents=True)
         write_trajectory(tmp_path / "theirs" / one.name, one.read_cameras()[1].numpy())
-    with pytest.raises(PredictionError, match=r"no prediction of temple_3, alley_1, bandage_1"):
+    with pytest.raises(UserError, match=r"no prediction of temple_3, alley_1, bandage_1"):
         evaluate(request(tmp_path), None, ())
     score = score_benchmark("sintel", sintel[:13], tmp_path / "theirs", PROTOCOL)
     assert "13 of its 23 sequences**: not comparable" in markdown([Row("theirs", score, {})], 23, None)
