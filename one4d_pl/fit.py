@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
-from one4d_pl.config import Config, EvalConfig, check_paths, load_config, to_yaml
+from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
 from one4d_pl.training.preemption import RunFailed, begin_start, forget_starts, note_end
 from one4d_pl.training.readiness import refuse_absent_deepspeed
 from one4d_pl.training.run_lock import sole_run
@@ -71,22 +71,32 @@ def _fit_counted(config: Config, rank: int) -> int:
         with at_interrupt(lambda: rank == 0 and forget_starts(config.run_dir)):
             code = fit(config, STOP)
         reason = f"exit code {code}" if code else ""
-    except (UserError, KeyboardInterrupt, SystemExit) as end:  # SystemExit: Lightning's, after a KeyboardInterrupt
+    except (KeyboardInterrupt, SystemExit):  # SystemExit: Lightning's, after a KeyboardInterrupt
         if rank == 0:
             forget_starts(config.run_dir)  # somebody is there and looks at it
-        if isinstance(end, UserError):
-            raise
         return INTERRUPTED
     except RunFailed as failure:  # the same on every rank
         if rank == 0:
             print(f"error: {failure}", file=sys.stderr)
         code, reason = 1, str(failure)[:300]
     except Exception as error:
+        if is_mistake(error, STOP.training):
+            if rank == 0:
+                forget_starts(config.run_dir)
+            raise
         log.exception("rank %d failed", rank)
         code, reason = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if rank == 0:
         note_end(config.run_dir, reason) if code else forget_starts(config.run_dir)
     return code
+
+
+def is_mistake(error: Exception, training: bool) -> bool:
+    """Tell whether the user has to act before another start can work.
+
+    A file or store that fails while the run trains may be well again at the next start; a knob will not.
+    """
+    return isinstance(error, ConfigError) or (isinstance(error, UserError) and not training)
 
 
 def fit(config: Config, stop: Stop | None = None) -> int:

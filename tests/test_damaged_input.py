@@ -28,7 +28,7 @@ from one4d_pl.data.shards import ShardSet, write_shards
 from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation.formats import TAG, read_cam, read_dpt
 from one4d_pl.files import read_json, read_text
-from one4d_pl.inference.media import load_image, open_video
+from one4d_pl.inference.media import frame_count, frame_rate, load_image, open_video
 from one4d_pl.inference.predictions import read_prediction, read_wxyz_trajectory
 from one4d_pl.models.adapters import AdapterCard
 from one4d_pl.models.base_files import safetensors_header
@@ -81,12 +81,8 @@ def _tar() -> bytes:
 
 
 def _frames(path: Path) -> None:
-    reader = open_video(path, None, 16)
-    try:
-        for _ in zip(range(200), reader):
-            pass
-    finally:
-        reader.close()
+    for _ in zip(range(200), open_video(path, None, 16)):
+        pass
 
 
 def _shards(path: Path) -> None:
@@ -125,7 +121,7 @@ READERS: dict[str, tuple[Callable[[], bytes], Callable[[Path], object]]] = {
     "a.mp4": (lambda: _video("mp4"), _frames),
     "a.mkv": (lambda: _video("matroska"), _frames),
     "b.mp4": (lambda: _video("mp4"), lambda path: decoding.read_video(path, [0, 3])),
-    "c.mp4": (lambda: _video("mp4"), decoding.video_rate_and_length),
+    "c.mp4": (lambda: _video("mp4"), lambda path: (frame_rate(path), frame_count(path))),
     "a.safetensors": (lambda: save({"a": torch.zeros(3, 4), "b": torch.ones(2)}), _tensors),
     "b.safetensors": (lambda: save({"a": torch.zeros(3, 4), "b": torch.ones(2)}), safetensors_header),
     "a.json": (lambda: json.dumps([{"a": 1.5}, None, "x"]).encode(), read_json),

@@ -15,11 +15,13 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from one4d_pl.config import Config, ConfigError
+from one4d_pl.data.ranged_reads import StoreError
+from one4d_pl.errors import UserError
 from one4d_pl.fit import fit, main
 from one4d_pl.training.checkpoint import write_checkpoint
 from one4d_pl.training.checkpoint_files import checkpoint_folder, newest_checkpoint, read_step
 from one4d_pl.training.preemption import MARKER, STARTS, begin_start, forget_starts, note_end, write_marker
-from one4d_pl.training.signals import INTERRUPTED, PREEMPTED, Stop
+from one4d_pl.training.signals import INTERRUPTED, PREEMPTED, STOP, Stop
 from one4d_pl.training.watchdog import rank_log_file
 
 STEPS = ("train.max_steps=16", "train.save_every=100", "val.every=100", "val.clips=2", "train.micro_batch_size=1")
@@ -270,13 +272,18 @@ def test_starts_without_a_new_checkpoint_are_bounded(run_config, tmp_path, capsy
 def test_a_failure_counts_as_a_start_and_a_mistake_does_not(run_config, fit_command, monkeypatch, tmp_path):
     arguments = fit_command("train.max_steps=2")[3:]
     starts = tmp_path / "run" / STARTS
-    for error, code, counted in (
-        (RuntimeError("broken"), 1, 1),
-        (RuntimeError("again"), 1, 2),
-        (ConfigError("x"), 2, 0),
+    monkeypatch.setattr(STOP, "training", False)  # as it is put back
+    for error, training, code, counted in (
+        (RuntimeError("broken"), True, 1, 1),
+        (RuntimeError("again"), False, 1, 2),
+        (StoreError("the store does not answer"), True, 1, 3),  # it may at the next start
+        (UserError("a damaged file"), False, 2, 0),
+        (UserError("a full disk"), True, 1, 1),
+        (ConfigError("x"), True, 2, 0),
     ):
 
-        def fail(config: Config, stop: Stop | None, error: Exception = error) -> int:
+        def fail(config: Config, stop: Stop, error: Exception = error, training: bool = training) -> int:
+            stop.training = training
             raise error
 
         monkeypatch.setattr("one4d_pl.fit.fit", fail)
