@@ -189,6 +189,20 @@ def test_what_is_shared_or_moved_away_costs_less():
     assert moved > 13e9 + 0.5e9
 
 
+def test_an_average_lies_where_the_weights_lie():
+    """One more float32 copy of the trainables: whole below stage 3, a share at it, offloaded with the weights."""
+    n = count_parameters(TransformerShape.of(RELEASED["14B"], DLCConfig())).trainable
+    assert (plan(average=True) - plan()) / 1.05 == pytest.approx(4 * n)  # with its share of fragmentation
+    assert (plan(average=True, zero_stage=3) - plan(zero_stage=3)) / 1.05 == pytest.approx(4 * n / 64)
+    assert (plan(average=True, offload=True) - plan(offload=True)) / 1.05 == pytest.approx(4 * n)
+    offloaded = {"zero_stage": 3, "offload": True}
+    assert plan(average=True, **offloaded) == plan(**offloaded)
+    shape = TransformerShape.of(RELEASED["14B"], DLCConfig())
+    layout = Layout(64, 3, "full", True, True, True, 13e9, 11e9, 96)
+    host = [step_memory(shape, PAPER, replace(layout, average=average)).host for average in (True, False)]
+    assert host[0] - host[1] == pytest.approx(4 * n / 64)
+
+
 def test_encoders_visit_before_the_step_and_cost_only_where_they_are_larger_than_it():
     """They never lie beside a block's activations; on the host they lie whole."""
     assert plan() == plan(visitor_bytes=0.0, vae_base_dim=0)
