@@ -34,6 +34,7 @@ class CoupledTransformer(nn.Module):
         norm_without_autocast(base)
         self.config = config
         self.keeps_attention = False  # see set_activation_checkpointing
+        self.attention = "native"  # see set_attention
         self.links = nn.ModuleDict()  # block -> ControlLink; only Decoupled LoRA Control has any
         channels, device = base.config.out_channels, base.proj_out.weight.device
         self.register_buffer("xyz_mean", torch.zeros(channels, 1, 1, 1, device=device), persistent=False)
@@ -76,23 +77,15 @@ class CoupledTransformer(nn.Module):
 
     def set_attention(self, backend: str) -> None:
         """Which kernels attend, by diffusers' name (base.attention); ConfigError where they are not there."""
-        if backend == "native":
-            return  # torch's own choice, or that of diffusers' environment variable
-        try:
-            if backend == "_native_math" and self.base.device.type == "cpu":
-                # named after CUDA, obeyed by the CPU: else bfloat16 is widened to float32 for these products
-                torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-            with attention_backend("native"):  # restores the choice for other models, which diffusers changes with it
-                self.base.set_attention_backend(backend)
-        except (RuntimeError, ValueError) as error:
-            raise ConfigError(f"base.attention: {backend} cannot be used here ({error}); native always can") from error
+        self.attention = backend
+        attend_with(self.base, backend)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """torch.compile of the blocks, which are all alike: compiled once, used by all; links likewise.
 
-        To be called after `set_activation_checkpointing`.
+        To be called after `set_activation_checkpointing` and `set_attention`.
         """
-        self.base.compile_repeated_blocks(backend=backend)
+        compile_wan(self.base, self.attention, backend)
         if self.keeps_attention:
             self.base._gradient_checkpointing_func = compile_selective(backend)
 
@@ -107,6 +100,27 @@ class CoupledTransformer(nn.Module):
             # a parameter that ZeRO-3 has sharded is empty between its uses
             counts[adapter_part(name)] += getattr(parameter, "ds_numel", parameter.numel())
         return counts
+
+
+def attend_with(base: WanTransformer3DModel, backend: str) -> None:
+    """Set a Wan's attention kernels by diffusers' name; ConfigError where they are not there."""
+    if backend == "native":
+        return  # torch's own choice, or that of diffusers' environment variable
+    try:
+        if backend == "_native_math" and base.device.type == "cpu":
+            # named after CUDA, obeyed by the CPU: else bfloat16 is widened to float32 for these products
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+        with attention_backend("native"):  # restores the choice for other models, which diffusers changes with it
+            base.set_attention_backend(backend)
+    except (RuntimeError, ValueError) as error:
+        raise ConfigError(f"base.attention: {backend} cannot be used here ({error}); native always can") from error
+
+
+def compile_wan(base: WanTransformer3DModel, attention: str, backend: str = "inductor") -> None:
+    """torch.compile of a Wan's blocks, whose kernels `attend_with` has set to `attention`."""
+    # inductor recognises plain products as attention and would put the fused kernels back
+    plain = backend == "inductor" and attention == "_native_math"
+    base.compile_repeated_blocks(backend=backend, options={"pattern_matcher": False} if plain else None)
 
 
 class One4DTransformer(CoupledTransformer):

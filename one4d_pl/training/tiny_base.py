@@ -22,6 +22,8 @@ from one4d_pl.data.order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, shift_sigma
 from one4d_pl.files import replaced_folder, whole_file, write_json
 from one4d_pl.models.conditioning import encode_condition
+from one4d_pl.models.precision import can_compile, training_attention
+from one4d_pl.models.transformer import attend_with, compile_wan
 from one4d_pl.models.wan import WanEncoders, load_transformer
 from one4d_pl.types import Batch
 
@@ -52,6 +54,10 @@ class TinyBaseModule(lightning.LightningModule):
             return
         self.encoders = WanEncoders.of(self.config)
         transformer = load_transformer(self.config.base.path, self.config.base.dtype)
+        attention = training_attention(self.config, transformer.device)
+        attend_with(transformer, attention)
+        if self.config.train.compile and can_compile(transformer.device):
+            compile_wan(transformer, attention)
         self.trained = nn.ModuleDict({"transformer": transformer, "text_encoder": self.encoders.text_encoder})
         self.trained.requires_grad_(True)
         self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
