@@ -12,6 +12,7 @@ from pathlib import Path
 
 from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError
+from one4d_pl.errors import UserError
 from one4d_pl.files import check_folder
 
 log = logging.getLogger("one4d_pl")
@@ -46,6 +47,8 @@ def view(folder: Path, html: Path | None, port: int, keep_flying_points: bool) -
     if html is not None:
         try:
             stride = write_html(html, scene, keep_flying_points)
+        except UserError:
+            raise
         except ValueError as error:
             raise ConfigError(f"--html: cannot write {html} ({error})") from None
         log.info("%s: %.1f MB, stride %d (every n-th pixel both ways)", html, html.stat().st_size / 1e6, stride)

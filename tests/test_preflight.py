@@ -199,11 +199,12 @@ def test_a_stage_that_hangs_is_named_and_ended():
     assert (done.returncode, done.stderr) == (2, "error: node4: all-reduce: not done after 0 s\n")
 
 
-def test_the_size_of_a_checkpoint_is_known_before_there_is_one(run_config):
+@pytest.mark.parametrize("decay", [0.0, 0.9])
+def test_the_size_of_a_checkpoint_is_known_before_there_is_one(run_config, decay):
     from one4d_pl.fit import fit
     from one4d_pl.training.checkpoint_files import checkpoint_folder
 
-    config = run_config("train.max_steps=1")
+    config = run_config("train.max_steps=1", f"optim.ema_decay={decay}")
     fit(config)
     files = checkpoint_folder(config.run_dir, 1).rglob("*.safetensors")
     assert checkpoint_bytes(config) == sum(tensor.nbytes for file in files for tensor in load_file(file).values())

@@ -17,8 +17,7 @@ from one4d_pl.config import Config, ConfigError, TrainConfig
 from one4d_pl.costs.flops import Flops, TransformerShape, peak_flops, training_flops
 from one4d_pl.costs.memory import batch_of
 from one4d_pl.data.datamodule import TimedLoader
-from one4d_pl.models.base_files import resolve_base
-from one4d_pl.models.encoder_files import image_tokens
+from one4d_pl.models.base_files import image_tokens, resolve_base
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch
 

@@ -200,12 +200,15 @@ def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:
 
 
 def image_tokens(folder: Path) -> int:
-    """Tokens of a base's image encoder, its class token among them; 0 where it has none."""
+    """Count the tokens that a base's image encoder gives of a picture, class token included; 0 where it has none."""
     if transformer_config(folder).get("image_dim") is None:
         return 0
     if is_original(folder):
         return IMAGE_TOKENS
-    settings = json.loads((folder / "image_encoder" / "config.json").read_text())
+    path = folder / "image_encoder" / "config.json"
+    if not path.is_file():
+        return 0
+    settings = json.loads(path.read_text())
     return (settings["image_size"] // settings["patch_size"]) ** 2 + 1
 
 

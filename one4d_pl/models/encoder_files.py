@@ -20,7 +20,7 @@ from diffusers import AutoencoderKLWan
 from transformers import CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
 from one4d_pl.config import ConfigError
-from one4d_pl.models.base_files import IMAGE_TOKENS, is_original, transformer_config, weight_files
+from one4d_pl.models.base_files import is_original, transformer_config, weight_files
 from one4d_pl.models.original_names import (
     IMAGE_UNUSED,
     Source,
@@ -86,16 +86,6 @@ def open_image_encoder(folder: Path, dtype: torch.dtype, device: torch.device = 
     with init_empty_weights(include_buffers=False):
         model = CLIPVisionModel(config)
     return stream(model, files, dtype, device, unused=unused)
-
-
-def image_tokens(folder: Path) -> int:
-    """How many tokens the base's image encoder gives of a picture, class token included; 0 where it has none."""
-    if is_original(folder):
-        return IMAGE_TOKENS if transformer_config(folder)["image_dim"] is not None else 0
-    if not (folder / "image_encoder" / "config.json").is_file():
-        return 0
-    vision = _readable(CLIPVisionConfig.from_pretrained, folder / "image_encoder")
-    return (vision.image_size // vision.patch_size) ** 2 + 1
 
 
 def _diffusers_files(folder: Path, part: str) -> TensorFiles:

@@ -173,7 +173,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTrans
         if damaged:
             folder.rename(new_staging(folder))
         staging.rename(folder)
-    except OSError:
+    except Exception:  # the system's, or safetensors' own
         shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
         raise
     sync(folder.parent)

@@ -29,7 +29,8 @@ PACKAGES = (
     "webdataset",
     "numpy",
 )
-BYTES_PER_TRAINABLE = 12  # float32: the weight and AdamW's two moments
+MOMENTS_AND_WEIGHT = 12  # bytes of a trainable in a checkpoint: float32 weight and AdamW's two moments
+AVERAGE = 4  # and with optim.ema_decay
 SHARED_FOLDER_PATIENCE_S = 10.0  # network filesystems show another node's file late
 
 
@@ -146,7 +147,8 @@ def checkpoint_bytes(config: Config) -> int:
     settings = transformer_config(resolve_base(config.base.path))
     with torch.device("meta"):
         model = couple(WanTransformer3DModel.from_config(settings), config.dlc, seed=0)
-    return BYTES_PER_TRAINABLE * sum(model.parameter_counts().values())
+    each = MOMENTS_AND_WEIGHT + (AVERAGE if config.optim.ema_decay else 0)
+    return each * sum(model.parameter_counts().values())
 
 
 def run_faults(config: Config) -> list[str]:
