@@ -221,7 +221,9 @@ def _over_white(frame: av.VideoFrame) -> np.ndarray:  # [H, W, 3] uint8
 
 def _turned(pixels: np.ndarray, frame: av.VideoFrame, stream: VideoStream) -> np.ndarray:
     """The picture as the file wants it shown, by the nearest of the eight ways that pixels can lie."""
-    matrix = next((bytes(data) for data in frame.side_data if data.type == SideDataType.DISPLAYMATRIX), None)
+    # PyAV's stubs take its side data for a mapping
+    matrices = (data for data in frame.side_data if data.type == SideDataType.DISPLAYMATRIX)  # type: ignore[attr-defined]
+    matrix = next(map(bytes, matrices), None)
     if matrix is None:  # old files, and Matroska's, have a tag: degrees clockwise
         tag = next((value for name, value in stream.metadata.items() if name.lower() == "rotate"), "0")
         turns = round(float(tag) / 90) % 4 if re.fullmatch(r"-?[0-9]{1,4}(\.[0-9]*)?", tag) else 0

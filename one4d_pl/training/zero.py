@@ -250,14 +250,15 @@ def fill_optimizer(
 
 def local_share(parameter: nn.Parameter) -> Tensor:
     """What this process holds of a trainable, to read and to write: all of it, or at stage 3 a flat share [n]."""
-    return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.detach()
+    return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.detach()  # type: ignore[attr-defined]
 
 
 def cut_share(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     """The part of a trainable-like whole tensor that is at `local_share`'s place."""
     if not hasattr(parameter, "ds_id"):
         return whole
-    share = whole.new_zeros(parameter.ds_tensor.numel())  # the last process's may end in padding
+    # the last process's may end in padding
+    share = whole.new_zeros(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
     start = len(share) * torch.distributed.get_rank()
     mine = whole.flatten()[start : start + len(share)]
     share[: len(mine)] = mine
@@ -271,7 +272,7 @@ def gather_share(parameter: nn.Parameter, share: Tensor) -> Tensor:
     share = share.to(parameter.device)  # offloaded ones lie in host memory
     parts = [torch.empty_like(share) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, share)
-    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
+    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
 
 
 def show_shares(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
