@@ -56,12 +56,12 @@ def _run(args: argparse.Namespace) -> int:
     except Fault as fault:
         print(f"fault: {fault}", file=sys.stderr)
         return 1
-    print("\n".join([*told(seen), "", f"rehearsed in {time.perf_counter() - began:.0f} s; no fault"]))
+    print("\n".join([*report_lines(seen), "", f"rehearsed in {time.perf_counter() - began:.0f} s; no fault"]))
     return 0
 
 
-def told(seen: Rehearsal) -> list[str]:
-    """The rehearsal as text."""
+def report_lines(seen: Rehearsal) -> list[str]:
+    """Put the rehearsal into words."""
     lines = [f"base        {seen.base}, {seen.blocks} blocks"]
     lines += [f"  {name:<16}{words}" for name, words in seen.tensors.items()]
     lines += ["", f"  {'phase':<24}{'peak GiB':>10}{'waits':>8}{'uploads':>9}"]

@@ -125,7 +125,6 @@ READERS: dict[str, tuple[Callable[[], bytes], Callable[[Path], object]]] = {
     "a.safetensors": (lambda: save({"a": torch.zeros(3, 4), "b": torch.ones(2)}), _tensors),
     "b.safetensors": (lambda: save({"a": torch.zeros(3, 4), "b": torch.ones(2)}), safetensors_header),
     "a.json": (lambda: json.dumps([{"a": 1.5}, None, "x"]).encode(), read_json),
-    "b.json": (lambda: json.dumps([{"a": 1.5}, None, "x"]).encode(), decoding.read_json),
     "card.json": (lambda: CARD, lambda path: AdapterCard.read(path.parent)),
     "a.csv": (lambda: CSV, read_table),
     "b.csv": (lambda: CSV, decoding.read_csv),

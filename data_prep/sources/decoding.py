@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import re
 import struct
@@ -156,14 +155,6 @@ def read_exr(
     if pixels.ndim != 2:
         raise ValueError(f"{name}: channel {channel!r} is {pixels.shape}")
     return pixels
-
-
-def read_json(path: Path) -> object:
-    """A json file."""
-    try:
-        return json.loads(read_text(path))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no json ({fault_of(path, error)})") from error
 
 
 def json_numbers(tree: Mapping[str, object], field: str, path: Path, *shape: int) -> NDArray[np.float64]:

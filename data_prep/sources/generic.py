@@ -32,7 +32,6 @@ from torch import Tensor
 
 from data_prep.sources.decoding import (
     read_frames,
-    read_json,
     read_npy,
     read_npz,
     read_video,
@@ -41,6 +40,7 @@ from data_prep.sources.geometry import Geometry, fit_to_frames
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, files_once, walk_once
 from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.data.texts import caption_text, is_missing, licence_text
+from one4d_pl.files import read_json
 from one4d_pl.inference.media import frame_count
 from one4d_pl.types import DOMAINS, Clip
 

@@ -26,12 +26,12 @@ from data_prep.sources.decoding import (
     pinhole,
     read_depth_codes,
     read_frames,
-    read_json,
     rigid_transforms,
     stack_alike,
 )
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
 from one4d_pl.data.texts import caption_text
+from one4d_pl.files import read_json
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.types import Clip
 

@@ -29,7 +29,6 @@ from data_prep.sources.decoding import (
     finite,
     pinhole,
     read_exr,
-    read_json,
     read_npy,
     read_npz,
     read_video,
@@ -43,6 +42,7 @@ from data_prep.sources.geometry import Geometry, fit_to_frames
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, files_once
 from one4d_pl.data.frame_order import by_number
 from one4d_pl.data.texts import caption_text
+from one4d_pl.files import read_json
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.inference.media import frame_count, frame_rate
 from one4d_pl.types import Clip

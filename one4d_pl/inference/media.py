@@ -157,16 +157,16 @@ def frame_rate(path: Path) -> float:
     time stamps it is the guess or, where that is beyond 120, 24.
     """
     with _opened(path) as (container, stream):
-        told = float(stream.average_rate or stream.guessed_rate or 0)
-        if stream.frames and stream.average_rate and told <= MAX_FPS:
-            return told
+        stated = float(stream.average_rate or stream.guessed_rate or 0)
+        if stream.frames and stream.average_rate and stated <= MAX_FPS:
+            return stated
         try:
             stamps = {packet.pts for packet in container.demux(stream) if packet.pts is not None}
         except (av.FFmpegError, OSError, ValueError):
             stamps = set()  # it breaks: whoever decodes it says where
         if len(stamps) > 1 and stream.time_base:
             return (len(stamps) - 1) / float((max(stamps) - min(stamps)) * stream.time_base)
-        return told if 0 < told <= MAX_FPS else 24.0
+        return stated if 0 < stated <= MAX_FPS else 24.0
 
 
 def frame_count(path: Path, decode: bool = False) -> int:

@@ -29,14 +29,14 @@ def driver_mismatch() -> str | None:
     # within one major version an older driver runs newer builds
     if driver is None or driver[0] >= int(torch.version.cuda.split(".")[0]):
         return None
-    told = (
+    mismatch = (
         f"the NVIDIA driver is of CUDA {driver[0]}.{driver[1]}, torch {torch.__version__} is built for CUDA "
         f"{torch.version.cuda}, so torch sees no GPU; "
     )
     index = TORCH_INDEXES.get(driver[0])
     if index is None:
-        return f"{told}get a newer driver: no torch that one4d_pl takes is built for CUDA {driver[0]}"
-    return f"{told}get a newer driver, or `make setup TORCH_INDEX=...` with the address of PyTorch's {index} index"
+        return f"{mismatch}get a newer driver: no torch that one4d_pl takes is built for CUDA {driver[0]}"
+    return f"{mismatch}get a newer driver, or `make setup TORCH_INDEX=...` with the address of PyTorch's {index} index"
 
 
 def _driver_cuda() -> tuple[int, int] | None:

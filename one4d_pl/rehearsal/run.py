@@ -33,7 +33,7 @@ from one4d_pl.data.masking import task_of
 from one4d_pl.models.base_files import encoder_sizes, image_tokens, transformer_config
 from one4d_pl.rehearsal.fake_cuda import pretend
 from one4d_pl.rehearsal.skeleton import write_skeleton
-from one4d_pl.rehearsal.watch import Phase, Watch, told_place
+from one4d_pl.rehearsal.watch import Phase, Watch, place_of
 from one4d_pl.training.module import One4DModule
 from one4d_pl.training.strategy import build_trainer
 from one4d_pl.training.zero import fill_optimizer
@@ -41,7 +41,7 @@ from one4d_pl.types import Batch, Encoded, PointmapScale, Sample, collate
 
 SAMPLER_STEPS = 2  # all are alike
 AFTER = "after"  # Lightning hands the model back on the CPU
-UNTOLD = ("moments", AFTER)  # what is no part of a run
+NOT_SHOWN = ("moments", AFTER)  # what is no part of a run
 STEP = ("encoding", "forward", "backward", "optimizer")  # the phases of a training step
 PROMPT = "a red cube on a table"
 
@@ -90,13 +90,13 @@ def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
         blocks: of the transformer; None = all.
     """
     with TemporaryDirectory() as folder:
-        told = write_skeleton(Path(folder) / "base", config.base.path, blocks)
+        origin = write_skeleton(Path(folder) / "base", config.base.path, blocks)
         alone = one_process(config, Path(folder), blocks)
         with rehearsing(alone) as watch:
             watching = Watching(watch, sample)
             fit(alone, watching)
-        layers, shown = watching.blocks, {name: seen for name, seen in watch.phases.items() if name not in UNTOLD}
-        return Rehearsal(told, layers, shown, watching.at_peak, watching.tensors, planned_memory(alone))
+        layers, shown = watching.blocks, {name: seen for name, seen in watch.phases.items() if name not in NOT_SHOWN}
+        return Rehearsal(origin, layers, shown, watching.at_peak, watching.tensors, planned_memory(alone))
 
 
 def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
@@ -134,12 +134,12 @@ def rehearsing(config: Config) -> Iterator[Watch]:
         except ConfigError:
             raise
         except Exception as error:  # whatever would have ended the run
-            raise Fault(told_fault(error, watch.failed_in)) from error
+            raise Fault(describe_fault(error, watch.failed_in)) from error
 
 
-def told_fault(error: Exception, where: str) -> str:
+def describe_fault(error: Exception, where: str) -> str:
     """Module, place and the first line of an error."""
-    places = [told_place(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
+    places = [place_of(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
     place = next((place for place in reversed(places) if place is not None), "outside of the package")
     message = (str(error).strip().splitlines() or [""])[0]
     if not isinstance(error, RuntimeError):

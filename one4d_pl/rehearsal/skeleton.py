@@ -35,7 +35,7 @@ def write_skeleton(folder: Path, base_path: str, blocks: int | None) -> str:
         base_path: base.path; where nothing lies there, its name tells which release it would be.
         blocks: fewer than it has; None = all of them.
     """
-    source, settings, told = sizes_of(base_path)
+    source, settings, origin = sizes_of(base_path)
     settings = {**settings, "num_layers": settings["num_layers"] if blocks is None else blocks}
     known = source if source is not None and not is_original(source) else None  # its own configs describe its encoders
     with init_empty_weights(include_buffers=False):
@@ -54,7 +54,7 @@ def write_skeleton(folder: Path, base_path: str, blocks: int | None) -> str:
         ByT5Tokenizer().save_pretrained(folder / "tokenizer")  # one that needs no file
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     (folder / DIFFUSERS_MARK).write_text("{}\n")
-    return told
+    return origin
 
 
 def _settings(folder: Path) -> dict[str, object]:

@@ -234,13 +234,13 @@ def place() -> str:
     """The innermost line of this package (the rehearsal itself apart) that is at work, as `models/lora.py:93`."""
     frame = sys._getframe(1)
     while frame is not None:
-        if (found := told_place(frame.f_code.co_filename, frame.f_lineno)) is not None:
+        if (found := place_of(frame.f_code.co_filename, frame.f_lineno)) is not None:
             return found
         frame = frame.f_back  # type: ignore[assignment]
     return "other libraries"
 
 
-def told_place(file: str, line: int) -> str | None:
+def place_of(file: str, line: int) -> str | None:
     """A line of this package as `models/lora.py:93`; None for others and for the rehearsal."""
     path = Path(file)
     if PACKAGE not in path.parents or path.parent in (PACKAGE, Path(__file__).parent) or path.name == "signals.py":

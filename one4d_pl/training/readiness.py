@@ -129,10 +129,12 @@ def differences(reports: list[Report]) -> list[str]:
     for name in reports[0].versions:
         found = _grouped([(report.versions[name], report.node) for report in reports])
         if len(found) > 1:
-            faults.append(f"mixed versions between nodes: {name} is {_told(found)}; use one VENV that all nodes see")
+            faults.append(
+                f"mixed versions between nodes: {name} is {_on_nodes(found)}; use one VENV that all nodes see"
+            )
     bases = _grouped([(report.base_fingerprint[:12], report.node) for report in reports if report.base_fingerprint])
     if len(bases) > 1:
-        faults.append(f"base.path: other weights on other nodes: {_told(bases)}; copy them again")
+        faults.append(f"base.path: other weights on other nodes: {_on_nodes(bases)}; copy them again")
     return faults
 
 
@@ -292,7 +294,7 @@ def _grouped(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
     return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
 
 
-def _told(groups: dict[str, list[str]]) -> str:
+def _on_nodes(groups: dict[str, list[str]]) -> str:
     return "; ".join(f"{value} on {_some(nodes)}" for value, nodes in groups.items())
 
 

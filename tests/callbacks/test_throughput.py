@@ -75,7 +75,7 @@ def test_with_a_peak_mfu_counts_the_method_and_hfu_what_is_executed(run_config, 
 
 def test_data_wait_is_the_time_in_the_fetch_and_in_nothing_else(run_config, monkeypatch):
     """What other callbacks do between two steps (a sync, a gather, an all-reduce) is the step's, not the data's."""
-    slow, fetch = 0.2, 0.05
+    slow, fetch = 1.0, 0.05  # far apart, for a busy machine fetches late
 
     def between_steps(callback, *arguments):
         time.sleep(slow)

@@ -31,6 +31,7 @@ from one4d_pl.config import DEMO_ADAPTERS, EMBEDDED_BASE, base_folder
 from one4d_pl.data.rgbd_folder import list_files, read_trajectory
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.formats import TAG, read_cam, read_dpt
+from one4d_pl.files import read_json
 from one4d_pl.inference.media import load_image, open_video
 from one4d_pl.inference.scene import Scene, open_scene, save_scene
 from one4d_pl.nano import __main__ as nano_main
@@ -132,7 +133,7 @@ def test_every_reader_of_large_files_knows_a_pointer(tmp_path):
     readers = {
         "a.png": load_image, "a.mp4": lambda path: open_video(path, None, 16), "b.png": decoding.read_image,
         "c.npy": decoding.read_npy, "d.npz": lambda path: decoding.read_npz(path, ["x"]),
-        "e.mp4": lambda path: decoding.read_video(path, [0]), "f.json": decoding.read_json,
+        "e.mp4": lambda path: decoding.read_video(path, [0]), "f.json": read_json,
         "g.npz": cameras.read_pointmaps,
     }  # fmt: skip
     for name, read in readers.items():
