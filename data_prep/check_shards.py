@@ -29,7 +29,7 @@ from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError
 from one4d_pl.errors import UserError, reading
-from one4d_pl.files import check_folder, open_whole
+from one4d_pl.files import check_folder, open_whole, write_json
 from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
 from one4d_pl.models.base_files import weight_files
 from one4d_pl.models.encoder_files import open_vae
@@ -148,8 +148,7 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
         "folder": shards.location, "clips": len(checks), "damaged_shards": damaged, "numbers": medians,
         "flagged": flagged, "checks": [{k: _plain(v) for k, v in asdict(check).items()} for check in checks],
     }  # fmt: skip
-    with open_whole(report / "report.json") as file:
-        file.write((json.dumps(report_tree, indent=1) + "\n").encode())
+    write_json(report / "report.json", report_tree)
     with open_whole(report / "exclude.txt") as file:
         file.writelines(f"{key}  # {'; '.join(reasons)}\n".encode() for key, reasons in flagged.items())
     readable = [n for n, check in enumerate(checks) if not check.fault]

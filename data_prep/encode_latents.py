@@ -43,11 +43,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--raw", metavar="FOLDER", help="raw shards; default: every folder of data.sources")
     parser.add_argument("--out", metavar="FOLDER", help="of one --raw folder; default: beside it, as the cache of fit")
     parser.add_argument("--sparse-draws", type=int, default=4, metavar="K", help="per clip (default %(default)s)")
-    parser.add_argument(
-        "--device",
-        default="auto",
-        help="auto: see train.accelerator (default %(default)s)",
-    )
+    parser.add_argument("--device", default="auto", help="auto: see train.accelerator (default %(default)s)")
     parser.add_argument("--rank", type=int, default=0, help="number of this task of an array job (default %(default)s)")
     parser.add_argument("--world", type=int, default=1, help="tasks of the array job (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. data.num_frames=49")

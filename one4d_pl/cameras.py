@@ -16,7 +16,6 @@ without a point is scored as depth 0, as any answer that is missing; the report 
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +23,7 @@ from typing import TYPE_CHECKING
 from one4d_pl.commands import Command
 from one4d_pl.config import ConfigError
 from one4d_pl.errors import reading
-from one4d_pl.files import check_folder
+from one4d_pl.files import check_folder, write_json
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -48,8 +47,6 @@ def run(args: argparse.Namespace) -> None:
     if not source.is_file():
         raise ConfigError(f"{source}: no such file, need a .npy or .npz of pointmaps [T, H, W, 3], or a scene folder")
 
-    from one4d_pl.files import write_text
-
     check_folder(args.out, "--out")
     from one4d_pl.inference.predictions import Prediction, report_dict, write_prediction
     from one4d_pl.postopt.recover import RecoverOptions, recover_scene
@@ -70,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     report = report_dict(scene.report)
     prediction = Prediction(scene.depth, scene.cam2world, scene.intrinsics.double(), used, flags=scene.report.flags)
     write_prediction(args.out, prediction, report)
-    write_text(args.out / "report.json", json.dumps(report, indent=1) + "\n")
+    write_json(args.out / "report.json", report)
     print(summary(scene, seconds))
     print(f"written: {args.out}")
 

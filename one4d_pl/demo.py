@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, load_config
-from one4d_pl.files import check_folder
+from one4d_pl.files import check_folder, write_text
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -62,7 +62,6 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     from one4d_pl.data.datamodule import VAL_SEED_OFFSET
     from one4d_pl.evaluation.fit_quality import measure_fit, sampled_clips
     from one4d_pl.evaluation.toy_clips import render_samples
-    from one4d_pl.files import write_text
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.models.precision import uses_bfloat16
 

@@ -28,7 +28,6 @@ UNREADABLE = (
 )  # fmt: skip
 LIBRARIES = ("PIL", "av", "safetensors", "yaml")  # whose own errors are about the file; by name: they are heavy
 
-
 # states of a file system, met where nothing more can be said about them; never a bug of ours
 FILE_SYSTEM = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTDIR,
@@ -42,7 +41,7 @@ class UserError(ValueError):
 
 @contextlib.contextmanager
 def reading(path: Path | str, need: str = "") -> Iterator[None]:
-    """Inside, a file or folder of the user's is opened and parsed; UserError names it, and what is needed instead."""
+    """Turn what opening and parsing a file or folder raises into a UserError that names it, and what is needed."""
     try:
         yield
     except UserError:
@@ -55,7 +54,7 @@ def reading(path: Path | str, need: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path | str, option: str = "") -> Iterator[None]:
-    """Inside, something of the user's choice is written; UserError names it, and the option that chose it.
+    """Turn what writing a file or folder raises into a UserError that names it, and the option that chose it.
 
     FileNotFoundError stays: the folder has vanished, and who works with others in it knows why.
     """
@@ -70,7 +69,7 @@ def writing(path: Path | str, option: str = "") -> Iterator[None]:
 
 
 def fault_of(path: Path | str, error: Exception) -> str:
-    """Why a file cannot be read, in words; a pointer that git-lfs has left in its place is called by its name."""
+    """Say why a file cannot be read; a pointer that git-lfs has left in its place is called by its name."""
     if is_lfs_pointer(path):
         return LFS_HINT
     if isinstance(error, UnicodeError):
@@ -79,7 +78,7 @@ def fault_of(path: Path | str, error: Exception) -> str:
 
 
 def is_lfs_pointer(path: Path | str) -> bool:
-    """Whether a file is what git-lfs leaves where a large file was not fetched."""
+    """Tell whether a file is what git-lfs leaves where a large file was not fetched."""
     try:
         with open(path, "rb") as file:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
@@ -88,7 +87,7 @@ def is_lfs_pointer(path: Path | str) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """The text of an error on one line, without what only programmers read."""
+    """Give the text of an error on one line, without what only programmers read."""
     if reason := getattr(error, "strerror", None):  # of the system, or of FFmpeg
         return str(reason)
     no_space = os.strerror(errno.ENOSPC)

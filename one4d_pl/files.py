@@ -24,7 +24,7 @@ _making: set[Path] = set()  # folders that will appear as a whole: files inside 
 
 @contextlib.contextmanager
 def temporary(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """A hidden name beside `path` (or in `folder`, on the same file system); what has it at the end is removed."""
+    """Yield a hidden name beside `path` (or in `folder`, on the same file system); remove at the end what has it."""
     staging = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
 
     def remove() -> None:
@@ -42,7 +42,7 @@ def temporary(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """The name to write under; at the end the file is moved to `path`, whose folder is made if need be.
+    """Yield the name to write under; at the end move the file to `path`, whose folder is made if need be.
 
     With `folder` (on the same file system) it lies there until then, and FileNotFoundError says that one is absent.
     """
@@ -61,25 +61,25 @@ def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def open_whole(path: Path, folder: Path | None = None) -> Iterator[io.BufferedRandom]:
-    """`whole_file`, opened for writing bytes."""
+    """Open a `whole_file` for writing bytes."""
     with whole_file(path, folder) as staging, staging.open("w+b") as file:
         yield file
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file in UTF-8, whole or not at all."""
+    """Write a text file in UTF-8, whole or not at all."""
     with whole_file(path) as staging:
         staging.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, tree: object) -> None:
-    """A json file that people can read, whole or not at all."""
+    """Write a json file that people can read, whole or not at all."""
     write_text(path, json.dumps(tree, indent=1) + "\n")
 
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """A new folder to fill; at the end it is moved to `path`, which must not be there or be empty."""
+    """Yield a new folder to fill; at the end move it to `path`, which must not be there or be empty."""
     with writing(path), temporary(path) as staging:
         staging.mkdir(parents=True)
         with _in_making(staging):
@@ -90,7 +90,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(path: Path, names: Collection[str] | None = None, last: str = "") -> Iterator[Path]:
-    """A folder to fill; at the end its contents take the place of those in `path`, the file `last` after the others.
+    """Yield a folder to fill; at the end its contents replace those of `path`, the file `last` after the others.
 
     `names` (default: all) are the contents that go; what else lies in `path` stays. `path` itself stays, so it may be a
     mount point or a link. Until the new contents are whole the old ones are untouched, and a folder that was not there
@@ -121,7 +121,7 @@ def replaced_folder(path: Path, names: Collection[str] | None = None, last: str 
 
 
 def read_text(path: Path) -> str:
-    """A text file in UTF-8, with or without a byte order mark; UserError names one that is none."""
+    """Read a text file in UTF-8, with or without a byte order mark; UserError names one that is none."""
     with reading(path):
         content = path.read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -130,14 +130,14 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> object:
-    """What a json file holds; UserError names one that is none."""
+    """Read a json file; UserError names one that is none."""
     text = read_text(path)
     with reading(path, "json"):
         return json.loads(text)
 
 
 def check_folder(path: Path, option: str, advice: str = "") -> None:
-    """UserError where a folder cannot be made or written; so that hours of work do not end there. Leaves no trace."""
+    """Raise UserError where a folder cannot be made or written, before hours of work end there; leave no trace."""
     place = path
     try:
         while not os.path.lexists(place) and place != place.parent:
@@ -174,7 +174,7 @@ def _in_making(folder: Path) -> Iterator[None]:
 
 
 def _touch(path: Path) -> int:
-    """Make an empty file; its mode, which is as the umask and the folder have it."""
+    """Make an empty file; return its mode, which the umask and the folder decide."""
     path.touch(exist_ok=False)
     return path.stat().st_mode & 0o777
 

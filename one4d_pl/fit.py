@@ -155,7 +155,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         log.info("nothing to do: %s has reached train.max_steps", config.run_dir)
         return 0
     if early_rank(config.train.devices) == 0:
-        _write_config(config)
+        write_text(Path(config.run_dir) / "config.yaml", to_yaml(config))
 
     heartbeat = Heartbeat(config, early_rank(config.train.devices))
     datamodule = training_data(config, heartbeat.beat)
@@ -215,11 +215,6 @@ def scene_callbacks(config: EvalConfig) -> list[Callback]:
     if config.video_every:
         callbacks.append(VideoEval(config))
     return callbacks
-
-
-def _write_config(config: Config) -> None:
-    """The resolved config beside the run's results."""
-    write_text(Path(config.run_dir) / "config.yaml", to_yaml(config))
 
 
 def _quieten() -> None:

@@ -87,7 +87,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def parts(out: Path, tiny: bool) -> Iterator[Part]:
-    """The proof, in the order of how soon it tells."""
+    """List the parts, the quickest to find a fault first."""
     bench = ["--tiny", "--steps", "1", "--warmup", "1"] if tiny else ["--steps", "3", "--warmup", "1"]
     yield Part(
         "tests",
@@ -167,7 +167,7 @@ def run(part: Part, out: Path) -> Outcome:
 
 
 def markdown(about: dict[str, object], outcomes: list[Outcome]) -> list[str]:
-    """The report for people."""
+    """Write the report for people."""
     lines = ["# Proof on a GPU", "", ", ".join(f"{name} {value}" for name, value in about.items()), ""]
     lines += ["| part | shows that | verdict | s |", "|---|---|---|---:|"]
     lines += [f"| {o.name} | {o.shows} | {o.verdict} | {o.seconds:.0f} |" for o in outcomes]
@@ -182,7 +182,7 @@ def markdown(about: dict[str, object], outcomes: list[Outcome]) -> list[str]:
 
 
 def _fit(folder: Path, tiny: bool, *overrides: str) -> list[str]:
-    """The command of a fresh run of `fit` on the toy world in a folder of its own; both runs share the data."""
+    """Make the command of a fresh run of `fit` on the toy world in a folder of its own; both runs share the data."""
     data = folder.parent / "data"
     clips = 16 if tiny else 128
     sources = [f"data.sources=[{{path: {data}/train_synthetic}}]", f"data.val_sources=[{{path: {data}/val}}]"]
@@ -194,7 +194,7 @@ def _fit(folder: Path, tiny: bool, *overrides: str) -> list[str]:
 
 
 def _losses(text: str) -> dict[str, object]:
-    """First and last logged losses, and the seconds of the last step."""
+    """Read the first and last logged losses, and the seconds of the last step."""
     steps = STEP_LINE.findall(text)
     if not steps:
         return {"steps": 0}

@@ -36,7 +36,7 @@ _watcher: threading.Thread | None = None
 
 
 def watch() -> None:
-    """From now on Ctrl-C ends this process; to be called in the main thread before heavy imports start threads."""
+    """Let Ctrl-C end this process from now on; call it in the main thread before heavy imports start threads."""
     global _watcher
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
         return
@@ -52,7 +52,7 @@ def prepare() -> None:
 
 
 def before_workers() -> None:
-    """To be called before multiprocessing starts the first worker: its resource tracker would unblock SIGINT."""
+    """Start multiprocessing's resource tracker, which unblocks SIGINT, and block it again; call it before workers."""
     from multiprocessing import resource_tracker
 
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -79,7 +79,7 @@ def follow_parent() -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """A short section that an interrupt waits for: several renames, or a child that is started and noted down."""
+    """Let an interrupt wait for a short section: several renames, or a child that is started and noted down."""
     global _sections
     with _section:
         _sections += 1
@@ -93,7 +93,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_interrupt(undo: Callable[[], object]) -> Iterator[None]:
-    """Inside, an interrupt calls `undo` (in another thread, the last one first); after it nothing of ours runs."""
+    """Let an interrupt inside call `undo` (in another thread, the last one first); after it nothing of ours runs."""
     key = object()
     _undo[key] = undo
     try:
@@ -143,7 +143,7 @@ def _leave_after(seconds: float) -> None:
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
-    """Python's handler of SIGINT, which runs in the main thread between two bytecodes."""
+    """Handle SIGINT; Python calls this in the main thread, between two bytecodes."""
     if _stopped.is_set():
         end()
     elif _ending.is_set():
@@ -162,7 +162,7 @@ def _stop() -> NoReturn:
 
 
 def _end_children() -> None:
-    """Of multiprocessing, and their semaphores, which its tracker would complain about."""
+    """End multiprocessing's children, and free their semaphores, which its tracker would complain about."""
     multiprocessing, util = sys.modules.get("multiprocessing"), sys.modules.get("multiprocessing.util")
     if multiprocessing is None or util is None:
         return
@@ -177,7 +177,7 @@ def _end_children() -> None:
 
 
 def _bounded(work: Callable[[], object]) -> None:
-    """A step that a lock of the stopped main thread may keep from ever ending."""
+    """Do a step, for a second at most: a lock that the stopped main thread holds may keep it from ever ending."""
 
     def quietly() -> None:
         with contextlib.suppress(Exception):
@@ -193,7 +193,7 @@ def _in_thread(work: Callable[[], object]) -> threading.Thread:
 
 
 def _forget() -> None:
-    """In a forked child: what is to be undone is its parent's, and so is the thread that waits."""
+    """Forget, in a forked child, what is its parent's: what is to be undone, and the thread that waits."""
     global _section, _sections, _watcher
     _undo.clear()
     _section, _sections, _watcher = threading.RLock(), 0, None

@@ -48,9 +48,8 @@ def read_depth_codes(path: Path) -> NDArray[np.uint16]:  # [H, W]
                 raise ValueError(f"{path}: {image.mode} picture, need 16-bit grey")
             return np.array(image, np.uint16)
     except (OSError, SyntaxError, struct.error, zlib.error, EOFError, Image.DecompressionBombError) as error:
-        raise ValueError(
-            f"{path}: cannot be decoded ({fault_of(path, error)})"
-        ) from error  # Pillow: SyntaxError for a broken png
+        # Pillow: SyntaxError for a broken png
+        raise ValueError(f"{path}: cannot be decoded ({fault_of(path, error)})") from error
 
 
 def read_frames(paths: Sequence[Path]) -> Tensor:  # [T, H, W, 3] uint8

@@ -27,7 +27,7 @@ class Command:
     run: Callable[[argparse.Namespace], int | None]  # the exit code, None = 0
 
     def __call__(self, arguments: Sequence[str]) -> int:
-        """Parse, run; the exit code. SystemExit(2) of argparse where the arguments do not parse."""
+        """Parse and run; return the exit code. SystemExit(2) of argparse where the arguments do not parse."""
         parser = argparse.ArgumentParser(
             prog=f"python -m {self.module}",
             description=self.description,
@@ -38,13 +38,13 @@ class Command:
         return exit_code(lambda: self.run(args))
 
     def run_process(self) -> NoReturn:
-        """The whole life of a process: `python -m` ends here."""
+        """Live the whole life of a process: `python -m` ends here."""
         interrupts.watch()
         sys.exit(self(sys.argv[1:]))
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
-    """What `work` returns, 2 after the line of a UserError, 130 after an interrupt; a bug stays a traceback."""
+    """Return what `work` does, 2 after the line of a UserError, 130 after an interrupt; a bug stays a traceback."""
     try:
         code = work() or 0
         sys.stdout.flush()
@@ -66,7 +66,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Whether nobody reads a pipe any more; from then on what is still buffered goes nowhere."""
+    """Tell whether nobody reads a pipe any more; from then on what is still buffered goes nowhere."""
     try:
         descriptor = stream.fileno()
     except (OSError, ValueError):  # not of the system: pytest's

@@ -32,7 +32,7 @@ def by_number(
     names: Iterable[str],
     where: str,  # the folder or archive, for errors
 ) -> list[str]:
-    """The names (of files, their suffixes and folders do not count) in the order of their numbers.
+    """Sort names by their numbers; files' suffixes and folders do not count.
 
     Raises UserError, naming two of them, where the numbers leave a doubt.
     """
@@ -64,7 +64,7 @@ def numbered_files(folder: Path, suffixes: Sequence[str], prefix: str = "") -> l
 
 
 def _split(stem: str) -> tuple[tuple[str, ...], list[str]]:
-    """The words around a name's numbers, in lower case, and the numbers."""
+    """Split a name into the words around its numbers, in lower case, and the numbers."""
     pieces = NUMBER.split(stem)
     return tuple(piece.lower() for piece in pieces[::2]), pieces[1::2]
 

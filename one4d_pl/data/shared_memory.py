@@ -14,7 +14,7 @@ BYTES_PER_PIXEL = 2 * 3 * 4 + 2  # of a raw clip: frames and pointmap in float32
 
 
 def needed_bytes(config: Config) -> int:
-    """Of one node: every batch that its workers have ready while training, and beside them those of a validation."""
+    """Count one node's bytes: the batches that its workers have ready in training, and a validation's beside them."""
     data, train = config.data, config.train
     clip = data.num_frames * data.height * data.width * BYTES_PER_PIXEL
     ready = PREFETCH * data.num_workers
@@ -24,7 +24,7 @@ def needed_bytes(config: Config) -> int:
 
 
 def refuse_small_shared_memory(config: Config) -> None:
-    """ConfigError where the clips in flight are more than this node's shared memory can take."""
+    """Raise ConfigError where the clips in flight are more than this node's shared memory can take."""
     if not config.data.num_workers or not PLACE.is_dir():
         return
     needed, free = needed_bytes(config), shutil.disk_usage(PLACE).free

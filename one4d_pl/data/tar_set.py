@@ -224,11 +224,8 @@ def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str, reader: Rang
         raise ShardSetError(f"{folder}: no {MANIFEST_NAME}; {remedy}") from error
     except StoreError:
         raise
-    except (
-        ValueError,
-        RecursionError,
-        ImportError,
-    ) as error:  # not json, or a protocol that fsspec or this machine does not know
+    # not json, or a protocol that fsspec or this machine does not know
+    except (ValueError, RecursionError, ImportError) as error:
         reason = LFS_HINT if is_lfs_pointer(f"{folder}/{MANIFEST_NAME}") else one_line(error)
         raise ShardSetError(f"{folder}: cannot read {MANIFEST_NAME} ({reason}); {remedy}") from error
 

@@ -12,14 +12,14 @@ WORDS_FOR_NOTHING = {"", "none", "null", "nan", "nat", "<na>", "n/a"}  # in any 
 
 
 def is_missing(value: object) -> bool:
-    """Whether a field's value says that there is none."""
+    """Tell whether a field's value says that there is none."""
     if isinstance(value, str):
         return value.strip().lower() in WORDS_FOR_NOTHING
     return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def caption_text(value: object) -> str:
-    """The caption as it stands, "" where there is none; ValueError where it is something else."""
+    """Return the caption as it stands, "" where there is none; ValueError where it is something else."""
     if is_missing(value):
         return ""
     if not isinstance(value, str):
@@ -28,7 +28,7 @@ def caption_text(value: object) -> str:
 
 
 def licence_text(value: object) -> str:
-    """The licence as it stands; ValueError where there is none, or something else."""
+    """Return the licence as it stands; ValueError where there is none, or something else."""
     if is_missing(value) or not isinstance(value, str):
         raise ValueError(f"the licence is {_shown(value)}, need its name (an SPDX id or the dataset's own tag)")
     return value

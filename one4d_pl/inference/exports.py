@@ -13,7 +13,6 @@ name from a file becomes a name on disk.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from one4d_pl.files import open_whole, whole_file, whole_folder, write_text
+from one4d_pl.files import open_whole, whole_file, whole_folder, write_json, write_text
 from one4d_pl.geometry.se3 import matrix_to_xyzw
 from one4d_pl.inference.colmap_files import write_colmap
 from one4d_pl.inference.gltf import glb_bytes
@@ -101,7 +100,7 @@ def save_depth16(folder: Path, depth: Tensor, valid: Tensor) -> None:  # [T, H, 
         with whole_file(folder / f"{i:06d}.png") as staging:
             picture.save(staging, format="png")
     about = {"depth": "value * scale, z in the frame's camera, unit of the scene", "scale": scale, "no_surface": 0}
-    write_text(folder / "depth.json", json.dumps(about, indent=1) + "\n")
+    write_json(folder / "depth.json", about)
 
 
 def _write_ply(shown: Shown, folder: Path) -> None:
@@ -140,7 +139,7 @@ def _write_nerfstudio(shown: Shown, folder: Path) -> None:
         for i, camera in enumerate(cameras.tolist())
     ]
     about = {"camera_model": "OPENCV", **shared, "ply_file_path": "points.ply", "frames": frames}
-    write_text(folder / "transforms.json", json.dumps(about, indent=1) + "\n")
+    write_json(folder / "transforms.json", about)
 
 
 def _write_tum(shown: Shown, folder: Path) -> None:

@@ -18,7 +18,6 @@ unpickled.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.errors import reading
-from one4d_pl.files import open_whole, read_json, read_text, write_text
+from one4d_pl.files import open_whole, read_json, read_text, write_json
 from one4d_pl.geometry.se3 import is_rotation, se3_matrix, wxyz_to_matrix
 from one4d_pl.inference.framing import Placement
 from one4d_pl.postopt.recover import RecoverReport
@@ -81,7 +80,7 @@ def write_prediction(folder: Path, prediction: Prediction, report: dict[str, obj
         ],
         "report": report,
     }
-    write_text(folder / "cameras.json", json.dumps(content, indent=1) + "\n")
+    write_json(folder / "cameras.json", content)
 
 
 def report_dict(report: RecoverReport) -> dict[str, object]:

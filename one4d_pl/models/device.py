@@ -11,7 +11,7 @@ from one4d_pl.models.driver import driver_mismatch
 
 
 def device_of(config: Config) -> torch.device:
-    """A GPU where there is one, else the CPU; ConfigError where train.accelerator asks for a GPU and there is none."""
+    """Choose a GPU where there is one, else the CPU; ConfigError where train.accelerator=gpu and there is none."""
     if torch.cuda.is_available():
         return torch.device("cuda")
     if config.train.accelerator == "gpu":

@@ -17,7 +17,7 @@ TORCH_INDEXES = {12: "cu126", 13: "cu130"}
 
 
 def driver_mismatch() -> str | None:
-    """One line if torch sees no GPU because the NVIDIA driver is older than torch's CUDA; None otherwise.
+    """Say in one line that torch sees no GPU because the NVIDIA driver is older than torch's CUDA; None otherwise.
 
     None too where no driver is found, or where CUDA_VISIBLE_DEVICES hides the GPUs on purpose.
     """
@@ -40,7 +40,7 @@ def driver_mismatch() -> str | None:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    """The newest CUDA that this machine's driver runs, as nvidia-smi says; None without a working one."""
+    """Ask nvidia-smi for the newest CUDA that this machine's driver runs; None without a working driver."""
     try:
         asked = subprocess.Popen(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     except OSError:  # none, or none that this user may run

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, ToyConfig, as_dict, base_folder, flatten, load_config
+from one4d_pl.files import write_json
 from one4d_pl.nano.experiments import REFERENCE, RUNS, Run
 
 if TYPE_CHECKING:
@@ -110,7 +111,6 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         return
     from tqdm import tqdm
 
-    from one4d_pl.files import write_text
     from one4d_pl.nano.measure import measure, measure_references, measure_vae, sampled_clips
 
     folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
@@ -138,20 +138,18 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         "machine": _machine(),
         "recipe": recipe_of(plan, run, seed),
     }
-    write_text(folder / RESULT, json.dumps(stored, indent=1) + "\n")
+    write_json(folder / RESULT, stored)
     shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # dozens of runs; what they showed is kept
 
 
 def _refuse_other_start(plan: Plan, run: Run, seed: int) -> None:
     """An interrupted run goes on only under the recipe it began with."""
-    from one4d_pl.files import write_text
-
     path = plan.folder(run, seed) / "recipe.json"
     if path.is_file() and (differing := differences(plan, run, seed, json.loads(path.read_text()))):
         raise ConfigError(
             f"{path}: begun under another config ({', '.join(differing)}); remove the folder, or choose another --out"
         )
-    write_text(path, json.dumps(recipe_of(plan, run, seed), indent=1) + "\n")
+    write_json(path, recipe_of(plan, run, seed))
 
 
 def _train(config: Config) -> None:

@@ -68,7 +68,7 @@ def _torch_folder() -> Path:
 
 @contextmanager
 def pretend(watch: Watch) -> Iterator[torch.device]:
-    """Fake tensors, and a `torch.cuda` that says there is one device, inside; yields the device.
+    """Enter fake tensors and a `torch.cuda` that says there is one device; yield the device.
 
     Args:
         watch: its `peak` is what torch.cuda.max_memory_allocated tells.
@@ -109,7 +109,7 @@ def pretend(watch: Watch) -> Iterator[torch.device]:
 
 
 def _python_side(watch: Watch) -> dict[str, object]:
-    """What torch.cuda answers; its functions ask a C++ module that a CPU build does not have."""
+    """List torch.cuda's answers; its own functions ask a C++ module that a CPU build does not have."""
     properties = SimpleNamespace(name=NAME, total_memory=2**62, major=9, minor=0, multi_processor_count=132)
 
     def nothing(*args: object, **kwargs: object) -> None:
@@ -134,7 +134,7 @@ def _python_side(watch: Watch) -> dict[str, object]:
 
 
 def _apply(self: torch.nn.Module, fn: object, recurse: bool = True) -> torch.nn.Module:
-    """Module._apply without swapping parameters in place, which fake tensors refuse: a moved one is a new one."""
+    """Replace Module._apply, which swaps parameters in place; fake tensors refuse that, so a moved one is a new one."""
     import torch
 
     for child in self.children() if recurse else ():
@@ -150,7 +150,7 @@ def _apply(self: torch.nn.Module, fn: object, recurse: bool = True) -> torch.nn.
 
 
 def _data_property() -> property:
-    """Tensor.data, of which a fake tensor takes the bytes but not the device."""
+    """Replace Tensor.data, of which a fake tensor takes the bytes but not the device."""
     import torch
 
     plain = torch.Tensor.data
@@ -164,7 +164,7 @@ def _data_property() -> property:
 
 @contextmanager
 def _empty_weights(include_buffers: bool) -> Iterator[None]:
-    """accelerate's init_empty_weights, which takes a fake parameter's class for its own and leaves it where it is."""
+    """Replace accelerate's init_empty_weights, which takes a fake parameter for one that is empty already."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -182,7 +182,7 @@ def _empty_weights(include_buffers: bool) -> Iterator[None]:
 
 
 def _open_header(path: Path) -> tuple[dict[str, object], Callable[[str], Tensor]]:
-    """models/weights.py's `_open` for a skeleton's file: shapes, and tensors without bytes."""
+    """Replace models/weights.py's `_open` for a skeleton's file: shapes, and tensors without bytes."""
     import torch
 
     from one4d_pl.models.base_files import safetensors_header
@@ -192,7 +192,7 @@ def _open_header(path: Path) -> tuple[dict[str, object], Callable[[str], Tensor]
 
 
 def _deepcopy(self: Tensor, memo: dict[int, object]) -> Tensor:
-    """Tensor.__deepcopy__ without its storage, which a fake tensor has none of to copy."""
+    """Replace Tensor.__deepcopy__, which copies a storage; a fake tensor has none."""
     import torch
 
     if id(self) not in memo:

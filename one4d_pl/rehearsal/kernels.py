@@ -19,7 +19,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """torch.nn.functional.scaled_dot_product_attention: flash for half precision without a mask, else efficient."""
+    """Replace scaled_dot_product_attention: flash for half precision without a mask, else efficient."""
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
@@ -46,7 +46,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """torch.nn.functional.rms_norm: one kernel on CUDA, where input and weight are of one type."""
+    """Replace rms_norm: one kernel on CUDA, where input and weight are of one type."""
     if torch.is_autocast_enabled("cuda"):
         hidden, weight = hidden.float(), None if weight is None else weight.float()
     if weight is None or weight.dtype != hidden.dtype:

@@ -25,7 +25,7 @@ class Known:
         self._twins = WeakTensorKeyDictionary()
 
     def twin(self, tensor: Tensor) -> Tensor | None:
-        """The real value on the CPU, None where it is not known."""
+        """Give the real value on the CPU, None where it is not known."""
         if not isinstance(tensor, FakeTensor):
             return tensor if tensor.numel() <= SMALL and tensor.device.type == "cpu" else None
         return self._twins.get(tensor)
@@ -50,20 +50,20 @@ class Known:
                 self._twins[fake] = value
 
     def item(self, tensor: Tensor) -> object:
-        """The tensor's only element."""
+        """Give the tensor's only element."""
         value = self.twin(tensor)
         with unset_fake_temporarily():
             return UNKNOWN.get(tensor.dtype, 1) if value is None else value.item()
 
     def indices(self, mask: Tensor) -> list[Tensor]:
-        """Where a mask is true, one index per dimension; everywhere, where that is not known."""
+        """Find where a mask is true, one index per dimension; everywhere, where that is not known."""
         found = self._found(mask)
         with unset_fake_temporarily():
             columns = found.unbind(1)
         return [self._fake(index, mask.device) for index in columns]
 
     def nonzero(self, tensor: Tensor) -> Tensor:
-        """aten.nonzero's result."""
+        """Give aten.nonzero's result."""
         return self._fake(self._found(tensor), tensor.device)
 
     def _found(self, tensor: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Known:
         return False if name == "pin_memory" else tree_map(self._real, value)
 
     def _forget(self, func: Callable[..., object], args: tuple[object, ...]) -> None:
-        """What is overwritten with something unknown is known no longer."""
+        """Forget a tensor that is overwritten with something unknown."""
         schema = getattr(func, "_schema", None)
         if schema is not None and schema.is_mutable and args and isinstance(args[0], Tensor):
             self._twins.pop(args[0], None)

@@ -100,7 +100,7 @@ def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
 
 
 def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
-    """The config of one process that holds everything and compiles nothing, on the skeleton in `folder`/base."""
+    """Change the config to one process that holds everything and compiles nothing, on the skeleton in `folder`/base."""
     settings = transformer_config(folder / "base")
     layers, dlc = int(str(settings["num_layers"])), config.dlc
     if blocks is not None:
@@ -122,7 +122,7 @@ def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
 
 @contextmanager
 def rehearsing(config: Config) -> Iterator[Watch]:
-    """Fake tensors that are watched, inside; an error becomes a Fault."""
+    """Enter fake tensors that are watched; an error inside becomes a Fault."""
     shape = TransformerShape.of(transformer_config(Path(config.base.path)), replace(config.dlc, coupling="decoupled"))
     t, h, w = batch_of(config, 0).latent_grid
     tokens = t * h * w // (shape.patch[0] * shape.patch[1] * shape.patch[2])
@@ -138,7 +138,7 @@ def rehearsing(config: Config) -> Iterator[Watch]:
 
 
 def describe_fault(error: Exception, where: str) -> str:
-    """Module, place and the first line of an error."""
+    """Name the module, the place and the first line of an error."""
     places = [place_of(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
     place = next((place for place in reversed(places) if place is not None), "outside of the package")
     message = (str(error).strip().splitlines() or [""])[0]
@@ -148,7 +148,7 @@ def describe_fault(error: Exception, where: str) -> str:
 
 
 def fit(config: Config, *callbacks: Callback) -> None:
-    """The run's `trainer.fit`."""
+    """Call the run's `trainer.fit`."""
     trainer = build_trainer(config, list(callbacks))
     trainer.fit(One4DModule(config, adapters=None), datamodule=FakeClips(config))
 
@@ -249,7 +249,7 @@ class Watching(Callback):
         self.watch.begin("forward")
 
     def _accumulate(self, module: One4DModule) -> None:
-        """The gradients of the micro batch before, where it is a step's largest moment."""
+        """Make the gradients of the micro batch before, where it is a step's largest moment."""
         if self.largest:
             for _, parameter in module.transformer.trainable_parameters():
                 parameter.grad = torch.zeros_like(parameter)
@@ -282,7 +282,7 @@ class FakeClips(lightning.LightningDataModule):
 
 
 def fake_sample(config: Config, given: list[int], encoded: bool = False, position: int = 0) -> Sample:
-    """A clip of the config's size; where some frames are given and not all, they are encoded once more."""
+    """Make a clip of the config's size; where some frames are given and not all, they are encoded once more."""
     data = config.data
     frames, size = data.num_frames, (data.num_frames, data.height, data.width)
     frame_mask = torch.zeros(frames, dtype=torch.bool)
@@ -321,7 +321,7 @@ def _fake_encoded(config: Config, data: DataConfig) -> Encoded:
 
 
 def planned_memory(config: Config) -> Memory:
-    """The planner's word about the process that was rehearsed."""
+    """Ask the planner about the process that was rehearsed."""
     folder = Path(config.base.path)
     shape = TransformerShape.of(transformer_config(folder), config.dlc)
     layout = layout_of(config, *encoder_sizes(folder))

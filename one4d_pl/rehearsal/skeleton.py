@@ -28,7 +28,7 @@ CLIP_VIT_H = {
 
 
 def write_skeleton(folder: Path, base_path: str, blocks: int | None) -> str:
-    """Write the skeleton of the base at `base_path` into a new folder; says in words where its sizes come from.
+    """Write the skeleton of the base at `base_path` into a new folder; return in words where its sizes come from.
 
     Args:
         folder: to be filled.
@@ -62,7 +62,7 @@ def _settings(folder: Path) -> dict[str, object]:
 
 
 def _write(folder: Path, model: nn.Module) -> None:
-    """The model's config and the header of its weights."""
+    """Write the model's config and the header of its weights."""
     folder.mkdir(parents=True)
     header, end = {}, 0
     for name, parameter in model.named_parameters():

@@ -22,14 +22,8 @@ from one4d_pl.rehearsal.known import Known
 aten = torch.ops.aten
 PACKAGE = Path(__file__).parents[1]
 WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default)
-PRODUCTS = (
-    "mm",
-    "bmm",
-    "addmm",
-    "baddbmm",
-    "convolution",
-    "_scaled_dot_product",
-)  # parts of names: no elementwise work
+# parts of the names of operations that are no elementwise work
+PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_dot_product")
 
 
 @dataclass
@@ -42,9 +36,8 @@ class Phase:
     other_bytes: int = 0  # outside of the blocks
     waits: Counter[str] = field(default_factory=Counter)  # place -> times the CPU waited for the GPU
     uploads: int = 0  # copies from the host to the GPU
-    wide: Counter[tuple[str, str]] = field(
-        default_factory=Counter
-    )  # (kind of module, operation) -> wide float32 results
+    # (kind of module, operation) -> wide float32 results
+    wide: Counter[tuple[str, str]] = field(default_factory=Counter)
     by_operation: Counter[str] = field(default_factory=Counter)  # bytes of blocks' operations
 
 
@@ -71,7 +64,7 @@ class Watch(TorchDispatchMode):
         self._in_blocks = False
 
     def begin(self, name: str) -> None:
-        """From here on it is the phase of this name."""
+        """Begin the phase of this name."""
         self.phase = name
         self.current = self.phases.setdefault(name, Phase())
         self.current.peak = max(self.current.peak, self.now)
@@ -79,7 +72,7 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """Inside, every operation and module is seen."""
+        """See every operation and module inside."""
         handles = [
             module_hooks.register_module_forward_pre_hook(self._enter),
             module_hooks.register_module_forward_hook(self._leave, always_call=True),
@@ -92,7 +85,7 @@ class Watch(TorchDispatchMode):
                 handle.remove()
 
     def name(self, root: nn.Module, part: str) -> None:
-        """Tell modules by their paths below `root` from here on, and what its parameters hold by the part's name."""
+        """Name modules by their paths below `root` from here on, and what its parameters hold by the part's name."""
         self._names |= {id(module): name for name, module in root.named_modules()}
         for parameter in root.parameters():
             key = _key(parameter)
@@ -136,7 +129,7 @@ class Watch(TorchDispatchMode):
         return result
 
     def _without_masks(self, func: Callable[..., object], args: tuple[object, ...]) -> tuple[object, ...]:
-        """Indices instead of a mask, whose count of true elements a fake tensor does not know."""
+        """Put indices in the place of a mask, whose count of true elements a fake tensor does not know."""
         if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             return args
         indices: list[object] = []
@@ -219,7 +212,7 @@ class Watch(TorchDispatchMode):
 
 
 def refuse_generator(func: Callable[..., object], generator: object, made: list[Tensor]) -> None:
-    """As CUDA's kernels do: a generator of another device."""
+    """Refuse a generator of another device, as CUDA's kernels do."""
     if not isinstance(generator, torch.Generator):
         return
     for tensor in made:
@@ -231,7 +224,7 @@ def refuse_generator(func: Callable[..., object], generator: object, made: list[
 
 
 def place() -> str:
-    """The innermost line of this package (the rehearsal itself apart) that is at work, as `models/lora.py:93`."""
+    """Find the innermost line of this package (the rehearsal itself apart) at work, as `models/lora.py:93`."""
     frame = sys._getframe(1)
     while frame is not None:
         if (found := place_of(frame.f_code.co_filename, frame.f_lineno)) is not None:
@@ -241,7 +234,7 @@ def place() -> str:
 
 
 def place_of(file: str, line: int) -> str | None:
-    """A line of this package as `models/lora.py:93`; None for others and for the rehearsal."""
+    """Write a line of this package as `models/lora.py:93`; None for others and for the rehearsal."""
     path = Path(file)
     if PACKAGE not in path.parents or path.parent in (PACKAGE, Path(__file__).parent) or path.name == "signals.py":
         return None  # doors and what calls them
@@ -250,7 +243,7 @@ def place_of(file: str, line: int) -> str | None:
 
 @cache
 def is_composite(func: Callable[..., object]) -> bool:
-    """Whether an operation is nothing but others."""
+    """Tell whether an operation is nothing but others."""
     return func.namespace == "aten" and func._can_decompose()  # type: ignore[attr-defined]
 
 
@@ -259,7 +252,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """What reading the tensor moves: an expanded one is read once."""
+    """Count what reading the tensor moves: an expanded one is read once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 

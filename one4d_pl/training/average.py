@@ -83,6 +83,6 @@ class WeightAverage(Callback):
             show_shares(self.parameters, trainer.optimizers[0])
 
     def whole(self, parameter: Tensor) -> Tensor:
-        """A trainable's whole average under any strategy, outside of validations; collective where it is sharded."""
+        """Gather a trainable's whole average, outside of validations; collective where it is sharded."""
         assert isinstance(parameter, nn.Parameter)
         return gather_share(parameter, self.averages[parameter])

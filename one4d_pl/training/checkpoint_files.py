@@ -16,7 +16,7 @@ import uuid
 from pathlib import Path
 
 from one4d_pl.config import ConfigError
-from one4d_pl.files import write_text
+from one4d_pl.files import write_json
 
 log = logging.getLogger(__name__)
 
@@ -149,9 +149,7 @@ def discard_leftovers(checkpoints: Path) -> None:
 
 def write_score(run_dir: str, step: int, loss: float) -> None:
     """Note the validation loss of a step beside the checkpoints, atomically."""
-    path = Path(run_dir) / "checkpoints" / SCORES
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_text(path, json.dumps({**read_scores(run_dir), str(step): loss}, indent=1) + "\n")
+    write_json(Path(run_dir) / "checkpoints" / SCORES, {**read_scores(run_dir), str(step): loss})
 
 
 def read_scores(run_dir: str) -> dict[str, float]:

@@ -26,7 +26,7 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # NFS o
 
 @contextmanager
 def sole_run(run_dir: str) -> Iterator[None]:
-    """Inside, no other process trains in the run folder; for rank 0. The lock dies with the process, however it ends.
+    """Keep other processes from training in the run folder; for rank 0. The lock dies with the process.
 
     ConfigError where another one is training there; a warning where the file system knows no locks.
     """
@@ -52,7 +52,7 @@ def sole_run(run_dir: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """The locked file; TimeoutError where the process that held it last does not die soon."""
+    """Lock the file; TimeoutError where the process that held it last does not die soon."""
     owner = _owner(path)
     with ExitStack() as stack:
         try:
@@ -66,7 +66,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 
 def _owner(path: Path) -> str:
-    """What the last process to hold the lock has written into it; empty where nothing can be read."""
+    """Read what the last process to hold the lock has written into it; empty where nothing can be read."""
     try:
         return path.read_text(errors="replace")[:200]
     except OSError:

@@ -148,7 +148,7 @@ def _listed(names: list[str]) -> str:
 
 
 def gather(mine: Value) -> list[Value]:
-    """Collective: every rank's, rank after rank."""
+    """Collect every rank's value, rank after rank; a collective."""
     if not torch.distributed.is_initialized():
         return [mine]
     everyone = [mine for _ in range(torch.distributed.get_world_size())]
