@@ -23,12 +23,12 @@ import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from one4d_pl.callbacks.scene_samples import sample_scene
 from one4d_pl.config import Config, ConfigError, DataConfig
 from one4d_pl.costs.flops import TransformerShape
 from one4d_pl.costs.memory import Memory, batch_of, layout_of, step_memory
+from one4d_pl.data.datamodule import TimedLoader
 from one4d_pl.data.masking import task_of
 from one4d_pl.models.base_files import encoder_sizes, image_tokens, transformer_config
 from one4d_pl.rehearsal.fake_cuda import pretend
@@ -262,10 +262,10 @@ class FakeClips(lightning.LightningDataModule):
         super().__init__()
         self.config = config
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> TimedLoader:
         return self._loader(self.config.train.micro_batch_size, [0, self.config.data.num_frames // 2])
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> TimedLoader:
         return self._loader(1, list(range(self.config.data.num_frames)))
 
     def describe_latents(self) -> dict[str, object]:
@@ -275,10 +275,10 @@ class FakeClips(lightning.LightningDataModule):
     def describe_sources(self) -> list[dict[str, str]]:
         return []
 
-    def _loader(self, clips: int, given: list[int]) -> DataLoader[Sample]:
+    def _loader(self, clips: int, given: list[int]) -> TimedLoader:
         encoded = self.config.data.cache_latents
         samples: Sequence[Sample] = [fake_sample(self.config, given, encoded, position) for position in range(clips)]
-        return DataLoader(samples, batch_size=clips, collate_fn=collate)  # type: ignore[arg-type]
+        return TimedLoader(samples, batch_size=clips, collate_fn=collate)  # type: ignore[arg-type]
 
 
 def fake_sample(config: Config, given: list[int], encoded: bool = False, position: int = 0) -> Sample:
