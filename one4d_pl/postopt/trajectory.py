@@ -163,9 +163,8 @@ def _misfit(samples: Samples, cameras: Cameras) -> Tensor:  # [T]
     weights = samples.weights[..., None]
     mean = (weights * samples.points).sum(1) / weights.sum(1)
     front = ((mean - cameras.centre) * cameras.rotation[:, 2]).sum(-1) > 0
-    distance = weighted_median(ray_distance(samples, cameras), samples.weights) + 1e-9 * _size(
-        samples
-    )  # beyond rounding
+    rounding = 1e-9 * _size(samples)
+    distance = weighted_median(ray_distance(samples, cameras), samples.weights) + rounding
     return distance * torch.where(front, 1, _MIRROR_FACTOR**0.5)
 
 
