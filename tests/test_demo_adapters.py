@@ -50,7 +50,7 @@ def test_frames_cost_no_quality(quality):
 def test_a_bad_command_line_is_one_line(capsys, tmp_path):
     for arguments, word in (
         (["--clips", "1"], "--clips"),
-        (["--adapters", str(tmp_path / "none")], "not an adapter"),
+        (["--adapters", str(tmp_path / "none")], "need an adapter"),
         (["data.toy=null"], "data.toy"),
         (["dlc.rank=8"], "rank"),
     ):

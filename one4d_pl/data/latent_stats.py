@@ -24,7 +24,7 @@ class LatentStats:
 def latent_statistics(sets: Sequence[EncodedSet], clips: int) -> LatentStats:
     """Over `clips` evenly spaced clips of every set, at most all; of one set or more."""
     count, measured = 0, 0
-    total = squares = torch.zeros(())
+    total = squares = torch.zeros((), device="cpu")  # where the clips lie, whatever the default device is
     for encoded in sets:
         for index in spread(len(encoded), clips):
             latents = encoded.read(index).latents.double().flatten(2)  # [2, C, N]

@@ -21,7 +21,7 @@ from pathlib import Path
 from one4d_pl.commands import Command
 from one4d_pl.config import DEMO_ADAPTERS, ConfigError
 from one4d_pl.files import check_folder
-from one4d_pl.interrupts import at_interrupt, uninterrupted
+from one4d_pl.interrupts import at_interrupt, end, uninterrupted
 from one4d_pl.nano.experiments import EXPERIMENTS, RUNS, Experiment, Run
 from one4d_pl.nano.work import CLIPS, Plan, is_finished, work
 from one4d_pl.training.signals import end_with_parent
@@ -150,7 +150,9 @@ def _start(plan: Plan, run: Run, seed: int) -> subprocess.Popen[bytes]:
 main = Command("one4d_pl.nano", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or its runs would go on without it
-    if PARENT_VARIABLE in os.environ:  # one of them: it saves where it is, as when its parent is told to stop
+    if PARENT_VARIABLE in os.environ:  # one of its runs: it saves where it is, as when its parent is told to stop
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         end_with_parent(int(os.environ.pop(PARENT_VARIABLE)), signal.SIGTERM)
+    else:  # or its runs would go on without it
+        signal.signal(signal.SIGTERM, lambda number, frame: end("stopped; the same command goes on from there"))
     main.run_process()

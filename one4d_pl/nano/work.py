@@ -13,7 +13,17 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, ToyConfig, as_dict, base_folder, flatten, load_config
+from one4d_pl.config import (
+    DEMO_ADAPTERS,
+    Config,
+    ConfigError,
+    DataConfig,
+    ToyConfig,
+    as_dict,
+    base_folder,
+    flatten,
+    load_config,
+)
 from one4d_pl.files import write_json
 from one4d_pl.nano.experiments import REFERENCE, RUNS, Run
 
@@ -101,7 +111,8 @@ def is_finished(plan: Plan, run: Run, seed: int) -> bool:
 
 def differences(plan: Plan, run: Run, seed: int, recipe: dict[str, object]) -> list[str]:
     """Keys in which a stored recipe is not today's; a knob younger than it had its default's effect."""
-    ours, theirs = recipe_of(plan, run, seed), flatten(as_dict(Config())) | recipe
+    defaults = flatten(as_dict(Config(data=DataConfig(toy=ToyConfig()))))
+    ours, theirs = recipe_of(plan, run, seed), defaults | recipe
     return sorted(k for k in ours.keys() | theirs.keys() if k != "run_dir" and ours.get(k) != theirs.get(k))
 
 

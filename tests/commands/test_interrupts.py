@@ -31,7 +31,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Inputs:
 def test_an_interrupted_command_leaves_no_word_no_child_and_no_half_file(inputs, tmp_path, name, after, group):
     outcome = interrupt(name, inputs, tmp_path / "out", after, group)
     assert not outcome.faults, outcome.faults
-    assert outcome.took < 15
+    assert outcome.took < 60  # it waits for nothing; a busy machine is slow
 
 
 @pytest.mark.slow

@@ -30,6 +30,7 @@ from one4d_pl.data.shards import ShardSet, write_shards
 from one4d_pl.data.staging import Plan
 from one4d_pl.data.tar_set import Manifest
 from one4d_pl.data.toy_world import render_clip
+from one4d_pl.errors import UserError
 from one4d_pl.types import Clip
 from tests.own_process import in_own_process
 
@@ -314,7 +315,7 @@ def test_a_damaged_staging_file_is_named_with_the_remedy(tmp_path, capsys, name)
 def test_a_list_of_exclusions_that_is_no_text_is_named(tmp_path, capsys):
     (tmp_path / "exclude.txt").write_bytes(b"\xff\xfe\x00")
     assert main([*TOY, "--out", str(tmp_path / "out"), "--exclude", str(tmp_path / "exclude.txt")]) == 2
-    assert "exclude.txt: no text file" in capsys.readouterr().err
+    assert "exclude.txt: text in UTF-16" in capsys.readouterr().err
 
 
 def die(number: int) -> int:
@@ -323,7 +324,7 @@ def die(number: int) -> int:
 
 
 def test_a_killed_worker_is_one_clear_error():
-    with pytest.raises(OSError, match="start again to go on, with fewer --jobs"):
+    with pytest.raises(UserError, match="start again to go on, with fewer --jobs"):
         list(run_parallel(die, range(3), jobs=2))
 
 

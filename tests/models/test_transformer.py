@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from one4d_pl.config import CHECKPOINTING, ConfigError, DLCConfig, SamplerConfig
+from one4d_pl.errors import UserError
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, load_adapters, save_adapters
 from one4d_pl.models.control_links import link_positions
 from one4d_pl.models.transformer import One4DTransformer, adapter_part, describe_sizes
@@ -268,9 +269,9 @@ def test_loading_refuses_another_base_shape_or_file(tiny_base, tmp_path):
     with pytest.raises(ConfigError, match="rank = 4, the config asks for 2"):
         load_adapters(One4DTransformer(tiny_base.transformer(), DLCConfig(rank=2), 0), tmp_path, "a base", 1.0)
     (tmp_path / "links.safetensors").write_bytes(b"not safetensors")
-    with pytest.raises(ConfigError, match=r"links\.safetensors"):
+    with pytest.raises(UserError, match=r"links\.safetensors"):
         load_adapters(model, tmp_path, "a base", 1.0)
-    with pytest.raises(ConfigError, match=r"card\.json"):
+    with pytest.raises(UserError, match=r"card\.json"):
         load_adapters(model, tmp_path / "nowhere", "a base", 1.0)
 
 

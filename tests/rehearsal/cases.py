@@ -144,6 +144,7 @@ def callbacks() -> object:
     from one4d_pl.callbacks.losses import LossCurves
     from one4d_pl.callbacks.throughput import StepLine, Throughput
     from one4d_pl.training.checkpoint import take_snapshot
+    from one4d_pl.training.step_guard import SkippedSteps
 
     found = {}
 
@@ -161,7 +162,7 @@ def callbacks() -> object:
             }
         )
         found["groups"] = [group["name"] for group in optimizer.param_groups]
-        snapshot = take_snapshot(module, optimizer, 1, trainer.datamodule)
+        snapshot = take_snapshot(module, optimizer, 1, SkippedSteps(), trainer.datamodule, None)
         tensors = [t for file in snapshot.adapters.values() for t in file.values()] + list(snapshot.moments.values())
         found["snapshot"] = sorted({f"{t.dtype} {t.device}" for t in tensors})
         found["saved"] = sum(t.numel() for file in snapshot.adapters.values() for t in file.values())
