@@ -94,9 +94,14 @@ def _fit_counted(config: Config, rank: int) -> int:
 def is_mistake(error: Exception, training: bool) -> bool:
     """Tell whether the user has to act before another start can work.
 
-    A file or store that fails while the run trains may be well again at the next start; a knob will not.
+    A store or disk that fails while the run trains may be well again at the next start; a knob, a broken clip or a lost
+    shard will not.
     """
-    return isinstance(error, ConfigError) or (isinstance(error, UserError) and not training)
+    from one4d_pl.data.shards import SampleError, ShardSetError, StoreError
+
+    if isinstance(error, ConfigError | SampleError | ShardSetError):
+        return not (training and isinstance(error, StoreError))
+    return isinstance(error, UserError) and not training
 
 
 def fit(config: Config, stop: Stop | None = None) -> int:

@@ -44,7 +44,7 @@ def step(checkpointing: str) -> dict[str, object]:
     with patch.object(run, "sample", lambda *args: None):
         seen = run.rehearse(config, BLOCKS)
     planned = seen.planned
-    fixed = planned.weights + planned.gradients + planned.optimizer + planned.encoders
+    fixed = planned.weights + planned.gradients + planned.optimizer
     return {
         "peak": seen.step_peak,
         "planned": planned.tensors,
