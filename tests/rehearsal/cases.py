@@ -207,14 +207,14 @@ def metrics() -> object:
 
 @case
 def generator_fault() -> object:
-    """The fault that every first fit on a GPU died of: a draw on the default device with a CPU generator."""
+    """The fault that every first fit on a GPU died of: a draw on the GPU with a CPU generator."""
     import torch
 
     from one4d_pl.models import lora
     from one4d_pl.rehearsal.run import Fault
 
     def as_it_was(weight, generator) -> None:
-        torch.empty(weight.shape).uniform_(-1, 1, generator=generator)
+        torch.empty(weight.shape, device=weight.device).uniform_(-1, 1, generator=generator)
 
     try:
         with patch.object(lora, "_kaiming_uniform", as_it_was):
