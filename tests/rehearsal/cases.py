@@ -48,6 +48,8 @@ def step(checkpointing: str) -> dict[str, object]:
     return {
         "peak": seen.step_peak,
         "planned": planned.tensors,
+        # frames and pointmap, float32: the planner leaves them out, and they lie on the GPU through the step
+        "pixels": 4 * 2 * 3 * config.data.num_frames * config.data.height * config.data.width,
         "fixed": fixed,
         "traffic": seen.traffic,
         "elementwise": seen.elementwise,
