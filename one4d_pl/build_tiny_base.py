@@ -13,6 +13,7 @@ from pathlib import Path
 
 from one4d_pl.commands import Command
 from one4d_pl.config import EMBEDDED_BASE, Config, ConfigError, base_folder, load_config
+from one4d_pl.config.places import DIFFUSERS_MARK
 from one4d_pl.files import check_folder
 
 log = logging.getLogger("one4d_pl")
@@ -47,13 +48,15 @@ def build(config: Config, vae_folder: Path) -> None:
     from one4d_pl.models.wan import WanEncoders, fingerprint
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
     from one4d_pl.training.tiny_base import BaseState, TinyBaseModule
+    from one4d_pl.training.tiny_tokenizer import toy_tokenizer
 
     limit_threads(config)
     base = config.base
     if base.tiny is None:
         raise ConfigError("base.tiny: gives the shape of the base to build, and is null")
     vae = AutoencoderKLWan.from_pretrained(vae_folder, low_cpu_mem_usage=False)
-    build_tiny_wan(Path(base.path), base.tiny, vae)
+    if not (Path(base.path) / DIFFUSERS_MARK).is_file():
+        build_tiny_wan(Path(base.path), base.tiny, vae, toy_tokenizer())
     # the latents depend on the VAE alone; the text encoder is being trained
     encoders = fingerprint(base.path, ("vae",))
     datamodule = One4DDataModule(config, lambda device: WanEncoders.of(config).to(device), encoders)

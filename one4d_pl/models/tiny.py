@@ -7,7 +7,14 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
 from torch import nn
-from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedTokenizerBase,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from one4d_pl.config import TinyWanConfig
 from one4d_pl.errors import UserError
@@ -16,26 +23,29 @@ from one4d_pl.files import whole_folder, write_json
 IMAGE_DIM = 32  # width of the tiny CLIP
 
 
-def build_tiny_wan(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -> None:
+def build_tiny_wan(
+    folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
     """Write the bundle around a VAE to `folder`, atomically; the same seed and VAE give the same bytes.
 
     Args:
         folder: created; left alone if it already holds a bundle.
         config: shape and seed.
         vae: the bundle's.
+        tokenizer: the bundle's; bytes by default, which need no vocabulary.
     """
     if (folder / "model_index.json").is_file():
         return
     try:
         with whole_folder(folder) as staging, torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            _save_parts(staging, config, vae)
+            _save_parts(staging, config, vae, tokenizer or ByT5Tokenizer())
     except (OSError, UserError):
         if not (folder / "model_index.json").is_file():  # else another process was faster
             raise
 
 
-def _save_parts(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -> None:
+def _save_parts(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerBase) -> None:
     vae.save_pretrained(folder / "vae")
     transformer = WanTransformer3DModel(
         num_attention_heads=config.num_heads,
@@ -52,16 +62,22 @@ def _save_parts(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan) -> N
     _pass_noise_through(transformer)
     transformer.save_pretrained(folder / "transformer")
     text_config = UMT5Config(
-        vocab_size=384, d_model=config.text_dim, d_kv=16, d_ff=128, num_layers=2, num_heads=4, tie_word_embeddings=False
+        vocab_size=len(tokenizer),
+        d_model=config.text_dim,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        tie_word_embeddings=False,
     )
     UMT5EncoderModel(text_config).save_pretrained(folder / "text_encoder")
-    ByT5Tokenizer().save_pretrained(folder / "tokenizer")
+    tokenizer.save_pretrained(folder / "tokenizer")
     FlowMatchEulerDiscreteScheduler(shift=1.0).save_pretrained(folder / "scheduler")
     index = {
         "_class_name": "WanImageToVideoPipeline",
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],
-        "tokenizer": ["transformers", "ByT5Tokenizer"],
+        "tokenizer": ["transformers", type(tokenizer).__name__],
         "transformer": ["diffusers", "WanTransformer3DModel"],
         "vae": ["diffusers", "AutoencoderKLWan"],
     }
