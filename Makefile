@@ -66,12 +66,13 @@ demo: $(STAMP)  ## train on a little from the shipped adapters, then sample, mea
 	$(VENV)/bin/python -m one4d_pl.fit --config configs/demo.yaml
 	$(VENV)/bin/python -m one4d_pl.demo --out demo
 
-BENCH ?= toy
+BENCH ?= toy tasks
 ROOT ?=
 CKPT ?=
 EVAL_ARGS ?=
-eval: $(STAMP)  ## BENCH=sintel ROOT=<its folder> CKPT=<adapter folder>; with nothing: the demo adapters on the toy scenes
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl.evaluate --bench $(BENCH) $(if $(ROOT),--root $(ROOT)) $(if $(CKPT),--ckpt $(CKPT)) $(EVAL_ARGS)
+eval: $(STAMP)  ## BENCH=sintel ROOT=<its folder> CKPT=<adapter folder>; with nothing: the demo adapters on toy scenes, and beside their goals
+	@set -e; for bench in $(BENCH); do echo "eval: $$bench"; \
+		OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl.evaluate --bench $$bench $(if $(ROOT),--root $(ROOT)) $(if $(CKPT),--ckpt $(CKPT)) $(EVAL_ARGS); done
 
 # a process per core, four at most; a file's tests stay together, since they share what they set up
 test: $(STAMP)  ## the tests but the slow ones

@@ -2,6 +2,7 @@
 
 Without arguments the demo adapters are evaluated on the procedural benchmark `toy`.
 
+  --bench tasks    every task on --clips held-out clips of the adapters' own toy world, each number beside its goal
   --bench toy      fixed procedural scenes, needs nothing
   --bench sintel   --root holds training/{final,depth,camdata_left} of MPI Sintel
   --bench bonn     --root holds rgbd_bonn_balloon2, ..._crowd2, ..._crowd3, ..._person_tracking2, ..._synchronous
@@ -48,7 +49,9 @@ def _run(args: argparse.Namespace) -> None:
     model = None if args.predictions else find_model(args)
     request = _request(args)
     check_folder(request.out, "--out")
-    if args.bench == "vbench":
+    if args.bench == "tasks":
+        _tasks(request, model, args)
+    elif args.bench == "vbench":
         _vbench(request, model, args)
     else:
         _evaluate(request, model)
@@ -92,6 +95,8 @@ def _request(args: argparse.Namespace) -> Request:
     if not 0 < args.sparsity <= 1:
         raise ConfigError(f"--sparsity: {args.sparsity}, need a share of frames above 0 and at most 1")
     processes = (1 if args.bench == "toy" else 2) if args.processes is None else args.processes
+    if args.clips < 2:
+        raise ConfigError(f"--clips: {args.clips}, need 2 or more (one clip's condition is tried on another)")
     if processes < 1:
         raise ConfigError(f"--processes: {processes}, need 1 or more")
     rows = tuple(args.rows.split(","))
@@ -124,6 +129,15 @@ def _evaluate(request: Request, model: Model | None) -> None:
     log.info("written: %s", request.out)
 
 
+def _tasks(request: Request, model: Model | None, args: argparse.Namespace) -> None:
+    from one4d_pl.evaluation.tasks import evaluate_tasks
+
+    if model is None or len(model.adapters) != 1:
+        raise ConfigError("--bench tasks: needs one adapter folder (--ckpt)")
+    print(evaluate_tasks(model.config, model.adapters[0], args.clips, request.out).text, end="")
+    log.info("written: %s", request.out)
+
+
 def _vbench(request: Request, model: Model | None, args: argparse.Namespace) -> None:
     from one4d_pl.evaluation.run import generate_vbench
 
@@ -135,7 +149,7 @@ def _vbench(request: Request, model: Model | None, args: argparse.Namespace) -> 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--bench", choices=("toy", "sintel", "bonn", "tum", "tum_30", "vbench"), default="toy")
+    add("--bench", choices=("toy", "tasks", "sintel", "bonn", "tum", "tum_30", "vbench"), default="toy")
     add("--root", type=Path, help="folder of the benchmark's files (toy needs none)")
     add("--ckpt", type=Path, action="append", metavar="FOLDER", help="adapter folder; default: the demo adapters")
     add("--config", action="append", metavar="FILE", help="yaml of the run; default: the one beside the checkpoint")
@@ -152,6 +166,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, help="of the sampler's noise")
     add("--processes", type=int, help="for scoring; default 2, 1 for toy, where starting one costs more than it saves")
     add("--no-pictures", action="store_true", help="no depth strips and camera paths")
+    add("--clips", type=int, default=64, help="tasks: held-out clips to measure on (default %(default)s)")
     add("--ratio", default="16-9", help="vbench: aspect ratio of its images (1-1, 8-5, 7-4, 16-9)")
     add("--fps", type=float, default=16.0, help="vbench: frame rate of the model's videos, told in the file")
     add("overrides", nargs="*", metavar="section.key=value", help="of the config, e.g. sampler.steps=20")

@@ -9,7 +9,8 @@ Rows are `PointmapErrors` after one scale and shift per clip, means over the cli
 - above: `ceiling`, the true pointmaps through the VAE and back.
 
 Frames are measured in dB against the true ones, given and hidden apart, beside the VAE's round trip and the base's own
-inpainting.
+inpainting. Depth and cameras are recovered from the pointmaps of `video`, `image` and `text` and of the ceiling; text
+to 4D is asked for its caption's colours.
 """
 
 from __future__ import annotations
@@ -25,17 +26,15 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 from one4d_pl.config import ConfigError
 from one4d_pl.data.masking import draw_frame_mask
 from one4d_pl.data.order import derived_generator, derived_numpy_generator
-from one4d_pl.geometry.camera import project, to_camera
-from one4d_pl.geometry.pointmap import denormalise, is_sky, pointmap_to_depth
+from one4d_pl.evaluation.recovered import geometry_errors, recover_scenes, self_consistency
+from one4d_pl.evaluation.toy_clips import HeldOut
+from one4d_pl.evaluation.toy_colours import colours_found
+from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
-from one4d_pl.metrics.camera import path_length
 from one4d_pl.metrics.pointmap import pointmap_errors
-from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 from one4d_pl.types import TASKS, Sample, Task, collate
 
 BATCH = 8  # clips that are sampled together
-ZOOMING = RecoverOptions(shared_focal=False)  # half of the toy world's cameras zoom
-SEEN_TWICE = 0.1  # relative depth difference below which two frames show the same place
 TASKS_WITH_TRUTH: tuple[Task, ...] = ("video", "sparse", "image")
 TASKS_WITH_HIDDEN: tuple[Task, ...] = ("sparse", "image")
 GENERATED: tuple[Task, ...] = ("image", "text")
@@ -47,7 +46,9 @@ class FitQuality:
 
     pointmaps: dict[str, dict[str, float]]  # row -> rel_error, inliers, rel_error_moving, inliers_moving
     frames_db: dict[str, dict[str, float]]  # row -> given, hidden; where there are any
+    geometry: dict[str, dict[str, float]]  # row -> abs_rel, ate_share: video and the ceiling
     consistency: dict[Task, dict[str, float]]  # of the tasks that have no truth, image and text
+    colours: dict[str, dict[str, float]]  # row -> `colours_found`: text and the true frames
     scenes: dict[Task, GeneratedScene]  # [N, ...] each, for the pictures
     masks: dict[Task, Tensor]  # [N, T] bool
 
@@ -55,22 +56,21 @@ class FitQuality:
 def measure_fit(
     pipeline: One4DPipeline,
     base: One4DPipeline,
-    clips: list[Sample],
-    mean_pointmap: Tensor,  # [3, T, H, W] of the training clips, normalised
-    train_path: float,  # median camera path of the training clips, in median distances
+    held_out: HeldOut,
     seed: int,
     bfloat16: bool = False,
     on_clip: Callable[[int], None] = lambda count: None,
 ) -> FitQuality:
-    """Sample every task on `clips` and measure; the same arguments give the same numbers.
+    """Sample every task on the held-out clips and measure; the same arguments give the same numbers.
 
     Args:
         pipeline: base plus adapter.
         base: the same base without one.
-        clips: held out; with their true frames, pointmaps and cameras.
+        held_out: clips with their true frames, pointmaps and cameras, and what the training clips are like.
         bfloat16: sample under bf16 autocast, as a bf16-mixed run trains; measuring is in full precision.
         on_clip: called with the number of clips just sampled; `sampled_clips` in all.
     """
+    clips, recovery = held_out.clips, held_out.recovery
     batch = collate(clips)
     masks = {task: task_masks(task, len(clips), batch.frames.shape[2], seed) for task in TASKS}
     sampler = ClipSampler(clips, seed, bfloat16, on_clip)
@@ -84,7 +84,7 @@ def measure_fit(
     first = scenes["video"].pointmap
     rows = {
         "constant": torch.zeros_like(batch.pointmap),
-        "mean_pointmap": mean_pointmap.expand_as(batch.pointmap),
+        "mean_pointmap": held_out.mean_pointmap.expand_as(batch.pointmap),
         "first_frame": first[:, :, :1].expand_as(first),
         **{task: scenes[task].pointmap for task in TASKS_WITH_TRUTH},
         "video_other_clip": other.pointmap,
@@ -98,7 +98,20 @@ def measure_fit(
             **{task: decibels(scenes[task].frames, batch.frames, masks[task]) for task in TASKS_WITH_TRUTH},
             **{f"{t}_base_alone": decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_HIDDEN},
         },
-        consistency={task: _self_consistency(scenes[task], clips, train_path) for task in GENERATED},
+        geometry={
+            name: geometry_errors(scene.pointmap, recover_scenes(scene.pointmap, recovery), clips)
+            for name, scene in (("video", scenes["video"]), ("ceiling", ceiling))
+        },
+        consistency={
+            task: self_consistency(
+                scenes[task], recover_scenes(scenes[task].pointmap, recovery), clips, held_out.camera_path
+            )
+            for task in GENERATED
+        },
+        colours={
+            name: colours_found(frames, list(batch.captions))
+            for name, frames in (("text", scenes["text"].frames), ("truth", batch.frames))
+        },
         scenes=scenes,
         masks=masks,
     )
@@ -189,64 +202,3 @@ def decibels(preds: Tensor, target: Tensor, given: Tensor) -> dict[str, float]:
             if bool(frames.any()):
                 found[name].append(peak_signal_noise_ratio(ours[:, frames], truth[:, frames], data_range=2.0))
     return {name: float(torch.stack(values).mean()) for name, values in found.items() if values}
-
-
-def _self_consistency(scenes: GeneratedScene, clips: list[Sample], train_path: float) -> dict[str, float]:
-    """Generated scenes have no truth: does the camera move, and do their own frames agree with their own geometry?"""
-    paths, ours, true = [], [], []
-    for i, clip in enumerate(clips):
-        points, frames = scenes.pointmap[i].movedim(0, -1), scenes.frames[i].movedim(0, -1)
-        solid = ~is_sky(points)
-        scene = recover_scene(points, solid, ZOOMING)
-        paths.append(camera_path(scene.cam2world, points, solid))
-        ours.append(photometric_error(frames, points, scene.intrinsics, scene.cam2world, solid))
-        truth, cameras = denormalise(clip.pointmap.movedim(0, -1), clip.scale), clip.cam2world.double()
-        true.append(photometric_error(clip.frames.movedim(0, -1), truth, clip.intrinsics, cameras, clip.valid))
-    ours_error, true_error = (float(torch.stack(errors).nanmedian()) for errors in (ours, true))
-    return {
-        "camera_path": float(torch.stack(paths).median()),
-        "camera_path_training": train_path,
-        "camera_path_ratio": float(torch.stack(paths).median()) / train_path,
-        "photometric_error": ours_error,
-        "photometric_error_truth": true_error,
-        "photometric_ratio": ours_error / true_error,
-    }
-
-
-def camera_path(cam2world: Tensor, points: Tensor, valid: Tensor) -> Tensor:
-    """Length of a camera path [T, 4, 4] in median distances of the clip's valid points [T, H, W, 3] from camera 0."""
-    distance = points[valid].norm(dim=-1).median() if bool(valid.any()) else points.new_tensor(float("nan"))
-    return path_length(cam2world).double() / distance.double()
-
-
-def photometric_error(
-    frames: Tensor,  # [T, H, W, 3] in [-1, 1]
-    points: Tensor,  # [T, H, W, 3], camera-0 coordinates
-    intrinsics: Tensor,  # [T, 3, 3], pixels
-    cam2world: Tensor,  # [T, 4, 4] float64, world and unit of the points
-    valid: Tensor,  # [T, H, W] bool
-) -> Tensor:
-    """Median colour difference (of a range of 2) between frame 0's points and where they fall in each later frame.
-
-    Over pixels whose point the later frame shows too: its own depth there agrees within `SEEN_TWICE`. A median, because
-    moving things, a minority, break the premise that the world stands still; from frame 0, because between neighbours
-    a camera that stands would do nearly as well. nan where nothing is seen twice.
-    """
-    height, width = points.shape[1:3]
-    own_depth = pointmap_to_depth(points.double(), cam2world)
-    differences = []
-    for t in range(1, len(points)):
-        pixels, depth = project(to_camera(points[0].double(), cam2world[t]), intrinsics[t].double())
-        column, row = pixels.nan_to_num(-1).floor().unbind(-1)
-        inside = (depth > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height) & valid[0]
-        column, row = torch.where(inside, column, 0).long(), torch.where(inside, row, 0).long()
-        there = own_depth[t][row, column]
-        seen = inside & valid[t][row, column] & ((there - depth).abs() < SEEN_TWICE * depth)
-        # bilinear at the exact position: half a pixel of rounding would drown what is measured
-        grid = torch.stack([2 * pixels[..., 0] / width - 1, 2 * pixels[..., 1] / height - 1], -1)[None].float()
-        sampled = torch.nn.functional.grid_sample(
-            frames[t].movedim(-1, 0)[None].float(), grid.nan_to_num(2), align_corners=False
-        )[0].movedim(0, -1)
-        differences.append((sampled - frames[0]).abs().mean(-1)[seen])
-    found = torch.cat(differences)
-    return found.median() if len(found) else found.new_tensor(float("nan"))

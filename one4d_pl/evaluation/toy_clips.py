@@ -2,13 +2,50 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from one4d_pl.config import Config
+from one4d_pl.config import Config, ConfigError
+from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.data.decode import Draw, make_sample
+from one4d_pl.data.toy_levels import LEVELS
 from one4d_pl.data.toy_world import render_clip
+from one4d_pl.evaluation.recovered import camera_path
+from one4d_pl.geometry.pointmap import denormalise
+from one4d_pl.postopt.recover import RecoverOptions
 from one4d_pl.types import Sample
+
+TRAINING_CLIPS = 256  # behind the mean pointmap and the median camera path
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Clips that training never saw, and what the training clips are like."""
+
+    clips: list[Sample]
+    mean_pointmap: Tensor  # [3, T, H, W] of the training clips, normalised
+    camera_path: float  # median of the training clips, in median distances
+    recovery: RecoverOptions  # of cameras: whether this level's zoom
+
+    @classmethod
+    def render(cls, config: Config, count: int) -> HeldOut:
+        """Render `count` clips of the config's own toy world; ConfigError where it has none."""
+        if config.data.toy is None:
+            raise ConfigError("data.toy: null, but held-out clips are rendered; add --config configs/data/toy.yaml")
+        seed = config.data.toy.seed
+        first = seed + VAL_SEED_OFFSET
+        training = render_samples(config, range(seed, seed + TRAINING_CLIPS), "training clips")
+        geometry = [(c, denormalise(c.pointmap.movedim(0, -1), c.scale)) for c in training]
+        paths = torch.stack([camera_path(clip.cam2world, points, clip.valid) for clip, points in geometry])
+        return cls(
+            clips=render_samples(config, range(first, first + count), "held-out clips"),
+            mean_pointmap=torch.stack([clip.pointmap for clip in training]).mean(0),
+            camera_path=float(paths.median()),
+            recovery=RecoverOptions(shared_focal=set(LEVELS[config.data.toy.level].zooms) == {1.0}),
+        )
 
 
 def render_samples(config: Config, seeds: range, what: str) -> list[Sample]:
