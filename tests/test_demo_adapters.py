@@ -1,6 +1,6 @@
 """The shipped demo adapters: pointmaps follow the frames through the control links, and the frames stay as good.
 
-Bounds are loose on purpose, eight clips are few; `python -m one4d_pl.demo` prints the numbers of sixty-four.
+Bounds are loose on purpose, eight clips are few; `make eval` prints the numbers of sixty-four.
 """
 
 from __future__ import annotations
@@ -8,13 +8,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
 from one4d_pl import demo
 from one4d_pl.config import DEMO_ADAPTERS, load_config
-from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit
-from one4d_pl.evaluation.toy_clips import render_samples
+from one4d_pl.evaluation.toy_clips import HeldOut
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.models.precision import uses_bfloat16
 
@@ -25,12 +23,8 @@ CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 def quality() -> FitQuality:
     config = load_config([str(CONFIG)], [])
     pipeline, base = One4DPipeline.open(config, DEMO_ADAPTERS), One4DPipeline.open(config, None)
-    first = config.data.toy.seed + VAL_SEED_OFFSET
-    clips = render_samples(config, range(first, first + 8), "held-out clips")
-    training = render_samples(config, range(config.data.toy.seed, config.data.toy.seed + 32), "training clips")
-    mean = torch.stack([clip.pointmap for clip in training]).mean(0)
-    bfloat16 = uses_bfloat16(config, pipeline.device)
-    return measure_fit(pipeline, base, clips, mean, demo._median_path(training), seed=0, bfloat16=bfloat16)
+    held_out = HeldOut.render(config, 8)
+    return measure_fit(pipeline, base, held_out, seed=0, bfloat16=uses_bfloat16(config, pipeline.device))
 
 
 def test_pointmaps_follow_the_frames_through_the_links(quality):

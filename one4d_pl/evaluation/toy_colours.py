@@ -5,8 +5,8 @@ the air leaves of it move the pixel within the plane of albedo and air only. So 
 is its albedo's: this is what hue means here, the same in shade, far away and in a pale generated frame.
 
 A colour is found where at least `SHARE` of all pixels have its hue within `TOLERANCE`, nearer to it than to any other
-of the palette, and at least `STRENGTH` of its distance from the axis. White has no hue and is not asked for. Floors and
-walls have hues too, so some colours are found that no thing has: what other captions name shows how often.
+of the palette, and at least `STRENGTH` of its distance from the axis. White is not asked for: it has next to no hue.
+Floors and walls have hues too, so some colours are found that no thing has: what other captions name shows how often.
 """
 
 from __future__ import annotations
