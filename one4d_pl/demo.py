@@ -1,7 +1,8 @@
 """python -m one4d_pl.demo: see and measure what the shipped adapter makes of the toy world, on clips it never saw.
 
-Leaves a folder: metrics.json, a picture of every task, videos side by side (input | frames | pointmap | distance), a
-coloured point cloud and a turntable of it. On two idle cores a few minutes; the same numbers every time.
+Leaves a folder: animation.webp (a scene from its video, its first frame and its caption), tables.txt, metrics.json, a
+picture of every task, videos side by side (input | frames | pointmap | distance), a coloured point cloud and a
+turntable of it. On two idle cores a few minutes; the same numbers every time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from one4d_pl.files import check_folder, write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from one4d_pl.evaluation.toy_clips import HeldOut
     from one4d_pl.inference.pipeline import GeneratedScene
     from one4d_pl.postopt.recover import RecoverOptions
     from one4d_pl.types import Sample, Task
@@ -27,6 +29,9 @@ if TYPE_CHECKING:
 log = logging.getLogger("one4d_pl")
 
 SHOWN = 3  # scenes of each task that are drawn
+ANIMATED: tuple[Task, ...] = ("video", "image", "text")
+ANIMATION_WIDTH = 320  # pixels of a column
+ANIMATION_BYTES = 2_000_000
 ZOOM = 4  # pixels of a picture per pixel of the model
 FPS = 6.0  # half the toy world's speed: nine frames are short
 ROWS = ["given", "generated frames", "generated pointmap", "distance", "true distance"]
@@ -36,6 +41,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", metavar="FILE", help="yaml; default: configs/demo.yaml")
     parser.add_argument("--adapters", type=Path, default=DEMO_ADAPTERS, help="adapter folder; default: the shipped one")
     parser.add_argument("--clips", type=int, default=16, help="held-out clips to measure on (default %(default)s)")
+    parser.add_argument(
+        "--animate", type=int, default=0, metavar="N", help="held-out clip in animation.webp (default 0)"
+    )
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. sampler.steps=20")
 
@@ -45,11 +53,13 @@ def _run(args: argparse.Namespace) -> None:
     config = load_config(args.config or ["configs/demo.yaml"], args.overrides)
     if args.clips < 2:
         raise ConfigError(f"--clips: {args.clips}, need 2 or more (one clip's condition is tried on another)")
+    if not 0 <= args.animate < args.clips:
+        raise ConfigError(f"--animate: {args.animate}, need one of the held-out clips, 0 to {args.clips - 1}")
     check_folder(args.out, "--out")
-    demo(config, args.adapters, args.clips, args.out)
+    demo(config, args.adapters, args.clips, args.animate, args.out)
 
 
-def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
+def demo(config: Config, adapters: Path, clips: int, animated: int, out: Path) -> None:
     """Sample every task on held-out clips, measure, draw."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
     began = time.monotonic()
@@ -59,10 +69,12 @@ def demo(config: Config, adapters: Path, clips: int, out: Path) -> None:
     report = evaluate_tasks(config, adapters, clips, out)
     quality, shown = report.quality, report.held_out.clips[:SHOWN]
     _draw(quality.scenes, quality.masks, shown, report.held_out.recovery, out)
+    _animate(quality.scenes, animated, report.held_out, out / "animation.webp")
     write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))
     print(f"\n{report.text}")
     print(
-        f"Look at {out}/video_0.png, {out}/video_0.mp4 and {out}/video_0_turntable.mp4; likewise sparse, image, text."
+        f"Look at {out}/animation.webp; of each task at {out}/video_0.png, {out}/video_0.mp4 and "
+        f"{out}/video_0_turntable.mp4; likewise sparse, image, text."
     )
     print(f"All numbers: {out}/metrics.json; of more clips: make eval. Took {(time.monotonic() - began) / 60:.1f} min.")
 
@@ -112,6 +124,26 @@ def _draw_scene(
         turntable(points, colours, recovered, 6 * height, 6 * width),
         2 * FPS,
     )
+
+
+def _animate(scenes: dict[Task, GeneratedScene], i: int, held_out: HeldOut, path: Path) -> None:
+    """One clip as video, image and text to 4D, side by side."""
+    from one4d_pl.evaluation.recovered import recover_scenes
+    from one4d_pl.inference.animation import FPS as ANIMATION_FPS
+    from one4d_pl.inference.animation import Column, animate
+    from one4d_pl.inference.panels import to_bytes
+    from one4d_pl.inference.scene_files import save_animation
+
+    clip = held_out.clips[i]
+    true = to_bytes((clip.frames.movedim(0, -1) + 1) / 2)  # [T, H, W, 3]
+    given: dict[Task, Tensor | str] = {"video": true, "image": true[:1], "text": clip.caption}
+    columns = []
+    for task in ANIMATED:
+        frames, pointmap = scenes[task].frames[i], scenes[task].pointmap[i]
+        (recovered,) = recover_scenes(pointmap[None], held_out.recovery)
+        shown = to_bytes((frames.movedim(0, -1) + 1) / 2)
+        columns.append(Column(f"{task} to 4D", given[task], shown, pointmap.movedim(0, -1), recovered))
+    save_animation(path, animate(columns, ANIMATION_WIDTH), ANIMATION_FPS, ANIMATION_BYTES)
 
 
 main = Command("one4d_pl.demo", __doc__, _add_arguments, _run)

@@ -84,10 +84,11 @@ def draw_points(
     height: int,
     width: int,
     size: Tensor,  # [N], edge of each point's square, world units
+    background: tuple[int, int, int] = (255, 255, 255),
 ) -> Tensor:  # [H, W, 3] uint8
-    """The picture of a point cloud: each point a square that faces the camera, nearer ones in front, white behind."""
+    """The picture of a point cloud: each point a square that faces the camera, nearer ones in front."""
     local = (points - cam2world[:3, 3]) @ cam2world[:3, :3]
-    picture = np.full((height, width, 3), 255, np.uint8)
+    picture = np.full((height, width, 3), background, np.uint8)
     x, y, z = local.double().numpy().T
     ahead = np.flatnonzero(z > 1e-3)
     ahead = ahead[np.argsort(-z[ahead])]  # far to near: the last one drawn stays

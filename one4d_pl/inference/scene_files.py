@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from fractions import Fraction
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from one4d_pl.files import open_whole, whole_file
 
+QUALITIES = (85, 75, 65, 50, 35, 20)  # of webp, tried from the finest on
 MARGIN = 84  # pixels left of a panel, for the names of its rows
 
 
@@ -29,6 +31,29 @@ def save_video(
         for frame in frames.numpy():
             container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
         container.mux(stream.encode())
+
+
+def save_animation(
+    path: Path,
+    pictures: Tensor,  # [T, H, W, 3] uint8
+    fps: float,
+    limit: int,  # bytes
+) -> None:
+    """A webp that repeats for ever, of the finest quality that stays within `limit` bytes.
+
+    ValueError where none does.
+    """
+    first, *others = [Image.fromarray(picture.numpy()) for picture in pictures]
+    for quality in QUALITIES:
+        data = io.BytesIO()
+        first.save(
+            data, "webp", save_all=True, append_images=others, duration=round(1000 / fps), loop=0, quality=quality
+        )
+        if data.tell() <= limit:
+            with open_whole(path) as file:
+                file.write(data.getvalue())
+            return
+    raise ValueError(f"{path}: {data.tell()} bytes at webp quality {QUALITIES[-1]}, need {limit} or less")
 
 
 def save_picture(path: Path, picture: Tensor, rows: list[str]) -> None:  # [H, W, 3] uint8
