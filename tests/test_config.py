@@ -501,7 +501,7 @@ def toy(root: Path) -> list[str]:
         (["data.val_sources=[{path: nowhere/val}]"], ["data.val_sources", "nowhere/val"]),
         (["data.sources=[{path: data/toy/trian_real}]"], ["data/toy/trian_real"]),  # below toy.root, yet not fit's
         (["data.toy.val=0", "data.val_sources=[{path: data/toy/val}]"], ["data.val_sources", "data/toy/val"]),
-        (["base.path=weights/Wan2.1"], ["base.path", "weights/Wan2.1", "fetch_weights"]),
+        (["base.path=weights/Wan2.1"], ["base.path", "weights/Wan2.1", "fetch-weights"]),
         (["base.path=nobody/such-a-model"], ["base.path", "nobody/such-a-model"]),
         (["base.path=/no/such/folder"], ["base.path", "/no/such/folder"]),
         (["train.init_from=nowhere/adapter"], ["train.init_from", "nowhere/adapter", "card.json"]),

@@ -1,6 +1,6 @@
 """The shipped demo adapters: pointmaps follow the frames through the control links, and the frames stay as good.
 
-Bounds are loose on purpose, eight clips are few; `python -m one4d_pl.demo` prints the numbers of sixty-four.
+Bounds are loose on purpose, eight clips are few; `one4d demo` prints the numbers of sixty-four.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from one4d_pl import demo
+from one4d_pl.commands import demo
 from one4d_pl.config import DEMO_ADAPTERS, load_config
 from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit

@@ -27,6 +27,7 @@ from one4d_pl.config.places import (
     base_folder,
     check_paths,
     holds_base,
+    initial_adapters,
 )
 from one4d_pl.config.run import (
     CHECKPOINTING,
@@ -75,6 +76,7 @@ __all__ = [
     "check_paths",
     "flatten",
     "holds_base",
+    "initial_adapters",
     "legal_worlds",
     "load_config",
     "to_yaml",

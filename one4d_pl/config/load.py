@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
 from one4d_pl.config.checks import ConfigError
+from one4d_pl.config.places import config_file
 from one4d_pl.config.run import Config
 from one4d_pl.errors import UserError
 from one4d_pl.files import read_text
@@ -25,7 +26,7 @@ def load_config(paths: list[str], overrides: list[str]) -> Config:
 
     merged = OmegaConf.structured(Config)
     for path in paths:
-        for name, node in _read_with_includes(Path(path), ()):
+        for name, node in _read_with_includes(config_file(path), ()):
             merged = _merge(merged, node, name)
     for override in overrides:
         merged = _merge(merged, _parse_override(override), f"override {override!r}")

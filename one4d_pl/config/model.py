@@ -14,7 +14,7 @@ EMBEDDED_BASE = "embedded"  # base.path's word for the tiny Wan inside the packa
 
 @dataclass
 class TinyWanConfig:
-    """Shape of the seeded tiny Wan that `build_tiny_base` pretrains."""
+    """Shape of the seeded tiny Wan that experiments/tiny_wan pretrains."""
 
     seed: int = 0
     num_layers: int = 10
@@ -39,7 +39,7 @@ class BaseConfig:
     attention: str = "native"  # kernels, by diffusers' name; native = torch chooses, flash and _flash_3 need flash-attn
     max_text_tokens: int = 192  # prompts are cut or zero-padded to this, as Wan does with 512
     negative_prompt: str = ""  # inference only; training drops captions to the empty prompt
-    tiny: TinyWanConfig | None = None  # for build_tiny_base alone
+    tiny: TinyWanConfig | None = None  # for experiments/tiny_wan alone
 
     def __post_init__(self) -> None:
         one_of("base.dtype", self.dtype, ("float32", "bfloat16"))

@@ -139,7 +139,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile of the blocks: needs a C++ compiler, or Triton's on a GPU
     seed: int = 0
     overfit_clips: int = 0  # train on the first n clips only; 0 = off
-    init_from: str | None = None  # adapter folder to start from, with a fresh optimiser
+    init_from: str | None = None  # adapter folder to start from, with a fresh optimiser; `embedded` = the demo's
     resume: bool = True  # continue from the newest checkpoint in run_dir, if there is one
     save_every: int = 250
     keep_last: int = 2  # newest checkpoints kept

@@ -29,10 +29,10 @@ from one4d_pl.data.ranged_reads import RangeReader, is_remote, one_line
 from one4d_pl.data.read_cache import RangeCache
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.shared_memory import PREFETCH
-from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.data.worker import become_worker
 from one4d_pl.files import check_folder
 from one4d_pl.interrupts import before_workers
+from one4d_pl.toy.world import clip_key, render_clip
 from one4d_pl.types import Batch, Sample, collate
 
 WAITING_S = 5.0  # between two looks at which clips other processes have encoded

@@ -22,14 +22,14 @@ from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.sweeps import sparse_indices
 from one4d_pl.geometry.pointmap import is_sky, normalise_pointmap
 from one4d_pl.geometry.se3 import rebase_to_first
-from one4d_pl.inference.framing import Framing, Shape, frame_images
 from one4d_pl.inference.long_video import JoinedVideo, fill_window, generate_video, recover_video
-from one4d_pl.inference.media import to_network
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.inference.predictions import Prediction, report_dict, write_prediction
 from one4d_pl.models.wan import WanEncoders
 from one4d_pl.postopt.recover import RecoverOptions
 from one4d_pl.postopt.windows import Window, plan_windows
+from one4d_pl.scene.framing import Framing, Shape, frame_images
+from one4d_pl.scene.media import to_network
+from one4d_pl.scene.predictions import Prediction, report_dict, write_prediction
 
 ONE_PASS = 113  # frames at most; 110 is the longest benchmark video
 

@@ -26,12 +26,12 @@ from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.tables import Row, write_report
 from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
 from one4d_pl.files import read_json, write_text
-from one4d_pl.inference.framing import Shape
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.inference.predictions import find_prediction, read_prediction
 from one4d_pl.models.device import device_of
 from one4d_pl.models.precision import autocast
 from one4d_pl.models.wan import WanEncoders
+from one4d_pl.scene.framing import Shape
+from one4d_pl.scene.predictions import find_prediction, read_prediction
 
 VBENCH_DIMENSIONS = ("i2v_subject", "i2v_background", "dynamic_degree", "aesthetic_quality")
 

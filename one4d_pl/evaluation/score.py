@@ -22,13 +22,13 @@ from one4d_pl.data.worker import become_worker
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.protocols import Protocol
-from one4d_pl.inference.framing import nearest_to_image, to_image
-from one4d_pl.inference.predictions import Prediction, find_prediction, read_prediction
 from one4d_pl.interrupts import before_workers, uninterrupted
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.camera import camera_errors
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
 from one4d_pl.metrics.depth import DepthErrors, ScaleShift, align_depth, depth_errors
+from one4d_pl.scene.framing import nearest_to_image, to_image
+from one4d_pl.scene.predictions import Prediction, find_prediction, read_prediction
 
 ODD_SHARE = 1e-3  # of the scored pixels
 RANKED_PIXELS = 100_000  # of a sequence, about
@@ -97,7 +97,7 @@ def score_benchmark(
     if absent:
         raise UserError(
             f"{folder}: no prediction of {', '.join(absent)}; need a folder <sequence>/ with cameras.json or "
-            "frame_%04d.npy and pred_traj.txt, or <sequence>.npz (all layouts: one4d_pl/inference/predictions.py)"
+            "frame_%04d.npy and pred_traj.txt, or <sequence>.npz (all layouts: one4d_pl/scene/predictions.py)"
         )
     work = partial(_score_stored, benchmark, folder, protocol)
     return BenchmarkScore(benchmark, protocol, tuple(progress(_run(work, sequences, processes))))

@@ -7,7 +7,7 @@ from tqdm import tqdm
 
 from one4d_pl.config import Config
 from one4d_pl.data.decode import Draw, make_sample
-from one4d_pl.data.toy_world import render_clip
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Sample
 
 

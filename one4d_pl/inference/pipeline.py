@@ -24,13 +24,8 @@ from one4d_pl.diffusion.sampler import integrate
 from one4d_pl.errors import UserError
 from one4d_pl.files import whole_folder, write_text
 from one4d_pl.geometry.camera import resize_crop_plan
-from one4d_pl.inference.framing import Framing, Placement, frame_images
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
 from one4d_pl.inference.long_video import generate_video, joined_frames, recover_video
-from one4d_pl.inference.media import load_image, to_network, to_size
-from one4d_pl.inference.panels import to_bytes
-from one4d_pl.inference.predictions import report_dict
-from one4d_pl.inference.scene import Scene
 from one4d_pl.models.adapters import AdapterCard, load_adapters, model_card, save_adapters
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.coupling import couple
@@ -38,6 +33,11 @@ from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
 from one4d_pl.postopt.recover import RecoverOptions
 from one4d_pl.postopt.windows import plan_windows
+from one4d_pl.scene.framing import Framing, Placement, frame_images
+from one4d_pl.scene.media import load_image, to_network, to_size
+from one4d_pl.scene.panels import to_bytes
+from one4d_pl.scene.predictions import report_dict
+from one4d_pl.scene.scene import Scene
 from one4d_pl.types import MODALITIES
 
 Progress = Callable[[int, int], None]  # (finished steps, all steps)

@@ -21,6 +21,7 @@ from one4d_pl.rehearsal.known import Known
 
 aten = torch.ops.aten
 PACKAGE = Path(__file__).parents[1]
+DOORS = (PACKAGE, PACKAGE / "commands", Path(__file__).parent)
 WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default)
 # parts of the names of operations that are no elementwise work
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_dot_product")
@@ -236,7 +237,7 @@ def place() -> str:
 def place_of(file: str, line: int) -> str | None:
     """Write a line of this package as `models/lora.py:93`; None for others and for the rehearsal."""
     path = Path(file)
-    if PACKAGE not in path.parents or path.parent in (PACKAGE, Path(__file__).parent) or path.name == "signals.py":
+    if PACKAGE not in path.parents or path.parent in DOORS or path.name == "signals.py":
         return None  # doors and what calls them
     return f"{path.relative_to(PACKAGE)}:{line}"
 

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from one4d_pl.config import Config, ConfigError, as_dict, flatten
 from one4d_pl.data.datamodule import One4DDataModule
+from one4d_pl.errors import RunFailed
 from one4d_pl.files import settle, sync
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
 from one4d_pl.models.transformer import CoupledTransformer
@@ -46,7 +47,6 @@ from one4d_pl.training.checkpoint_files import (
     write_score,
 )
 from one4d_pl.training.module import WEIGHTS, One4DModule
-from one4d_pl.training.preemption import RunFailed
 from one4d_pl.training.step_guard import SkippedSteps, gather
 from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
 from one4d_pl.types import TASKS

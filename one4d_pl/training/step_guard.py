@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
 from one4d_pl.config import TrainConfig
+from one4d_pl.errors import RunFailed
 from one4d_pl.training.module import One4DModule
-from one4d_pl.training.preemption import RunFailed
 from one4d_pl.training.zero import ZeroStrategy, fill_optimizer
 from one4d_pl.types import MODALITIES, Batch
 

@@ -29,8 +29,8 @@ from data_prep.write_shards import main
 from one4d_pl.data.shards import ShardSet, write_shards
 from one4d_pl.data.staging import Plan
 from one4d_pl.data.tar_set import Manifest
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.errors import UserError
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Clip
 from tests.own_process import in_own_process
 

@@ -21,7 +21,7 @@ from one4d_pl.evaluation.benchmarks import SINTEL_CAMERAS, SINTEL_FRAMES, EvalSe
 from one4d_pl.evaluation.protocols import PROTOCOLS
 from one4d_pl.evaluation.score import score_benchmark
 from one4d_pl.geometry.se3 import se3_matrix, so3_exp
-from one4d_pl.inference.predictions import Prediction, write_prediction
+from one4d_pl.scene.predictions import Prediction, write_prediction
 
 HEIGHT, WIDTH = 436, 1024
 PREDICTED = (218, 512)  # half of each side

@@ -9,10 +9,10 @@ import torch
 
 from one4d_pl.config import Config
 from one4d_pl.data.decode import Draw, make_sample
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation.fit_quality import ZOOMING, camera_path, measure_fit, photometric_error, sampled_clips
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.postopt.recover import recover_scene
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Sample
 
 HEIGHT, WIDTH = 32, 48
