@@ -20,7 +20,7 @@ from one4d_pl.cluster.readiness import Place, Report, checkpoint_bytes, differen
 from one4d_pl.commands.preflight import main, meet, share
 from one4d_pl.config import Config, to_yaml
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 
 
 def slurm(rank: int, world: int, port: int, nodes: int | None = None) -> dict[str, str]:

@@ -12,7 +12,7 @@ import torch
 
 from experiments import bench_gpu
 
-REPO = Path(__file__).parents[1]
+REPO = Path(__file__).parents[2]
 # what a bare machine lacks: everything that setup.cfg names but torch, diffusers and what diffusers itself needs
 ABSENT = (
     "lightning", "pytorch_lightning", "deepspeed", "webdataset", "open3d", "omegaconf", "peft", "accelerate",
