@@ -22,6 +22,7 @@ from one4d_pl.config import (
     ToyConfig,
     as_dict,
     base_folder,
+    changes,
     flatten,
     load_config,
 )
@@ -112,8 +113,9 @@ def is_finished(plan: Plan, run: Run, seed: int) -> bool:
 def differences(plan: Plan, run: Run, seed: int, recipe: dict[str, object]) -> list[str]:
     """Keys in which a stored recipe is not today's; a knob younger than it had its default's effect."""
     defaults = flatten(as_dict(Config(data=DataConfig(toy=ToyConfig()))))
-    ours, theirs = recipe_of(plan, run, seed), defaults | recipe
-    return sorted(k for k in ours.keys() | theirs.keys() if k != "run_dir" and ours.get(k) != theirs.get(k))
+    return [
+        change.key for change in changes(recipe, recipe_of(plan, run, seed), defaults, lambda key: key == "run_dir")
+    ]
 
 
 def work(plan: Plan, run: Run, seed: int) -> None:

@@ -5,8 +5,8 @@ classes alone need nothing. The yaml tree dies in `load_config`; each class of t
 lives here or, where it belongs to a scale or a data mix, in one yaml.
 """
 
-from one4d_pl.config.checks import ConfigError
-from one4d_pl.config.load import as_dict, flatten, load_config, to_yaml
+from one4d_pl.config.checks import ConfigError, changeable
+from one4d_pl.config.load import as_dict, load_config, to_yaml
 from one4d_pl.config.model import (
     ATTENTION,
     EMBEDDED_BASE,
@@ -29,6 +29,7 @@ from one4d_pl.config.places import (
     holds_base,
     initial_adapters,
 )
+from one4d_pl.config.recipes import Change, changes, flatten
 from one4d_pl.config.run import (
     CHECKPOINTING,
     TEMPORAL_FACTOR,
@@ -56,6 +57,7 @@ __all__ = [
     "TEMPORAL_FACTOR",
     "TOY_LEVELS",
     "BaseConfig",
+    "Change",
     "Config",
     "ConfigError",
     "DLCConfig",
@@ -73,6 +75,8 @@ __all__ = [
     "ValConfig",
     "as_dict",
     "base_folder",
+    "changeable",
+    "changes",
     "check_paths",
     "flatten",
     "holds_base",

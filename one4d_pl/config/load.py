@@ -55,17 +55,6 @@ def as_dict(config: Config) -> dict[str, object]:
     return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(config))))
 
 
-def flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """section.key -> value, of a config's `as_dict`."""
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
 def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
     """The file's includes (relative to it), depth first, then the file itself."""
     from omegaconf import DictConfig, ListConfig, OmegaConf

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig
+from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, changes
 from one4d_pl.data.decode import ClipStream, Draw, PaddedStream, make_sample
 from one4d_pl.data.encoded import (
     ClipEncoder,
@@ -247,11 +247,9 @@ class One4DDataModule(lightning.LightningDataModule):
             raise ConfigError(f"{where} holds encoded clips; validation shows pictures, give it raw shards")
         if not source.sparse_draws:
             raise ConfigError(f"{where} holds no conditioning latents; encode it with --sparse-draws 1 or more")
-        theirs = {k: v for k, v in source.manifest.recipe.items() if k not in ("raw", "sparse_draws")}
-        for name in self.recipe | theirs:
-            expected, found = self.recipe.get(name), theirs.get(name)
-            if found != expected:
-                raise ConfigError(f"{where} was encoded with another {name} ({found}, the config says {expected})")
+        differing = changes(source.manifest.recipe, self.recipe, ignore=lambda key: key in ("raw", "sparse_draws"))
+        if differing:
+            raise ConfigError(f"{where} was encoded with another config: {', '.join(map(str, differing))}")
 
     def _cache_folder(self, source: ShardSet | EncodedSet) -> Path | None:
         """Remote shards have no place beside them: their clips are encoded in the step."""
