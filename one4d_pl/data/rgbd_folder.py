@@ -30,7 +30,7 @@ from torch import Tensor
 
 from one4d_pl.errors import UserError
 from one4d_pl.files import read_text
-from one4d_pl.geometry.se3 import invert_se3, se3_matrix, xyzw_to_matrix
+from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
 
 Layout = Literal["tum", "bonn"]
 
@@ -82,10 +82,6 @@ class RGBDFrame:
     def present(self) -> bool:
         """Whether both files are on disk."""
         return self.rgb_path.is_file() and self.depth_path.is_file()
-
-    def read_rgb(self) -> Tensor:  # [H, W, 3] uint8
-        """The image; ValueError names a broken or missing file."""
-        return read_rgb_png(self.rgb_path)
 
     def read_depth(self) -> Tensor:  # [H, W] float32, metres; nan = no measurement
         """The depth map; ValueError names a broken or missing file."""
@@ -197,13 +193,6 @@ def bonn_cam2world(groundtruth: Tensor) -> Tensor:  # [..., 4, 4] float64 -> [..
     left, _, right = torch.linalg.svd(marker[:3, :3])
     marker[:3, :3] = left @ right
     return ros @ groundtruth @ ros @ marker
-
-
-def bonn_groundtruth(cam2world: Tensor) -> Tensor:  # [..., 4, 4] float64 -> [..., 4, 4]
-    """The inverse of `bonn_cam2world`: the row that Bonn's file would hold for a camera."""
-    ros = cam2world.new_tensor(BONN_ROS)
-    marker = bonn_cam2world(torch.eye(4, dtype=cam2world.dtype))  # ros · ros = 1
-    return ros @ cam2world @ invert_se3(marker) @ ros
 
 
 def read_rgb_png(path: Path) -> Tensor:  # [H, W, 3] uint8
