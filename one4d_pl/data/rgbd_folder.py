@@ -173,11 +173,11 @@ def associate(
     """Pair timestamps less than `max_difference` apart, nearest pairs first, each used once (TUM's own rule)."""
     order = torch.argsort(second)
     ranked = second[order]
-    low = torch.searchsorted(ranked, first - max_difference, right=True).tolist()
-    high = torch.searchsorted(ranked, first + max_difference).tolist()
-    candidates = sorted(
-        (abs(float(first[i] - ranked[k])), i, int(order[k])) for i in range(len(first)) for k in range(low[i], high[i])
-    )
+    # a sum with a time of 1e9 s is rounded to 2e-7 s, a difference of two is exact: search wider, decide by the latter
+    low = torch.searchsorted(ranked, first - 1.01 * max_difference).tolist()
+    high = torch.searchsorted(ranked, first + 1.01 * max_difference, right=True).tolist()
+    gaps = ((abs(float(first[i] - ranked[k])), i, k) for i in range(len(first)) for k in range(low[i], high[i]))
+    candidates = sorted((gap, i, int(order[k])) for gap, i, k in gaps if gap < max_difference)
     pairs: dict[int, int] = {}
     used: set[int] = set()
     for _, i, j in candidates:
@@ -207,6 +207,13 @@ def read_depth_png(
     """A 16-bit depth png; ValueError names a broken or missing file."""
     codes = _decode(path, "I;16").astype(np.float32)
     return torch.from_numpy(np.where(codes == 0, np.float32(np.nan), codes / np.float32(per_metre)))
+
+
+def unrounded(
+    depth: Tensor,  # [...] float32, metres, of `read_depth_png`
+) -> Tensor:  # [...] float64
+    """The same depth without float32's rounding: the file's whole numbers over 5000."""
+    return (depth.double() * DEPTH_PER_METRE).round() / DEPTH_PER_METRE
 
 
 def _decode(path: Path, mode: str) -> np.ndarray:

@@ -6,6 +6,7 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -105,6 +106,15 @@ def test_nearest_pairs_are_made_first_and_each_once():
     second = torch.tensor([0.012, 0.032, 4.979], dtype=torch.float64)
     assert associate(first, second) == [(1, 0)]  # 0.0 lost its partner; 0.021 s apart is too far
     assert associate(first, second, 0.05) == [(0, 1), (1, 0), (2, 2)]
+
+
+def test_a_pair_at_the_limit_is_decided_by_the_difference_as_tum_s_script_does():
+    rng = np.random.default_rng(0)
+    for time in rng.uniform(1.3e9, 1.4e9, 200):
+        for other in (time - 0.02, time + 0.02):
+            for neighbour in (np.nextafter(other, 0), other, np.nextafter(other, 2e9)):
+                pairs = associate(torch.tensor([time]).double(), torch.tensor([neighbour]).double())
+                assert pairs == ([(0, 0)] if abs(time - neighbour) < 0.02 else [])
 
 
 def test_files_that_are_listed_but_absent_are_told_apart(folder):
