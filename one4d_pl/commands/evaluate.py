@@ -9,8 +9,9 @@ Without arguments the demo adapters are evaluated on the procedural benchmark `t
   --bench vbench   --root is VBench's folder vbench2_beta_i2v: writes videos for its I2V suite, scores nothing
 
 Predictions are stored first (OUT/predictions) and scored after; what is stored is not made again. OUT gets table.md
-(laid out as the paper's, published rows beside ours), results.json, sequences.csv and pictures/. Protocols one4d and
-scale_only score Sintel in minutes; monst3r and geo4d run Adam over every pixel, as published, and take many times that.
+(laid out as the paper's, published rows beside ours), results.json, sequences.csv and pictures/. Protocols monst3r,
+geo4d and cut3r are the published computations, early stops included; one4d and scale_only fit exactly. On two cores
+each scores Sintel within half an hour.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--ckpt", type=Path, action="append", metavar="FOLDER", help="adapter folder; default: the demo adapters")
     add("--config", action="append", metavar="FILE", help="yaml of the run; default: the one beside the checkpoint")
     add("--predictions", type=Path, metavar="FOLDER", help="score these instead: one folder or npz per sequence")
-    add("--protocol", default="one4d", help="monst3r, geo4d, one4d (default) or scale_only: how it is scored")
+    add("--protocol", default="one4d", help="monst3r, geo4d, cut3r, one4d (default) or scale_only")
     add("--out", type=Path, help="default: runs/eval/BENCH")
     add("--sequences", default="", metavar="A,B", help="only these; the table then says how many are missing")
     add("--rows", default="model,ceiling", help="what to run: model, ceiling (true pointmaps through the VAE) or both")
