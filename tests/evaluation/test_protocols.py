@@ -15,8 +15,8 @@ from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.protocols import PROTOCOLS
 from one4d_pl.evaluation.score import BenchmarkScore, SequenceScore, score_sequence
 from one4d_pl.evaluation.tables import Row, markdown
-from one4d_pl.inference.predictions import Prediction
 from one4d_pl.metrics.depth import align_depth
+from one4d_pl.scene.predictions import Prediction
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
