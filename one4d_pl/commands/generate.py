@@ -19,22 +19,19 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from one4d_pl.commands.command import Command
-from one4d_pl.config import DEMO_ADAPTERS, SOLVERS, ConfigError
+from one4d_pl.config import DEMO_ADAPTERS, MAX_SCENE_FRAMES, SOLVERS, ConfigError
 from one4d_pl.files import check_folder
 
 if TYPE_CHECKING:
-    from torch import Generator, Tensor
+    from torch import Tensor
 
     from one4d_pl.inference.pipeline import One4DPipeline
-    from one4d_pl.scene.media import FrameFolder, VideoReader
     from one4d_pl.scene.scene import Scene
 
-MAX_FRAMES = 10_000  # of one scene; a typing mistake must not fill the disk
 MAX_SIDE = 4096
 LARGEST_ON_CPU = 2e9  # bytes of a transformer that is sampled on a CPU unasked; the 1.3B has 3e9
 
@@ -92,7 +89,8 @@ def generate(args: argparse.Namespace) -> None:
         raise ConfigError(f"--out: {args.out} holds other things than a scene; name a new folder")
     try:
         pictures = _load(numbered)
-        reader = open_video(args.video, args.fps, FPS) if args.video else None
+        if args.video:
+            open_video(args.video, args.fps, FPS)  # a wrong file is refused before the model is opened
         pipeline = _open(args)
         generator = torch.Generator().manual_seed(args.seed)
         with tqdm(desc="sampling", unit="step") as bar:
@@ -101,19 +99,17 @@ def generate(args: argparse.Namespace) -> None:
                 bar.total, bar.n = total, done
                 bar.refresh()
 
-            if reader is not None:
-                scene = _from_video(args, reader, pipeline, generator, on_step)
-            else:
-                scene = pipeline(
-                    args.prompt,
-                    pictures,
-                    args.num_frames,
-                    *_size(args.size),
-                    generator=generator,
-                    fps=args.fps or FPS,
-                    zooms=args.zooms,
-                    on_step=on_step,
-                )
+            scene = pipeline(
+                args.prompt,
+                pictures,
+                args.num_frames,
+                *_size(args.size),
+                generator=generator,
+                fps=args.fps,
+                zooms=args.zooms,
+                on_step=on_step,
+                video=args.video,
+            )
         save_scene(args.out, scene)
     except (MemoryError, torch.OutOfMemoryError):
         raise ConfigError(
@@ -133,8 +129,8 @@ def _check(args: argparse.Namespace) -> None:
         (args.prompt + (args.negative_prompt or "")).encode("utf-8")
     except UnicodeEncodeError:
         raise ConfigError("--prompt, --negative-prompt: not UTF-8 text") from None
-    if args.num_frames is not None and not 1 <= args.num_frames <= MAX_FRAMES:
-        raise ConfigError(f"--num-frames: {args.num_frames}, need 1 to {MAX_FRAMES}")
+    if args.num_frames is not None and not 1 <= args.num_frames <= MAX_SCENE_FRAMES:
+        raise ConfigError(f"--num-frames: {args.num_frames}, need 1 to {MAX_SCENE_FRAMES}")
     if args.fps is not None and not 0.1 <= args.fps <= 240:  # so worded that nan fails
         raise ConfigError(f"--fps: {args.fps}, need 0.1 to 240")
     if args.steps is not None and not 1 <= args.steps <= 1000:
@@ -153,8 +149,8 @@ def _numbered(words: list[str]) -> dict[int, Path]:
             raise ConfigError(f"--frames: {word!r}, need FILE@N with the frame's number, as in a.png@0")
         if int(number) in frames:
             raise ConfigError(f"--frames: {word!r}, but frame {int(number)} is given already")
-        if int(number) >= MAX_FRAMES:
-            raise ConfigError(f"--frames: {word!r}, numbers go up to {MAX_FRAMES - 1}")
+        if int(number) >= MAX_SCENE_FRAMES:
+            raise ConfigError(f"--frames: {word!r}, numbers go up to {MAX_SCENE_FRAMES - 1}")
         frames[int(number)] = Path(file)
     return frames
 
@@ -215,37 +211,6 @@ def _refuse_large(args: argparse.Namespace) -> None:
             f"--device: torch finds no CUDA device, and a base of {size / 1e9:.0f} GB is made for one; "
             "--device cpu runs it here all the same"
         )
-
-
-def _from_video(
-    args: argparse.Namespace,
-    reader: VideoReader | FrameFolder,
-    pipeline: One4DPipeline,
-    generator: Generator,
-    on_step: Callable[[int, int], None],
-) -> Scene:
-    """Every frame given; frames are brought to the scene's size as they are read."""
-    import torch
-
-    from one4d_pl.scene.media import to_size
-
-    frames, framing = [], None
-    limit = args.num_frames or MAX_FRAMES
-    for frame in reader:
-        if len(frames) == limit:
-            break
-        framing = framing or pipeline.framing((frame.shape[0], frame.shape[1]), *_size(args.size))
-        frames.append(to_size(frame[None], framing.height, framing.width)[0])
-    if framing is None or len(frames) < 2:
-        raise ConfigError(f"{args.video}: holds {len(frames)} frames, need 2 or more; for a still use --image")
-    if len(frames) == MAX_FRAMES:
-        raise ConfigError(f"{args.video}: {MAX_FRAMES} frames or more; cut it, or set --num-frames for its beginning")
-    if args.num_frames and len(frames) < args.num_frames:
-        raise ConfigError(f"--num-frames: {args.num_frames}, but {args.video} holds {len(frames)} frames")
-    given = torch.ones(len(frames), dtype=torch.bool)
-    return pipeline.make_scene(
-        args.prompt, torch.stack(frames), given, framing.placement, generator, reader.fps, args.zooms, on_step
-    )
 
 
 def _report(scene: Scene, out: Path, seconds: float) -> None:

@@ -10,6 +10,7 @@ from one4d_pl.config.load import as_dict, load_config, to_yaml
 from one4d_pl.config.model import (
     ATTENTION,
     EMBEDDED_BASE,
+    MAX_SCENE_FRAMES,
     NATIVE_ATTENTION,
     SOLVERS,
     BaseConfig,
@@ -51,6 +52,7 @@ __all__ = [
     "DEMO_ADAPTERS",
     "DIFFUSERS_MARK",
     "EMBEDDED_BASE",
+    "MAX_SCENE_FRAMES",
     "NATIVE_ATTENTION",
     "ORIGINAL_MARK",
     "SOLVERS",

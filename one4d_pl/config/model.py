@@ -9,6 +9,7 @@ from one4d_pl.config.checks import ConfigError, check, knob
 SOLVERS = ("euler", "unipc")
 NATIVE_ATTENTION = ("native", "_native_cudnn", "_native_flash", "_native_efficient")  # torch's fused kernels
 ATTENTION = (*NATIVE_ATTENTION, "_native_math", "flash", "_flash_3")  # diffusers' names; the last two are own packages
+MAX_SCENE_FRAMES = 10_000  # of one scene; a typing mistake must not fill the disk
 EMBEDDED_BASE = "embedded"  # base.path's word for the tiny Wan inside the package
 
 
