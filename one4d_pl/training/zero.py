@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import lightning
 import torch
-from lightning.fabric.accelerators.cuda import CUDAAccelerator
+from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
