@@ -29,7 +29,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from one4d_pl.config import Config, ConfigError, as_dict, changeable, changes, flatten
-from one4d_pl.data.datamodule import One4DDataModule
+from one4d_pl.data.datamodule import One4DDataModule, datamodule_of
+from one4d_pl.data.latent_stats import LatentStats
 from one4d_pl.errors import RunFailed
 from one4d_pl.files import settle, sync
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
@@ -241,9 +242,8 @@ class StepCheckpoint(Callback):
         if step <= self.saved_step:
             return
         self.saved_step = step
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(datamodule, One4DDataModule)
-        snapshot = take_snapshot(module, trainer.optimizers[0], step, self.skipped, datamodule, self.average)
+        data = datamodule_of(trainer)
+        snapshot = take_snapshot(module, trainer.optimizers[0], step, self.skipped, data, self.average)
         if snapshot is not None:
             self.writer.submit(partial(self._write, snapshot, step, module.transformer))
 
@@ -262,7 +262,7 @@ def refuse_started_adapter(transformer: CoupledTransformer) -> None:
 
 
 def _card(
-    module: One4DModule, step: int, latents: dict[str, object] | None, data_sources: list[dict[str, str]]
+    module: One4DModule, step: int, latents: LatentStats | None, data_sources: list[dict[str, str]]
 ) -> AdapterCard:
     config, masking, transformer = module.config, module.config.masking, module.transformer
     statistics = {"mean": transformer.xyz_mean.flatten().tolist(), "std": transformer.xyz_std.flatten().tolist()}
@@ -283,7 +283,7 @@ def _card(
         max_text_tokens=config.base.max_text_tokens,
         negative_prompt=config.base.negative_prompt,
         sampler=asdict(config.sampler),
-        latent_statistics=latents,
+        latent_statistics=None if latents is None else asdict(latents),
         data_sources=data_sources,
         link_direction=config.dlc.link_direction,
         coupling=config.dlc.coupling,
