@@ -67,13 +67,17 @@ def _run(args: argparse.Namespace) -> int:
 
 def _fit_counted(config: Config, rank: int) -> int:
     """`fit`, with what its end says about another start; returns the exit code."""
+
+    def forget() -> None:
+        if rank == 0:
+            forget_starts(config.run_dir)
+
     try:
-        with at_interrupt(lambda: rank == 0 and forget_starts(config.run_dir)):
+        with at_interrupt(forget):
             code = fit(config, STOP)
         reason = f"exit code {code}" if code else ""
     except (KeyboardInterrupt, SystemExit):  # SystemExit: Lightning's, after a KeyboardInterrupt
-        if rank == 0:
-            forget_starts(config.run_dir)  # somebody is there and looks at it
+        forget()  # somebody is there and looks at it
         return INTERRUPTED
     except RunFailed as failure:  # the same on every rank
         if rank == 0:
@@ -81,8 +85,7 @@ def _fit_counted(config: Config, rank: int) -> int:
         code, reason = 1, str(failure)[:300]
     except Exception as error:
         if is_mistake(error, STOP.training):
-            if rank == 0:
-                forget_starts(config.run_dir)
+            forget()
             raise
         log.exception("rank %d failed", rank)
         code, reason = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"

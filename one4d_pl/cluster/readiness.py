@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -101,7 +102,7 @@ def look(config: Config, place: Place, probe: Path) -> Report:
         checks += [_check_driver, lambda: _check_shared(probe), lambda: _read_base(config, report)]
         checks += [lambda: _check_memory(config), lambda: _check_shared_memory(config)]
         sources = {source.path: source for source in [*config.data.sources, *config.data.val_sources]}
-        checks += [lambda source=source: _read_sample(config, source, place) for source in sources.values()]  # type: ignore[misc]
+        checks += [partial(_read_sample, config, source, place) for source in sources.values()]
         checks.append(lambda: _check_caches(config))
     for check in checks:
         try:

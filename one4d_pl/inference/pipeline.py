@@ -172,7 +172,7 @@ class One4DPipeline:
         count = self._num_frames(num_frames, given)
         pictures = {index: _pixels(picture) for index, picture in given.items()}
         first = next(iter(pictures.values()), None)
-        framing = self.framing(None if first is None else tuple(first.shape[:2]), height, width)
+        framing = self.framing(None if first is None else (first.shape[0], first.shape[1]), height, width)
         placed = torch.zeros(count, framing.height, framing.width, 3, dtype=torch.uint8)
         frame_mask = torch.zeros(count, dtype=torch.bool)
         for index, pixels in pictures.items():
@@ -295,8 +295,11 @@ class One4DPipeline:
             same = GuidanceConfig(guidance, guidance, guidance, guidance)
             config = replace(config, guidance=same, guidance_xyz=None)
         try:
-            changes = {"steps": steps, "solver": solver}
-            config = replace(config, **{name: value for name, value in changes.items() if value is not None})
+            config = replace(
+                config,
+                steps=config.steps if steps is None else steps,
+                solver=config.solver if solver is None else solver,
+            )
         except ConfigError as error:
             raise RequestError(str(error)) from None
         negative = self.negative_prompt if negative_prompt is None else negative_prompt

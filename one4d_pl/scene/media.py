@@ -12,6 +12,7 @@ import av
 import numpy as np
 import torch
 from av.container import InputContainer
+from av.sidedata.sidedata import SideDataContainer
 from av.sidedata.sidedata import Type as SideDataType
 from av.video.codeccontext import VideoCodecContext
 from av.video.stream import VideoStream
@@ -209,7 +210,7 @@ def _over_white(frame: av.VideoFrame) -> np.ndarray:  # [H, W, 3] uint8
     has_alpha = frame.format.has_palette or any(component.is_alpha for component in frame.format.components)
     deep = any(component.bits > 8 for component in frame.format.components)
     kind = ("rgba64le" if has_alpha else "rgb48le") if deep else ("rgba" if has_alpha else "rgb24")
-    pixels = frame.to_ndarray(format=kind)
+    pixels: np.ndarray = frame.to_ndarray(format=kind)
     if has_alpha:
         full = 65535 if deep else 255
         share = pixels[..., 3:].astype(np.float32) / full
@@ -221,8 +222,9 @@ def _over_white(frame: av.VideoFrame) -> np.ndarray:  # [H, W, 3] uint8
 
 def _turned(pixels: np.ndarray, frame: av.VideoFrame, stream: VideoStream) -> np.ndarray:
     """The picture as the file wants it shown, by the nearest of the eight ways that pixels can lie."""
-    # PyAV's stubs take its side data for a mapping
-    matrices = (data for data in frame.side_data if data.type == SideDataType.DISPLAYMATRIX)  # type: ignore[attr-defined]
+    side_data: object = frame.side_data  # PyAV's stubs take it for a dictionary
+    assert isinstance(side_data, SideDataContainer)
+    matrices = (data for data in side_data if data.type == SideDataType.DISPLAYMATRIX)
     matrix = next(map(bytes, matrices), None)
     if matrix is None:  # old files, and Matroska's, have a tag: degrees clockwise
         tag = next((value for name, value in stream.metadata.items() if name.lower() == "rotate"), "0")
