@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def measure_ceiling(device: torch.device, tiny: bool) -> dict[str, float]:
     for m, k, n in products:
         a = torch.randn(m, k, device=device, dtype=torch.bfloat16)
         b = torch.randn(n, k, device=device, dtype=torch.bfloat16)
-        found[f"{m} x {k} x {n}"] = 2 * m * k * n / _repeated(lambda a=a, b=b: linear(a, b), device) / 1e12
+        found[f"{m} x {k} x {n}"] = 2 * m * k * n / _repeated(partial(linear, a, b), device) / 1e12
     query, key, value = (torch.randn(attention, device=device, dtype=torch.bfloat16) for _ in range(3))
     samples, heads, tokens, width = attention
     product = 2 * samples * heads * tokens * tokens * width

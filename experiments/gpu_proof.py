@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -167,7 +167,7 @@ def run(part: Part, out: Path) -> Outcome:
     return Outcome(part.name, part.shows, " ".join(part.command[1:]), verdict, time.perf_counter() - began, found)
 
 
-def markdown(about: dict[str, object], outcomes: list[Outcome]) -> list[str]:
+def markdown(about: Mapping[str, object], outcomes: list[Outcome]) -> list[str]:
     """Write the report for people."""
     lines = ["# Proof on a GPU", "", ", ".join(f"{name} {value}" for name, value in about.items()), ""]
     lines += ["| part | shows that | verdict | s |", "|---|---|---|---:|"]

@@ -125,7 +125,7 @@ class TinyBaseModule(lightning.LightningModule):
         with replaced_folder(folder) as staging:
             shutil.copytree(self.config.base.path, staging, dirs_exist_ok=True)
             for name, file in WEIGHT_FILES.items():
-                state = self.average.module[name].state_dict()
+                state = self.average.module.get_submodule(name).state_dict()
                 save_file({k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}, staging / name / file, META)
 
 

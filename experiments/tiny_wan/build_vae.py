@@ -141,7 +141,7 @@ def _train(
             save_training(training, config, folder / "state.safetensors")
             vae = export(training, config, train, folder / "vae", bfloat16=training.seconds < budget_s)
             quality = evaluate(vae, few, bfloat16=True)
-            point = {"minutes": training.seconds / 60, "step": training.step}
+            point: dict[str, object] = {"minutes": training.seconds / 60, "step": training.step}
             point |= {kind: asdict(q) for kind, q in quality.items()}
             with (folder / "curve.jsonl").open("a") as file:
                 file.write(json.dumps(point) + "\n")
