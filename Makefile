@@ -64,7 +64,7 @@ slurm-setup:  ## install the SLURM of the tests' virtual cluster (Debian's, by a
 # the first line is the command of every scale; it goes on from the shipped adapters, so that training is seen to work
 demo: $(STAMP)  ## train on a little from the shipped adapters, then sample, measure and draw held-out scenes into demo/
 	$(VENV)/bin/python -m one4d_pl.fit --config configs/demo.yaml
-	$(VENV)/bin/python -m one4d_pl.demo --out demo
+	$(VENV)/bin/python -m one4d_pl demo --out demo
 
 BENCH ?= toy tasks
 ROOT ?=
@@ -72,7 +72,7 @@ CKPT ?=
 EVAL_ARGS ?=
 eval: $(STAMP)  ## BENCH=sintel ROOT=<its folder> CKPT=<adapter folder>; with nothing: the demo adapters on toy scenes, and beside their goals
 	@set -e; for bench in $(BENCH); do echo "eval: $$bench"; \
-		OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl.evaluate --bench $$bench $(if $(ROOT),--root $(ROOT)) $(if $(CKPT),--ckpt $(CKPT)) $(EVAL_ARGS); done
+		OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl evaluate --bench $$bench $(if $(ROOT),--root $(ROOT)) $(if $(CKPT),--ckpt $(CKPT)) $(EVAL_ARGS); done
 
 # a process per core, four at most; a file's tests stay together, since they share what they set up
 test: $(STAMP)  ## the tests but the slow ones
@@ -94,15 +94,15 @@ bench: $(STAMP)  ## on a CPU: coupling beside its alternatives, a step before an
 
 NANO_ARGS ?=
 nano: $(STAMP)  ## the paper's claims at laptop scale: dozens of short trainings, a report in runs/nano; a few hours, resumable
-	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl.nano $(NANO_ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m experiments.nano $(NANO_ARGS)
 
 BENCH_GPU_ARGS ?=
 bench-gpu: $(STAMP)  ## a training step of the 14B and the 1.3B at random on this GPU; BENCH_GPU_ARGS=--tiny runs on a CPU
-	$(VENV)/bin/python -m one4d_pl.bench_gpu $(BENCH_GPU_ARGS)
+	$(VENV)/bin/python -m experiments.bench_gpu $(BENCH_GPU_ARGS)
 
 GPU_PROOF_ARGS ?=
 gpu-proof: $(STAMP)  ## everything once on one GPU in ten minutes, with a report; GPU_PROOF_ARGS=--tiny runs on a CPU
-	$(VENV)/bin/python -m one4d_pl.gpu_proof $(GPU_PROOF_ARGS)
+	$(VENV)/bin/python -m experiments.gpu_proof $(GPU_PROOF_ARGS)
 
 chaos: $(STAMP)  ## KILLS=200: SIGKILL a 2-rank run again and again; survivors must equal the undisturbed one bit for bit
 	PYTHONPATH=. $(VENV)/bin/python -m tests.training.chaos

@@ -24,7 +24,7 @@ from tqdm import tqdm
 from data_prep.geometry_checks import check_geometry
 from data_prep.parallel import run_parallel
 from data_prep.pictures import draw_clips
-from one4d_pl.commands import Command
+from one4d_pl.commands.command import Command
 from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.tar_set import SampleError
@@ -217,7 +217,7 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if damaged or any(check.fault for check in checks) else 0
 
 
-main = Command("data_prep.check_shards", __doc__, _add_arguments, _run)
+main = Command("python -m data_prep.check_shards", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
     main.run_process()

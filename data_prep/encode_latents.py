@@ -13,7 +13,7 @@ import logging
 from dataclasses import dataclass
 from pathlib import Path
 
-from one4d_pl.commands import Command
+from one4d_pl.commands.command import Command
 from one4d_pl.config import Config, ConfigError, load_config
 from one4d_pl.files import check_folder
 
@@ -96,7 +96,7 @@ def _run(args: argparse.Namespace) -> None:
     print("\n".join(lines))
 
 
-main = Command("data_prep.encode_latents", __doc__, _add_arguments, _run)
+main = Command("python -m data_prep.encode_latents", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
     main.run_process()

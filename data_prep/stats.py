@@ -19,7 +19,7 @@ import torch
 
 from data_prep.geometry_checks import check_geometry
 from data_prep.pictures import draw_bars
-from one4d_pl.commands import Command
+from one4d_pl.commands.command import Command
 from one4d_pl.data.encoded import EncodedSet
 from one4d_pl.data.latent_stats import LatentStats, latent_statistics, spread
 from one4d_pl.data.shards import ShardSet
@@ -180,7 +180,7 @@ def _plain(value: object) -> object:
     return None if isinstance(value, float) and math.isnan(value) else value  # json has no nan
 
 
-main = Command("data_prep.stats", __doc__, _add_arguments, _run)
+main = Command("python -m data_prep.stats", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
     main.run_process()

@@ -22,9 +22,9 @@ from one4d_pl.data.decode import resize_clip
 from one4d_pl.data.shards import pack_clip
 from one4d_pl.data.staging import Dropped, Plan, Staging
 from one4d_pl.data.tar_set import MANIFEST_NAME, Origin, SampleEntry
-from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.errors import UserError, reading
 from one4d_pl.files import read_text
+from one4d_pl.toy.world import clip_key, render_clip
 from one4d_pl.types import Clip
 
 # Sequences that published evaluations use (protocol.md, sec. 1.1): all of Sintel's training set, Bonn's five and

@@ -23,7 +23,7 @@ from data_prep.captions import CaptionOptions, digest_of_table, read_table
 from data_prep.parallel import run_parallel
 from data_prep.sources.registry import DEFAULT_STRIDES
 from data_prep.units import UnitResult, UnitTask, convert_unit, list_source_units, read_exclusions, split_units
-from one4d_pl.commands import Command
+from one4d_pl.commands.command import Command
 from one4d_pl.data.clip_codec import MAX_FRAMES, MIN_FRAMES
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.staging import Plan, Staging, is_finished
@@ -219,7 +219,7 @@ def _run(args: argparse.Namespace) -> None:
     print(f"{len(shards)} clips in {len(shards.manifest.shards)} shards{reasons}: {arguments.out}")
 
 
-main = Command("data_prep.write_shards", __doc__, _add_arguments, _run)
+main = Command("python -m data_prep.write_shards", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
     main.run_process()

@@ -39,6 +39,10 @@ class UserError(ValueError):
     """A mistake of the user, or a file that cannot be used; one line that names it and says what would work."""
 
 
+class RunFailed(RuntimeError):
+    """A training cannot go on, for a reason that one line says whole: exit code 1 without a traceback."""
+
+
 @contextlib.contextmanager
 def reading(path: Path | str, need: str = "") -> Iterator[None]:
     """Turn what opening and parsing a file or folder raises into a UserError that names it, and what is needed."""

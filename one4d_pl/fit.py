@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from one4d_pl.errors import UserError
+from one4d_pl.cluster.signals import STOP, Stop, die_with_launcher, early_rank, end_process, exit_code
+from one4d_pl.errors import RunFailed, UserError
 from one4d_pl.files import check_folder, write_text
 from one4d_pl.interrupts import INTERRUPTED, at_interrupt
-from one4d_pl.training.signals import STOP, Stop, die_with_launcher, early_rank, end_process, exit_code
 
 if __name__ == "__main__":  # before the other imports: a signal during them is to be remembered
     STOP.watch()
@@ -20,12 +20,12 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from one4d_pl.commands import Command
-from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, load_config, to_yaml
-from one4d_pl.training.preemption import RunFailed, begin_start, forget_starts, note_end
-from one4d_pl.training.readiness import refuse_absent_deepspeed
+from one4d_pl.cluster.readiness import refuse_absent_deepspeed
+from one4d_pl.cluster.restarts import begin_start, forget_starts, note_end
+from one4d_pl.cluster.watchdog import rank_log
+from one4d_pl.commands.command import Command
+from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, initial_adapters, load_config, to_yaml
 from one4d_pl.training.run_lock import sole_run
-from one4d_pl.training.watchdog import rank_log
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -67,13 +67,17 @@ def _run(args: argparse.Namespace) -> int:
 
 def _fit_counted(config: Config, rank: int) -> int:
     """`fit`, with what its end says about another start; returns the exit code."""
+
+    def forget() -> None:
+        if rank == 0:
+            forget_starts(config.run_dir)
+
     try:
-        with at_interrupt(lambda: rank == 0 and forget_starts(config.run_dir)):
+        with at_interrupt(forget):
             code = fit(config, STOP)
         reason = f"exit code {code}" if code else ""
     except (KeyboardInterrupt, SystemExit):  # SystemExit: Lightning's, after a KeyboardInterrupt
-        if rank == 0:
-            forget_starts(config.run_dir)  # somebody is there and looks at it
+        forget()  # somebody is there and looks at it
         return INTERRUPTED
     except RunFailed as failure:  # the same on every rank
         if rank == 0:
@@ -81,8 +85,7 @@ def _fit_counted(config: Config, rank: int) -> int:
         code, reason = 1, str(failure)[:300]
     except Exception as error:
         if is_mistake(error, STOP.training):
-            if rank == 0:
-                forget_starts(config.run_dir)
+            forget()
             raise
         log.exception("rank %d failed", rank)
         code, reason = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
@@ -128,8 +131,8 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     import transformers
 
     from one4d_pl.callbacks.losses import LossCurves
-    from one4d_pl.callbacks.survival import Heartbeat, Preempted, Preemption
     from one4d_pl.callbacks.throughput import StepBar, StepLine, Throughput
+    from one4d_pl.cluster.survival import Heartbeat, Preempted, Preemption
     from one4d_pl.data.shared_memory import refuse_small_shared_memory
     from one4d_pl.models.driver import driver_mismatch
     from one4d_pl.models.transformer import describe_sizes
@@ -165,8 +168,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     heartbeat = Heartbeat(config, early_rank(config.train.devices))
     datamodule = training_data(config, heartbeat.beat)
     datamodule.start_step = start_step
-    init_from = Path(config.train.init_from) if config.train.init_from else None
-    module = One4DModule(config, adapters=resume_from or init_from, resume=resume_from is not None)
+    module = One4DModule(config, adapters=resume_from or initial_adapters(config), resume=resume_from is not None)
     guard = StepGuard(config.train)
     average = WeightAverage(config.optim.ema_decay, guard, resume_from) if config.optim.ema_decay else None
     checkpoint = StepCheckpoint(config, resume_from, guard.skipped, average)
@@ -231,7 +233,7 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the frozen base, on purpose
 
 
-main = Command("one4d_pl.fit", __doc__, _add_arguments, _run)
+main = Command("python -m one4d_pl.fit", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
     end_process(lambda: main(sys.argv[1:]))

@@ -13,11 +13,12 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
+Task = Literal["text", "image", "sparse", "video"]
+
 MODALITIES = ("rgb", "xyz")  # the two branches; rgb is the first half of every stacked batch
-TASKS = ("text", "image", "sparse", "video")  # which frames are given: none, the first, some, all
+TASKS: tuple[Task, ...] = ("text", "image", "sparse", "video")  # which frames are given: none, the first, some, all
 DOMAINS = ("synthetic", "real")
 
-Task = Literal["text", "image", "sparse", "video"]
 Record = TypeVar("Record", "PointmapScale", "Encoded", "Batch")
 
 

@@ -33,13 +33,13 @@ if [ -n "${BENCHES:-}" ]; then
     fi
     chosen=(--bench "${benches[$task]}" --root "${roots[$task]}")
 elif [ $# -lt 1 ]; then
-    echo "usage: sbatch slurm/eval.sh --bench NAME --root FOLDER --ckpt ADAPTER [arguments of one4d_pl.evaluate]" >&2
+    echo "usage: sbatch slurm/eval.sh --bench NAME --root FOLDER --ckpt ADAPTER [arguments of one4d evaluate]" >&2
     exit 2
 fi
 
 # a filesystem that hangs must not hold the node for ever; what was begun is resumed
 limit=${EVAL_LIMIT:-690m}
 status=0
-timeout --kill-after=60 "$limit" ${CONTAINER:-} "$python" -m one4d_pl.evaluate "${chosen[@]}" "$@" || status=$?
+timeout --kill-after=60 "$limit" ${CONTAINER:-} "$python" -m one4d_pl evaluate "${chosen[@]}" "$@" || status=$?
 [ "$status" -ne 124 ] || echo "eval: stopped after $limit; submit the same line again to go on" >&2
 exit "$status"

@@ -191,7 +191,7 @@ finish() {
 }
 
 patience=${PREFLIGHT_TIMEOUT:-120}  # a cold environment on a network filesystem takes a minute to import
-launch preflight "$((3 * patience + 60))" one4d_pl.preflight --config "$code/config.yaml" --timeout "$patience"
+launch preflight "$((3 * patience + 60))" one4d_pl preflight --config "$code/config.yaml" --timeout "$patience"
 finish preflight
 rm -f "$RUN_DIR/preflight_deaths"
 [ "$warned" -eq 0 ] || requeue "asked to stop before the first step"

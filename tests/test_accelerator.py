@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from data_prep import encode_latents
-from one4d_pl import evaluate, fit, generate, preflight
+from one4d_pl import fit
+from one4d_pl.commands import evaluate, generate, preflight
 from one4d_pl.config import load_config, to_yaml
 from one4d_pl.inference.pipeline import One4DPipeline
 from tests.conftest import REPO

@@ -21,18 +21,18 @@ from safetensors.torch import save
 from data_prep.captions import read_table
 from data_prep.sources import decoding
 from data_prep.units import read_exclusions
-from one4d_pl.cameras import read_pointmaps
+from one4d_pl.commands.cameras import read_pointmaps
 from one4d_pl.config import load_config
 from one4d_pl.data.rgbd_folder import list_files, read_depth_png, read_rgb_png, read_trajectory
 from one4d_pl.data.shards import ShardSet, write_shards
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation.formats import TAG, read_cam, read_dpt
 from one4d_pl.files import read_json, read_text
-from one4d_pl.inference.media import frame_count, frame_rate, load_image, open_video
-from one4d_pl.inference.predictions import read_prediction, read_wxyz_trajectory
 from one4d_pl.models.adapters import AdapterCard
 from one4d_pl.models.base_files import safetensors_header
 from one4d_pl.models.weights import TensorFiles
+from one4d_pl.scene.media import frame_count, frame_rate, load_image, open_video
+from one4d_pl.scene.predictions import read_prediction, read_wxyz_trajectory
+from one4d_pl.toy.world import render_clip
 
 HANG_S = 30
 LINES = "\n".join(f"{10 + i / 30:.5f} {i} 0 0 0 0 0 1" for i in range(20)).encode()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from one4d_pl import demo, evaluate
+from one4d_pl.commands import demo, evaluate
 from one4d_pl.config import DEMO_ADAPTERS, load_config
 from one4d_pl.evaluation import toy_clips
 from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit

@@ -14,8 +14,8 @@ from types import SimpleNamespace
 import pytest
 from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers, convert_wan_vae_to_diffusers
 
-from one4d_pl import fetch_weights
-from one4d_pl.fetch_weights import BASES, RECORD, main
+from one4d_pl.commands import fetch_weights
+from one4d_pl.commands.fetch_weights import BASES, RECORD, main
 from tests.models.wan_layouts import TEXT_FILE, TRANSFORMER_FILE, VAE_FILE, write_twins
 
 REPO = Path(__file__).parents[1]
@@ -151,7 +151,7 @@ def test_every_base_of_a_scale_is_known_and_no_torch_is_imported(tmp_path):
         path = next(line for line in (REPO / f"configs/scale/{scale}.yaml").read_text().splitlines() if "path:" in line)
         assert path.split("weights/")[1] in BASES
     code = (
-        "import sys; from one4d_pl.fetch_weights import main; main(['Wan2.1-I2V-14B-480P']); "
+        "import sys; from one4d_pl.commands.fetch_weights import main; main(['Wan2.1-I2V-14B-480P']); "
         "print(sorted({'torch', 'diffusers', 'transformers'} & set(sys.modules)))"
     )
     done = subprocess.run(

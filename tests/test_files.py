@@ -17,7 +17,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from one4d_pl.commands import USER_ERROR, exit_code
+from one4d_pl.commands.command import USER_ERROR, exit_code
 from one4d_pl.errors import UserError, reading, writing
 from one4d_pl.files import (
     check_folder,

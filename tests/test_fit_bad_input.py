@@ -23,10 +23,10 @@ MISTAKES: dict[str, tuple[list[str], list[str]]] = {  # arguments, words of the 
     "bad value": ([*DLC, "train.max_steps=many"], ["train.max_steps", "many", "Integer"]),
     "impossible value": ([*DLC, "data.num_frames=16"], ["data.num_frames", "16", "try 17, 49 or 81"]),
     "no override": ([*DLC, "max_steps"], ["max_steps", "section.key=value"]),
-    "missing weights": ([*DLC, "base.path=data/tiny_wan"], ["base.path", "data/tiny_wan", "fetch_weights"]),
+    "missing weights": ([*DLC, "base.path=data/tiny_wan"], ["base.path", "data/tiny_wan", "fetch-weights"]),
     "missing weights of the paper's scale": (
         PAPER,
-        ["base.path", "weights/Wan2.1-Fun-V1.1-14B-InP", "fetch_weights", "--run"],
+        ["base.path", "weights/Wan2.1-Fun-V1.1-14B-InP", "fetch-weights", "--run"],
     ),
     "missing shards": (
         [*DLC, "data.sources=[{path: shards/mine}]"],

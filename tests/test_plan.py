@@ -13,12 +13,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from one4d_pl.cluster import readiness
+from one4d_pl.cluster.readiness import refuse_too_large
+from one4d_pl.commands.plan import main, plan, told
 from one4d_pl.config import ConfigError, load_config
 from one4d_pl.costs.memory import step_memory
 from one4d_pl.models.base_files import ENCODER_PARAMETERS, ORIGINAL_MARK, encoder_sizes
-from one4d_pl.plan import main, plan, told
-from one4d_pl.training import readiness
-from one4d_pl.training.readiness import refuse_too_large
 
 REPO = Path(__file__).parents[1]
 DLC = str(REPO / "configs/dlc.yaml")
@@ -86,7 +86,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, words, capsys, tmp_pat
 
 def test_it_takes_less_than_a_second_and_no_torch(tmp_path):
     code = (
-        "import sys; from one4d_pl.plan import main; "
+        "import sys; from one4d_pl.commands.plan import main; "
         f"main([*sum([['--config', path] for path in {NODES!r}], []), '--gpus', '64', '--gpu', 'H200']); "
         "print(sorted({'torch', 'numpy', 'diffusers', 'lightning'} & set(sys.modules)))"
     )
@@ -104,7 +104,7 @@ def test_the_pre_flight_refuses_what_cannot_fit(run_config, monkeypatch):
     refuse_too_large(config, "GPU", 80 * 2**30)
     with pytest.raises(ConfigError, match=r"a step needs \d\.\d GiB of a GPU, tiny GPU has 0\.5") as caught:
         refuse_too_large(config, "tiny GPU", 2**29)
-    assert "\n" not in str(caught.value) and "one4d_pl.plan" in str(caught.value)
+    assert "\n" not in str(caught.value) and "one4d plan" in str(caught.value)
     properties = SimpleNamespace(name="tiny GPU", total_memory=2**29)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
     readiness._check_memory(config)  # nothing on a CPU

@@ -157,5 +157,5 @@ def test_an_evaluation_task_takes_its_benchmark_from_the_array(tmp_path):
         )
         for task in ("1", "2")
     ]  # fmt: skip
-    assert said[0].stdout == "-m one4d_pl.evaluate --bench bonn --root /b --ckpt x\n", said[0].stderr
+    assert said[0].stdout == "-m one4d_pl evaluate --bench bonn --root /b --ckpt x\n", said[0].stderr
     assert said[1].returncode == 2 and "--array=0-1" in said[1].stderr

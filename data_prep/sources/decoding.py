@@ -25,7 +25,7 @@ from torch import Tensor
 from one4d_pl.errors import LFS_HINT, UserError, fault_of, is_lfs_pointer
 from one4d_pl.files import read_text
 from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
-from one4d_pl.inference.media import load_image, upright_frames
+from one4d_pl.scene.media import load_image, upright_frames
 
 MAX_PIXELS = 89_000_000  # of one picture, as in clip_codec
 MAX_BYTES = 4 << 30  # of one array or archive member: 81 pointmaps of 1280x720 take 0.9 GB

@@ -41,7 +41,7 @@ from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_uni
 from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.data.texts import caption_text, is_missing, licence_text
 from one4d_pl.files import read_json
-from one4d_pl.inference.media import frame_count
+from one4d_pl.scene.media import frame_count
 from one4d_pl.types import DOMAINS, Clip
 
 ARRAYS = ("frames", "frame_numbers", "depth", "pointmaps", "intrinsics", "cam2world", "confidence", "valid", "moving")

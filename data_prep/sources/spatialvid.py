@@ -44,7 +44,7 @@ from one4d_pl.data.frame_order import by_number
 from one4d_pl.data.texts import caption_text
 from one4d_pl.files import read_json
 from one4d_pl.geometry.se3 import invert_se3
-from one4d_pl.inference.media import frame_count, frame_rate
+from one4d_pl.scene.media import frame_count, frame_rate
 from one4d_pl.types import Clip
 
 LICENCE = "CC-BY-NC-SA-4.0"

@@ -76,7 +76,7 @@ def clips_of_units(
         logger.warning("%s: %d of %d clips dropped", root, num_dropped, num_clips)
 
 
-def _stop_where_the_machine_fails(unit: str, error: BaseException) -> None:
+def _stop_where_the_machine_fails(unit: str, error: Exception) -> None:
     """OSError for what another try may read: a sound clip must not be lost for good to a hiccup of a disk."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, av.FFmpegError):  # has these numbers for broken videos too

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 
 from one4d_pl.config import TrainConfig
 from one4d_pl.training.checkpoint import VAL_TOTAL
@@ -56,11 +57,11 @@ class LossCurves(Callback):
         self,
         trainer: lightning.Trainer,
         module: lightning.LightningModule,
-        outputs: dict[str, Tensor],
+        outputs: STEP_OUTPUT,
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        assert isinstance(module, One4DModule)
+        assert isinstance(module, One4DModule) and isinstance(outputs, Mapping)
         tasks = torch.tensor([TASKS.index(task) for task in batch.tasks])
         for i, modality in enumerate(MODALITIES):
             losses = outputs[modality].double().cpu()
@@ -86,9 +87,9 @@ class LossCurves(Callback):
 
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, One4DModule)
-        metrics = {f"val/loss/{m}": metric.compute().item() for m, metric in module.val_loss.items()}
-        for metric in module.val_loss.values():
-            metric.reset()
+        metrics = {f"val/loss/{m}": module.val_loss_of(m).compute().item() for m in MODALITIES}
+        for modality in MODALITIES:
+            module.val_loss_of(modality).reset()
         total = metrics["val/loss/rgb"] + module.config.flow.xyz_weight * metrics["val/loss/xyz"]
         module.log(VAL_TOTAL, total, logger=False)  # for training/checkpoint.py
         _log(trainer, metrics, trainer.global_step)
@@ -97,7 +98,7 @@ class LossCurves(Callback):
             log.info("step %d: %s", trainer.global_step, shown)
 
     def _link_ratios(self, module: One4DModule) -> dict[str, float]:
-        ratios = {block: float(link.ratio) for block, link in module.transformer.links.items()}
+        ratios = {block: float(link.get_buffer("ratio")) for block, link in module.transformer.links.items()}
         for block, ratio in ratios.items():
             if ratio > LINK_RATIO_WARNING and block not in self.warned:
                 self.warned.add(block)

@@ -14,11 +14,11 @@ from torch.utils.data import DataLoader
 from one4d_pl.callbacks.cadence import Cadence
 from one4d_pl.callbacks.scene_samples import sample_scene
 from one4d_pl.config import ConfigError, EvalConfig
-from one4d_pl.data.datamodule import One4DDataModule
+from one4d_pl.data.datamodule import datamodule_of
 from one4d_pl.data.decode import PaddedStream
 from one4d_pl.metrics.video import I3D_MIN_FRAMES, FrechetVideoDistance, I3DFeatures, VaeFeatures
 from one4d_pl.training.module import One4DModule
-from one4d_pl.types import Batch, Sample
+from one4d_pl.types import Batch, Sample, Task
 
 log = logging.getLogger(__name__)
 
@@ -82,12 +82,12 @@ def image_to_video(batch: Batch) -> Batch:
     """The same clips with their first frame given and no other."""
     first = torch.zeros_like(batch.frame_mask)
     first[:, 0] = True
-    return replace(batch, frame_mask=first, tasks=("image",) * len(batch))
+    task: Task = "image"
+    return replace(batch, frame_mask=first, tasks=(task,) * len(batch))
 
 
 def _clips(trainer: lightning.Trainer, count: int) -> DataLoader[Sample]:
     """This rank's share of the first `count` validation clips, one per batch: the loader of a longer validation."""
-    longer = copy.copy(trainer.datamodule)
-    assert isinstance(longer, One4DDataModule)
+    longer = copy.copy(datamodule_of(trainer))
     longer.config = replace(longer.config, val=replace(longer.config.val, clips=count))
     return longer.val_dataloader()

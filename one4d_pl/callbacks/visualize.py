@@ -17,8 +17,8 @@ from torch import Tensor
 
 from one4d_pl.callbacks.scene_samples import SceneSamples
 from one4d_pl.geometry.pointmap import is_sky
-from one4d_pl.inference.panels import scene_panel, to_bytes
 from one4d_pl.models.conditioning import blank_hidden_frames
+from one4d_pl.scene.panels import scene_panel, to_bytes
 
 log = logging.getLogger("one4d_pl")
 

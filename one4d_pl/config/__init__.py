@@ -5,11 +5,12 @@ classes alone need nothing. The yaml tree dies in `load_config`; each class of t
 lives here or, where it belongs to a scale or a data mix, in one yaml.
 """
 
-from one4d_pl.config.checks import ConfigError
-from one4d_pl.config.load import as_dict, flatten, load_config, to_yaml
+from one4d_pl.config.checks import ConfigError, changeable
+from one4d_pl.config.load import as_dict, load_config, to_yaml
 from one4d_pl.config.model import (
     ATTENTION,
     EMBEDDED_BASE,
+    MAX_SCENE_FRAMES,
     NATIVE_ATTENTION,
     SOLVERS,
     BaseConfig,
@@ -27,7 +28,9 @@ from one4d_pl.config.places import (
     base_folder,
     check_paths,
     holds_base,
+    initial_adapters,
 )
+from one4d_pl.config.recipes import Change, changes, flatten
 from one4d_pl.config.run import (
     CHECKPOINTING,
     TEMPORAL_FACTOR,
@@ -49,12 +52,14 @@ __all__ = [
     "DEMO_ADAPTERS",
     "DIFFUSERS_MARK",
     "EMBEDDED_BASE",
+    "MAX_SCENE_FRAMES",
     "NATIVE_ATTENTION",
     "ORIGINAL_MARK",
     "SOLVERS",
     "TEMPORAL_FACTOR",
     "TOY_LEVELS",
     "BaseConfig",
+    "Change",
     "Config",
     "ConfigError",
     "DLCConfig",
@@ -72,9 +77,12 @@ __all__ = [
     "ValConfig",
     "as_dict",
     "base_folder",
+    "changeable",
+    "changes",
     "check_paths",
     "flatten",
     "holds_base",
+    "initial_adapters",
     "legal_worlds",
     "load_config",
     "to_yaml",

@@ -1,8 +1,11 @@
-"""What a bad value says."""
+"""A knob: its default, the values it takes, and whether a run that goes on may have another; what a bad value says."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any, get_type_hints
 
 from one4d_pl.errors import UserError
 
@@ -11,25 +14,66 @@ class ConfigError(UserError):
     """A knob, option or path that cannot work."""
 
 
-def one_of(name: str, value: str | int, allowed: tuple[str | int, ...]) -> None:
-    """ConfigError unless `value` is one of `allowed`."""
-    if value not in allowed:
-        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(str, allowed))}")
+def knob(
+    default: Any = dataclasses.MISSING,
+    *,
+    factory: Any = dataclasses.MISSING,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    one_of: tuple[str | int, ...] = (),
+    may_change: bool = False,
+) -> Any:
+    """Declare a field of a config class.
+
+    Args:
+        default, factory: as of dataclasses.field.
+        low, above, high: bounds; `above` is itself left out. A bounded number is finite.
+        one_of: the values allowed.
+        may_change: a run that goes on from a checkpoint may have another value, since the updates stay the same.
+    """
+    bounds = {"low": low, "above": above, "high": high, "one_of": one_of, "may_change": may_change}
+    return dataclasses.field(default=default, default_factory=factory, metadata=bounds)
 
 
-def positive(name: str, value: float) -> None:
-    """ConfigError unless above 0 and finite."""
-    if not 0 < value < math.inf:
-        raise ConfigError(f"{name}: must be > 0 and finite, got {value}")
+def check(section: str, knobs: Any) -> None:
+    """ConfigError where a knob of a section is outside its bounds."""
+    for field in dataclasses.fields(knobs):
+        refuse(f"{section}.{field.name}", getattr(knobs, field.name), **field.metadata)
 
 
-def at_least(name: str, value: float, low: int) -> None:
-    """ConfigError unless at least `low` and finite."""
-    if not low <= value < math.inf:
+def refuse(
+    name: str,
+    value: Any,
+    low: float | None = None,
+    above: float | None = None,
+    high: float | None = None,
+    one_of: tuple[str | int, ...] = (),
+    may_change: bool = False,
+) -> None:
+    """ConfigError unless `value` is within the bounds of `knob`; nan never is."""
+    if one_of and value not in one_of:
+        raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(str, one_of))}")
+    if low is not None and high is not None:
+        if not low <= value <= high:
+            raise ConfigError(f"{name}: must be between {low} and {high}, got {value}")
+    elif low is not None and not low <= value < math.inf:
         raise ConfigError(f"{name}: must be >= {low}, got {value}")
+    elif above is not None and not above < value < math.inf:
+        raise ConfigError(f"{name}: must be > {above} and finite, got {value}")
 
 
-def share(name: str, value: float) -> None:
-    """ConfigError unless between 0 and 1."""
-    if not 0 <= value <= 1:
-        raise ConfigError(f"{name}: must be between 0 and 1, got {value}")
+def changeable(section: type, prefix: str = "") -> Callable[[str], bool]:
+    """Tell of a dotted key of a config class whether a run that goes on may have another value."""
+    free = set(_changeable(section, prefix))
+    return lambda key: any(key == name or key.startswith(f"{name}.") for name in free)
+
+
+def _changeable(section: type, prefix: str) -> list[str]:
+    hints, found = get_type_hints(section), []
+    for field in dataclasses.fields(section):
+        if field.metadata.get("may_change"):
+            found.append(prefix + field.name)
+        elif dataclasses.is_dataclass(kind := hints[field.name]) and isinstance(kind, type):
+            found += _changeable(kind, f"{prefix}{field.name}.")
+    return found

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
 from one4d_pl.config.checks import ConfigError
+from one4d_pl.config.places import config_file
 from one4d_pl.config.run import Config
 from one4d_pl.errors import UserError
 from one4d_pl.files import read_text
@@ -19,14 +20,20 @@ if TYPE_CHECKING:
 
 
 def load_config(paths: list[str], overrides: list[str]) -> Config:
-    """Merge yaml files left to right (each after its own `include`s), then `a.b=c` overrides, into a typed Config."""
+    """Merge yaml files left to right (each after its own `include`s), then `a.b=c` overrides, into a typed Config.
+
+    What a file includes from a folder below it (scale/tiny.yaml, data/toy.yaml) is that folder's default: it is left
+    out where another file of the same folder is named, so that no scale has to undo another.
+    """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
     merged = OmegaConf.structured(Config)
-    for path in paths:
-        for name, node in _read_with_includes(Path(path), ()):
-            merged = _merge(merged, node, name)
+    files = [file for path in paths for file in _read_with_includes(config_file(path), ())]
+    named = {file.path.resolve().parent for file in files if file.default_of is None}
+    for file in files:
+        if file.default_of not in named:
+            merged = _merge(merged, file.node, str(file.path))
     for override in overrides:
         merged = _merge(merged, _parse_override(override), f"override {override!r}")
     try:
@@ -54,19 +61,15 @@ def as_dict(config: Config) -> dict[str, object]:
     return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(config))))
 
 
-def flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """section.key -> value, of a config's `as_dict`."""
-    flat: dict[str, object] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+@dataclasses.dataclass(frozen=True)
+class _File:
+    path: Path
+    node: DictConfig
+    default_of: Path | None  # the folder whose default it is, or belongs to
 
 
-def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, DictConfig]]:
-    """The file's includes (relative to it), depth first, then the file itself."""
+def _read_with_includes(path: Path, seen: tuple[Path, ...], default_of: Path | None = None) -> list[_File]:
+    """Read the file's includes (relative to it), depth first, then the file itself."""
     from omegaconf import DictConfig, ListConfig, OmegaConf
 
     if path.resolve() in seen:
@@ -84,10 +87,13 @@ def _read_with_includes(path: Path, seen: tuple[Path, ...]) -> list[tuple[str, D
     includes = node.pop("include", [])
     if not isinstance(includes, ListConfig) and includes != []:
         raise ConfigError(f"{path}: include: need a list of files, e.g. [{includes or 'scale/tiny.yaml'}]")
-    nodes: list[tuple[str, DictConfig]] = []
+    files: list[_File] = []
     for name in includes:
-        nodes += _read_with_includes(path.parent / name, (*seen, path.resolve()))
-    return [*nodes, (str(path), node)]
+        included = path.parent / name
+        below = included.resolve().parent.parent == path.resolve().parent
+        folder = included.resolve().parent if default_of is None and below else default_of
+        files += _read_with_includes(included, (*seen, path.resolve()), folder)
+    return [*files, _File(path, node, default_of)]
 
 
 def _parse_override(override: str) -> DictConfig:

@@ -4,77 +4,75 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from one4d_pl.config.checks import ConfigError, at_least, one_of, positive, share
+from one4d_pl.config.checks import ConfigError, check, knob
 
 SOLVERS = ("euler", "unipc")
 NATIVE_ATTENTION = ("native", "_native_cudnn", "_native_flash", "_native_efficient")  # torch's fused kernels
 ATTENTION = (*NATIVE_ATTENTION, "_native_math", "flash", "_flash_3")  # diffusers' names; the last two are own packages
+MAX_SCENE_FRAMES = 10_000  # of one scene; a typing mistake must not fill the disk
 EMBEDDED_BASE = "embedded"  # base.path's word for the tiny Wan inside the package
 
 
 @dataclass
 class TinyWanConfig:
-    """Shape of the seeded tiny Wan that `build_tiny_base` pretrains."""
+    """Shape of the seeded tiny Wan that experiments/tiny_wan pretrains."""
 
-    seed: int = 0
-    num_layers: int = 10
-    num_heads: int = 4
-    head_dim: int = 48
-    ffn_dim: int = 512
-    text_dim: int = 64
+    seed: int = knob(0, low=0)
+    num_layers: int = knob(10, low=1)
+    num_heads: int = knob(4, low=1)
+    head_dim: int = knob(48, low=1)
+    ffn_dim: int = knob(512, low=1)
+    text_dim: int = knob(64, low=1)
     image_tokens: bool = False  # with CLIP image keys and values, as the 14B has them
 
     def __post_init__(self) -> None:
-        at_least("base.tiny.seed", self.seed, 0)
-        for name in ("num_layers", "num_heads", "head_dim", "ffn_dim", "text_dim"):
-            at_least(f"base.tiny.{name}", getattr(self, name), 1)
+        check("base.tiny", self)
 
 
 @dataclass
 class BaseConfig:
     """The frozen Wan, in diffusers layout or in that of Wan-AI and VideoX-Fun."""
 
-    path: str = EMBEDDED_BASE  # folder, or hub id already in the local cache; the name stands for the shipped one
-    dtype: str = "float32"  # of the frozen transformer and text encoder; the VAE stays float32
-    attention: str = "native"  # kernels, by diffusers' name; native = torch chooses, flash and _flash_3 need flash-attn
-    max_text_tokens: int = 192  # prompts are cut or zero-padded to this, as Wan does with 512
-    negative_prompt: str = ""  # inference only; training drops captions to the empty prompt
-    tiny: TinyWanConfig | None = None  # for build_tiny_base alone
+    # folder, or hub id already in the local cache; the name stands for the shipped one
+    path: str = knob(EMBEDDED_BASE, may_change=True)
+    # of the frozen transformer and text encoder; the VAE stays float32
+    dtype: str = knob("float32", one_of=("float32", "bfloat16"))
+    # kernels, by diffusers' name; native = torch chooses, flash and _flash_3 need flash-attn
+    attention: str = knob("native", one_of=ATTENTION, may_change=True)
+    max_text_tokens: int = knob(192, low=1)  # prompts are cut or zero-padded to this, as Wan does with 512
+    negative_prompt: str = knob("", may_change=True)  # inference only; training drops captions to the empty prompt
+    tiny: TinyWanConfig | None = knob(None, may_change=True)  # for experiments/tiny_wan alone
 
     def __post_init__(self) -> None:
-        one_of("base.dtype", self.dtype, ("float32", "bfloat16"))
-        one_of("base.attention", self.attention, ATTENTION)
-        at_least("base.max_text_tokens", self.max_text_tokens, 1)
+        check("base", self)
 
 
 @dataclass
 class DLCConfig:
     """Decoupled LoRA Control (One4D, Eq. 5-9)."""
 
-    rank: int = 64  # One4D, sec. 4.1
+    rank: int = knob(64, low=1)  # One4D, sec. 4.1
     # alpha / rank; not in the paper, stored with every adapter; nano, open: lora_scale_2 learns 3 % faster
-    lora_scale: float = 1.0
+    lora_scale: float = knob(1.0, above=0)
     # One4D, sec. 3.2; 0 leaves the branches independent; nano, links: more of them learn slower at first (links_1), the
     # shipped adapters rely on every one (link_0_zeroed and so on)
-    num_links: int = 5
+    num_links: int = knob(5, low=0)
     link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
     # own trainable copy; makes the paper's 935.7 exact (our guess, paper.md sec. 3); nano, open: shared_patch_embedding
     # cannot be told from it
     xyz_patch_embedding: bool = True
-    link_direction: str = "both"  # or rgb_to_xyz: frames steer pointmaps and are left alone by them
+    # rgb_to_xyz: frames steer pointmaps and are left alone by them
+    link_direction: str = knob("both", one_of=("both", "rgb_to_xyz"))
     # xyz latents to mean 0, deviation 1 per channel, by some clips of each source; nano, open: alone it cannot be told
     # (standardised), with data.pointmap_power=0.5 it is better (standardised_and_bent) and so the tiny scale's choice
     standardise_xyz: bool = False
-    coupling: str = "decoupled"  # or what One4D is compared with (Fig. 2-3): channel, width; one LoRA, no links
+    # channel, width: what One4D is compared with (Fig. 2-3); one LoRA, no links
+    coupling: str = knob("decoupled", one_of=("decoupled", "channel", "width"))
 
     def __post_init__(self) -> None:
-        at_least("dlc.rank", self.rank, 1)
-        positive("dlc.lora_scale", self.lora_scale)
-        at_least("dlc.num_links", self.num_links, 0)
+        check("dlc", self)
         if self.link_blocks is not None and len(set(self.link_blocks)) != len(self.link_blocks):
             raise ConfigError(f"dlc.link_blocks: {self.link_blocks} names a block twice")
-        one_of("dlc.link_direction", self.link_direction, ("both", "rgb_to_xyz"))
-        one_of("dlc.coupling", self.coupling, ("decoupled", "channel", "width"))
 
 
 @dataclass
@@ -98,18 +96,17 @@ class MaskingConfig:
 class FlowConfig:
     """Flow matching in Wan's sign (One4D, Eq. 1-4): sigma 1 = noise, velocity = noise - latents."""
 
-    shift: float = 1.0  # sigma' = k sigma / (1 + (k - 1) sigma); from here, never from the base's scheduler file
+    # sigma' = k sigma / (1 + (k - 1) sigma); from here, never from the base's scheduler file
+    shift: float = knob(1.0, above=0)
     # loss = rgb + xyz_weight * xyz, each a mean; nano, open: xyz_weight_2 lowers xyz and raises rgb
-    xyz_weight: float = 1.0
-    caption_dropout: float = 0.1  # one draw for both branches
+    xyz_weight: float = knob(1.0, low=0)
+    caption_dropout: float = knob(0.1, low=0, high=1)  # one draw for both branches
     # each branch its own noise level in training; the paper draws one t for both (Eq. 3); nano, open: separate_sigma
     # learns slower
     separate_sigma: bool = False
 
     def __post_init__(self) -> None:
-        positive("flow.shift", self.shift)
-        at_least("flow.xyz_weight", self.xyz_weight, 0)
-        share("flow.caption_dropout", self.caption_dropout)
+        check("flow", self)
 
 
 @dataclass
@@ -129,11 +126,10 @@ class GuidanceConfig:
 class SamplerConfig:
     """How a trained model is sampled; the sigma shift is flow.shift."""
 
-    steps: int = 50  # One4D, sec. 4.1
-    solver: str = "euler"  # or unipc, Wan's own: of higher order, for few steps
+    steps: int = knob(50, low=1)  # One4D, sec. 4.1
+    solver: str = knob("euler", one_of=SOLVERS)  # unipc, Wan's own: of higher order, for few steps
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     guidance_xyz: GuidanceConfig | None = None  # None = as rgb
 
     def __post_init__(self) -> None:
-        at_least("sampler.steps", self.steps, 1)
-        one_of("sampler.solver", self.solver, SOLVERS)
+        check("sampler", self)

@@ -11,7 +11,15 @@ from one4d_pl.config.run import Config
 DIFFUSERS_MARK = "model_index.json"  # a base in diffusers layout holds it
 ORIGINAL_MARK = "Wan2.1_VAE.pth"  # a base in the layout of Wan-AI and VideoX-Fun holds it
 ASSETS = Path(__file__).parents[1] / "assets"
+CONFIGS = Path(__file__).parents[1] / "configs"  # the repository's, which a wheel brings along
 DEMO_ADAPTERS = ASSETS / "demo_adapters"  # of the embedded base, trained on the toy world
+
+
+def config_file(name: str) -> Path:
+    """Find a yaml file: as named, else configs/... among those that the package brings, so that any folder will do."""
+    path = Path(name)
+    shipped = CONFIGS.joinpath(*path.parts[1:])
+    return shipped if not path.exists() and path.parts[:1] == ("configs",) and shipped.is_file() else path
 
 
 def check_paths(config: Config) -> None:
@@ -19,7 +27,7 @@ def check_paths(config: Config) -> None:
     if not holds_base(config.base.path):
         raise ConfigError(
             f"base.path: no base at {config.base.path} (neither {DIFFUSERS_MARK} nor {ORIGINAL_MARK}); get it with "
-            f"`python -m one4d_pl.fetch_weights {Path(config.base.path).name} --to {config.base.path} --run`, "
+            f"`one4d fetch-weights {Path(config.base.path).name} --to {config.base.path} --run`, "
             "or set base.path"
         )
     made_by_fit = config.data.toy.folders() if config.data.toy else []
@@ -32,12 +40,19 @@ def check_paths(config: Config) -> None:
                     f"data.{name}: no shards at {path} (no manifest.json); write them with "
                     f"`python -m data_prep.write_shards --source <dataset> --root <raw folder> --out {path}`"
                 )
-    if config.train.init_from and not (Path(config.train.init_from) / "card.json").is_file():
-        raise ConfigError(f"train.init_from: no adapter at {config.train.init_from} (no card.json)")
+    adapters = initial_adapters(config)
+    if adapters and not (adapters / "card.json").is_file():
+        raise ConfigError(f"train.init_from: no adapter at {adapters} (no card.json)")
     if config.eval.i3d is not None and not Path(config.eval.i3d).is_file():
         raise ConfigError(
             f"eval.i3d: no I3D TorchScript file at {config.eval.i3d}; set eval.i3d=null for val/video/fd_vae"
         )
+
+
+def initial_adapters(config: Config) -> Path | None:
+    """Find the adapter folder that training starts from; None = it starts from scratch."""
+    name = config.train.init_from
+    return DEMO_ADAPTERS if name == EMBEDDED_BASE else Path(name) if name else None
 
 
 def base_folder(path: str) -> Path:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from one4d_pl.config.checks import ConfigError, at_least, one_of, positive, share
+from one4d_pl.config.checks import ConfigError, check, knob, refuse
 from one4d_pl.config.model import NATIVE_ATTENTION, BaseConfig, DLCConfig, FlowConfig, MaskingConfig, SamplerConfig
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
@@ -18,24 +18,22 @@ CHECKPOINTING = ("none", "full", "selective")
 class OptimConfig:
     """AdamW, warm-up, then constant (paper.md sec. 8) with a linear cooldown at the end where asked for."""
 
-    lr: float = 1e-4  # One4D, sec. 4.1
+    lr: float = knob(1e-4, above=0)  # One4D, sec. 4.1
     # the links' lr is lr * min(1, link_lr_width / D); nano, open: link_lr_quarter (a quarter of lr) learns 6 % faster
-    link_lr_width: int = 1280
+    link_lr_width: int = knob(1280, low=1)
     betas: tuple[float, float] = (0.9, 0.95)
-    weight_decay: float = 1e-4
-    warmup_steps: int = 100
-    cooldown_steps: int = 0  # the lr falls to 0 over the last so many steps; 0 = constant, as the paper
-    grad_clip: float = 1.0  # norm over all trainables
+    weight_decay: float = knob(1e-4, low=0)
+    warmup_steps: int = knob(100, low=0)
+    # the lr falls to 0 over the last so many steps; 0 = constant, as the paper; may change until it has begun
+    cooldown_steps: int = knob(0, low=0, may_change=True)
+    grad_clip: float = knob(1.0, low=0)  # norm over all trainables
     # validate, sample and export an exponential moving average of the trainables, and keep both; 0 = off
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
-        positive("optim.lr", self.lr)
-        at_least("optim.link_lr_width", self.link_lr_width, 1)
+        check("optim", self)
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"optim.betas: need values in [0, 1), got {self.betas}")
-        for name in ("weight_decay", "warmup_steps", "cooldown_steps", "grad_clip"):
-            at_least(f"optim.{name}", getattr(self, name), 0)
         if not 0 <= self.ema_decay < 1:
             raise ConfigError(f"optim.ema_decay: need a value in [0, 1), got {self.ema_decay}; 0 = off, e.g. 0.99")
 
@@ -53,16 +51,16 @@ class ToyConfig:
     """The procedural world; `fit` writes it as shards at `root`/{train_synthetic,train_real,val} where absent."""
 
     root: str = "data/toy"
-    level: str = "hard"  # clear: narrow depth, one lens, few large things, air between; an hour of training suffices
-    train_synthetic: int = 192  # clips
-    train_real: int = 64  # clips with sensor noise, holes and pseudo cameras
-    val: int = 32  # clips, synthetic
-    seed: int = 0
+    level: str = knob(
+        "hard", one_of=TOY_LEVELS
+    )  # clear: narrow depth, one lens, few large things, air between; an hour of training suffices
+    train_synthetic: int = knob(192, low=0)  # clips
+    train_real: int = knob(64, low=0)  # clips with sensor noise, holes and pseudo cameras
+    val: int = knob(32, low=0)  # clips, synthetic
+    seed: int = knob(0, low=0)
 
     def __post_init__(self) -> None:
-        for name in ("train_synthetic", "train_real", "val", "seed"):
-            at_least(f"data.toy.{name}", getattr(self, name), 0)
-        one_of("data.toy.level", self.level, TOY_LEVELS)
+        check("data.toy", self)
 
     def folders(self) -> list[Path]:
         """The shard folders that `fit` writes."""
@@ -75,8 +73,8 @@ class DataConfig:
     """What a training sample is made of."""
 
     sources: list[SourceConfig] = field(default_factory=list)
-    val_sources: list[SourceConfig] = field(default_factory=list)
-    toy: ToyConfig | None = None
+    val_sources: list[SourceConfig] = knob(factory=list, may_change=True)
+    toy: ToyConfig | None = knob(None, may_change=True)
     num_frames: int = 17  # 4k + 1, 9 .. 81; longer clips are cut to their first frames
     height: int = 64
     width: int = 96
@@ -87,12 +85,15 @@ class DataConfig:
     # distances r from camera 0 are r ** power to the VAE: below 1 near points get room; nano, open: see
     # dlc.standardise_xyz
     pointmap_power: float = 1.0
-    block_shards: int = 8  # samples are shuffled inside blocks of this many shards
-    num_workers: int = 2
-    cache_latents: bool = True  # encode clips once and keep the latents beside the shards; local shards only
-    cache_dir: str | None = None  # folder of a node's own disk for what is read of remote shards; null = kept nowhere
-    cache_gib: float = 100.0  # GiB that cache_dir may take, over all processes of the node; the oldest reads go first
-    max_skip_share: float = 0.05  # broken samples beyond this share stop the run
+    block_shards: int = knob(8, low=1)  # samples are shuffled inside blocks of this many shards
+    num_workers: int = knob(2, low=0, may_change=True)
+    # encode clips once and keep the latents beside the shards; local shards only
+    cache_latents: bool = knob(True, may_change=True)
+    # folder of a node's own disk for what is read of remote shards; null = kept nowhere
+    cache_dir: str | None = knob(None, may_change=True)
+    # GiB that cache_dir may take, over all processes of the node; the oldest reads go first
+    cache_gib: float = knob(100.0, above=0, may_change=True)
+    max_skip_share: float = knob(0.05, low=0, high=1, may_change=True)  # broken samples beyond this share stop the run
 
     def __post_init__(self) -> None:
         if self.num_frames % TEMPORAL_FACTOR != 1 or not 9 <= self.num_frames <= 81:
@@ -108,13 +109,10 @@ class DataConfig:
             raise ConfigError(f"data.pointmap_power: need 0.1 to 1, got {self.pointmap_power}; 1 = linear")
         if self.z_offset and self.pointmap_power != 1:
             raise ConfigError("data.pointmap_power: bends about camera 0, which data.z_offset moves; set it to 1")
-        at_least("data.block_shards", self.block_shards, 1)
-        at_least("data.num_workers", self.num_workers, 0)
-        positive("data.cache_gib", self.cache_gib)
-        share("data.max_skip_share", self.max_skip_share)
+        check("data", self)
         for name, sources in (("sources", self.sources), ("val_sources", self.val_sources)):
             for source in sources:
-                positive(f"data.{name}: weight of {source.path}", source.weight)
+                refuse(f"data.{name}: weight of {source.path}", source.weight, above=0)
                 if source.weight < 0.001 * (1 - 1e-9) * sum(s.weight for s in sources):
                     raise ConfigError(f"data.{name}: {source.path} is less than 0.1 % of the mixture; leave it out")
 
@@ -123,46 +121,42 @@ class DataConfig:
 class TrainConfig:
     """One run of `fit`."""
 
-    max_steps: int = 5500  # optimiser steps; One4D, sec. 4.1
-    global_batch_size: int = 32  # clips per optimiser step over all ranks; accumulation is derived
-    micro_batch_size: int = 1  # clips per forward pass of one rank
-    strategy: str = "single"  # single | ddp | deepspeed
-    zero_stage: int = 2  # deepspeed: 1, 2 shard optimiser state (and gradients), 3 also the weights
-    offload: bool = False  # deepspeed: optimiser state in host memory, at stage 3 the weights too
-    num_nodes: int = 1
-    devices: int = 1  # processes per node (GPUs where there are any)
-    accelerator: str = "auto"  # auto: GPUs where there are any, else the CPU; gpu: without one, nothing starts
-    precision: str = "32-true"  # 32-true | bf16-mixed; trainables and optimiser stay float32
-    activation_checkpointing: str = (
-        "none"  # full: blocks run again in the backward pass; selective: less self-attention
-    )
-    compile: bool = False  # torch.compile of the blocks: needs a C++ compiler, or Triton's on a GPU
-    seed: int = 0
-    overfit_clips: int = 0  # train on the first n clips only; 0 = off
-    init_from: str | None = None  # adapter folder to start from, with a fresh optimiser
-    resume: bool = True  # continue from the newest checkpoint in run_dir, if there is one
-    save_every: int = 250
-    keep_last: int = 2  # newest checkpoints kept
-    keep_best: int = 1  # checkpoints with the lowest validation loss kept besides
-    log_every: int = 10
-    hang_minutes: float = 20.0  # without a pass through the transformer: write the stacks, exit with 76; 0 = wait on
-    max_restarts: int = 5  # in a row without a new checkpoint, then fit refuses to start; 0 = no limit
+    max_steps: int = knob(5500, low=1, may_change=True)  # optimiser steps; One4D, sec. 4.1
+    global_batch_size: int = knob(32, low=1)  # clips per optimiser step over all ranks; accumulation is derived
+    micro_batch_size: int = knob(1, low=1, may_change=True)  # clips per forward pass of one rank
+    strategy: str = knob("single", one_of=("single", "ddp", "deepspeed"), may_change=True)
+    # deepspeed: 1, 2 shard optimiser state (and gradients), 3 also the weights
+    zero_stage: int = knob(2, one_of=(1, 2, 3), may_change=True)
+    offload: bool = knob(False, may_change=True)  # deepspeed: optimiser state on the host, at stage 3 the weights too
+    num_nodes: int = knob(1, low=1, may_change=True)
+    devices: int = knob(1, low=1, may_change=True)  # processes per node (GPUs where there are any)
+    # auto: GPUs where there are any, else the CPU; gpu: without one, nothing starts
+    accelerator: str = knob("auto", one_of=("auto", "gpu"), may_change=True)
+    precision: str = knob("32-true", one_of=("32-true", "bf16-mixed"))  # trainables and optimiser stay float32
+    # full: blocks run again in the backward pass; selective: less self-attention
+    activation_checkpointing: str = knob("none", may_change=True)
+    # torch.compile of the blocks: needs a C++ compiler, or Triton's on a GPU
+    compile: bool = knob(False, may_change=True)
+    seed: int = knob(0, low=0)
+    overfit_clips: int = knob(0, low=0)  # train on the first n clips only; 0 = off
+    # adapter folder to start from, with a fresh optimiser; `embedded` = the demo's
+    init_from: str | None = knob(None, may_change=True)
+    resume: bool = knob(True, may_change=True)  # continue from the newest checkpoint in run_dir, if there is one
+    save_every: int = knob(250, low=1, may_change=True)
+    keep_last: int = knob(2, low=1, may_change=True)  # newest checkpoints kept
+    keep_best: int = knob(1, low=0, may_change=True)  # checkpoints with the lowest validation loss kept besides
+    log_every: int = knob(10, low=1, may_change=True)
+    # without a pass through the transformer: write the stacks, exit with 76; 0 = wait on
+    hang_minutes: float = knob(20.0, low=0, may_change=True)
+    # in a row without a new checkpoint, then fit refuses to start; 0 = no limit
+    max_restarts: int = knob(5, low=0, may_change=True)
 
     def __post_init__(self) -> None:
-        one_of("train.strategy", self.strategy, ("single", "ddp", "deepspeed"))
-        one_of("train.zero_stage", self.zero_stage, (1, 2, 3))
-        one_of("train.accelerator", self.accelerator, ("auto", "gpu"))
+        check("train", self)
         # what yaml's true and false become here: the knob was a switch once
         switch = {"True": "full", "False": "none"}
         self.activation_checkpointing = switch.get(self.activation_checkpointing, self.activation_checkpointing)
-        one_of("train.activation_checkpointing", self.activation_checkpointing, CHECKPOINTING)
-        one_of("train.precision", self.precision, ("32-true", "bf16-mixed"))
-        for name in ("max_steps", "global_batch_size", "micro_batch_size", "num_nodes", "devices", "save_every"):
-            at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("keep_last", "log_every"):
-            at_least(f"train.{name}", getattr(self, name), 1)
-        for name in ("seed", "overfit_clips", "keep_best", "hang_minutes", "max_restarts"):
-            at_least(f"train.{name}", getattr(self, name), 0)
+        refuse("train.activation_checkpointing", self.activation_checkpointing, one_of=CHECKPOINTING)
         if self.compile and self.strategy == "deepspeed" and self.zero_stage == 3:
             raise ConfigError(
                 "train.compile: blocks whose weights come and go are not compiled; set train.zero_stage=2"
@@ -197,13 +191,12 @@ class TrainConfig:
 class ValConfig:
     """`val/loss/*` at fixed sigmas, noise and frame masks, so that curves of different runs compare."""
 
-    every: int = 250  # optimiser steps
-    clips: int = 8
+    every: int = knob(250, low=1)  # optimiser steps
+    clips: int = knob(8, low=1)
     sigmas: list[float] = field(default_factory=lambda: [0.1, 0.3, 0.5, 0.7, 0.9])
 
     def __post_init__(self) -> None:
-        at_least("val.every", self.every, 1)
-        at_least("val.clips", self.clips, 1)
+        check("val", self)
         if not self.sigmas or not all(0 < sigma <= 1 for sigma in self.sigmas):
             raise ConfigError(f"val.sigmas: need values in (0, 1], got {self.sigmas}")
 
@@ -212,37 +205,34 @@ class ValConfig:
 class EvalConfig:
     """Scenes sampled while training; `every: 0` switches metrics and pictures off, `video_every: 0` the distance."""
 
-    every: int = 500  # optimiser steps; rounded up to the next validation
-    clips: int = 8  # of the validation set, over all ranks; the tasks take turns
-    steps: int = 20  # of the sampler: a look, not the final quality
-    video_every: int = 2000  # optimiser steps between Fréchet distances; rounded up to the next validation
-    video_clips: int = 64  # of the validation set, over all ranks; more than the VAE's 48 features, or it is biased
+    every: int = knob(500, low=0)  # optimiser steps; rounded up to the next validation
+    clips: int = knob(8, low=1)  # of the validation set, over all ranks; the tasks take turns
+    steps: int = knob(20, low=1)  # of the sampler: a look, not the final quality
+    video_every: int = knob(2000, low=0)  # optimiser steps between Fréchet distances; rounded up as `every`
+    # of the validation set, over all ranks; more than the VAE's 48 features, or it is biased
+    video_clips: int = knob(64, low=2)
     i3d: str | None = None  # TorchScript I3D: val/video/fvd; null = the base's VAE: val/video/fd_vae
 
     def __post_init__(self) -> None:
-        at_least("eval.every", self.every, 0)
-        at_least("eval.clips", self.clips, 1)
-        at_least("eval.steps", self.steps, 1)
-        at_least("eval.video_every", self.video_every, 0)
-        at_least("eval.video_clips", self.video_clips, 2)
+        check("eval", self)
 
 
 @dataclass
 class Config:
     """The whole run; configs/dlc.yaml is the method, scale/*.yaml and data/*.yaml the rest."""
 
-    run_dir: str = "runs/dlc"
-    scale: str = "tiny"  # name only: said in the first log line
+    run_dir: str = knob("runs/dlc", may_change=True)
+    scale: str = knob("tiny", may_change=True)  # name only: said in the first log line
     base: BaseConfig = field(default_factory=BaseConfig)
     dlc: DLCConfig = field(default_factory=DLCConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
-    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    sampler: SamplerConfig = knob(factory=SamplerConfig, may_change=True)
     optim: OptimConfig = field(default_factory=OptimConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
-    val: ValConfig = field(default_factory=ValConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
+    val: ValConfig = knob(factory=ValConfig, may_change=True)
+    eval: EvalConfig = knob(factory=EvalConfig, may_change=True)
 
     def __post_init__(self) -> None:
         if self.dlc.coupling != "decoupled" and (self.flow.separate_sigma or self.train.strategy == "deepspeed"):

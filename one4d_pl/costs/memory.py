@@ -224,7 +224,7 @@ def _saved_by_block(shape: TransformerShape, rows: int, context: int, image: boo
     heads = _heads(d)
     # what linears, attention and the norms of queries and keys read, and attention's output: 12 (14 with image tokens);
     # inputs of the other norms, widened to float32: 3
-    saved = rows * d * ((14 if image else 12) * wide + 3 * FLOAT)
+    saved: float = rows * d * ((14 if image else 12) * wide + 3 * FLOAT)
     saved += 2 * rows * shape.ffn_dim * wide  # before and after the GELU
     saved += context * d * (2 * wide + FLOAT)  # keys, values, keys before their norm
     saved += r * wide * (8 * rows + 2 * context)  # between A and B of every LoRA

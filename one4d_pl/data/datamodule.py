@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import lightning
@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 from tqdm import tqdm
 
-from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig
+from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, changes
 from one4d_pl.data.decode import ClipStream, Draw, PaddedStream, make_sample
 from one4d_pl.data.encoded import (
     ClipEncoder,
@@ -23,16 +23,16 @@ from one4d_pl.data.encoded import (
     open_set,
     raw_digest,
 )
-from one4d_pl.data.latent_stats import latent_statistics
+from one4d_pl.data.latent_stats import LatentStats, latent_statistics
 from one4d_pl.data.order import EachOnceOrder, MixtureOrder, rank_positions
 from one4d_pl.data.ranged_reads import RangeReader, is_remote, one_line
 from one4d_pl.data.read_cache import RangeCache
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.shared_memory import PREFETCH
-from one4d_pl.data.toy_world import clip_key, render_clip
 from one4d_pl.data.worker import become_worker
 from one4d_pl.files import check_folder
 from one4d_pl.interrupts import before_workers
+from one4d_pl.toy.world import clip_key, render_clip
 from one4d_pl.types import Batch, Sample, collate
 
 WAITING_S = 5.0  # between two looks at which clips other processes have encoded
@@ -81,6 +81,12 @@ def validation_batches(count: int, rank: int, world: int) -> list[list[int]]:
     return [[first + rank] for first in range(0, count, world)]
 
 
+def datamodule_of(trainer: lightning.Trainer) -> One4DDataModule:
+    """Give the run's datamodule, or what stands in for it in a rehearsal."""
+    datamodule: One4DDataModule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it, undeclared
+    return datamodule
+
+
 class One4DDataModule(lightning.LightningDataModule):
     """Streams of clips for training and validation.
 
@@ -104,7 +110,7 @@ class One4DDataModule(lightning.LightningDataModule):
         self.config = config
         self.encoder = encoder
         self.recipe = encoding_recipe(encoder_fingerprint, config.base.max_text_tokens, config.data)
-        self._latents: dict[str, object] | None = None  # described once; {} = nothing to describe
+        self._latents: tuple[LatentStats | None] | None = None  # measured once; (None,) = nothing to measure
         self.start_step = 0  # set on resume, before the loaders are built
 
     def prepare_data(self) -> None:
@@ -154,15 +160,15 @@ class One4DDataModule(lightning.LightningDataModule):
         manifests = [open_set(source.path).manifest for source in self.config.data.sources]
         return [{"source": m.source, "domain": m.domain, "licence": m.licence} for m in manifests]
 
-    def describe_latents(self) -> dict[str, object] | None:
+    def describe_latents(self) -> LatentStats | None:
         """Statistics of some training clips' latents; None where none is encoded ahead. They go into the adapter's card
         and, where dlc.standardise_xyz asks for it, into the training."""
         if self._latents is None:
             sources = [open_set(source.path) for source in self.config.data.sources]
             sets = [s if isinstance(s, EncodedSet) else self._cache(s) for s in sources]
             known = [s for s in sets if s is not None]
-            self._latents = asdict(latent_statistics(known, MEASURED_CLIPS)) if known else {}
-        return self._latents or None
+            self._latents = (latent_statistics(known, MEASURED_CLIPS) if known else None,)
+        return self._latents[0]
 
     def _loader(self, stream: ClipStream | PaddedStream, batches: StepSampler | list[list[int]]) -> TimedLoader:
         workers = self.config.data.num_workers
@@ -247,11 +253,9 @@ class One4DDataModule(lightning.LightningDataModule):
             raise ConfigError(f"{where} holds encoded clips; validation shows pictures, give it raw shards")
         if not source.sparse_draws:
             raise ConfigError(f"{where} holds no conditioning latents; encode it with --sparse-draws 1 or more")
-        theirs = {k: v for k, v in source.manifest.recipe.items() if k not in ("raw", "sparse_draws")}
-        for name in self.recipe | theirs:
-            expected, found = self.recipe.get(name), theirs.get(name)
-            if found != expected:
-                raise ConfigError(f"{where} was encoded with another {name} ({found}, the config says {expected})")
+        differing = changes(source.manifest.recipe, self.recipe, ignore=lambda key: key in ("raw", "sparse_draws"))
+        if differing:
+            raise ConfigError(f"{where} was encoded with another config: {', '.join(map(str, differing))}")
 
     def _cache_folder(self, source: ShardSet | EncodedSet) -> Path | None:
         """Remote shards have no place beside them: their clips are encoded in the step."""

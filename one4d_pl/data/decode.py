@@ -97,7 +97,7 @@ def draw_validation(config: MaskingConfig, num_frames: int, seed: int, position:
     """Fixed draws that walk through the tasks which are trained, so that every task is in a small validation set."""
     probs = (config.text_prob, config.image_prob, config.sparse_prob, config.video_prob)
     tasks = [task for task, prob in zip(TASKS, probs, strict=True) if prob > 0]
-    task: Task = tasks[position % len(tasks)]  # type: ignore[assignment]
+    task = tasks[position % len(tasks)]
     given = draw_frame_mask(task, num_frames, derived_numpy_generator(seed, position, "validation frames"))
     return Draw(task, given, drop_caption=False)
 

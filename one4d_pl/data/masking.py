@@ -17,7 +17,7 @@ def draw_task(config: MaskingConfig, generator: np.random.Generator) -> Task:
     bounds = np.cumsum([config.text_prob, config.image_prob, config.sparse_prob, config.video_prob])
     # uniform numbers alone: numpy may change what choice and permutation make of them, and runs must resume exactly
     drawn = np.searchsorted(bounds / bounds[-1], generator.random(), side="right")
-    return TASKS[int(drawn)]  # type: ignore[return-value]
+    return TASKS[int(drawn)]
 
 
 def draw_frame_mask(task: Task, num_frames: int, generator: np.random.Generator) -> Tensor:  # [T] bool, 1 = given

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from one4d_pl.errors import UserError
 from one4d_pl.files import read_text
-from one4d_pl.geometry.se3 import invert_se3, se3_matrix, xyzw_to_matrix
+from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
 
 Layout = Literal["tum", "bonn"]
 
@@ -82,10 +82,6 @@ class RGBDFrame:
     def present(self) -> bool:
         """Whether both files are on disk."""
         return self.rgb_path.is_file() and self.depth_path.is_file()
-
-    def read_rgb(self) -> Tensor:  # [H, W, 3] uint8
-        """The image; ValueError names a broken or missing file."""
-        return read_rgb_png(self.rgb_path)
 
     def read_depth(self) -> Tensor:  # [H, W] float32, metres; nan = no measurement
         """The depth map; ValueError names a broken or missing file."""
@@ -177,11 +173,11 @@ def associate(
     """Pair timestamps less than `max_difference` apart, nearest pairs first, each used once (TUM's own rule)."""
     order = torch.argsort(second)
     ranked = second[order]
-    low = torch.searchsorted(ranked, first - max_difference, right=True).tolist()
-    high = torch.searchsorted(ranked, first + max_difference).tolist()
-    candidates = sorted(
-        (abs(float(first[i] - ranked[k])), i, int(order[k])) for i in range(len(first)) for k in range(low[i], high[i])
-    )
+    # a sum with a time of 1e9 s is rounded to 2e-7 s, a difference of two is exact: search wider, decide by the latter
+    low = torch.searchsorted(ranked, first - 1.01 * max_difference).tolist()
+    high = torch.searchsorted(ranked, first + 1.01 * max_difference, right=True).tolist()
+    gaps = ((abs(float(first[i] - ranked[k])), i, k) for i in range(len(first)) for k in range(low[i], high[i]))
+    candidates = sorted((gap, i, int(order[k])) for gap, i, k in gaps if gap < max_difference)
     pairs: dict[int, int] = {}
     used: set[int] = set()
     for _, i, j in candidates:
@@ -199,13 +195,6 @@ def bonn_cam2world(groundtruth: Tensor) -> Tensor:  # [..., 4, 4] float64 -> [..
     return ros @ groundtruth @ ros @ marker
 
 
-def bonn_groundtruth(cam2world: Tensor) -> Tensor:  # [..., 4, 4] float64 -> [..., 4, 4]
-    """The inverse of `bonn_cam2world`: the row that Bonn's file would hold for a camera."""
-    ros = cam2world.new_tensor(BONN_ROS)
-    marker = bonn_cam2world(torch.eye(4, dtype=cam2world.dtype))  # ros · ros = 1
-    return ros @ cam2world @ invert_se3(marker) @ ros
-
-
 def read_rgb_png(path: Path) -> Tensor:  # [H, W, 3] uint8
     """A colour png; ValueError names a broken or missing file."""
     return torch.from_numpy(_decode(path, "RGB"))
@@ -218,6 +207,13 @@ def read_depth_png(
     """A 16-bit depth png; ValueError names a broken or missing file."""
     codes = _decode(path, "I;16").astype(np.float32)
     return torch.from_numpy(np.where(codes == 0, np.float32(np.nan), codes / np.float32(per_metre)))
+
+
+def unrounded(
+    depth: Tensor,  # [...] float32, metres, of `read_depth_png`
+) -> Tensor:  # [...] float64
+    """The same depth without float32's rounding: the file's whole numbers over 5000."""
+    return (depth.double() * DEPTH_PER_METRE).round() / DEPTH_PER_METRE
 
 
 def _decode(path: Path, mode: str) -> np.ndarray:

@@ -18,6 +18,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from one4d_pl.config import changes, flatten
 from one4d_pl.data.tar_set import (
     MANIFEST_NAME,
     Manifest,
@@ -69,10 +70,8 @@ def is_finished(folder: Path, kind: str, recipe: Recipe) -> bool:
         return False
     except ValueError as error:
         raise ShardSetError(f"{folder}: holds another {MANIFEST_NAME} ({one_line(error)}); choose another") from error
-    if manifest.recipe != recipe:
-        raise ShardSetError(
-            f"{folder}: already holds shards of other settings ({_difference(manifest.recipe, recipe)})"
-        )
+    if differing := changes(manifest.recipe, recipe):
+        raise ShardSetError(f"{folder}: already holds shards of other settings: {', '.join(map(str, differing))}")
     shutil.rmtree(folder / STAGING_NAME, ignore_errors=True)  # of a run that was killed after its manifest
     return True
 
@@ -87,9 +86,10 @@ class Staging:
             self.path.mkdir(parents=True, exist_ok=True)
         text = json.dumps(asdict(plan))
         plan_file = self.path / "plan.json"
-        if plan_file.exists() and (begun := self._read(plan_file)) != json.loads(text):
+        begun = flatten(self._read(plan_file)) if plan_file.exists() else None
+        if begun is not None and (differing := changes(begun, flatten(json.loads(text)))):
             raise ShardSetError(
-                f"{folder}: begun with other settings ({_difference(begun, json.loads(text))}); "
+                f"{folder}: begun with other settings: {', '.join(map(str, differing))}; "
                 f"go on with those, or remove {self.path}"
             )
         if not plan_file.exists():
@@ -237,14 +237,3 @@ def _read_piece(path: Path, entry: SampleEntry) -> bytes:
     if (len(content), zlib.crc32(content)) != (entry.size, entry.crc32):
         raise ShardSetError(f"{path}: differs from its record (a full or failing disk?); remove {path.parent}")
     return content
-
-
-def _difference(old: dict, new: dict) -> str:
-    """The settings in which two plans or recipes differ."""
-    if isinstance(old.get("recipe"), dict) and old["recipe"] != new["recipe"]:
-        return _difference(old["recipe"], new["recipe"])
-    names = [name for name in {**old, **new} if old.get(name) != new.get(name)]
-    shown = [f"{name}: {old.get(name)!r}, now {new.get(name)!r}" for name in names if name != "units"]
-    if "units" in names:
-        shown.append(f"units: {len(old['units'])}, now {len(new['units'])} or others")
-    return "; ".join(shown)

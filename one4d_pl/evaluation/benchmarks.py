@@ -32,9 +32,9 @@ from one4d_pl.data.rgbd_folder import (
     read_rgb_png,
     read_trajectory,
 )
-from one4d_pl.data.toy_world import FPS, render_clip
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.formats import read_cam, read_dpt
+from one4d_pl.toy.world import FPS, render_clip
 from one4d_pl.types import Clip
 
 SINTEL_CAMERAS = (

@@ -14,9 +14,9 @@ from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.score import SequenceScore
 from one4d_pl.files import whole_file
 from one4d_pl.geometry.alignment import align_sim3
-from one4d_pl.inference.framing import to_image
-from one4d_pl.inference.panels import near_to_far
-from one4d_pl.inference.predictions import Prediction
+from one4d_pl.scene.framing import to_image
+from one4d_pl.scene.panels import near_to_far
+from one4d_pl.scene.predictions import Prediction
 
 COLUMNS = 5  # frames of a strip, evenly spaced, first and last among them
 WIDTH = 240  # pixels of one picture

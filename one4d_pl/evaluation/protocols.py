@@ -1,11 +1,15 @@
 """Published numbers differ by how they were scored; each way has a name that is printed beside every number.
 
-monst3r     scale and shift by Adam at 1e-4 for 1000 steps, which hardly moves: close to median scaling, and dependent
-            on the prediction's unit; Sintel cut at 70 m, Bonn not
-geo4d       the same by Adam at 1e-2 for 5000 steps, which converges; Sintel and Bonn cut at 70 m; fitted on pixels
-            that the prediction itself calls valid
+monst3r     scale and shift by Adam at 1e-4 for at most 1000 steps, which hardly moves: close to median scaling, and
+            dependent on the prediction's unit; Sintel cut at 70 m, Bonn not
+geo4d       the same by Adam at 1e-2 for at most 5000 steps, which comes near the minimum; Sintel and Bonn cut at 70 m;
+            fitted on pixels that the prediction itself calls valid
+cut3r       one scale, no shift, by ten reweighted least squares, at least 0.001; limits as monst3r
 one4d       geo4d's with the exact L1 minimum instead of Adam (the paper: "following MonST3R and Geo4D")
-scale_only  one scale, no shift (CUT3R's tables), exact L1; limits as monst3r
+scale_only  cut3r's with the exact L1 minimum: nobody's tables, and what cut3r would give if it converged
+
+monst3r, geo4d and cut3r are the published computations themselves, early stops included, in float32; where a
+repository reads the truth as float64 (Bonn in MonST3R and CUT3R), in float64. See `metrics.published_fits`.
 
 In all of them: one fit per sequence in depth; pixels with 0 < truth < 70 m; the depth mean over sequences weighs each
 by its scored pixels; the camera mean is unweighted over the sequences that evo can align (MonST3R drops the others,
@@ -17,8 +21,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from one4d_pl.metrics.depth import Alignment
+from one4d_pl.metrics.published_fits import ADAM, LOWEST_SCALE
 
 FAR = 70.0  # metres
+EXACT: tuple[Alignment, ...] = ("scale", "scale_shift")
 
 
 @dataclass(frozen=True)
@@ -30,6 +36,17 @@ class Protocol:
     use_fit_valid: bool  # fit on the prediction's own valid pixels where it has them; errors on all scored ones
     post_clip: dict[str, float] = field(default_factory=dict)  # benchmark -> upper limit of the aligned prediction
     max_depth: dict[str, float] = field(default_factory=lambda: {"sintel": FAR, "bonn": FAR})
+    float64_truth: tuple[str, ...] = ()  # benchmarks whose true depth is float64 in the published fit, else float32
+
+    @property
+    def lowest_scale(self) -> float | None:
+        """Where the alignment holds the scale; None = nothing does."""
+        return LOWEST_SCALE if self.alignment == "scale_cut3r" else 0.0 if self.alignment in EXACT else None
+
+    @property
+    def needs_metres(self) -> bool:
+        """Whether the fit's steps or limits have a fixed size, so that it depends on the prediction's unit."""
+        return self.alignment in (*ADAM, "scale_cut3r")
 
     def describe(self, benchmark: str) -> str:
         """The combination in words, for tables."""
@@ -48,8 +65,9 @@ class Protocol:
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("monst3r", "scale_shift_monst3r", False, {"sintel": FAR}),
+        Protocol("monst3r", "scale_shift_monst3r", False, {"sintel": FAR}, float64_truth=("bonn",)),
         Protocol("geo4d", "scale_shift_geo4d", True, {"sintel": FAR, "bonn": FAR}),
+        Protocol("cut3r", "scale_cut3r", False, {"sintel": FAR}, float64_truth=("bonn",)),
         Protocol("one4d", "scale_shift", True, {"sintel": FAR, "bonn": FAR}),
         Protocol("scale_only", "scale", False, {"sintel": FAR}),
     )

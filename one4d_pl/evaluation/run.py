@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from one4d_pl.config import Config, ConfigError
+from one4d_pl.config import Config, ConfigError, changes, flatten
 from one4d_pl.errors import reading
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark, sequence_names
 from one4d_pl.evaluation.open_model import describe, open_pipeline
@@ -26,12 +26,12 @@ from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.tables import Row, write_report
 from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
 from one4d_pl.files import read_json, write_text
-from one4d_pl.inference.framing import Shape
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.inference.predictions import find_prediction, read_prediction
 from one4d_pl.models.device import device_of
 from one4d_pl.models.precision import autocast
 from one4d_pl.models.wan import WanEncoders
+from one4d_pl.scene.framing import Shape
+from one4d_pl.scene.predictions import find_prediction, read_prediction
 
 VBENCH_DIMENSIONS = ("i2v_subject", "i2v_background", "dynamic_degree", "aesthetic_quality")
 
@@ -173,8 +173,11 @@ def _variants(
 def _fill_folder(row: _Stored, sequences: list[EvalSequence], predict: Callable[[EvalSequence, Path], None]) -> None:
     """Predict what is not stored yet; a folder of other settings is refused."""
     path, text = row.folder / "settings.json", json.dumps(row.settings, indent=1, sort_keys=True) + "\n"
-    if path.is_file() and path.read_text(encoding="utf-8") != text:
-        raise ConfigError(f"{row.folder}: holds predictions of other settings; delete it or set another --out")
+    if path.is_file() and (differing := changes(flatten(dict(read_json(path))), flatten(json.loads(text)))):
+        raise ConfigError(
+            f"{row.folder}: holds predictions of other settings: {', '.join(map(str, differing))}; delete it or set "
+            "another --out"
+        )
     write_text(path, text)
     missing = [s for s in sequences if not (row.folder / s.name / "cameras.json").is_file()]
     for sequence in tqdm(missing, desc=row.label, unit="sequence", disable=not missing):

@@ -18,21 +18,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from one4d_pl.data.rgbd_folder import unrounded
 from one4d_pl.data.worker import become_worker
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.protocols import Protocol
-from one4d_pl.inference.framing import nearest_to_image, to_image
-from one4d_pl.inference.predictions import Prediction, find_prediction, read_prediction
 from one4d_pl.interrupts import before_workers, uninterrupted
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.camera import camera_errors
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
 from one4d_pl.metrics.depth import DepthErrors, ScaleShift, align_depth, depth_errors
+from one4d_pl.scene.framing import nearest_to_image, to_image
+from one4d_pl.scene.predictions import Prediction, find_prediction, read_prediction
 
 ODD_SHARE = 1e-3  # of the scored pixels
 RANKED_PIXELS = 100_000  # of a sequence, about
 DISPARITY_CORRELATION = -0.3
+OTHER_UNIT = 100  # times the true depth, or 1 / 100 of it
 PARTS = ("all", "observed", "hidden")  # frames that depth is measured on
 
 
@@ -97,7 +99,7 @@ def score_benchmark(
     if absent:
         raise UserError(
             f"{folder}: no prediction of {', '.join(absent)}; need a folder <sequence>/ with cameras.json or "
-            "frame_%04d.npy and pred_traj.txt, or <sequence>.npz (all layouts: one4d_pl/inference/predictions.py)"
+            "frame_%04d.npy and pred_traj.txt, or <sequence>.npz (all layouts: one4d_pl/scene/predictions.py)"
         )
     work = partial(_score_stored, benchmark, folder, protocol)
     return BenchmarkScore(benchmark, protocol, tuple(progress(_run(work, sequences, processes))))
@@ -149,7 +151,9 @@ def _score_depth(
     preds, target = preds[scored], target[scored]  # [N]: frame after frame
     del scored
     everywhere = torch.ones(1, dtype=torch.bool).expand(len(target))
-    fit = align_depth(preds, target, everywhere if fit_valid is None else fit_valid, protocol.alignment)
+    truth = unrounded(target) if benchmark in protocol.float64_truth else target
+    fit = align_depth(preds, truth, everywhere if fit_valid is None else fit_valid, protocol.alignment)
+    notes += odd_fit(protocol, fit, preds, target)
     preds = torch.where(preds.isfinite(), fit.apply(preds.double()), 0)  # float64: as exact as the alignment
     if (clip := protocol.post_clip.get(benchmark)) is not None:
         preds.clamp_(max=clip)
@@ -183,6 +187,30 @@ def odd_depth(
     usable = usable[:: max(1, len(usable) // RANKED_PIXELS)]
     if len(usable) > 1 and _rank_correlation(preds[usable], target[usable]) < DISPARITY_CORRELATION:
         notes.append("predicted depth falls where the true one rises; if it is disparity, give 1 / disparity")
+    return notes
+
+
+def odd_fit(
+    protocol: Protocol,
+    fit: ScaleShift,
+    preds: Tensor,  # [N], before alignment
+    target: Tensor,  # [N], true depth
+) -> list[str]:
+    """What makes an alignment doubtful, in words: a scale that is held at its limit, a unit that it is not made for.
+
+    Where the unit matters, a prediction 100 times as large as the truth, or as small, is taken to be in another one.
+    """
+    notes = []
+    if float(fit.scale) == protocol.lowest_scale:
+        notes.append(f"the fitted scale is held at {protocol.lowest_scale:g}, the lowest that {protocol.name} allows")
+    known = preds[preds.isfinite()]
+    if protocol.needs_metres and len(known):
+        times = abs(float(known.median()) / float(target.median()))
+        if times >= OTHER_UNIT or 0 < times <= 1 / OTHER_UNIT:
+            notes.append(
+                f"predicted depth is {times:.3g} times the true one, and {protocol.name}'s fit depends on the unit: "
+                "give metres (millimetres?)"
+            )
     return notes
 
 

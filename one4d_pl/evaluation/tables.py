@@ -103,6 +103,12 @@ def markdown(rows: list[Row], total: int, sweep: str | None) -> str:
     scored = len(rows[0].score.sequences)
     part = "" if scored == total else f" (**{scored} of its {total} sequences**: {_comparable(rows[0].score)})"
     lines = [f"# {benchmark}{part}", "", protocol.describe(benchmark), ""]
+    if benchmark in PUBLISHED_DEPTH or benchmark in PUBLISHED_CAMERAS:
+        lines += [
+            "Published rows are quoted from One4D's tables, which do not say how each was scored; the protocols in the "
+            "columns' names are those of our own rows.",
+            "",
+        ]
     lines += _depth_table(rows, benchmark, sweep) + _camera_table(rows, benchmark)
     for row in rows:
         if row.score.degenerate:
@@ -154,22 +160,27 @@ def sequences_csv(rows: list[Row]) -> str:
 def _depth_table(rows: list[Row], benchmark: str, sweep: str | None) -> list[str]:
     if all(row.score.depth_mean("all") is None for row in rows):
         return []
+    protocol = rows[0].score.protocol
+    name = protocol.name
     lines = [
         "## Video depth",
         "",
-        "| row | frames | AbsRel ↓ | δ<1.25 ↑ (%) | log RMSE ↓ | not positive (%) |",
+        f"| row | frames | AbsRel ↓ ({name}) | δ<1.25 ↑ (%) ({name}) | log RMSE ↓ ({name}) | "
+        f"not positive (%) ({name}) |",
         "|---|---|---|---|---|---|",
     ]
     published = PUBLISHED_DEPTH.get(benchmark, {})
     if sweep is None:
         lines += [f"| {n}, published | all | {a:.3f} | {d:.1f} | | |" for n, (a, d) in published.items()]
     for row in rows:
+        held = sum(s.fit is not None and s.fit[0] == protocol.lowest_scale for s in row.score.sequences)
+        mark = f" (scale held at {protocol.lowest_scale:g} in {held})" if held else ""
         for part in PARTS:
             mean = row.score.depth_mean(part)
             if mean is None:
                 continue
             lines.append(
-                f"| {row.label} | {part} | {_number(mean['abs_rel'])} | {100 * mean['delta_1']:.1f} | "
+                f"| {row.label} | {part} | {_number(mean['abs_rel'])}{mark} | {100 * mean['delta_1']:.1f} | "
                 f"{_number(mean['log_rmse'])} | {100 * mean['not_positive']:.2f} |"
             )
         known = PUBLISHED_SWEEPS.get(sweep or "", {}).get(row.label.removeprefix(f"{sweep} "), {}).get(benchmark)
@@ -184,8 +195,10 @@ def _camera_table(rows: list[Row], benchmark: str) -> list[str]:
     lines = [
         "## Cameras",
         "",
-        "| row | mean over | ATE ↓ | RPE-T ↓ | RPE-R ↓ (°) | AUC@30 ↑ | standing ATE | path / true path | "
-        "rotation / true (°) |",
+        "ATE and RPE are evo's under Sim(3), as in MonST3R, CUT3R and Geo4D; the columns after them are our own.",
+        "",
+        "| row | mean over | ATE ↓ (evo) | RPE-T ↓ (evo) | RPE-R ↓ (°) (evo) | AUC@30 ↑ | standing ATE | "
+        "path / true path | rotation / true (°) |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     published = PUBLISHED_CAMERAS.get(benchmark, {})

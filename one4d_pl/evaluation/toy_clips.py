@@ -11,11 +11,11 @@ from tqdm import tqdm
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.data.decode import Draw, make_sample
-from one4d_pl.data.toy_levels import LEVELS
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation.recovered import camera_path
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.postopt.recover import RecoverOptions
+from one4d_pl.toy.levels import LEVELS
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Sample
 
 TRAINING_CLIPS = 256  # behind the mean pointmap and the median camera path

@@ -17,8 +17,8 @@ import re
 import torch
 from torch import Tensor
 
-from one4d_pl.data.toy_levels import MOTIONS, THING_COLOURS
-from one4d_pl.data.toy_render import AIR
+from one4d_pl.toy.levels import MOTIONS, THING_COLOURS
+from one4d_pl.toy.render import AIR
 
 TOLERANCE = math.radians(8)
 STRENGTH = 0.15

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from one4d_pl.evaluation.predict import PredictOptions, draw_noise
-from one4d_pl.inference.media import load_image, to_network
-from one4d_pl.inference.panels import to_bytes
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.inference.scene_files import save_video
+from one4d_pl.scene.folder import save_video
+from one4d_pl.scene.media import load_image, to_network
+from one4d_pl.scene.panels import to_bytes
 
 SAMPLES = 5  # videos per prompt
 MAX_NAME = 255  # bytes of a file name

@@ -49,16 +49,6 @@ def invert_se3(a2b: Tensor) -> Tensor:  # [..., 4, 4] -> [..., 4, 4]
     return se3_matrix(rotation.mT, -rotate(rotation.mT, translation))
 
 
-def compose(
-    b2c: Tensor,  # [..., 4, 4]
-    a2b: Tensor,  # [..., 4, 4], leading dims broadcast
-) -> Tensor:  # [..., 4, 4], a2c
-    """First a2b, then b2c: the rigid transform a2c = b2c · a2b."""
-    (outer_rotation, outer_translation), (rotation, translation) = split_se3(b2c), split_se3(a2b)
-    moved = rotate(outer_rotation, translation) + outer_translation
-    return se3_matrix(matrix_product(outer_rotation, rotation), moved)
-
-
 def relative_se3(
     reference2world: Tensor,  # [..., 4, 4]
     other2world: Tensor,  # [..., 4, 4], leading dims broadcast

@@ -1,4 +1,4 @@
-"""Videos of any length through the sampler: windows one after the other, joined into one scene.
+"""Videos of any length: what the sampler made of overlapping windows becomes one scene.
 
 1. Windows of the trained length 4k+1 overlap; a last frame is repeated to fill a window and cut again.
 2. Given frames condition the window they lie in; later windows also see what the one before made of shared frames.
@@ -7,28 +7,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from one4d_pl.geometry.pointmap import is_sky
 from one4d_pl.postopt.recover import RecoverOptions, recover_scene
-from one4d_pl.postopt.windows import JoinedScene, Window, join_windows, window_condition
-
-if TYPE_CHECKING:
-    from one4d_pl.inference.pipeline import One4DPipeline
-
-
-@dataclass(frozen=True)
-class GeneratedVideo:
-    """What the sampler made of every window, on the CPU, repeated frames cut."""
-
-    windows: tuple[Window, ...]
-    frames: tuple[Tensor, ...]  # [t, h, w, 3] in [-1, 1] each
-    points: tuple[Tensor, ...]  # [t, h, w, 3] each, normalised, world = first camera of its window
+from one4d_pl.postopt.windows import JoinedScene, Window, join_windows
 
 
 @dataclass(frozen=True)
@@ -43,34 +29,6 @@ class JoinedVideo:
     def flags(self) -> tuple[str, ...]:
         """What is degenerate, in words, seams included."""
         return self.joined.scene.report.flags + tuple(flag for seam in self.joined.seams for flag in seam.flags)
-
-
-def generate_video(
-    pipeline: One4DPipeline,
-    prompt: str,
-    frames: Tensor,  # [3, T, h, w] in [-1, 1], h and w what the base takes; hidden frames are never read
-    frame_mask: Tensor,  # [T] bool, 1 = given
-    windows: tuple[Window, ...],
-    draw_noise: Callable[[int, tuple[int, ...]], Tensor],  # (window, [2, C, t, h', w']) -> noise of that shape
-    on_step: Callable[[int], None] = lambda step: None,  # called after every step of every window
-) -> GeneratedVideo:
-    """Sample the windows in their order."""
-    device, shown = pipeline.device, frames
-    made_frames, made_points = [], []
-    for index, window in enumerate(windows):
-        given = window_condition(frame_mask, windows, index).frame_mask
-        clip = fill_window(shown[:, window.start : window.stop], window)
-        noise = draw_noise(index, (2, *pipeline.encoders.latent_shape(*clip.shape[1:]))).to(device)
-        scene = pipeline.sample([prompt], clip[None].to(device), given[None].to(device), noise, on_step)
-        count = window.stop - window.start
-        made = scene.frames[0, :, :count].float().cpu()
-        made_frames.append(made.movedim(0, -1))
-        made_points.append(scene.pointmap[0, :, :count].float().cpu().movedim(0, -1))
-        if index + 1 < len(windows):  # what the next window is shown of the frames it shares
-            hidden = ~frame_mask[window.start : window.stop]
-            shown = shown.clone()
-            shown[:, window.start : window.stop][:, hidden] = made[:, hidden]
-    return GeneratedVideo(windows, tuple(made_frames), tuple(made_points))
 
 
 def recover_video(
@@ -101,10 +59,10 @@ def join_shared(
     return torch.cat([first[:-shared], middle, second[shared:]])
 
 
-def joined_frames(video: GeneratedVideo) -> Tensor:  # [T, h, w, 3] in [-1, 1]
-    """All frames once; shared ones pass from one window to the next."""
-    frames = video.frames[0]
-    for window, part in zip(video.windows[1:], video.frames[1:], strict=True):
+def join_frames(windows: tuple[Window, ...], parts: tuple[Tensor, ...]) -> Tensor:  # [t, h, w, 3] each -> [T, h, w, 3]
+    """Join the windows' frames; shared ones pass from one window to the next."""
+    frames = parts[0]
+    for window, part in zip(windows[1:], parts[1:], strict=True):
         frames = join_shared(frames, part, len(frames) - window.start)
     return frames
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,26 +19,26 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from one4d_pl.config import DEMO_ADAPTERS, Config, ConfigError, GuidanceConfig, SamplerConfig
+from one4d_pl.config import DEMO_ADAPTERS, MAX_SCENE_FRAMES, Config, ConfigError, GuidanceConfig, SamplerConfig
 from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
 from one4d_pl.errors import UserError
 from one4d_pl.files import whole_folder, write_text
 from one4d_pl.geometry.camera import resize_crop_plan
-from one4d_pl.inference.framing import Framing, Placement, frame_images
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
-from one4d_pl.inference.long_video import generate_video, joined_frames, recover_video
-from one4d_pl.inference.media import load_image, to_network, to_size
-from one4d_pl.inference.panels import to_bytes
-from one4d_pl.inference.predictions import report_dict
-from one4d_pl.inference.scene import Scene
+from one4d_pl.inference.long_video import fill_window, join_frames, recover_video
 from one4d_pl.models.adapters import AdapterCard, load_adapters, model_card, save_adapters
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.coupling import couple
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
 from one4d_pl.postopt.recover import RecoverOptions
-from one4d_pl.postopt.windows import plan_windows
+from one4d_pl.postopt.windows import Window, plan_windows, window_condition
+from one4d_pl.scene.framing import Framing, Placement, frame_images
+from one4d_pl.scene.media import FrameFolder, VideoReader, load_image, open_video, to_network, to_size
+from one4d_pl.scene.panels import to_bytes
+from one4d_pl.scene.predictions import report_dict
+from one4d_pl.scene.scene import Scene
 from one4d_pl.types import MODALITIES
 
 Progress = Callable[[int, int], None]  # (finished steps, all steps)
@@ -132,9 +133,10 @@ class One4DPipeline:
         guidance_scale: float | None = None,
         negative_prompt: str | None = None,
         generator: torch.Generator | None = None,
-        fps: float = FPS,
+        fps: float | None = None,
         zooms: bool = False,
         on_step: Progress = lambda done, total: None,
+        video: Path | str | None = None,
     ) -> Scene:
         """Make one 4D scene: text to 4D without frames, image to 4D with frame 0, and so on up to a whole video.
 
@@ -142,8 +144,8 @@ class One4DPipeline:
             prompt: what the scene shows; may be empty where frames are given.
             frames: index -> picture of the given frames, frame 0 among them. All are covered by and cropped to the
                 scene's size.
-            num_frames: any number; default: the adapter's own. What exceeds it runs in overlapping windows, what is
-                not 4k+1 is filled by repeating the last given frame and cut again.
+            num_frames: any number; default: the video's, or the adapter's own. What exceeds the adapter's runs in
+                overlapping windows, what is not 4k+1 is filled by repeating the last given frame and cut again.
             height: of the scene, pixels, with `width` a multiple of what the base takes (16 for Wan). Default: as many
                 pixels as the adapter was trained with, in the shape of the first picture.
             width: see height.
@@ -151,27 +153,51 @@ class One4DPipeline:
             guidance_scale: of text, for both branches; 1 = off. Default: the card's, by task.
             negative_prompt: default: the card's.
             generator: of the noise, on the CPU; first frames, then pointmaps, window by window.
-            fps: frames per second of the result.
+            fps: frames per second of the result, and at which a video is read. Default: the video's, else 16.
             zooms: solve for one focal length per frame.
             on_step: called with the finished steps and all steps, over all windows.
+            video: file, or folder of pictures, whose frames are all given, instead of `frames`.
 
         Raises RequestError naming the argument that is wrong.
         """
         pipeline = self.with_settings(steps, guidance_scale, negative_prompt)
+        if video is not None:
+            if frames:
+                raise RequestError("frames, video: give one of them")
+            reader = open_video(Path(video), fps, FPS)
+            placed, placement = self._place_video(reader, num_frames, height, width)
+            frame_mask = torch.ones(len(placed), dtype=torch.bool)
+            return pipeline._make_scene(prompt, placed, frame_mask, placement, generator, reader.fps, zooms, on_step)
         given = dict(sorted((frames or {}).items()))
         count = self._num_frames(num_frames, given)
         pictures = {index: _pixels(picture) for index, picture in given.items()}
         first = next(iter(pictures.values()), None)
-        framing = self.framing(None if first is None else tuple(first.shape[:2]), height, width)
+        framing = self.framing(None if first is None else (first.shape[0], first.shape[1]), height, width)
         placed = torch.zeros(count, framing.height, framing.width, 3, dtype=torch.uint8)
         frame_mask = torch.zeros(count, dtype=torch.bool)
         for index, pixels in pictures.items():
             placed[index] = to_size(pixels[None], framing.height, framing.width)[0]
             frame_mask[index] = True
         placement = framing.placement if given else None
-        return pipeline.make_scene(prompt, placed, frame_mask, placement, generator, fps, zooms, on_step)
+        return pipeline._make_scene(prompt, placed, frame_mask, placement, generator, fps or FPS, zooms, on_step)
 
-    def make_scene(
+    def _place_video(
+        self, reader: VideoReader | FrameFolder, num_frames: int | None, height: int | None, width: int | None
+    ) -> tuple[Tensor, Placement | None]:  # [T, h, w, 3] uint8
+        """Bring frames to the scene's size as they are read, so that one large frame is held at a time."""
+        frames, framing = [], None
+        for frame in islice(reader, num_frames or MAX_SCENE_FRAMES):
+            framing = framing or self.framing((frame.shape[0], frame.shape[1]), height, width)
+            frames.append(to_size(frame[None], framing.height, framing.width)[0])
+        if framing is None or len(frames) < 2:
+            raise RequestError(f"{reader.path}: holds {len(frames)} frames, need 2 or more; a still is an image")
+        if num_frames is None and len(frames) == MAX_SCENE_FRAMES:
+            raise RequestError(f"{reader.path}: {MAX_SCENE_FRAMES} frames or more; cut it, or set num_frames")
+        if num_frames is not None and len(frames) < num_frames:
+            raise RequestError(f"num_frames: {num_frames}, but {reader.path} holds {len(frames)} frames")
+        return torch.stack(frames), framing.placement
+
+    def _make_scene(
         self,
         prompt: str,
         frames: Tensor,  # [T, h, w, 3] uint8, as large as the scene; hidden frames are never read
@@ -182,7 +208,7 @@ class One4DPipeline:
         zooms: bool,
         on_step: Progress = lambda done, total: None,
     ) -> Scene:
-        """One scene from frames that are framed already."""
+        """Make one scene of frames that have its size already."""
         card = self._card()
         windows = plan_windows(len(frames), card.num_frames, min(OVERLAP, card.num_frames - 1))
         done, total = 0, len(windows) * self.config.steps
@@ -197,11 +223,11 @@ class One4DPipeline:
             return torch.cat([torch.randn(1, *shape[1:], generator=generator) for _ in MODALITIES])
 
         with self._precision():
-            video = generate_video(self, prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)
-        joined = recover_video(windows, video.points, RecoverOptions(shared_focal=not zooms))
+            parts, points = self.sample_windows(prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)
+        joined = recover_video(windows, points, RecoverOptions(shared_focal=not zooms))
         recovered = joined.joined.scene
         return Scene(
-            frames=to_bytes((joined_frames(video) + 1) / 2),
+            frames=to_bytes((join_frames(windows, parts) + 1) / 2),
             pointmap=joined.pointmap,
             valid=joined.valid,
             depth=recovered.depth,
@@ -224,6 +250,36 @@ class One4DPipeline:
             },
         )
 
+    def sample_windows(
+        self,
+        prompt: str,
+        frames: Tensor,  # [3, T, h, w] in [-1, 1], h and w what the base takes; hidden frames are never read
+        frame_mask: Tensor,  # [T] bool, 1 = given
+        windows: tuple[Window, ...],
+        draw_noise: Callable[[int, tuple[int, ...]], Tensor],  # (window, [2, C, t, h', w']) -> noise of that shape
+        on_step: Callable[[int], None] = lambda step: None,  # called after every step of every window
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Sample the windows of a video in their order; later ones also see what was made of the frames they share.
+
+        Returns frames [t, h, w, 3] in [-1, 1] and points [t, h, w, 3], normalised and in the world of the window's
+        first camera, per window: on the CPU, repeated frames cut.
+        """
+        shown, made_frames, made_points = frames, [], []
+        for index, window in enumerate(windows):
+            given = window_condition(frame_mask, windows, index).frame_mask
+            clip = fill_window(shown[:, window.start : window.stop], window)
+            noise = draw_noise(index, (2, *self.encoders.latent_shape(*clip.shape[1:]))).to(self.device)
+            scene = self.sample([prompt], clip[None].to(self.device), given[None].to(self.device), noise, on_step)
+            count = window.stop - window.start
+            made = scene.frames[0, :, :count].float().cpu()
+            made_frames.append(made.movedim(0, -1))
+            made_points.append(scene.pointmap[0, :, :count].float().cpu().movedim(0, -1))
+            if index + 1 < len(windows):  # what the next window is shown of the frames it shares
+                hidden = ~frame_mask[window.start : window.stop]
+                shown = shown.clone()
+                shown[:, window.start : window.stop][:, hidden] = made[:, hidden]
+        return tuple(made_frames), tuple(made_points)
+
     def with_settings(
         self,
         steps: int | None = None,
@@ -239,8 +295,11 @@ class One4DPipeline:
             same = GuidanceConfig(guidance, guidance, guidance, guidance)
             config = replace(config, guidance=same, guidance_xyz=None)
         try:
-            changes = {"steps": steps, "solver": solver}
-            config = replace(config, **{name: value for name, value in changes.items() if value is not None})
+            config = replace(
+                config,
+                steps=config.steps if steps is None else steps,
+                solver=config.solver if solver is None else solver,
+            )
         except ConfigError as error:
             raise RequestError(str(error)) from None
         negative = self.negative_prompt if negative_prompt is None else negative_prompt

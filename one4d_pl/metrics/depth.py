@@ -6,8 +6,8 @@
    logarithmic errors, and its share is reported. A prediction that is not finite counts as 0: no answer is no excuse.
 4. Each error is a mean over the pixels of its sequence; sequences are averaged with their pixel count as weight.
 
-The L1 fits are exact (a convex, piecewise linear problem). Two published protocols stop Adam early instead, so that
-their result depends on the scale of the prediction; they are here to match printed numbers.
+The L1 fits are exact (a convex, piecewise linear problem). Published code is content with less, so that its result
+depends on the unit of the prediction and on rounding; its fits are in `published_fits`, to match printed numbers.
 """
 
 from __future__ import annotations
@@ -20,15 +20,12 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-Alignment = Literal["none", "median", "scale", "scale_shift", "scale_shift_monst3r", "scale_shift_geo4d"]
+from one4d_pl.metrics.published_fits import ADAM, adam_scale_shift, weiszfeld_scale
 
-ADAM = {  # learning rate and steps of the published fits; both start at the ratio of medians and shift 0
-    "scale_shift_monst3r": (1e-4, 1000),
-    "scale_shift_geo4d": (1e-2, 5000),
-}
+Alignment = Literal["none", "median", "scale", "scale_shift", "scale_cut3r", "scale_shift_monst3r", "scale_shift_geo4d"]
+
 LOWEST = 1e-5  # what a depth counts as in a ratio or a logarithm, at least
 CHUNK = 1 << 20  # pixels lifted to float64 at a time
-ADAM_CHUNK = 1 << 16  # pixels whose temporaries stay in the cache
 COARSE = 1 << 16  # points of the first guess of an exact fit
 
 
@@ -68,26 +65,30 @@ def align_depth(
     valid: Tensor,  # [...] bool
     alignment: Alignment,
 ) -> ScaleShift:
-    """Fit target ≈ scale · preds + shift over the valid pixels of a sequence, scale >= 0 in all but the Adam fits.
+    """Fit target ≈ scale · preds + shift over the valid pixels of a sequence.
 
-    none: 1 and 0. median: ratio of the (lower) medians. scale, scale_shift: the least sum of absolute errors. Where
-    nothing can be fitted (no valid pixel with a finite prediction) the result is the identity.
+    none: 1 and 0. median: ratio of the (lower) medians. scale, scale_shift: the least sum of absolute errors. All of
+    these keep the scale >= 0. The others are `published_fits`, in the precision of preds and target. Where nothing can
+    be fitted (no valid pixel with a finite prediction) the result is the identity.
     """
-    one = torch.ones((), dtype=torch.float64, device=preds.device)
     usable = valid & preds.isfinite() & target.isfinite()
     points, depths = preds[usable], target[usable]  # [N]
+    scale, shift = 1.0, 0.0
     if alignment == "none" or points.numel() == 0:
-        return ScaleShift(one, 0 * one)
-    if alignment in ("scale", "scale_shift"):
+        pass
+    elif alignment in ("scale", "scale_shift"):
         scale, shift = _fit_l1(points, depths, free_shift=alignment == "scale_shift")
-        return ScaleShift(one * scale, one * shift)
-    middle = points.median().double()
-    ratio = (depths.median() / middle).clamp(min=0) if middle != 0 else 0 * one
-    if alignment == "median":
-        return ScaleShift(ratio, 0 * one)
-    if alignment not in ADAM:
-        raise ValueError(f"depth alignment {alignment!r}, need none, median, scale, scale_shift or one of {list(ADAM)}")
-    return _fit_adam(points, depths, ratio, *ADAM[alignment])
+    elif alignment == "median":
+        middle = float(points.median())
+        scale = max(0.0, float(depths.median()) / middle) if middle else 0.0
+    elif alignment in ADAM:
+        scale, shift = adam_scale_shift(points, depths, *ADAM[alignment])
+    elif alignment == "scale_cut3r":
+        scale = weiszfeld_scale(points, depths)
+    else:
+        known = ", ".join(["none", "median", "scale", "scale_shift", "scale_cut3r", *ADAM])
+        raise ValueError(f"depth alignment {alignment!r}, need {known}")
+    return ScaleShift(*preds.new_tensor([scale, shift], dtype=torch.float64))
 
 
 def depth_errors(
@@ -166,21 +167,6 @@ def _mean_errors(
     means = totals / max(1, preds.numel())
     means[2:4] = means[2:4].sqrt()  # rmse, log_rmse
     return DepthErrors(torch.tensor(preds.numel(), device=preds.device), *means)
-
-
-def _fit_adam(points: Tensor, depths: Tensor, start: Tensor, lr: float, steps: int) -> ScaleShift:
-    """Adam on sum |s p + t - g| over (s, t) from (start, 0), always all steps: the published early stop never fires."""
-    free = torch.stack([start, torch.zeros_like(start)])
-    optimizer = torch.optim.Adam([free], lr=lr)
-    pieces = list(zip(points.split(ADAM_CHUNK), depths.split(ADAM_CHUNK)))
-    for _ in range(steps):
-        gradient = torch.zeros_like(free)
-        for p, g in pieces:
-            sign = (p * free[0].to(p.dtype) + free[1].to(p.dtype) - g).sign()
-            gradient += torch.stack([(sign * p).sum(), sign.sum()]).double()
-        free.grad = gradient
-        optimizer.step()
-    return ScaleShift(*free)
 
 
 @dataclass

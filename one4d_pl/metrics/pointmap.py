@@ -1,4 +1,4 @@
-"""Pointmaps against ground truth in camera-0 coordinates: relative point error, inlier share, jitter of static points.
+"""Pointmaps against ground truth in camera-0 coordinates: relative point error, inlier share.
 
 The relative error of a point is |p - g| / |g|: its error after the alignment over the true point's distance from
 camera 0, the origin of the pointmap's world. That is what a decoder error costs (it is uniform in the cube, hence worst
@@ -17,8 +17,6 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from one4d_pl.geometry.alignment import Similarity, align_scale, align_scale_shift, align_sim3
-from one4d_pl.geometry.camera import project, to_camera
-from one4d_pl.geometry.se3 import rebase_to_first
 
 Alignment = Literal["scale", "scale_shift", "sim3"]
 
@@ -101,45 +99,6 @@ def pointmap_errors(
     )
 
 
-def static_jitter(
-    preds: Tensor,  # [T, H, W, 3], any frame and unit that the alignment frees
-    target: Tensor,  # [T, H, W, 3], camera-0 coordinates, unit of cam2world
-    valid: Tensor,  # [T, H, W] bool
-    moving: Tensor,  # [T, H, W] bool
-    intrinsics: Tensor,  # [T, 3, 3], pixels, the truth
-    cam2world: Tensor,  # [T, 4, 4], any world, the truth
-    alignment: Alignment,
-) -> tuple[Tensor, Tensor]:  # mean jitter, number of pairs
-    """How much static points jump from frame to frame: mean |e' - e| / |g| over points seen in two successive frames.
-
-    e is the aligned prediction minus the truth (in world coordinates) at a static pixel, e' the same at the next
-    frame's pixel onto which the true point falls, where that pixel shows the same place and nothing hides it. A bias
-    that stays is not jitter, and half a pixel of misfit between the two samples cancels.
-    """
-    total = torch.zeros((), dtype=torch.float64, device=preds.device)
-    pairs = torch.zeros((), dtype=torch.int64, device=preds.device)
-    valid = valid & target.isfinite().all(-1)
-    if not bool(valid.any()):
-        return total, pairs
-    fit, _ = align_pointmap(preds, target, valid, alignment)
-    error = fit.apply(preds.flatten(0, 2)).view_as(preds) - target
-    distance = _distances(target, valid)
-    usable = valid & ~moving & error.isfinite().all(-1)
-    cameras = rebase_to_first(cam2world)
-    height, width = target.shape[1:3]
-    for t in range(len(target) - 1):
-        pixels, depth = project(to_camera(target[t], cameras[t + 1]), intrinsics[t + 1])  # [H, W, 2], [H, W]
-        column, row = pixels.floor().unbind(-1)
-        inside = (depth > 0) & (column >= 0) & (column < width) & (row >= 0) & (row < height)
-        column, row = torch.where(inside, column, 0).long(), torch.where(inside, row, 0).long()
-        apart = torch.linalg.vector_norm(target[t + 1][row, column] - target[t], dim=-1)
-        seen_twice = inside & usable[t] & usable[t + 1][row, column] & (apart < SAME_POINT * distance[t])
-        jump = torch.linalg.vector_norm(error[t + 1][row, column] - error[t], dim=-1) / distance[t]
-        total += jump[seen_twice].sum(dtype=torch.float64)
-        pairs += seen_twice.sum()
-    return total / pairs.clamp_min(1), pairs
-
-
 class PointmapError(Metric):
     """Means over clips of `pointmap_errors`, the moving part over clips that show motion; nan before any clip."""
 
@@ -180,35 +139,6 @@ class PointmapError(Metric):
             "inliers_moving": inliers_moving,
             "collapsed": self.collapsed / self.clips,
         }
-
-
-class PointmapJitter(Metric):
-    """Mean of `static_jitter` over the clips that have a pair of static points; nan before any."""
-
-    higher_is_better, full_state_update = False, False
-    total: Tensor
-    clips: Tensor
-
-    def __init__(self, alignment: Alignment) -> None:
-        super().__init__()
-        self.alignment: Alignment = alignment
-        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("clips", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(
-        self, preds: Tensor, target: Tensor, valid: Tensor, moving: Tensor, intrinsics: Tensor, cam2world: Tensor
-    ) -> None:
-        """Add clips: the arguments of `static_jitter`, each with a leading B."""
-        for i in range(len(preds)):
-            jitter, pairs = static_jitter(
-                preds[i], target[i], valid[i], moving[i], intrinsics[i], cam2world[i], self.alignment
-            )
-            self.total += jitter
-            self.clips += pairs > 0
-
-    def compute(self) -> Tensor:
-        """The mean jitter, relative to distance."""
-        return self.total / self.clips
 
 
 def _distances(target: Tensor, valid: Tensor) -> Tensor:  # [..., 3], [...] -> [...]

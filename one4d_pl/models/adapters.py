@@ -10,18 +10,19 @@ card.json                                                 base fingerprint, shap
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from one4d_pl.config import ConfigError, DLCConfig, GuidanceConfig, SamplerConfig
 from one4d_pl.errors import reading
 from one4d_pl.models.concat import ConcatTransformer
-from one4d_pl.models.transformer import CoupledTransformer
+from one4d_pl.models.transformer import CoupledTransformer, One4DTransformer
 from one4d_pl.types import MODALITIES
 
 PEFT_PREFIX = "base_model.model."
@@ -88,11 +89,12 @@ class AdapterCard:
             return AdapterCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
 
 
-def adapter_tensors(transformer: CoupledTransformer) -> dict[str, dict[str, Tensor]]:
+def adapter_tensors(transformer: CoupledTransformer) -> dict[str, dict[str, nn.Parameter]]:
     """File -> name in the file -> parameter; every trainable occurs exactly once."""
     if isinstance(transformer, ConcatTransformer):
         return {COUPLED: {name: p for name, p in transformer.named_parameters() if name in transformer.adapter_names}}
-    files: dict[str, dict[str, Tensor]] = {f"{m}/adapter_model.safetensors": {} for m in MODALITIES}
+    assert isinstance(transformer, One4DTransformer)
+    files: dict[str, dict[str, nn.Parameter]] = {f"{m}/adapter_model.safetensors": {} for m in MODALITIES}
     for path in transformer.linear_paths:
         linear = transformer.base.blocks.get_submodule(path)
         for modality in MODALITIES:
@@ -131,22 +133,25 @@ def save_adapters(
     transformer: CoupledTransformer,
     folder: Path,
     card: AdapterCard,
-    files: dict[str, dict[str, Tensor]] | None = None,  # values to write; None = the transformer's, where it is whole
+    files: Mapping[str, Mapping[str, Tensor]] | None = None,  # values to write; None = its own, where it is whole
 ) -> None:
     """Write an adapter into an existing, empty folder; the caller renames it into place."""
-    for file, tensors in (adapter_tensors(transformer) if files is None else files).items():
+    written: Mapping[str, Mapping[str, Tensor]] = adapter_tensors(transformer) if files is None else files
+    for file, tensors in written.items():
         path = folder / file
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
     config = transformer.config
-    for modality in () if isinstance(transformer, ConcatTransformer) else MODALITIES:
-        LoraConfig(
+    if isinstance(transformer, One4DTransformer):
+        lora = LoraConfig(
             r=config.rank,
             lora_alpha=config.rank * config.lora_scale,
             target_modules=[f"blocks.{path}" for path in transformer.linear_paths],
             base_model_name_or_path=card.base_path,
             inference_mode=True,
-        ).save_pretrained(str(folder / modality))
+        )
+        for modality in MODALITIES:
+            lora.save_pretrained(str(folder / modality))
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
 

@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypedDict
 
 from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, TEMPORAL_FACTOR, ConfigError, base_folder, holds_base
 from one4d_pl.errors import is_lfs_pointer
@@ -39,6 +40,14 @@ RELEASED: dict[str, dict[str, object]] = {
 ENCODER_PARAMETERS = {"vae": 126_892_531, "text_encoder": 5_680_910_336, "image_encoder": 630_766_080}
 VAE_BASE_DIM, IMAGE_TOKENS = 96, 257
 HEADER_LIMIT = 100_000_000  # bytes of a safetensors header; the format's own
+
+
+class TensorHeader(TypedDict):
+    """What a safetensors header says of one tensor."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: list[int]  # begin and end, bytes behind the header
 
 
 def resolve_base(path: str) -> Path:
@@ -150,7 +159,7 @@ def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
     return digest.hexdigest()
 
 
-def safetensors_header(file: Path) -> dict[str, dict[str, object]]:
+def safetensors_header(file: Path) -> dict[str, TensorHeader]:
     """Names, dtypes, shapes and places of a file's tensors; ConfigError where the file is not whole."""
     size = file.stat().st_size
     with file.open("rb") as stream:
@@ -193,8 +202,7 @@ def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:
     counts = {}
     for part in ENCODER_PARAMETERS:
         headers = [safetensors_header(file) for file in weight_files(folder, part)]
-        shapes = [tensor["shape"] for header in headers for tensor in header.values()]
-        counts[part] = sum(math.prod(shape) for shape in shapes if isinstance(shape, list))
+        counts[part] = sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
     settings = json.loads((folder / "vae" / "config.json").read_text())
     return counts, settings.get("base_dim", VAE_BASE_DIM)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,9 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
     noop_context_fn,
 )
+
+# those of a block's forward pass and of its recomputation
+Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 
 _aten = torch.ops.aten
 FUSED_ATTENTION = (
@@ -44,7 +48,7 @@ def run_checkpointed(block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor], 
         inputs: hidden state, context, modulation, rotary embedding; as diffusers passes them.
         keep_attention: keep what self-attention gives.
     """
-    contexts = _attention_kept_and_reused if keep_attention else noop_context_fn
+    contexts: Callable[[], Contexts] = _attention_kept_and_reused if keep_attention else noop_context_fn
     return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=contexts)
 
 
@@ -61,7 +65,7 @@ def compile_selective(backend: str) -> Callable[..., Tensor]:
     return torch.compile(run, backend=backend)
 
 
-def _attention_kept_by_policy() -> object:
+def _attention_kept_by_policy() -> Contexts:
     """Contexts of one block that is compiled: its first attention is kept, all else computed again."""
     attentions = {False: 0, True: 0}  # in the forward pass, in the recomputation
 
@@ -75,7 +79,7 @@ def _attention_kept_by_policy() -> object:
     return create_selective_checkpoint_contexts(policy)
 
 
-def _attention_kept_and_reused() -> tuple[_Keep, _Reuse]:
+def _attention_kept_and_reused() -> Contexts:
     """Contexts of one block's forward pass and of its recomputation."""
     kept: list[object] = []
     return _Keep(kept), _Reuse(kept)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from diffusers import WanTransformer3DModel
 
 from one4d_pl.config import DLCConfig
 from one4d_pl.models.concat import ChannelTransformer, WidthTransformer
 from one4d_pl.models.transformer import CoupledTransformer, One4DTransformer
 
-COUPLINGS: dict[str, type[CoupledTransformer]] = {
+COUPLINGS: dict[str, Callable[[WanTransformer3DModel, DLCConfig, int], CoupledTransformer]] = {
     "decoupled": One4DTransformer,
     "channel": ChannelTransformer,
     "width": WidthTransformer,

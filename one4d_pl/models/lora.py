@@ -32,15 +32,15 @@ class BranchLinear(nn.Module):
         ).to_empty(device=device)
         for modality in MODALITIES:
             # PEFT's convention: A as nn.Linear starts, B zero, so that at step 0 both branches are plain Wan
-            _kaiming_uniform(self.lora_A[modality].weight, generator)
-            nn.init.zeros_(self.lora_B[modality].weight)
+            _kaiming_uniform(_weight(self.lora_A[modality]), generator)
+            nn.init.zeros_(_weight(self.lora_B[modality]))
 
     def forward(self, hidden: Tensor) -> Tensor:  # [2B, L, D] -> [2B, L, D']
         low = torch.stack([self.lora_A[m](half) for m, half in zip(MODALITIES, hidden.chunk(2), strict=True)])
         if self.scale != 1:  # here, where it costs rank instead of D' numbers a token
             low = self.scale * low
         base = self.base(hidden)
-        up = torch.stack([self.lora_B[m].weight for m in MODALITIES]).transpose(1, 2)  # [2, rank, D']
+        up = torch.stack([_weight(self.lora_B[m]) for m in MODALITIES]).transpose(1, 2)  # [2, rank, D']
         # one product that adds both branches' LoRAs: D' numbers a token are read once and written once
         return torch.baddbmm(base.unflatten(0, (2, -1)).flatten(1, 2), low.flatten(1, 2), up).view(base.shape)
 
@@ -86,6 +86,12 @@ def wrap_linears(blocks: nn.Module, rank: int, scale: float, generator: Generato
         assert isinstance(base, nn.Linear)
         setattr(parent, name, BranchLinear(base, rank, scale, generator))
     return paths
+
+
+def _weight(linear: nn.Module) -> Tensor:
+    """Give the weight of a linear that a ModuleDict holds, whose items have no narrower type."""
+    assert isinstance(linear, nn.Linear)
+    return linear.weight
 
 
 def _kaiming_uniform(weight: Tensor, generator: Generator) -> None:

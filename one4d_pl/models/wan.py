@@ -59,6 +59,9 @@ class WanEncoders(nn.Module):
         device: where the weights are put as they are read.
     """
 
+    latents_mean: Tensor  # [1, C, 1, 1, 1]
+    latents_std: Tensor  # [1, C, 1, 1, 1]
+
     def __init__(
         self, path: str, dtype: str, max_text_tokens: int, pointmap_power: float, device: torch.device = CPU
     ) -> None:

@@ -133,7 +133,7 @@ def _python_side(watch: Watch) -> dict[str, object]:
     }
 
 
-def _apply(self: torch.nn.Module, fn: object, recurse: bool = True) -> torch.nn.Module:
+def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
     """Replace Module._apply, which swaps parameters in place; fake tensors refuse that, so a moved one is a new one."""
     import torch
 
@@ -141,11 +141,11 @@ def _apply(self: torch.nn.Module, fn: object, recurse: bool = True) -> torch.nn.
         child._apply(fn)
     with torch.no_grad():
         for name, parameter in self._parameters.items():
-            if parameter is not None and (moved := fn(parameter)) is not parameter:  # type: ignore[operator]
+            if parameter is not None and (moved := fn(parameter)) is not parameter:
                 self._parameters[name] = torch.nn.Parameter(moved, parameter.requires_grad)
         for name, buffer in self._buffers.items():
             if buffer is not None:
-                self._buffers[name] = fn(buffer)  # type: ignore[operator]
+                self._buffers[name] = fn(buffer)
     return self
 
 
@@ -181,7 +181,7 @@ def _empty_weights(include_buffers: bool) -> Iterator[None]:
         yield
 
 
-def _open_header(path: Path) -> tuple[dict[str, object], Callable[[str], Tensor]]:
+def _open_header(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
     """Replace models/weights.py's `_open` for a skeleton's file: shapes, and tensors without bytes."""
     import torch
 
@@ -191,11 +191,11 @@ def _open_header(path: Path) -> tuple[dict[str, object], Callable[[str], Tensor]
     return shapes, lambda name: torch.empty(shapes[name], dtype=torch.bfloat16, device="cpu")
 
 
-def _deepcopy(self: Tensor, memo: dict[int, object]) -> Tensor:
+def _deepcopy(self: Tensor, memo: dict[int, Tensor]) -> Tensor:
     """Replace Tensor.__deepcopy__, which copies a storage; a fake tensor has none."""
     import torch
 
     if id(self) not in memo:
         copy = self.detach().clone()
         memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if getattr(self, "_is_param", False) else copy
-    return memo[id(self)]  # type: ignore[return-value]
+    return memo[id(self)]

@@ -29,6 +29,7 @@ from one4d_pl.config import Config, ConfigError, DataConfig
 from one4d_pl.costs.flops import TransformerShape
 from one4d_pl.costs.memory import Memory, batch_of, layout_of, step_memory
 from one4d_pl.data.datamodule import TimedLoader
+from one4d_pl.data.latent_stats import LatentStats
 from one4d_pl.data.masking import task_of
 from one4d_pl.models.base_files import encoder_sizes, image_tokens, transformer_config
 from one4d_pl.rehearsal.fake_cuda import pretend
@@ -268,9 +269,10 @@ class FakeClips(lightning.LightningDataModule):
     def val_dataloader(self) -> TimedLoader:
         return self._loader(1, list(range(self.config.data.num_frames)))
 
-    def describe_latents(self) -> dict[str, object]:
+    def describe_latents(self) -> LatentStats:
         channels = int(str(transformer_config(Path(self.config.base.path))["out_channels"]))
-        return {"xyz_mean": [0.0] * channels, "xyz_std": [1.0] * channels}
+        mean, deviation = [0.0] * channels, [1.0] * channels
+        return LatentStats(mean, deviation, mean, deviation, clips=0)
 
     def describe_sources(self) -> list[dict[str, str]]:
         return []

@@ -13,8 +13,14 @@ from pathlib import Path
 
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from torch import nn
-from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
+from transformers import (
+    ByT5Tokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    PreTrainedModel,
+    UMT5Config,
+    UMT5EncoderModel,
+)
 
 from one4d_pl.config import DIFFUSERS_MARK
 from one4d_pl.models.base_files import is_original, sizes_of, tokenizer_folder
@@ -42,12 +48,17 @@ def write_skeleton(folder: Path, base_path: str, blocks: int | None) -> str:
         _write(folder / "transformer", WanTransformer3DModel.from_config(settings))
         vae = AutoencoderKLWan() if known is None else AutoencoderKLWan.from_config(_settings(known / "vae"))
         _write(folder / "vae", vae)
-        text = UMT5Config(**UMT5_XXL, feed_forward_proj="gated-gelu") if known is None else None
-        _write(folder / "text_encoder", UMT5EncoderModel(text or UMT5Config.from_pretrained(known / "text_encoder")))
+        if known is None:
+            text = UMT5Config(**UMT5_XXL, feed_forward_proj="gated-gelu")
+        else:
+            text = UMT5Config.from_pretrained(known / "text_encoder")
+        _write(folder / "text_encoder", UMT5EncoderModel(text))
         if settings.get("image_dim") is not None:
-            image = CLIPVisionConfig(**CLIP_VIT_H, hidden_act="gelu") if known is None else None
-            vision = CLIPVisionModel(image or CLIPVisionConfig.from_pretrained(known / "image_encoder"))
-            _write(folder / "image_encoder", vision)
+            if known is None:
+                image = CLIPVisionConfig(**CLIP_VIT_H, hidden_act="gelu")
+            else:
+                image = CLIPVisionConfig.from_pretrained(known / "image_encoder")
+            _write(folder / "image_encoder", CLIPVisionModel(image))
     if source is not None:
         shutil.copytree(tokenizer_folder(source), folder / "tokenizer")
     else:
@@ -61,7 +72,7 @@ def _settings(folder: Path) -> dict[str, object]:
     return json.loads((folder / "config.json").read_text())
 
 
-def _write(folder: Path, model: nn.Module) -> None:
+def _write(folder: Path, model: WanTransformer3DModel | AutoencoderKLWan | PreTrainedModel) -> None:
     """Write the model's config and the header of its weights."""
     folder.mkdir(parents=True)
     header, end = {}, 0
@@ -75,8 +86,7 @@ def _write(folder: Path, model: nn.Module) -> None:
     with (folder / "model.safetensors").open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + end)
-    config = model.config
-    if hasattr(config, "to_json_file"):
-        config.to_json_file(folder / "config.json")
+    if isinstance(model, PreTrainedModel):
+        model.config.to_json_file(folder / "config.json")
     else:
         model.save_config(folder)

@@ -5,14 +5,16 @@ from __future__ import annotations
 import sys
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload
 from torch.nn.modules import module as module_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +23,7 @@ from one4d_pl.rehearsal.known import Known
 
 aten = torch.ops.aten
 PACKAGE = Path(__file__).parents[1]
+DOORS = (PACKAGE, PACKAGE / "commands", Path(__file__).parent)
 WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default)
 # parts of the names of operations that are no elementwise work
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_dot_product")
@@ -100,7 +103,7 @@ class Watch(TorchDispatchMode):
 
     def __torch_dispatch__(
         self,
-        func: Callable[..., object],
+        func: OpOverload,
         types: tuple[type, ...],
         args: tuple[object, ...] = (),
         kwargs: Mapping[str, object] | None = None,
@@ -108,7 +111,7 @@ class Watch(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         if is_composite(func):
             with self:  # inference mode hands over composites whole: their parts are to be seen
-                return func.decompose(*args, **kwargs)  # type: ignore[attr-defined]
+                return func.decompose(*args, **kwargs)
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func in WAITS and any(tensor.is_cuda for tensor in read):
             self._wait(func)
@@ -128,7 +131,7 @@ class Watch(TorchDispatchMode):
         self._count(func, read, made)
         return result
 
-    def _without_masks(self, func: Callable[..., object], args: tuple[object, ...]) -> tuple[object, ...]:
+    def _without_masks(self, func: OpOverload, args: tuple[object, ...]) -> tuple[object, ...]:
         """Put indices in the place of a mask, whose count of true elements a fake tensor does not know."""
         if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             return args
@@ -143,7 +146,7 @@ class Watch(TorchDispatchMode):
                 indices.append(index)
         return (args[0], indices, *args[2:])
 
-    def _count(self, func: Callable[..., object], read: list[Tensor], made: list[Tensor]) -> None:
+    def _count(self, func: OpOverload, read: list[Tensor], made: list[Tensor]) -> None:
         name = str(func)
         if "copy" in name and len({tensor.device.type for tensor in [*read[:2], *made]}) > 1:
             if made[0].is_cuda:
@@ -151,7 +154,7 @@ class Watch(TorchDispatchMode):
             else:
                 self._wait(func)
         storages = {_key(tensor) for tensor in read}
-        mutable = func._schema.is_mutable  # type: ignore[attr-defined]
+        mutable = func._schema.is_mutable
         view = not mutable and any(_key(tensor) in storages for tensor in made)
         for tensor in made:
             self._track(tensor, f"{self.where or self.phase} {name} {list(tensor.shape)} {str(tensor.dtype)[6:]}")
@@ -169,7 +172,7 @@ class Watch(TorchDispatchMode):
             kind = type(self._stack[-1]).__name__ if self._stack else "backward"
             self.current.wide[kind, name] += 1
 
-    def _wait(self, func: Callable[..., object]) -> None:
+    def _wait(self, func: OpOverload) -> None:
         self.current.waits[f"{place()} ({str(func).removeprefix('aten.').partition('.')[0]})"] += 1
 
     def _track(self, tensor: Tensor, label: str) -> None:
@@ -211,7 +214,7 @@ class Watch(TorchDispatchMode):
         self._in_blocks = True
 
 
-def refuse_generator(func: Callable[..., object], generator: object, made: list[Tensor]) -> None:
+def refuse_generator(func: OpOverload, generator: object, made: list[Tensor]) -> None:
     """Refuse a generator of another device, as CUDA's kernels do."""
     if not isinstance(generator, torch.Generator):
         return
@@ -225,26 +228,26 @@ def refuse_generator(func: Callable[..., object], generator: object, made: list[
 
 def place() -> str:
     """Find the innermost line of this package (the rehearsal itself apart) at work, as `models/lora.py:93`."""
-    frame = sys._getframe(1)
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if (found := place_of(frame.f_code.co_filename, frame.f_lineno)) is not None:
             return found
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     return "other libraries"
 
 
 def place_of(file: str, line: int) -> str | None:
     """Write a line of this package as `models/lora.py:93`; None for others and for the rehearsal."""
     path = Path(file)
-    if PACKAGE not in path.parents or path.parent in (PACKAGE, Path(__file__).parent) or path.name == "signals.py":
+    if PACKAGE not in path.parents or path.parent in DOORS or path.name == "signals.py":
         return None  # doors and what calls them
     return f"{path.relative_to(PACKAGE)}:{line}"
 
 
 @cache
-def is_composite(func: Callable[..., object]) -> bool:
+def is_composite(func: OpOverload) -> bool:
     """Tell whether an operation is nothing but others."""
-    return func.namespace == "aten" and func._can_decompose()  # type: ignore[attr-defined]
+    return func.namespace == "aten" and func._can_decompose()
 
 
 def _key(tensor: Tensor) -> int:

@@ -44,7 +44,6 @@ class WeightAverage(Callback):
         for file, parameters in adapter_tensors(module.transformer).items():
             stored = load_file(self.resume_from / file)
             for name, parameter in parameters.items():
-                assert isinstance(parameter, nn.Parameter)
                 self.averages[parameter].copy_(cut_share(parameter, stored[name]))
 
     def on_train_batch_end(

@@ -28,8 +28,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from one4d_pl.config import Config, ConfigError, as_dict, flatten
-from one4d_pl.data.datamodule import One4DDataModule
+from one4d_pl.config import Config, ConfigError, as_dict, changeable, changes, flatten
+from one4d_pl.data.datamodule import One4DDataModule, datamodule_of
+from one4d_pl.data.latent_stats import LatentStats
+from one4d_pl.errors import RunFailed
 from one4d_pl.files import settle, sync
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
 from one4d_pl.models.transformer import CoupledTransformer
@@ -46,25 +48,11 @@ from one4d_pl.training.checkpoint_files import (
     write_score,
 )
 from one4d_pl.training.module import WEIGHTS, One4DModule
-from one4d_pl.training.preemption import RunFailed
 from one4d_pl.training.step_guard import SkippedSteps, gather
 from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
 from one4d_pl.types import TASKS
 
 VAL_TOTAL = "val/loss/total"  # Lightning's name of what decides on the best
-# what may change between the parts of one run without changing the sequence of updates
-FREE_KEYS = (
-    "run_dir", "scale", "sampler", "val", "eval", "base.path", "base.attention", "base.negative_prompt", "base.tiny",
-    "data.toy", "data.val_sources", "data.num_workers", "data.cache_latents", "data.cache_dir", "data.cache_gib",
-    "data.max_skip_share", "train.max_steps",
-    "train.micro_batch_size", "train.strategy", "train.zero_stage", "train.offload", "train.num_nodes",
-    "train.devices", "train.accelerator", "train.activation_checkpointing", "train.compile", "train.init_from",
-    "train.resume", "train.save_every", "train.keep_last", "train.keep_best", "train.log_every", "train.hang_minutes",
-    "train.max_restarts",
-    "optim.cooldown_steps",  # with train.max_steps, as long as no cooldown has begun: see refuse_other_run
-)  # fmt: skip
-
-
 COOLDOWN_KEYS = ("optim.cooldown_steps", "train.max_steps")
 
 
@@ -73,24 +61,19 @@ def refuse_other_run(folder: Path, config: Config) -> None:
 
     A knob that the checkpoint does not know is younger than it, and its default is what was done before.
     """
-    stored = flatten(as_dict(Config())) | flatten(json.loads((folder / STATE).read_text())["config"])
-    ours = flatten(as_dict(config))
+    defaults, ours = flatten(as_dict(Config())), flatten(as_dict(config))
+    stored = defaults | flatten(json.loads((folder / STATE).read_text())["config"])
     cooling = _cooldown_start(stored) < read_step(folder)
-    differing = sorted(
-        key
-        for key in stored.keys() | ours.keys()
-        if stored.get(key) != ours.get(key)
-        and ((cooling and key in COOLDOWN_KEYS) or not any(key == f or key.startswith(f"{f}.") for f in FREE_KEYS))
-    )
+    may_change = changeable(Config)
+    differing = changes(stored, ours, ignore=lambda key: may_change(key) and not (cooling and key in COOLDOWN_KEYS))
     if not differing and config.optim.cooldown_steps and not cooling and _cooldown_start(ours) < read_step(folder):
         raise ConfigError(
             f"optim.cooldown_steps: {config.optim.cooldown_steps} before train.max_steps={config.train.max_steps} "
             f"begin before step {read_step(folder)}, where {folder.parent.parent} resumes; raise train.max_steps"
         )
     if differing:
-        shown = ", ".join(f"{key} ({stored.get(key)} -> {ours.get(key)})" for key in differing)
         raise ConfigError(
-            f"run_dir: {folder.parent.parent} holds a run with another config: {shown}; "
+            f"run_dir: {folder.parent.parent} holds a run with another config: {', '.join(map(str, differing))}; "
             "set another run_dir, or train.init_from to start anew from its adapter"
         )
 
@@ -259,9 +242,8 @@ class StepCheckpoint(Callback):
         if step <= self.saved_step:
             return
         self.saved_step = step
-        datamodule = trainer.datamodule  # type: ignore[attr-defined]
-        assert isinstance(datamodule, One4DDataModule)
-        snapshot = take_snapshot(module, trainer.optimizers[0], step, self.skipped, datamodule, self.average)
+        data = datamodule_of(trainer)
+        snapshot = take_snapshot(module, trainer.optimizers[0], step, self.skipped, data, self.average)
         if snapshot is not None:
             self.writer.submit(partial(self._write, snapshot, step, module.transformer))
 
@@ -280,7 +262,7 @@ def refuse_started_adapter(transformer: CoupledTransformer) -> None:
 
 
 def _card(
-    module: One4DModule, step: int, latents: dict[str, object] | None, data_sources: list[dict[str, str]]
+    module: One4DModule, step: int, latents: LatentStats | None, data_sources: list[dict[str, str]]
 ) -> AdapterCard:
     config, masking, transformer = module.config, module.config.masking, module.transformer
     statistics = {"mean": transformer.xyz_mean.flatten().tolist(), "std": transformer.xyz_std.flatten().tolist()}
@@ -301,7 +283,7 @@ def _card(
         max_text_tokens=config.base.max_text_tokens,
         negative_prompt=config.base.negative_prompt,
         sampler=asdict(config.sampler),
-        latent_statistics=latents,
+        latent_statistics=None if latents is None else asdict(latents),
         data_sources=data_sources,
         link_direction=config.dlc.link_direction,
         coupling=config.dlc.coupling,

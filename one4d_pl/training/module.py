@@ -13,6 +13,8 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from one4d_pl.config import TEMPORAL_FACTOR, Config, ConfigError
+from one4d_pl.data.datamodule import datamodule_of
+from one4d_pl.data.latent_stats import LatentStats
 from one4d_pl.data.order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample, shift_sigma
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
@@ -88,10 +90,10 @@ class One4DModule(lightning.LightningModule):
         """Mean and deviation of a fresh adapter's xyz latents: rank 0 reads clips for all, its errors end all."""
         if self._trainer is None:
             raise ConfigError("dlc.standardise_xyz: the latents are measured by a trainer's data; there is none")
-        found: dict[str, object] | str | None = None
+        found: LatentStats | str | None = None
         if self.trainer.is_global_zero:
             try:
-                found = self.trainer.datamodule.describe_latents()
+                found = datamodule_of(self.trainer).describe_latents()
             except (OSError, ValueError) as error:  # what shards and stores raise
                 found = f"dlc.standardise_xyz: {error}"
         found = self.trainer.strategy.broadcast(found)
@@ -103,7 +105,7 @@ class One4DModule(lightning.LightningModule):
                 "data.cache_latents=true with local shards, encode them (python -m data_prep.encode_latents), or set "
                 "dlc.standardise_xyz=false"
             )
-        return found["xyz_mean"], found["xyz_std"]
+        return found.xyz_mean, found.xyz_std
 
     @property
     def encoders(self) -> WanEncoders:
@@ -138,7 +140,13 @@ class One4DModule(lightning.LightningModule):
         for sigma in self.config.val.sigmas:
             losses = self.losses(batch, torch.full((2 * len(batch),), sigma, device=self.device), noise)
             for modality, loss in zip(MODALITIES, losses, strict=True):
-                self.val_loss[modality].update(loss[batch.counted])
+                self.val_loss_of(modality).update(loss[batch.counted])
+
+    def val_loss_of(self, modality: str) -> MeanMetric:
+        """The mean validation loss of one branch, over all ranks."""
+        metric = self.val_loss[modality]
+        assert isinstance(metric, MeanMetric)
+        return metric
 
     def losses(
         self,

@@ -10,17 +10,19 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
 
 from one4d_pl.config import TrainConfig
+from one4d_pl.errors import RunFailed
 from one4d_pl.training.module import One4DModule
-from one4d_pl.training.preemption import RunFailed
 from one4d_pl.training.zero import ZeroStrategy, fill_optimizer
 from one4d_pl.types import MODALITIES, Batch
 
@@ -89,11 +91,11 @@ class StepGuard(Callback):
         self,
         trainer: lightning.Trainer,
         module: lightning.LightningModule,
-        outputs: dict[str, Tensor],
+        outputs: STEP_OUTPUT,
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        assert isinstance(module, One4DModule)
+        assert isinstance(module, One4DModule) and isinstance(outputs, Mapping)
         losses = torch.stack([outputs[modality] for modality in MODALITIES])
         self.seen.append(MicroBatch(batch.keys, batch.position, losses))
         if trainer.global_step == self.step:

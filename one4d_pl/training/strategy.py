@@ -10,6 +10,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from one4d_pl.config import Config
@@ -56,6 +57,7 @@ def fast_forward(trainer: lightning.Trainer, step: int, accumulation: int) -> No
     optimizer_step = loop.automatic_optimization.optim_progress.optimizer.step.total
     optimizer_step.ready = optimizer_step.completed = step
     batches = loop.batch_progress.total
+    assert isinstance(batches, _ProcessedTracker)
     batches.ready = batches.started = batches.processed = batches.completed = step * accumulation
 
 

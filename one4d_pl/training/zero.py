@@ -14,11 +14,11 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeGuard
 
 import lightning
 import torch
-from lightning.fabric.accelerators.cuda import CUDAAccelerator
+from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
@@ -28,6 +28,19 @@ from one4d_pl.types import Batch
 
 if TYPE_CHECKING:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+    class ShardedParameter(nn.Parameter):
+        """A parameter at stage 3: torch's own, to which the engine has added these."""
+
+        ds_tensor: Tensor  # [n], this process's share
+        ds_numel: int  # of the whole
+        ds_shape: torch.Size
+        ds_persist: bool  # kept whole in every process
+        ds_status: object  # a ZeroParamStatus
+        ds_active_sub_modules: set[int]
+
+        def partition(self, parameters: list[ShardedParameter], has_been_updated: bool) -> None: ...
+
 
 # LoRA matrices (327 thousand parameters at the 14B) stay whole: one gather each would cost more than they weigh
 PERSISTENT_PARAMETERS = 1_000_000
@@ -52,7 +65,7 @@ class ZeroPrecision(DeepSpeedPrecision):
     def convert_module(self, module: nn.Module) -> nn.Module:
         return module  # the base may be bfloat16, and stays so
 
-    def convert_input(self, batch: Batch) -> Batch:  # type: ignore[override]
+    def convert_input(self, batch: Batch) -> Batch:
         return batch  # float32 by construction
 
     def forward_context(self) -> AbstractContextManager[object]:
@@ -138,8 +151,8 @@ class BlockKeeper:
     TOKEN = -1  # among the ids of the modules that use a parameter, which are never negative
 
     def __init__(self, coordinator: PartitionedParameterCoordinator) -> None:
-        self._release = coordinator._PartitionedParameterCoordinator__release_param  # type: ignore[attr-defined]
-        self._kept: list[nn.Parameter] = []
+        self._release = coordinator._PartitionedParameterCoordinator__release_param
+        self._kept: list[ShardedParameter] = []
 
     def watch(self, blocks: nn.ModuleList) -> None:
         for block in blocks:
@@ -151,14 +164,14 @@ class BlockKeeper:
         if not self._kept:  # the last block's turn ends with the backward pass
             torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
         self._let_go()  # blocks are recomputed one after the other
-        self._kept = [p for p in block.parameters() if not p.requires_grad and not p.ds_persist]  # type: ignore[attr-defined]
+        self._kept = [p for p in block.parameters() if _is_stage3(p) and not p.requires_grad and not p.ds_persist]
         for parameter in self._kept:
-            parameter.ds_active_sub_modules.add(self.TOKEN)  # type: ignore[attr-defined]
+            parameter.ds_active_sub_modules.add(self.TOKEN)
 
     def _let_go(self) -> None:
         kept, self._kept = self._kept, []
         for parameter in kept:
-            parameter.ds_active_sub_modules.discard(self.TOKEN)  # type: ignore[attr-defined]
+            parameter.ds_active_sub_modules.discard(self.TOKEN)
             self._release(parameter)  # unless a module uses it
 
 
@@ -191,7 +204,7 @@ def engine_config(config: TrainConfig, bfloat16: bool) -> dict[str, object]:
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
     """A trainable's whole value under any strategy; collective where it is sharded."""
-    if hasattr(parameter, "ds_id"):
+    if _is_stage3(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(parameter)
@@ -233,7 +246,7 @@ def fill_optimizer(
     from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
     inner = optimizer.optimizer  # type: ignore[attr-defined]  # torch's AdamW over flat shards
-    stage3 = hasattr(parameters[0], "ds_id")
+    stage3 = _is_stage3(parameters[0])
     flats = optimizer.fp32_partitioned_groups_flat if stage3 else optimizer.single_partition_of_fp32_groups  # type: ignore[attr-defined]
     for flat in flats:
         zeros = {m: torch.zeros_like(flat) for m in MOMENTS}
@@ -250,15 +263,15 @@ def fill_optimizer(
 
 def local_share(parameter: nn.Parameter) -> Tensor:
     """What this process holds of a trainable, to read and to write: all of it, or at stage 3 a flat share [n]."""
-    return parameter.ds_tensor if hasattr(parameter, "ds_id") else parameter.detach()  # type: ignore[attr-defined]
+    return parameter.ds_tensor if _is_stage3(parameter) else parameter.detach()
 
 
 def cut_share(parameter: nn.Parameter, whole: Tensor) -> Tensor:
     """The part of a trainable-like whole tensor that is at `local_share`'s place."""
-    if not hasattr(parameter, "ds_id"):
+    if not _is_stage3(parameter):
         return whole
     # the last process's may end in padding
-    share = whole.new_zeros(parameter.ds_tensor.numel())  # type: ignore[attr-defined]
+    share = whole.new_zeros(parameter.ds_tensor.numel())
     start = len(share) * torch.distributed.get_rank()
     mine = whole.flatten()[start : start + len(share)]
     share[: len(mine)] = mine
@@ -267,27 +280,34 @@ def cut_share(parameter: nn.Parameter, whole: Tensor) -> Tensor:
 
 def gather_share(parameter: nn.Parameter, share: Tensor) -> Tensor:
     """Undo `cut_share`; collective where the parameter is sharded."""
-    if not hasattr(parameter, "ds_id"):
+    if not _is_stage3(parameter):
         return share
     share = share.to(parameter.device)  # offloaded ones lie in host memory
     parts = [torch.empty_like(share) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, share)
-    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)  # type: ignore[attr-defined]
+    return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def show_shares(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
     """Let every process compute with shares that were written; collective at stage 3, where some are held whole."""
-    if not hasattr(parameters[0], "ds_id"):
+    sharded = [p for p in parameters if _is_stage3(p)]
+    if not sharded:
         return
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 
-    stale = [p for p in parameters if p.ds_status == ZeroParamStatus.AVAILABLE]  # type: ignore[attr-defined]
+    stale = [p for p in sharded if p.ds_status == ZeroParamStatus.AVAILABLE]
     if stale:
-        stale[0].partition(stale, has_been_updated=False)  # type: ignore[attr-defined]
+        stale[0].partition(stale, has_been_updated=False)
     persistent = optimizer.persistent_parameters  # type: ignore[attr-defined]
     if persistent:
         persistent[0].all_gather(persistent)
 
 
+def _is_stage3(parameter: nn.Parameter) -> TypeGuard[ShardedParameter]:
+    """Tell whether ZeRO-3 shards the parameter."""
+    return hasattr(parameter, "ds_id")
+
+
 def _is_sharded(parameter: nn.Parameter) -> bool:
-    return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+    """Tell whether the parameter's moments are sharded, as they are from stage 1 on."""
+    return _is_stage3(parameter) or hasattr(parameter, "_hp_mapping")

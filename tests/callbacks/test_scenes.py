@@ -19,11 +19,11 @@ from one4d_pl.callbacks.video_eval import VideoEval
 from one4d_pl.config import DataConfig, EvalConfig
 from one4d_pl.data.datamodule import validation_batches
 from one4d_pl.data.decode import Draw, make_sample
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.fit import fit, scene_callbacks
-from one4d_pl.inference.panels import COLUMNS, GAP, distance_colours, distance_range, scene_panel
 from one4d_pl.inference.pipeline import GeneratedScene
 from one4d_pl.metrics.camera import path_length
+from one4d_pl.scene.panels import COLUMNS, GAP, distance_colours, distance_range, scene_panel
+from one4d_pl.toy.world import render_clip
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch, PointmapScale, collate
 

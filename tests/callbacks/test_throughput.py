@@ -11,8 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from one4d_pl.callbacks import throughput
-from one4d_pl.callbacks.survival import Preemption
 from one4d_pl.callbacks.throughput import step_line
+from one4d_pl.cluster.survival import Preemption
 from one4d_pl.config import Config
 from one4d_pl.costs.flops import BatchShape, TransformerShape, training_flops
 from one4d_pl.data.decode import ClipStream

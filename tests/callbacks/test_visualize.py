@@ -16,8 +16,8 @@ from one4d_pl.callbacks import visualize
 from one4d_pl.callbacks.visualize import Visualize, scene_points
 from one4d_pl.config import DataConfig
 from one4d_pl.data.decode import Draw, make_sample
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.inference.pipeline import GeneratedScene
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Batch, collate
 
 

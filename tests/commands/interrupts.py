@@ -24,7 +24,7 @@ import numpy as np
 from PIL import Image
 
 from data_prep import write_shards
-from one4d_pl import generate
+from one4d_pl.commands import generate
 
 REPO = Path(__file__).parents[2]
 # a shell's background job, as this may be, makes what it starts deaf to SIGINT
@@ -67,7 +67,7 @@ class Inputs:
 class Case:
     """A command, and the seconds from its beginning in which it is interrupted."""
 
-    module: str
+    program: str  # after `python -m`
     arguments: Callable[[Inputs, Path], tuple[str, ...]]  # of the inputs and the folder for what it writes
     seconds: float
 
@@ -79,27 +79,27 @@ def _toy(out: Path) -> tuple[str, ...]:
 CASES = {
     "fit": Case("one4d_pl.fit", lambda i, o: ("--config", "configs/dlc.yaml", f"run_dir={o}/run", "data.num_workers=1",
                                               *_toy(o), *FEW_STEPS), 40),
-    "generate": Case("one4d_pl.generate", lambda i, o: ("--prompt", "a", "--steps", "3", "--out", f"{o}/scene"), 10),
-    "generate over a scene": Case("one4d_pl.generate", lambda i, o: (
+    "generate": Case("one4d_pl generate", lambda i, o: ("--prompt", "a", "--steps", "3", "--out", f"{o}/scene"), 10),
+    "generate over a scene": Case("one4d_pl generate", lambda i, o: (
         "--prompt", "a", "--steps", "1", "--out", f"{o}/old"), 8),
-    "view": Case("one4d_pl.view", lambda i, o: (str(i.scene), "--port", "0"), 8),
-    "view --html": Case("one4d_pl.view", lambda i, o: (str(i.scene), "--html", f"{o}/scene.html"), 4),
-    "export a scene": Case("one4d_pl.export", lambda i, o: (str(i.scene), "--out", f"{o}/files"), 3.5),
-    "export adapters": Case("one4d_pl.export", lambda i, o: (
+    "view": Case("one4d_pl view", lambda i, o: (str(i.scene), "--port", "0"), 8),
+    "view --html": Case("one4d_pl view", lambda i, o: (str(i.scene), "--html", f"{o}/scene.html"), 4),
+    "export a scene": Case("one4d_pl export", lambda i, o: (str(i.scene), "--out", f"{o}/files"), 3.5),
+    "export adapters": Case("one4d_pl export", lambda i, o: (
         "one4d_pl/assets/demo_adapters", "--out", f"{o}/adapter", "--lora-for", "diffusers", "wan"), 4),
-    "evaluate": Case("one4d_pl.evaluate", lambda i, o: (
+    "evaluate": Case("one4d_pl evaluate", lambda i, o: (
         "--sequences", "toy_3000000,toy_3000001", "--rows", "ceiling", "--processes", "2", "--out", f"{o}/eval"), 30),
-    "cameras": Case("one4d_pl.cameras", lambda i, o: (str(i.scene), "--out", f"{o}/cameras"), 3),
-    "plan": Case("one4d_pl.plan", lambda i, o: ("--config", "configs/dlc.yaml"), 0.8),
-    "preflight": Case("one4d_pl.preflight", lambda i, o: (
+    "cameras": Case("one4d_pl cameras", lambda i, o: (str(i.scene), "--out", f"{o}/cameras"), 3),
+    "plan": Case("one4d_pl plan", lambda i, o: ("--config", "configs/dlc.yaml"), 0.8),
+    "preflight": Case("one4d_pl preflight", lambda i, o: (
         "--config", "configs/dlc.yaml", f"run_dir={o}/run", *_toy(o)), 5),
-    "fetch_weights": Case("one4d_pl.fetch_weights", lambda i, o: ("--check", "one4d_pl/assets/tiny_wan"), 0.2),
-    "demo": Case("one4d_pl.demo", lambda i, o: ("--clips", "2", "--out", f"{o}/demo", "sampler.steps=2"), 30),
-    "bench_gpu": Case("one4d_pl.bench_gpu", lambda i, o: ("--tiny", "--out", f"{o}/bench.json"), 4),
-    "nano": Case("one4d_pl.nano", lambda i, o: ("--only", "coupling", "--jobs", "2", "--clips", "2", "--seeds", "1",
+    "fetch_weights": Case("one4d_pl fetch-weights", lambda i, o: ("--check", "one4d_pl/assets/tiny_wan"), 0.2),
+    "demo": Case("one4d_pl demo", lambda i, o: ("--clips", "2", "--out", f"{o}/demo", "sampler.steps=2"), 30),
+    "bench_gpu": Case("experiments.bench_gpu", lambda i, o: ("--tiny", "--out", f"{o}/bench.json"), 4),
+    "nano": Case("experiments.nano", lambda i, o: ("--only", "coupling", "--jobs", "2", "--clips", "2", "--seeds", "1",
                                                 "--out", f"{o}/nano", *_toy(o), *FEW_STEPS), 60),
-    "build_tiny_vae": Case("one4d_pl.build_tiny_vae", lambda i, o: ("--out", f"{o}/vae", "--minutes", "0.2"), 30),
-    "build_tiny_base": Case("one4d_pl.build_tiny_base", lambda i, o: (
+    "build_vae": Case("experiments.tiny_wan.build_vae", lambda i, o: ("--out", f"{o}/vae", "--minutes", "0.2"), 30),
+    "build_base": Case("experiments.tiny_wan.build_base", lambda i, o: (
         "--config", "configs/tiny_base.yaml", f"run_dir={o}/base", f"base.path={o}/start", *_toy(o), *FEW_STEPS), 12),
     "stats": Case("data_prep.stats", lambda i, o: (str(i.shards), "--out", f"{o}/stats"), 0.9),
     "check_shards": Case("data_prep.check_shards", lambda i, o: (
@@ -133,14 +133,14 @@ def interrupt(name: str, inputs: Inputs, out: Path, wait: float, group: bool, pr
     out.mkdir(parents=True)
     if "over" in name:
         shutil.copytree(inputs.scene, out / "old")
-    command = [sys.executable, "-c", START, sys.executable, "-m", case.module, *case.arguments(inputs, out)]
+    command = [sys.executable, "-c", START, sys.executable, "-m", *case.program.split(), *case.arguments(inputs, out)]
     with (out / "stdout").open("w+") as stdout, (out / "stderr").open("w+") as stderr:
         process = subprocess.Popen(
             command, cwd=REPO, env=environment(), stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
             start_new_session=True,
         )  # fmt: skip
         try:
-            _await_beginning(process, case.module)
+            _await_beginning(process, case.program)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(wait)
             ended = process.poll() is not None
@@ -169,12 +169,12 @@ def interrupt(name: str, inputs: Inputs, out: Path, wait: float, group: bool, pr
     return Outcome(name, wait, code, took, tuple(faults))
 
 
-def _await_beginning(process: subprocess.Popen[bytes], module: str) -> None:
+def _await_beginning(process: subprocess.Popen[bytes], program: str) -> None:
     """Until it blocks SIGINT, which is before its arguments are read."""
     while process.poll() is None:
         with contextlib.suppress(OSError, StopIteration):
             words = Path(f"/proc/{process.pid}/cmdline").read_text().split("\0")
-            if words[1:3] != ["-m", module]:  # still on its way there
+            if words[1:3] != ["-m", program.split()[0]]:  # still on its way there
                 continue
             status = Path(f"/proc/{process.pid}/status").read_text().splitlines()
             blocked = int(next(line for line in status if line.startswith("SigBlk")).split()[1], 16)

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from one4d_pl.commands import PIPE_CLOSED, USER_ERROR, Command, exit_code
+from one4d_pl.commands.command import PIPE_CLOSED, USER_ERROR, Command, exit_code
 from one4d_pl.config import ConfigError
 from one4d_pl.interrupts import INTERRUPTED
 from tests.commands.interrupts import REPO
@@ -52,7 +52,7 @@ def test_arguments_reach_the_work_and_mistakes_in_them_end_with_2(capsys):
 @pytest.mark.parametrize("lines", [1, 1000, 100_000])
 def test_a_reader_that_has_enough_ends_a_command_without_a_word(lines):
     program = (
-        "from one4d_pl.commands import Command\n"
+        "from one4d_pl.commands.command import Command\n"
         f"Command('a', '', lambda parser: None, lambda args: print('line\\n' * {lines})).run_process()"
     )
     process = subprocess.Popen(

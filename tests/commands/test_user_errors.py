@@ -15,26 +15,18 @@ from PIL import Image
 
 from data_prep import check_shards, encode_latents, stats, write_shards
 from data_prep.sources import decoding
-from one4d_pl import (
-    build_tiny_vae,
-    cameras,
-    demo,
-    evaluate,
-    export,
-    fit,
-    generate,
-    preflight,
-    view,
-)
-from one4d_pl.commands import USER_ERROR, Command
+from experiments.nano import __main__ as nano_main
+from experiments.tiny_wan import build_vae
+from one4d_pl import fit
+from one4d_pl.commands import cameras, demo, evaluate, export, generate, preflight, view
+from one4d_pl.commands.command import USER_ERROR, Command
 from one4d_pl.config import DEMO_ADAPTERS, EMBEDDED_BASE, base_folder
 from one4d_pl.data.rgbd_folder import list_files, read_trajectory
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.formats import TAG, read_cam, read_dpt
 from one4d_pl.files import read_json
-from one4d_pl.inference.media import load_image, open_video
-from one4d_pl.inference.scene import Scene, open_scene, save_scene
-from one4d_pl.nano import __main__ as nano_main
+from one4d_pl.scene.media import load_image, open_video
+from one4d_pl.scene.scene import Scene, open_scene, save_scene
 from tests.own_process import in_own_process
 
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 19000000\n"
@@ -193,14 +185,14 @@ def test_outputs_that_cannot_be_are_refused_by_every_command(tmp_path, capsys, s
         generate.main: ("--prompt", "a", "--out"), cameras.main: (tmp_path / "scene", "--out"),
         view.main: (tmp_path / "scene", "--html"), export.main: (tmp_path / "scene", "--out"),
         evaluate.main: ("--rows", "ceiling", "--out"), demo.main: ("--out",), nano_main.main: ("--out",),
-        build_tiny_vae.main: ("--minutes", "1", "--out"), stats.main: (shards, "--out"),
+        build_vae.main: ("--minutes", "1", "--out"), stats.main: (shards, "--out"),
         check_shards.main: (shards, "--report"), write_shards.main: (*TOY, "--out"),
         encode_latents.main: ("--config", "configs/dlc.yaml", "--raw", shards, "--out"),
     }  # fmt: skip
     for command, arguments in commands.items():
         for place in ("file/x", "file/x/y", "n" * 300):
             end = f"{place}/scene.html" if command is view.main else place
-            assert "cannot write" in line_of(capsys, command, *arguments, tmp_path / end), command.module
+            assert "cannot write" in line_of(capsys, command, *arguments, tmp_path / end), command.name
     for command in (fit.main, preflight.main):
         said = line_of(capsys, command, "--config", "configs/dlc.yaml", f"run_dir={tmp_path}/file/run")
         assert said.startswith("error: run_dir: cannot write")

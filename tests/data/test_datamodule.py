@@ -23,7 +23,7 @@ from one4d_pl.data.datamodule import ClipEncoder, One4DDataModule, StepSampler
 from one4d_pl.data.order import MixtureOrder
 from one4d_pl.data.ranged_reads import RangeReader
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
-from one4d_pl.data.toy_world import render_clip
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Batch, Encoded, Sample
 
 STEPS, GLOBAL_BATCH = 6, 12

@@ -26,9 +26,9 @@ from one4d_pl.data.decode import (
 from one4d_pl.data.masking import task_of
 from one4d_pl.data.order import MixtureOrder
 from one4d_pl.data.shards import SampleError, ShardSet, write_shards
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.geometry.camera import project, to_camera
 from one4d_pl.geometry.pointmap import GEOMETRY_EXTENT, SKY_EXTENT, denormalise
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Clip, Sample, collate
 
 CONFIG = DataConfig(num_frames=17, height=16, width=32)

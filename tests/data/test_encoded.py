@@ -29,7 +29,7 @@ from one4d_pl.data.order import MixtureOrder
 from one4d_pl.data.ranged_reads import PLAIN_READER
 from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_shards
 from one4d_pl.data.tar_set import tar_bytes
-from one4d_pl.data.toy_world import render_clip
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Encoded, Sample
 
 CONFIG = DataConfig(num_frames=17, height=16, width=32)

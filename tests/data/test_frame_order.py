@@ -16,11 +16,11 @@ from one4d_pl.data.frame_order import by_number, numbered_files
 from one4d_pl.data.rgbd_folder import list_files
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.benchmarks import open_benchmark
-from one4d_pl.inference.media import FrameFolder
-from one4d_pl.inference.predictions import read_prediction
-from one4d_pl.inference.scene import open_scene, save_scene
+from one4d_pl.scene.media import FrameFolder
+from one4d_pl.scene.predictions import read_prediction
+from one4d_pl.scene.scene import open_scene, save_scene
 from tests.data_prep import raw_layouts as raw
-from tests.inference.toy_scene import exact_scene
+from tests.scene.toy_scene import exact_scene
 
 ORDERED = {
     "without leading zeros": [f"{n}.png" for n in range(120)],

@@ -27,7 +27,7 @@ from one4d_pl.data.order import MixtureOrder
 from one4d_pl.data.ranged_reads import RangeReader, StoreError
 from one4d_pl.data.read_cache import LEDGER, RangeCache
 from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_shards
-from one4d_pl.data.toy_world import render_clip
+from one4d_pl.toy.world import render_clip
 from tests.own_process import in_own_process
 
 CONFIG = DataConfig(num_frames=17, height=16, width=32)

@@ -6,24 +6,33 @@ import struct
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
 from one4d_pl.data.rgbd_folder import (
+    BONN_ROS,
     associate,
     bonn_cam2world,
-    bonn_groundtruth,
     list_files,
     open_sequence,
     read_depth_png,
+    read_rgb_png,
     read_trajectory,
 )
 from one4d_pl.geometry.camera import project, to_camera, to_world, unproject
-from one4d_pl.geometry.se3 import is_rotation
+from one4d_pl.geometry.se3 import invert_se3, is_rotation
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 TUM, BONN = REAL / "tum" / "rgbd_dataset_freiburg1_desk", REAL / "bonn" / "rgbd_bonn_crowd"
+
+
+def bonn_groundtruth(cam2world: torch.Tensor) -> torch.Tensor:  # [..., 4, 4] float64 -> [..., 4, 4]
+    """Undo `bonn_cam2world`: the row that Bonn's file would hold for a camera."""
+    ros = cam2world.new_tensor(BONN_ROS)
+    marker = bonn_cam2world(torch.eye(4, dtype=cam2world.dtype))  # ros · ros = 1
+    return ros @ cam2world @ invert_se3(marker) @ ros
 
 
 def png16(codes: list[list[int]]) -> bytes:
@@ -81,7 +90,7 @@ def test_frames_are_paired_by_time_and_unpaired_images_left_out(folder):
     assert [frame.timestamp for frame in sequence.frames] == [1.0, 1.2]
     assert [frame.depth_path.name for frame in sequence.frames] == ["1.01.png", "1.19.png"]
     assert sequence.frames[1].cam2world[:3, 3].tolist() == [7, 8, 9]
-    assert sequence.frames[0].read_rgb()[0, 0].tolist() == [1, 2, 3]
+    assert read_rgb_png(sequence.frames[0].rgb_path)[0, 0].tolist() == [1, 2, 3]
     expected = [[535.4, 0, 320.6], [0, 539.2, 248.1], [0, 0, 1]]  # half a pixel beyond the published centre
     torch.testing.assert_close(sequence.intrinsics, torch.tensor(expected))
 
@@ -99,12 +108,21 @@ def test_nearest_pairs_are_made_first_and_each_once():
     assert associate(first, second, 0.05) == [(0, 1), (1, 0), (2, 2)]
 
 
+def test_a_pair_at_the_limit_is_decided_by_the_difference_as_tum_s_script_does():
+    rng = np.random.default_rng(0)
+    for time in rng.uniform(1.3e9, 1.4e9, 200):
+        for other in (time - 0.02, time + 0.02):
+            for neighbour in (np.nextafter(other, 0), other, np.nextafter(other, 2e9)):
+                pairs = associate(torch.tensor([time]).double(), torch.tensor([neighbour]).double())
+                assert pairs == ([(0, 0)] if abs(time - neighbour) < 0.02 else [])
+
+
 def test_files_that_are_listed_but_absent_are_told_apart(folder):
     (folder / "rgb" / "1.20.png").unlink()
     frames = open_sequence(folder).frames
     assert [frame.present for frame in frames] == [True, False]
     with pytest.raises(ValueError, match=r"1\.20\.png"):
-        frames[1].read_rgb()
+        read_rgb_png(frames[1].rgb_path)
 
 
 def test_bonn_rows_become_cameras_by_the_published_rule():

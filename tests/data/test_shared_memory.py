@@ -10,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from one4d_pl import fit, preflight
+from one4d_pl import fit
+from one4d_pl.commands import preflight
 from one4d_pl.config import ConfigError, load_config, to_yaml
 from one4d_pl.data import shared_memory
 from one4d_pl.data.shared_memory import BYTES_PER_PIXEL, PREFETCH, needed_bytes, refuse_small_shared_memory

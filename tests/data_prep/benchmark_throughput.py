@@ -27,7 +27,7 @@ from data_prep.write_shards import main as write_shards
 from one4d_pl.data.clip_codec import encode_clip
 from one4d_pl.data.decode import resize_clip
 from one4d_pl.data.staging import Plan
-from one4d_pl.data.toy_world import render_clip
+from one4d_pl.toy.world import render_clip
 
 NUM_FRAMES, HEIGHT, WIDTH = 17, 352, 624
 GOAL = 0.8

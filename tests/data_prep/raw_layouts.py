@@ -19,9 +19,9 @@ from PIL import Image
 from scipy.sparse import csr_matrix
 from scipy.spatial.transform import Rotation
 
-from one4d_pl.data.toy_draw import build_scene
-from one4d_pl.data.toy_render import Views, render
-from one4d_pl.data.toy_scene import moving_codes, solids_at, views_at
+from one4d_pl.toy.draw import build_scene
+from one4d_pl.toy.render import Views, render
+from one4d_pl.toy.things import moving_codes, solids_at, views_at
 
 Array = np.ndarray
 FPS = 12.0

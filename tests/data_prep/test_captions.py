@@ -21,7 +21,7 @@ from PIL import Image
 from data_prep.captions import CaptionError, CaptionOptions, ask, best_caption, digest_of_table, read_table
 from data_prep.write_shards import main
 from one4d_pl.data.shards import ShardSet
-from one4d_pl.data.toy_world import render_clip
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Clip
 
 Reply = tuple[int, bytes, dict[str, str]]

@@ -16,8 +16,8 @@ from data_prep.geometry_checks import check_geometry
 from data_prep.write_shards import main as write_main
 from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet, write_shards
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.models.encoder_files import open_vae
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Clip
 
 CHEAP = ["--vae-clips", "0"]

@@ -16,10 +16,10 @@ from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.data.decode import Draw, draw_training, make_encoded_sample, make_sample
 from one4d_pl.data.encoded import EncodedSet, open_set
 from one4d_pl.data.shards import ShardSet, write_shards
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.fit import fit
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
+from one4d_pl.toy.world import render_clip
 from one4d_pl.training import module as module_room
 from one4d_pl.training.checkpoint_files import newest_checkpoint
 from one4d_pl.training.module import One4DModule

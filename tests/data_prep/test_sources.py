@@ -14,7 +14,7 @@ import torch
 from data_prep.sources import registry
 from data_prep.sources.decoding import read_video
 from one4d_pl.data.clip_codec import clip_fault
-from one4d_pl.inference.media import VideoReader
+from one4d_pl.scene.media import VideoReader
 from one4d_pl.types import Clip
 from tests.data_prep import raw_layouts as raw
 from tests.data_prep.raw_layouts import Shot, film

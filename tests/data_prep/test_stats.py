@@ -17,7 +17,7 @@ from one4d_pl.config import DataConfig
 from one4d_pl.data.datamodule import video_sample_maker
 from one4d_pl.data.encoded import cache_folder, encode_set, encoding_recipe
 from one4d_pl.data.shards import ShardSet, write_shards
-from one4d_pl.data.toy_world import render_clip
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Encoded, Sample
 
 REPO = Path(__file__).parents[2]

@@ -174,7 +174,7 @@ def test_the_door_resizes(pristine, tmp_path):
 
 
 def test_the_door_renders_the_toy_world(tmp_path):
-    pytest.importorskip("one4d_pl.data.toy_world")
+    pytest.importorskip("one4d_pl.toy.world")
     arguments = ["--source", "toy", "--num-frames", "17", "--height", "32", "--width", "48"]
     arguments += ["--samples-per-shard", "2", "--seed", "5"]
     assert main([*arguments, "--count", "3", "--domain", "real", "--out", str(tmp_path / "three")]) == 0

@@ -15,7 +15,7 @@ from data_prep.sources import registry
 from one4d_pl.data.clip_codec import decode_clip, validate_clip
 from one4d_pl.data.shards import ShardSet, ShardSetError, pack_clip, write_shards
 from one4d_pl.data.texts import caption_text, licence_text
-from one4d_pl.data.toy_world import render_clip
+from one4d_pl.toy.world import render_clip
 from tests.data_prep import raw_layouts as raw
 from tests.data_prep.raw_layouts import film
 

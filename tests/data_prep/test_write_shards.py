@@ -29,8 +29,8 @@ from data_prep.write_shards import main
 from one4d_pl.data.shards import ShardSet, write_shards
 from one4d_pl.data.staging import Plan
 from one4d_pl.data.tar_set import Manifest
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.errors import UserError
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Clip
 from tests.own_process import in_own_process
 
@@ -149,11 +149,11 @@ def test_tasks_of_an_array_job_make_the_same_bytes_whoever_comes_last(undisturbe
 def test_other_settings_do_not_go_on_from_a_begun_or_finished_folder(undisturbed, tmp_path, capsys):
     before = contents(undisturbed)
     assert main([*TOY, "--out", str(undisturbed), "--count", "6"]) == 2
-    assert "count: 7, now 6" in capsys.readouterr().err
+    assert "count (7 -> 6)" in capsys.readouterr().err
     assert contents(undisturbed) == before
     assert main([*TOY, "--out", str(tmp_path), "--rank", "0", "--world", "2"]) == 0
     assert main([*TOY, "--out", str(tmp_path), "--height", "32"]) == 2
-    assert "begun with other settings (height: 16, now 32)" in capsys.readouterr().err
+    assert "begun with other settings: recipe.height (16 -> 32)" in capsys.readouterr().err
 
 
 def test_a_limit_takes_the_first_clips_on_any_number_of_tasks(undisturbed, tmp_path):

@@ -1,6 +1,6 @@
-"""How long scoring takes: as many frames as Sintel's training set, synthetic depth and cameras, exact L1 alignments.
+"""How long scoring takes: as many frames as Sintel's training set, synthetic depth and cameras, one process.
 
-    python -m tests.evaluation.benchmark_scoring [--sequences 23]
+    python -m tests.evaluation.benchmark_scoring [--sequences 23] [--protocols one4d,geo4d]
 
 prints seconds (CPU of one thread, and wall) per protocol and the peak memory, which one sequence bounds.
 """
@@ -21,7 +21,7 @@ from one4d_pl.evaluation.benchmarks import SINTEL_CAMERAS, SINTEL_FRAMES, EvalSe
 from one4d_pl.evaluation.protocols import PROTOCOLS
 from one4d_pl.evaluation.score import score_benchmark
 from one4d_pl.geometry.se3 import se3_matrix, so3_exp
-from one4d_pl.inference.predictions import Prediction, write_prediction
+from one4d_pl.scene.predictions import Prediction, write_prediction
 
 HEIGHT, WIDTH = 436, 1024
 PREDICTED = (218, 512)  # half of each side
@@ -63,6 +63,7 @@ def walk(frames: int, seed: int) -> Tensor:  # [T, 4, 4] float64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sequences", type=int, default=23)
+    parser.add_argument("--protocols", default="one4d,scale_only", help=f"of {', '.join(PROTOCOLS)}")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     sequences: list[EvalSequence] = []
@@ -76,7 +77,7 @@ def main() -> None:
             depth = (depth / 7 + 0.5) * torch.exp(0.1 * torch.randn(depth.shape, generator=generator))
             cameras = walk(sequence.num_frames, seed) @ walk(sequence.num_frames, seed + 1000)
             write_prediction(Path(folder) / sequence.name, Prediction(depth, cameras), {})
-        for name in ("one4d", "scale_only"):
+        for name in arguments.protocols.split(","):
             cpu, wall = time.process_time(), time.perf_counter()
             score = score_benchmark("sintel", sequences, Path(folder), PROTOCOLS[name])
             mean = score.depth_mean("all")

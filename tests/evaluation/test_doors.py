@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,19 +13,19 @@ import pytest
 import torch
 from PIL import Image
 
-from one4d_pl import cameras, evaluate
+from one4d_pl.commands import cameras, evaluate
 from one4d_pl.config import DLCConfig, SamplerConfig, load_config, to_yaml
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation import benchmarks, predict
 from one4d_pl.evaluation.benchmarks import open_benchmark
 from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.vbench import read_i2v_prompts, video_name
 from one4d_pl.geometry.pointmap import depth_to_pointmap
 from one4d_pl.inference.long_video import fill_window
-from one4d_pl.inference.predictions import Prediction, read_prediction, write_prediction
 from one4d_pl.models.adapters import AdapterCard, save_adapters
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import fingerprint
+from one4d_pl.scene.predictions import Prediction, read_prediction, write_prediction
+from one4d_pl.toy.world import render_clip
 
 REPO = Path(__file__).parents[2]
 ONE = "toy_3000000"  # its geometry fits the cube whole
@@ -139,7 +137,8 @@ def test_sparse_frames_are_first_last_and_evenly_between():
 
 def test_what_is_missing_is_said_in_one_line_with_exit_code_2(tmp_path, arguments, capsys, monkeypatch):
     monkeypatch.setattr(evaluate, "DEMO_ADAPTERS", tmp_path / "demo_adapters")
-    monkeypatch.setattr(evaluate, "DEMO_CONFIG", tmp_path / "demo.yaml")
+    monkeypatch.setattr("one4d_pl.config.places.CONFIGS", tmp_path)
+    monkeypatch.chdir(tmp_path)
     assert "the demo adapters are not at" in failure(capsys, evaluate, [])
     assert "demo.yaml: no such config file" in failure(capsys, evaluate, ["--rows", "ceiling"])
     assert "no adapter (card.json)" in failure(capsys, evaluate, ["--ckpt", str(tmp_path)])
@@ -154,13 +153,6 @@ def test_what_is_missing_is_said_in_one_line_with_exit_code_2(tmp_path, argument
     bare = [a for a in arguments if a not in ("--config", str(tmp_path / "run.yaml"))]
     assert "--config: name the yaml" in failure(capsys, evaluate, bare)
     assert "clone VBench" in failure(capsys, evaluate, [*arguments, "--bench", "vbench", "--root", str(tmp_path)])
-
-
-@pytest.mark.parametrize("door", ["evaluate", "cameras"])
-def test_help_is_there_without_torch(door):
-    code = f"import sys; sys.modules['torch'] = None; from one4d_pl.{door} import main; main(['--help'])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPO)
-    assert done.returncode == 0 and f"python -m one4d_pl.{door}" in done.stdout
 
 
 def test_pointmaps_become_cameras_and_depth(tmp_path, capsys):

@@ -9,7 +9,6 @@ import torch
 
 from one4d_pl.config import Config
 from one4d_pl.data.decode import Draw, make_sample
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation.fit_quality import measure_fit, sampled_clips
 from one4d_pl.evaluation.goals import Goal, goal_table, goals
 from one4d_pl.evaluation.recovered import (
@@ -23,6 +22,7 @@ from one4d_pl.evaluation.toy_clips import HeldOut
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.postopt.recover import RecoverOptions, recover_scene
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Sample, collate
 
 HEIGHT, WIDTH = 32, 48

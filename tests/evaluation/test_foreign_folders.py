@@ -17,7 +17,7 @@ from one4d_pl.evaluation.run import Request, evaluate
 from one4d_pl.evaluation.score import score_benchmark
 from one4d_pl.evaluation.tables import Row, markdown
 from one4d_pl.geometry.se3 import matrix_to_wxyz
-from one4d_pl.inference.predictions import find_prediction, read_prediction
+from one4d_pl.scene.predictions import find_prediction, read_prediction
 
 PROTOCOL = PROTOCOLS["one4d"]
 

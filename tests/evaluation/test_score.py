@@ -17,14 +17,14 @@ from one4d_pl.evaluation.score import BenchmarkScore, score_benchmark, score_seq
 from one4d_pl.evaluation.tables import Row, markdown, sequences_csv, write_report
 from one4d_pl.geometry.pointmap import depth_to_pointmap
 from one4d_pl.geometry.se3 import matrix_to_wxyz, rebase_to_first
-from one4d_pl.inference.predictions import (
+from one4d_pl.metrics.camera import path_length
+from one4d_pl.postopt.recover import RecoverOptions, recover_scene
+from one4d_pl.scene.predictions import (
     Prediction,
     read_prediction,
     read_wxyz_trajectory,
     write_prediction,
 )
-from one4d_pl.metrics.camera import path_length
-from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 
 PROTOCOL = PROTOCOLS["one4d"]
 

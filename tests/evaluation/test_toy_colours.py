@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from one4d_pl.data.toy_levels import THING_COLOURS, WALL_COLOURS
-from one4d_pl.data.toy_render import AIR
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.evaluation.toy_colours import HUED, colours_found, found_colours, named_things
+from one4d_pl.toy.levels import THING_COLOURS, WALL_COLOURS
+from one4d_pl.toy.render import AIR
+from one4d_pl.toy.world import render_clip
 
 GREY = (0.5, 0.5, 0.5)
 

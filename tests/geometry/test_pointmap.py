@@ -301,7 +301,7 @@ def test_the_unit_of_length_does_not_matter(factor, z_offset):
 def test_a_rigid_change_of_the_world_does_not_matter(z_offset):
     geometry = make_hard_geometry()
     change = make_cameras(5, torch.float32)[1]
-    moved = replace(geometry, cam2world=se3.compose(change, geometry.cam2world)).normalise(z_offset=z_offset)
+    moved = replace(geometry, cam2world=change @ geometry.cam2world).normalise(z_offset=z_offset)
     torch.testing.assert_close(moved.points, geometry.normalise(z_offset=z_offset).points, rtol=0, atol=5e-6)
 
 

@@ -1,4 +1,4 @@
-"""Laws on a true GPU, in bfloat16 under autocast as a run has it; `python -m one4d_pl.gpu_proof` runs them."""
+"""Laws on a true GPU, in bfloat16 under autocast as a run has it; `python -m experiments.gpu_proof` runs them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from one4d_pl import bench_gpu
+from experiments import bench_gpu
 from one4d_pl.config import CHECKPOINTING, DLCConfig, OptimConfig
 from one4d_pl.costs.flops import BatchShape
 from one4d_pl.models.attention_norms import norm_without_autocast

@@ -13,11 +13,11 @@ import pytest
 import torch
 from PIL import Image
 
-from one4d_pl import cameras, generate
+from one4d_pl.commands import cameras, generate
 from one4d_pl.errors import UserError
 from one4d_pl.inference.pipeline import One4DPipeline, RequestError
-from one4d_pl.inference.predictions import read_prediction
-from one4d_pl.inference.scene import open_scene, save_scene
+from one4d_pl.scene.predictions import read_prediction
+from one4d_pl.scene.scene import open_scene, save_scene
 
 PICTURE = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
 

@@ -63,8 +63,8 @@ def make_both(base, monkeypatch, solver, num_frames, height, width, given: dict[
     """Frames [T, H, W, 3] in [0, 1] of both pipelines for the same seed, pictures, prompts and scheduler."""
     pipeline = ours(base, num_frames, solver)
     made: list[Tensor] = []
-    real = pipeline_room.joined_frames
-    monkeypatch.setattr(pipeline_room, "joined_frames", lambda video: made.append(real(video)) or made[-1])
+    real = pipeline_room.join_frames
+    monkeypatch.setattr(pipeline_room, "join_frames", lambda *parts: made.append(real(*parts)) or made[-1])
     images = {index: picture(height, width, seed) for index, seed in given.items()}
     scene = pipeline(
         "a ball", images, num_frames, height, width, guidance_scale=GUIDANCE,

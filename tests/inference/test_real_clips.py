@@ -10,10 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from one4d_pl import export, generate
+from one4d_pl.commands import export, generate
 from one4d_pl.config import DEMO_ADAPTERS, load_config
-from one4d_pl.inference.exports import FORMATS
 from one4d_pl.inference.pipeline import One4DPipeline
+from one4d_pl.scene.exports import FORMATS
 
 REPO = Path(__file__).parents[2]
 SHARED = REPO.parent / "shared" / "data"

@@ -128,7 +128,7 @@ def test_many_points_get_the_same_fit_as_without_a_sample(alignment, kind, monke
     assert actual == pytest.approx(expected, abs=1e-12 * float(target.abs().sum()))
 
 
-def test_published_adam_with_large_steps_ends_at_the_exact_fit_and_with_small_ones_near_its_start():
+def test_published_adam_with_large_steps_ends_near_the_exact_fit_and_with_small_ones_near_its_start():
     preds, target, valid = sequence()
     valid &= target > 0
     exact = align_depth(preds, target, valid, "scale_shift")
@@ -136,7 +136,8 @@ def test_published_adam_with_large_steps_ends_at_the_exact_fit_and_with_small_on
     converged = align_depth(preds, target, valid, "scale_shift_geo4d")
     stuck = align_depth(preds, target, valid, "scale_shift_monst3r")
     best = cost(preds[valid], target[valid], float(exact.scale), float(exact.shift))
-    assert best <= cost(preds[valid], target[valid], float(converged.scale), float(converged.shift)) <= 1.0001 * best
+    stopped = cost(preds[valid], target[valid], float(converged.scale), float(converged.shift))
+    assert best <= stopped <= 1.01 * best  # its early stop
     assert float(converged.scale) == pytest.approx(float(exact.scale), rel=0.01)
     assert 0 < abs(float(stuck.scale - start.scale)) <= 0.101 and 0 < abs(float(stuck.shift)) <= 0.101
 

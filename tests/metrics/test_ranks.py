@@ -12,7 +12,7 @@ from torchmetrics import Metric
 from one4d_pl.geometry.se3 import se3_matrix, so3_exp
 from one4d_pl.metrics.camera import CameraError
 from one4d_pl.metrics.depth import VideoDepthError
-from one4d_pl.metrics.pointmap import PointmapError, PointmapJitter
+from one4d_pl.metrics.pointmap import PointmapError
 from one4d_pl.metrics.video import FrechetVideoDistance, VaeFeatures
 
 SAMPLES = 5  # no number of ranks divides them
@@ -27,7 +27,6 @@ def metrics() -> dict[str, Metric]:
     return {
         "depth": VideoDepthError("scale_shift", max_depth=6.0),
         "pointmap": PointmapError("sim3"),
-        "jitter": PointmapJitter("scale"),
         "camera": CameraError(),
         "video": FrechetVideoDistance(VaeFeatures(pooled, num_channels=2)),
     }
@@ -43,12 +42,10 @@ def update(group: dict[str, Metric], index: int) -> None:
     preds = target + 0.1 * torch.randn(target.shape, generator=generator)
     valid = torch.rand(frames, 6, 8, generator=generator) < (0.8 if index != 1 else 0)
     moving = torch.rand(frames, 6, 8, generator=generator) < 0.2
-    intrinsics = torch.tensor([[6.0, 0, 4], [0, 6, 3], [0, 0, 1]]).repeat(frames, 1, 1)
     preds_cam2world = cam2world[:1].repeat(frames, 1, 1) if index == 2 else cam2world.roll(1, 0)
 
     group["depth"].update(preds[..., 2], target[..., 2], valid)
     group["pointmap"].update(preds[None], target[None], valid[None], moving[None])
-    group["jitter"].update(preds[None], target[None], valid[None], moving[None], intrinsics[None], cam2world[None])
     group["camera"].update(preds_cam2world, cam2world, torch.ones(frames, dtype=torch.bool))
     videos = torch.rand(2, 3, 5, 4, 4, generator=generator)
     group["video"].update(videos, real=True)

@@ -11,7 +11,7 @@ from diffusers.loaders.lora_pipeline import WanLoraLoaderMixin
 from diffusers.pipelines.wan.pipeline_wan_i2v import WanImageToVideoPipeline
 from safetensors.torch import load_file
 
-from one4d_pl import export
+from one4d_pl.commands import export
 from one4d_pl.config import DLCConfig, SamplerConfig
 from one4d_pl.models.adapters import PEFT_PREFIX, AdapterCard, save_adapters
 from one4d_pl.models.transformer import One4DTransformer

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from one4d_pl.data.toy_draw import build_scene
-from one4d_pl.data.toy_render import Solid, Views, render
-from one4d_pl.data.toy_scene import solids_at, views_at
 from one4d_pl.geometry.camera import pixel_grid
 from one4d_pl.geometry.pointmap import depth_to_pointmap
 from one4d_pl.geometry.se3 import geodesic_angle, rebase_to_first, se3_matrix, so3_exp
 from one4d_pl.postopt.recover import recover_scene
+from one4d_pl.toy.draw import build_scene
+from one4d_pl.toy.render import Solid, Views, render
+from one4d_pl.toy.things import solids_at, views_at
 
 PATHS = ("static", "orbit", "forward", "hand-held")
 NOISES = (0.0, 0.01, 0.05)  # deviation per axis, in median distances of the clip

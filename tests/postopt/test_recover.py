@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from one4d_pl.data.toy_world import exact_clip
 from one4d_pl.geometry.camera import to_world, unproject
 from one4d_pl.geometry.pointmap import depth_to_pointmap
 from one4d_pl.geometry.se3 import rebase_to_first, se3_matrix, so3_exp
 from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions, project_depth, recover_scene
+from one4d_pl.toy.world import exact_clip
 from tests.postopt.benchmark_gradient_fit import PATHS, World, accuracy, build_world, disturb
 
 EXACT = RecoverOptions(alpha2=0)

@@ -278,6 +278,6 @@ def main(out: str, *names: str) -> int:
 
 
 if __name__ == "__main__":
-    from one4d_pl.training.signals import end_process
+    from one4d_pl.cluster.signals import end_process
 
     end_process(lambda: main(*sys.argv[1:]))

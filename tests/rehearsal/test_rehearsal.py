@@ -114,7 +114,7 @@ def test_a_fault_put_back_is_one_line_with_module_and_file(seen, fault, words):
 
 def test_the_door_tells_what_it_saw():
     done = python(
-        "-m", "one4d_pl.rehearse", *PAPER, "--blocks", "1", "data.num_frames=9", "data.height=64", "data.width=64"
+        "-m", "one4d_pl", "rehearse", *PAPER, "--blocks", "1", "data.num_frames=9", "data.height=64", "data.width=64"
     )
     assert done.returncode == 0, done.stderr
     for words in ("1 blocks", "backward", "sampling: transformer", "the planner says", "GB a block", "no fault"):
@@ -132,7 +132,7 @@ def test_the_door_tells_what_it_saw():
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(arguments, environment, words):
-    done = python("-m", "one4d_pl.rehearse", *PAPER, *arguments, **environment)
+    done = python("-m", "one4d_pl", "rehearse", *PAPER, *arguments, **environment)
     assert done.returncode == 2, done.stdout
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: ") and words in line

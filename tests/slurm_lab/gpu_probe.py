@@ -46,7 +46,7 @@ def evaluation(lab: Lab, folder: Path) -> list[Seen]:
         VENV=str(_probe(folder)),
     )  # fmt: skip
     assert lab.wait(job, 60) == "COMPLETED", (folder / "eval.out").read_text()
-    return _seen(folder, job, "one4d_pl.evaluate")
+    return _seen(folder, job, "one4d_pl")
 
 
 def _probe(folder: Path) -> Path:

@@ -75,7 +75,7 @@ class Trials:
         def disturb(job: int, run_dir: Path) -> None:
             nonlocal left
             while left and self._sleep_in_job(job, self.chance.uniform(5, 90)):
-                ranks = self.lab.ranks() or self.lab.ranks("one4d_pl.preflight")
+                ranks = self.lab.ranks() or self.lab.ranks("one4d_pl")
                 if not ranks:
                     continue
                 rank = self.chance.choice(sorted(ranks))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from one4d_pl import export
+from one4d_pl.commands import export
 from one4d_pl.config import ConfigError, OptimConfig
 from one4d_pl.fit import fit
 from one4d_pl.training.checkpoint_files import checkpoint_folder

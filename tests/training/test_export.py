@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from one4d_pl import export
+from one4d_pl.commands import export
 from one4d_pl.config import DEMO_ADAPTERS
 from one4d_pl.fit import fit
 from one4d_pl.models.adapters import AdapterCard, load_adapters

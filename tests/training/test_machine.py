@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from one4d_pl import preflight
+from one4d_pl.commands import preflight
 from one4d_pl.config import to_yaml
 from one4d_pl.fit import fit
 from one4d_pl.models import driver as driver_module

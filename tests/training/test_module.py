@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.pytorch.accelerators import AcceleratorRegistry
 
+from one4d_pl.config import TrainConfig
 from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
@@ -154,6 +158,19 @@ def test_a_module_whose_base_is_sharded_knows_where_it_computes(run_config, monk
     module = One4DModule(run_config(), adapters=None)
     ZeroStrategy.__new__(ZeroStrategy)._setup_model(module)
     assert module.device == torch.device("cpu", 0)
+
+
+def test_zero_sets_itself_up_on_the_gpus_that_lightning_gives_it(monkeypatch):
+    """Lightning has two classes of this name; the Trainer's own is meant, else a GPU would be taken for a CPU."""
+    strategy = ZeroStrategy(TrainConfig(zero_stage=2), bfloat16=True, timeout=timedelta(minutes=1))
+    strategy.accelerator = AcceleratorRegistry.get("cuda")
+    strategy.parallel_devices = gpus = [torch.device("cuda", i) for i in range(2)]
+    strategy.cluster_environment = LightningEnvironment()
+    chosen = []
+    monkeypatch.setattr(type(strategy.accelerator), "setup_device", lambda self, device: chosen.append(device))
+    monkeypatch.setattr(ZeroStrategy, "setup_distributed", lambda self: None)  # there is no NCCL here
+    strategy.setup_environment()
+    assert chosen == gpus[:1] and strategy.parallel_devices == gpus
 
 
 def test_learning_rates_groups_and_warm_up(module):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from one4d_pl.config import Config
-from tests.training.test_preemption import STEPS, logged_steps, session_members
+from tests.cluster.test_restarts import STEPS, logged_steps, session_members
 
 PATIENCE_S = 10.0  # after the death of the first process
 LONG = (*STEPS, "train.max_steps=100000", "data.num_workers=2")
@@ -156,7 +156,7 @@ def test_workers_of_a_pool_end_with_their_owner(pipe, tmp_path, method, number):
 
 CHILD = """
 import os, signal, subprocess, sys, time
-from one4d_pl.training import signals
+from one4d_pl.cluster import signals
 if sys.argv[1] == "parent":
     child = subprocess.Popen([sys.executable, __file__, *sys.argv[2:], str(os.getpid())])
     time.sleep(600)

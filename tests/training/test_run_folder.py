@@ -19,7 +19,8 @@ from pathlib import Path
 
 import pytest
 
-from one4d_pl import export
+from one4d_pl.cluster.restarts import STARTS
+from one4d_pl.commands import export
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.fit import fit, main
 from one4d_pl.training import run_lock
@@ -35,7 +36,6 @@ from one4d_pl.training.checkpoint_files import (
     superfluous,
     write_score,
 )
-from one4d_pl.training.preemption import STARTS
 from one4d_pl.training.run_lock import LOCK, sole_run
 from tests.conftest import REPO
 from tests.training.chaos import final_hashes

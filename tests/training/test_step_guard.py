@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from one4d_pl.cluster.restarts import STARTS
 from one4d_pl.config import Config, to_yaml
 from one4d_pl.fit import fit, main
 from one4d_pl.training.checkpoint_files import checkpoint_folder, newest_checkpoint, read_step
 from one4d_pl.training.module import One4DModule
-from one4d_pl.training.preemption import STARTS
 from one4d_pl.training.step_guard import MOST_IN_A_ROW
 from one4d_pl.types import Batch
 from tests.conftest import small_run_config

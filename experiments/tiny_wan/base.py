@@ -1,0 +1,191 @@
+"""The tiny base's transformer and text encoder: an RGB inpainting video model, pretrained on the toy world.
+
+The small analogue of Wan2.1-Fun-InP: 36 channels, random frame masks, captions with dropout, flow matching. It sees RGB
+frames only; geometry is what the adapters bring later. The same DataModule, trainer and flow as `fit`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import lightning
+import torch
+from lightning.pytorch.callbacks import Callback
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from one4d_pl.config import Config, ConfigError
+from one4d_pl.data.order import derived_generator
+from one4d_pl.diffusion.flow_matching import interpolate, shift_sigma
+from one4d_pl.files import replaced_folder, whole_file, write_json
+from one4d_pl.models.conditioning import encode_condition
+from one4d_pl.models.precision import can_compile, training_attention
+from one4d_pl.models.transformer import attend_with, compile_wan
+from one4d_pl.models.wan import WanEncoders, load_transformer
+from one4d_pl.types import Batch
+
+EMA_DECAY = 0.998
+MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHT_FILES = {"transformer": "diffusion_pytorch_model.safetensors", "text_encoder": "model.safetensors"}
+META = {"format": "pt"}
+
+
+class TinyBaseModule(lightning.LightningModule):
+    """Pretrain every weight of the transformer and the text encoder on RGB inpainting.
+
+    Args:
+        config: base, data, masking, flow, optim and train are read as `fit` reads them.
+    """
+
+    encoders: WanEncoders
+    trained: nn.ModuleDict  # transformer, text_encoder
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        self._conditions: dict[str, Tensor] = {}  # of image to video, which never changes for a clip
+
+    def configure_model(self) -> None:
+        """Open the bundle; its VAE is trained already, the rest starts from its seeded weights."""
+        if hasattr(self, "trained"):
+            return
+        self.encoders = WanEncoders.of(self.config)
+        transformer = load_transformer(self.config.base.path, self.config.base.dtype)
+        attention = training_attention(self.config, transformer.device)
+        attend_with(transformer, attention)
+        if self.config.train.compile and can_compile(transformer.device):
+            compile_wan(transformer, attention)
+        self.trained = nn.ModuleDict({"transformer": transformer, "text_encoder": self.encoders.text_encoder})
+        self.trained.requires_grad_(True)
+        self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
+        self.average.requires_grad_(False)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        assert batch.encoded is not None
+        seed, positions = self.config.train.seed, batch.position.tolist()
+        latents = torch.stack([e.latents[0] for e in batch.encoded])  # [B, C, t, h, w]
+        noise = torch.stack(
+            [torch.randn(latents.shape[1:], generator=derived_generator(seed, p, "noise")) for p in positions]
+        ).to(latents)
+        uniform = torch.cat([torch.rand(1, generator=derived_generator(seed, p, "sigma")) for p in positions])
+        sigma = shift_sigma(uniform, self.config.flow.shift).to(latents)
+        noisy, velocity = interpolate(latents, noise, sigma)
+        prediction = self.trained["transformer"](
+            hidden_states=torch.cat([noisy, self.condition(batch, latents)], dim=1),
+            timestep=1000 * sigma,
+            encoder_hidden_states=self._embed(list(batch.prompts)),
+            return_dict=False,
+        )[0]
+        loss = (prediction.float() - velocity).square().mean()
+        self.log("loss", loss, prog_bar=True, logger=False)
+        return loss
+
+    def condition(self, batch: Batch, latents: Tensor) -> Tensor:  # [B, 4 + C, t, h, w]
+        """As UMC gives it to the rgb branch; one clip at a time, so that what is kept does not depend on the batch."""
+        factor, given = self.encoders.temporal_factor, batch.frame_mask
+        rows = []
+        for i, (key, task) in enumerate(zip(batch.keys, batch.tasks, strict=True)):
+            row = self._conditions.get(key) if task == "image" else None
+            if row is None:
+                one = slice(i, i + 1)
+                row = encode_condition(self.encoders.encode, batch.frames[one], given[one], factor, latents[one])
+                if task == "image":
+                    self._conditions[key] = row
+            rows.append(row)
+        return torch.cat(rows)
+
+    def _embed(self, prompts: list[str]) -> Tensor:  # [B, L, D], with gradients
+        tokens = self.encoders.tokenizer(
+            prompts, padding="longest", max_length=self.config.base.max_text_tokens, truncation=True,
+            return_attention_mask=True, return_tensors="pt",
+        ).to(self.device)  # fmt: skip
+        embeds = self.trained["text_encoder"](tokens.input_ids, tokens.attention_mask).last_hidden_state
+        embeds = embeds * tokens.attention_mask[..., None]
+        return nn.functional.pad(embeds, (0, 0, 0, self.config.base.max_text_tokens - embeds.shape[1]))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        optim = self.config.optim
+        return torch.optim.AdamW(
+            self.trained.parameters(), lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+        )
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warm-up, then a cosine to zero."""
+        step, train = self.global_step, self.config.train
+        warm = min(1.0, (step + 1) / max(1, self.config.optim.warmup_steps))
+        cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / train.max_steps)).item())
+        for group in optimizer.param_groups:
+            group["lr"] = self.config.optim.lr * warm * cosine
+
+    def export(self, folder: Path) -> None:
+        """Write a bundle with the averaged transformer and text encoder, in bfloat16 on disk, atomically."""
+        with replaced_folder(folder) as staging:
+            shutil.copytree(self.config.base.path, staging, dirs_exist_ok=True)
+            for name, file in WEIGHT_FILES.items():
+                state = self.average.module.get_submodule(name).state_dict()
+                save_file({k: v.to(torch.bfloat16).contiguous() for k, v in state.items()}, staging / name / file, META)
+
+
+class BaseState(Callback):
+    """Average the weights after every step; save everything every `train.save_every` steps and at the end; resume."""
+
+    def __init__(self, config: Config) -> None:
+        self.config, self.path = config, Path(config.run_dir) / "state.safetensors"
+
+    def step(self) -> int:
+        """The step to resume at; 0 where nothing was saved."""
+        note = self.path.with_suffix(".json")
+        return int(json.loads(note.read_text())["step"]) if self.path.is_file() and note.is_file() else 0
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, TinyBaseModule)
+        self.averaged_step = trainer.global_step
+        if self.step() == 0:
+            return
+        tensors = load_file(self.path)
+        if int(tensors["step"]) != self.step():
+            raise ConfigError(f"{self.path}: is of step {int(tensors['step'])}, its note of {self.step()}; remove both")
+        with torch.no_grad():
+            for name, tensor in _weights(module).items():
+                tensor.copy_(tensors[name])
+        for name, parameter in module.trained.named_parameters():
+            state = {moment: tensors[f"{moment}/{name}"] for moment in MOMENTS}
+            trainer.optimizers[0].state[parameter] = {"step": tensors["step"].float(), **state}
+
+    def on_train_batch_end(
+        self,
+        trainer: lightning.Trainer,
+        module: lightning.LightningModule,
+        outputs: object,
+        batch: object,
+        batch_idx: int,
+    ) -> None:
+        assert isinstance(module, TinyBaseModule)
+        step = trainer.global_step
+        if step == self.averaged_step:
+            return  # in the middle of an accumulation
+        self.averaged_step = step
+        # here, before the save, and not in the module's own hook, which comes after the callbacks'
+        module.average.update_parameters(module.trained)
+        if step % self.config.train.save_every == 0 or step == self.config.train.max_steps:
+            if trainer.is_global_zero:
+                self._save(module, trainer.optimizers[0], step)
+            trainer.strategy.barrier()
+
+    def _save(self, module: TinyBaseModule, optimizer: torch.optim.Optimizer, step: int) -> None:
+        tensors = {"step": torch.tensor(step)} | {k: v.detach().clone() for k, v in _weights(module).items()}
+        for name, parameter in module.trained.named_parameters():
+            tensors |= {f"{moment}/{name}": optimizer.state[parameter][moment] for moment in MOMENTS}
+        with whole_file(self.path) as staging:
+            save_file(tensors, staging)
+        write_json(self.path.with_suffix(".json"), {"step": step})
+        module.export(Path(self.config.run_dir) / "wan")
+
+
+def _weights(module: TinyBaseModule) -> dict[str, Tensor]:
+    """Trained weights and their average, under one name each."""
+    return {f"{kind}/{name}": tensor for kind, part in (("trained", module.trained), ("average", module.average))
+            for name, tensor in part.state_dict().items()}  # fmt: skip

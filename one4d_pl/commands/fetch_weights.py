@@ -1,0 +1,215 @@
+"""one4d fetch-weights NAME: the hub download of a base, said (default) or done (--run), and its check.
+
+--run downloads what one4d_pl opens of the repository, and nothing else of it, then compares every file's size and
+sha256 with what the hub says of it. The hub's answer stays in the folder (hub_files.json), so that
+`--check FOLDER` can do the same later and offline; without it, --check holds the files against themselves: headers,
+indices, tables of contents.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+from one4d_pl.commands.command import USER_ERROR, Command
+from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, ConfigError
+from one4d_pl.files import check_folder, write_json
+from one4d_pl.models.base_files import (
+    ORIGINAL_FILES,
+    ORIGINAL_TOKENIZER,
+    PARTS,
+    is_original,
+    lacking,
+    safetensors_header,
+)
+
+ORIGINAL_PATTERNS = ["config.json", "diffusion_pytorch_model*", *ORIGINAL_FILES.values(), f"{ORIGINAL_TOKENIZER}/*"]
+DIFFUSERS_PATTERNS = [DIFFUSERS_MARK, *(f"{part}/*" for part in PARTS), "scheduler/*"]
+RECORD = "hub_files.json"
+READ = 1 << 24  # bytes at a time
+
+
+@dataclass(frozen=True)
+class Base:
+    """A repository of the hub, and its size as its owners state it."""
+
+    repo: str
+    patterns: list[str]
+    gigabytes: int | None
+
+
+BASES = {
+    "Wan2.1-Fun-V1.1-14B-InP": Base("alibaba-pai/Wan2.1-Fun-V1.1-14B-InP", ORIGINAL_PATTERNS, 47),  # the paper's
+    "Wan2.1-Fun-V1.1-1.3B-InP": Base("alibaba-pai/Wan2.1-Fun-V1.1-1.3B-InP", ORIGINAL_PATTERNS, 19),
+    "Wan2.1-I2V-14B-480P": Base("Wan-AI/Wan2.1-I2V-14B-480P", ORIGINAL_PATTERNS, None),
+    "Wan2.1-I2V-14B-720P": Base("Wan-AI/Wan2.1-I2V-14B-720P", ORIGINAL_PATTERNS, None),
+    "Wan2.1-I2V-14B-480P-Diffusers": Base("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", DIFFUSERS_PATTERNS, None),
+    "Wan2.1-I2V-14B-720P-Diffusers": Base("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", DIFFUSERS_PATTERNS, None),
+}
+
+
+@dataclass(frozen=True)
+class HubFile:
+    """What the hub says of a file."""
+
+    size: int | None  # bytes
+    sha256: str | None  # of large files alone
+
+
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = "known bases: " + ", ".join(BASES)
+    parser.add_argument("base", nargs="?", metavar="NAME", help="a known base, or owner/name of a repository like it")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="default: weights/NAME")
+    parser.add_argument("--run", action="store_true", help="download and verify, rather than print")
+    parser.add_argument("--check", type=Path, metavar="FOLDER", help="verify what is there, offline")
+
+
+def _run(args: argparse.Namespace) -> int:
+    """Print, fetch or check; the exit code: 0, or 2 with a line per fault."""
+    if (args.base is None) == (args.check is None):
+        raise ConfigError("name a base, or a folder with --check")
+    if args.check is not None:
+        return report(args.check, check(args.check, show))
+    base = named(args.base)
+    folder = args.to or Path("weights") / base.repo.partition("/")[2]
+    if not args.run:
+        print(plan(base, folder))
+        return 0
+    check_folder(folder, "--to")
+    return report(folder, fetch(base, folder, show))
+
+
+def named(name: str) -> Base:
+    """A known base, or any repository in one of the two layouts."""
+    if name in BASES:
+        return BASES[name]
+    if name.count("/") == 1:
+        return Base(name, [*ORIGINAL_PATTERNS, *DIFFUSERS_PATTERNS], None)
+    raise ConfigError(f"{name}: no known base; take owner/name of a repository, or one of {', '.join(BASES)}")
+
+
+def plan(base: Base, folder: Path) -> str:
+    """The commands that do by hand what --run does."""
+    size = "" if base.gigabytes is None else f", {base.gigabytes} GB"
+    patterns = " ".join(f"'{pattern}'" for pattern in base.patterns)
+    return (
+        f"# {base.repo} -> {folder}{size}; --run does it and compares every size and sha256 with the hub's\n"
+        f"hf download {base.repo} --include {patterns} --local-dir {folder}\n"
+        f"one4d fetch-weights --check {folder}"
+    )
+
+
+def fetch(base: Base, folder: Path, say: Callable[[str], None]) -> list[str]:
+    """Download (again what is incomplete), verify against the hub; a line per fault."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    try:
+        info = HfApi().model_info(base.repo, files_metadata=True)
+        wanted = {
+            sibling.rfilename: HubFile(sibling.size, None if sibling.lfs is None else sibling.lfs.sha256)
+            for sibling in info.siblings or []
+            if any(fnmatch(sibling.rfilename, pattern) for pattern in base.patterns)
+        }
+        total = sum(file.size or 0 for file in wanted.values())
+        say(f"{base.repo} at {info.sha}: {len(wanted)} files, {total / 1e9:.1f} GB")
+        # this very commit: the files must be those that the hub has just told of
+        snapshot_download(base.repo, revision=info.sha, local_dir=folder, allow_patterns=base.patterns)
+    except Exception as error:  # the hub client has many error classes, the network's among them
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"{base.repo}: cannot be fetched ({first}); the same command goes on where it was") from None
+    record = {"repo": base.repo, "commit": info.sha, "files": {name: asdict(file) for name, file in wanted.items()}}
+    write_json(folder / RECORD, record)
+    return check(folder, say)
+
+
+def check(folder: Path, say: Callable[[str], None]) -> list[str]:
+    """A line per fault of a folder: what is absent, of another size or content, cut short, or not in its index."""
+    if not any((folder / mark).is_file() for mark in (DIFFUSERS_MARK, ORIGINAL_MARK)):
+        return [f"{folder}: no base: neither {DIFFUSERS_MARK} nor {ORIGINAL_MARK}"]
+    absent = lacking(folder)
+    faults = [] if absent is None else [absent]
+    files = sorted(file for pattern in ("*.safetensors", "*.pth") for file in folder.rglob(pattern))
+    faults += [fault for file in files if (fault := _damage(file))]
+    faults += [fault for index in sorted(folder.rglob("*.safetensors.index.json")) for fault in _index_faults(index)]
+    record = folder / RECORD
+    if not record.is_file():
+        say(f"{folder}: no {RECORD} of a --run: sizes and headers are looked at, not contents")
+        return faults
+    for name, stated in json.loads(record.read_text())["files"].items():
+        if fault := _differs(folder / name, HubFile(**stated), say):
+            faults.append(fault)
+    return faults
+
+
+def report(folder: Path, faults: list[str]) -> int:
+    """Say what was found; the exit code."""
+    for fault in faults:
+        print(f"error: {fault}", file=sys.stderr)
+    if not faults:
+        layout = "Wan's own" if is_original(folder) else "diffusers"
+        print(f"{folder}: whole, in {layout} layout; use it with base.path={folder}")
+    return USER_ERROR if faults else 0
+
+
+def show(line: str) -> None:
+    print(line, flush=True)
+
+
+def _differs(file: Path, stated: HubFile, say: Callable[[str], None]) -> str | None:
+    if not file.is_file():
+        return f"{file}: absent"
+    size = file.stat().st_size
+    if stated.size is not None and size != stated.size:
+        return f"{file}: {size} bytes, the hub has {stated.size}; delete it and fetch again"
+    if stated.sha256 is None:
+        return None
+    say(f"sha256 of {file} ({size / 1e9:.1f} GB)")
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while piece := stream.read(READ):
+            digest.update(piece)
+    if digest.hexdigest() != stated.sha256:
+        return f"{file}: its bytes differ from the hub's (sha256); delete it and fetch again"
+    return None
+
+
+def _damage(file: Path) -> str | None:
+    """What a look at the header or, of a .pth file, the table of contents shows."""
+    if file.suffix == ".pth":
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return None if archive.namelist() else f"{file}: holds nothing"
+        except (OSError, zipfile.BadZipFile) as error:
+            return f"{file}: cut short, or no file of torch ({error})"
+    try:
+        safetensors_header(file)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def _index_faults(index: Path) -> list[str]:
+    """Tensors that the index promises and the shards have not."""
+    held: dict[str, set[str]] = {}
+    faults = []
+    for tensor, shard in sorted(json.loads(index.read_text())["weight_map"].items()):
+        file = index.parent / shard
+        if shard not in held:
+            held[shard] = set()
+            if not file.is_file():
+                faults.append(f"{file}: absent")
+            elif _damage(file) is None:
+                held[shard] = set(safetensors_header(file))
+        if held[shard] and tensor not in held[shard]:
+            faults.append(f"{file}: {tensor} is missing, which {index.name} promises")
+    return faults
+
+
+main = Command("one4d fetch-weights", __doc__, _add_arguments, _run)

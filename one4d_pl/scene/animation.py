@@ -1,0 +1,201 @@
+"""An animated picture of scenes side by side: what was given, the frames that were generated, and the scene in 3-D.
+
+Time runs forwards and back while the view of the point cloud swings once, so that the end joins the beginning. Frames
+are enlarged smoothly: it is a picture for people, the pixels themselves are in the other files.
+"""
+
+from __future__ import annotations
+
+import math
+import textwrap
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from one4d_pl.geometry.camera import project, split_intrinsics, to_camera, to_world
+from one4d_pl.geometry.pointmap import is_sky
+from one4d_pl.geometry.se3 import se3_matrix, so3_exp
+from one4d_pl.postopt.recover import RecoveredScene
+from one4d_pl.scene.panels import near_to_far, to_bytes
+from one4d_pl.scene.point_cloud import draw_points, solid_pixels, static_pixels
+
+PICTURES = 64
+FPS = 16.0
+GAP = 8  # pixels
+STRIP = 24  # height of a line of words
+FINE = 2  # clouds are drawn this much larger and averaged
+INK, PAPER, CARD = (40, 40, 46), (255, 255, 255), (241, 241, 244)
+BACKGROUND = (30, 32, 40)  # of the clouds: far things are pale
+SWING, PITCH = math.radians(22), math.radians(15)  # of the view
+CAMERA_DEPTH = 0.16  # of a drawn pyramid, in median distances
+OVERLAP = 1.6  # a point's edge over its pixel's footprint
+STILL_POINTS = 6000
+FITTED_POINTS = 2000  # that decide the lens
+FILLED = 0.94  # of a cell
+
+
+@dataclass(frozen=True)
+class Column:
+    """One scene, and what it was made from."""
+
+    title: str
+    given: Tensor | str  # [T, H, W, 3] uint8; [1, H, W, 3] for a picture; words
+    frames: Tensor  # [T, H, W, 3] uint8, generated
+    pointmap: Tensor  # [T, H, W, 3], generated, normalised
+    scene: RecoveredScene
+
+
+def animate(columns: list[Column], width: int) -> Tensor:  # [PICTURES, h, w, 3] uint8
+    """Draw all columns, each `width` pixels wide, beneath each other: given, frames, point cloud with its cameras."""
+    height = round(width * columns[0].frames.shape[1] / columns[0].frames.shape[2])
+    clouds = [_turning_cloud(column, height, width) for column in columns]
+    rows = ("given (and to each the caption)", "generated frames", "generated 4D scene: point cloud and cameras")
+    size = (len(columns) * (width + GAP) + GAP, STRIP + len(rows) * (height + STRIP) + GAP)
+    pictures = []
+    for k in range(PICTURES):
+        sheet = Image.new("RGB", size, PAPER)
+        draw = ImageDraw.Draw(sheet)
+        for row, words in enumerate(rows):
+            _write(draw, (GAP, STRIP + row * (height + STRIP) + STRIP // 2), words, 13, "lm")
+        for i, column in enumerate(columns):
+            left = GAP + i * (width + GAP)
+            _write(draw, (left + width // 2, STRIP // 2 + 2), column.title, 18, "mm")
+            cells = (
+                _given_cell(column, k, height, width),
+                _enlarged(_frame_at(column.frames, k), height, width),
+                clouds[i][k],
+            )
+            for row, cell in enumerate(cells):
+                sheet.paste(cell, (left, STRIP + row * (height + STRIP) + STRIP))
+        pictures.append(torch.from_numpy(np.asarray(sheet).copy()))
+    return torch.stack(pictures)
+
+
+def time_at(picture: int, num_frames: int) -> int:
+    """The frame of a picture: forwards and back, two pictures a frame where that fits."""
+    rounds = max(1, PICTURES // (4 * max(1, num_frames - 1)))
+    phase = picture * rounds / PICTURES % 1
+    return round((num_frames - 1) * (1 - abs(1 - 2 * phase)))
+
+
+def _frame_at(frames: Tensor, picture: int) -> Tensor:  # [T, H, W, 3] -> [H, W, 3]
+    return frames[time_at(picture, len(frames))]
+
+
+def _given_cell(column: Column, picture: int, height: int, width: int) -> Image.Image:
+    if isinstance(column.given, Tensor):
+        return _enlarged(_frame_at(column.given, picture), height, width)
+    card = Image.new("RGB", (width, height), CARD)
+    lines = textwrap.wrap(column.given, 34)
+    _write(ImageDraw.Draw(card), (width // 2, height // 2), "\n".join(lines), 16, "mm")
+    return card
+
+
+def _enlarged(frame: Tensor, height: int, width: int) -> Image.Image:  # [H, W, 3] uint8
+    return Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], words: str, size: int, anchor: str) -> None:
+    draw.multiline_text(
+        at, words, fill=INK, font=ImageFont.load_default(size), anchor=anchor, align="center", spacing=6
+    )
+
+
+def _turning_cloud(column: Column, height: int, width: int) -> list[Image.Image]:
+    """The scene's points and cameras from a view that swings about them.
+
+    What stands still is drawn from all frames: one frame alone leaves holes behind its near things.
+    """
+    points, scene = column.pointmap.double(), column.scene
+    solid = solid_pixels(column.pointmap, scene.depth)
+    distance = float(points[solid].norm(dim=-1).median()) if bool(solid.any()) else 1.0
+    frusta = torch.stack(
+        [
+            frustum_lines(k.double(), c, *points.shape[1:3], CAMERA_DEPTH * distance)
+            for k, c in zip(scene.intrinsics, scene.cam2world, strict=True)
+        ]
+    )  # [T, 8, 2, 3]
+    views = [_swinging_view(k / PICTURES, distance) for k in range(PICTURES)]
+    lenses = _fitting_lenses(points[solid], frusta.view(-1, 3), views, FINE * height, FINE * width)
+    size = scene.depth / scene.intrinsics[:, 0, 0, None, None] * OVERLAP
+    still = solid & static_pixels(
+        points, ~is_sky(column.pointmap), solid, scene.depth, scene.intrinsics, scene.cam2world
+    )
+    still = still.flatten().nonzero()[:, 0]
+    still = still[:: max(1, len(still) // STILL_POINTS)]
+    pictures = []
+    for k, (view, intrinsics) in enumerate(zip(views, lenses, strict=True)):
+        t = time_at(k, len(points))
+        now = torch.cat([still, t * solid[0].numel() + solid[t].flatten().nonzero()[:, 0]])
+        cloud = draw_points(
+            points.view(-1, 3)[now], column.frames.reshape(-1, 3)[now], intrinsics, view, FINE * height, FINE * width,
+            size.flatten()[now], BACKGROUND,
+        )  # fmt: skip
+        image = Image.fromarray(cloud.numpy())
+        _draw_cameras(ImageDraw.Draw(image), frusta, t, intrinsics, view)
+        pictures.append(image.resize((width, height), Image.Resampling.BOX))
+    return pictures
+
+
+def _swinging_view(phase: float, distance: float) -> Tensor:  # cam2world [4, 4]
+    """From behind the first camera and above it, about a point before the scene's middle."""
+    angle = 2 * math.pi * phase
+    yaw = so3_exp(torch.tensor([0.0, SWING * math.sin(angle), 0.0], dtype=torch.float64))
+    rotation = yaw @ so3_exp(torch.tensor([-PITCH, 0.0, 0.0], dtype=torch.float64))
+    pivot = torch.tensor([0.0, 0.0, 0.8 * distance], dtype=torch.float64)
+    return se3_matrix(rotation, pivot - 1.4 * distance * rotation[:, 2])
+
+
+def _fitting_lenses(points: Tensor, cameras: Tensor, views: list[Tensor], height: int, width: int) -> list[Tensor]:
+    """A lens for every view, [3, 3] in pixels: the scene, but for its outermost points, and all cameras in the middle.
+
+    All have one focal length, the longest that holds them in every view.
+    """
+    size, corners = torch.tensor([width, height], dtype=torch.float64), []
+    points = points[:: max(1, len(points) // FITTED_POINTS)]
+    for view in views:
+        box = []
+        for some, outside in ((points, 0.01), (cameras, 0.0)):
+            x, y, z = to_camera(some, view).unbind(-1)
+            seen = torch.stack([x, y], dim=-1)[z > 1e-3] / z[z > 1e-3, None]
+            if len(seen):
+                box.append(torch.quantile(seen, seen.new_tensor([outside, 1 - outside]), dim=0))
+        low, high = torch.stack(box).unbind(1) if box else (-torch.ones(1, 2).double(), torch.ones(1, 2).double())
+        corners.append(torch.stack([low.amin(0), high.amax(0)]))
+    low, high = torch.stack(corners).unbind(1)  # [views, 2] each, x / z and y / z
+    focal = float((FILLED * size / (high - low)).min())
+    lenses = torch.diag(torch.tensor([focal, focal, 1.0], dtype=torch.float64)).repeat(len(views), 1, 1)
+    lenses[:, :2, 2] = size / 2 - focal * (low + high) / 2
+    return list(lenses)
+
+
+def _draw_cameras(draw: ImageDraw.ImageDraw, frusta: Tensor, now: int, intrinsics: Tensor, view: Tensor) -> None:
+    """All cameras as thin pyramids coloured by time, the present one thick and bright."""
+    bright = near_to_far(torch.linspace(0.1, 0.6, len(frusta)))  # [T, 3]
+    dim = (bright + torch.tensor(BACKGROUND) / 255) / 2
+    for t in [*(t for t in range(len(frusta)) if t != now), now]:
+        pixels, depth = project(to_camera(frusta[t], view), intrinsics)
+        for (a, b), z in zip(pixels.tolist(), depth.tolist(), strict=True):
+            if min(z) > 1e-3:
+                colour = tuple(to_bytes((bright if t == now else dim)[t]).tolist())
+                draw.line([tuple(a), tuple(b)], fill=colour, width=3 * FINE if t == now else FINE)
+
+
+def frustum_lines(
+    intrinsics: Tensor,  # [3, 3], pixels
+    cam2world: Tensor,  # [4, 4]
+    height: int,  # of the camera's picture
+    width: int,
+    depth: float,
+) -> Tensor:  # [8, 2, 3], world
+    """The edges of a camera's pyramid: four from its centre, four about its picture, which is `depth` ahead."""
+    corners = torch.tensor([[[0, 0], [width, 0], [width, height], [0, height]]], dtype=torch.float64)
+    u, v = corners.unbind(-1)
+    fx, fy, cx, cy = split_intrinsics(intrinsics)
+    rays = torch.stack([(u - cx) / fx, (v - cy) / fy, torch.ones_like(u)], dim=-1)  # [1, 4, 3]
+    ends = to_world(depth * rays, cam2world)[0]
+    centre = cam2world[:3, 3].expand(4, 3)
+    return torch.cat([torch.stack([centre, ends], 1), torch.stack([ends, ends.roll(-1, 0)], 1)])

@@ -1,0 +1,178 @@
+"""A scene in other programs' formats: point clouds, glTF, COLMAP, nerfstudio, TUM trajectories, 16-bit depth.
+
+OUT/ply/         000000.ply ... and merged.ply: world points as they are (OpenCV: x right, y down, z forward)
+OUT/glb/         scene.glb: points and camera of every frame, played by its animation (`gltf`)
+OUT/colmap/      images/, sparse/0 (binary) and text/: cameras, images, points3D (`colmap_files`)
+OUT/nerfstudio/  images/, points.ply, transforms.json (OpenGL cameras: y up, z back; the world stays OpenCV's)
+OUT/tum/         trajectory.txt: t x y z qx qy qz qw, camera to world, t in seconds
+OUT/depth16/     000000.png ... and depth.json, which states the scale; 0 = no surface
+
+All frames of a moving scene share its clouds: COLMAP and nerfstudio know no time. Frames are numbered anew, so that no
+name from a file becomes a name on disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from one4d_pl.files import open_whole, whole_file, whole_folder, write_json, write_text
+from one4d_pl.geometry.se3 import matrix_to_xyzw
+from one4d_pl.scene.colmap_files import write_colmap
+from one4d_pl.scene.folder import save_picture, save_ply
+from one4d_pl.scene.gltf import glb_bytes
+from one4d_pl.scene.point_cloud import frustum_depth, not_flying
+from one4d_pl.scene.scene import Scene
+
+POINT_LIMIT = 500_000  # points of a cloud of all frames; a frame's own .ply has every pixel
+OPENGL = (1.0, -1.0, -1.0)  # OpenCV's camera axes in OpenGL's
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """Points of several frames, and the pixels that show them."""
+
+    position: Tensor  # [N, 3] float32, world
+    colour: Tensor  # [N, 3] uint8
+    pixel: Tensor  # [N, 3] int64: frame, row, column
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What every format is made of."""
+
+    scene: Scene
+    pixels: Tensor  # [T, H, W] bool, whose points are exported
+    cloud: Cloud  # of all frames
+
+
+def export_scene(
+    scene: Scene,
+    out: Path,  # a new folder; it appears whole or not at all
+    formats: tuple[str, ...],  # of FORMATS
+    keep_flying_points: bool = False,  # at depth edges, see point_cloud.not_flying
+    point_limit: int = POINT_LIMIT,  # evenly thinned to it
+) -> None:
+    """Write one folder per format; FileExistsError where `out` exists, OSError where it cannot be written."""
+    if out.exists():
+        raise FileExistsError(f"{out} exists")
+    pixels = shown_pixels(scene, keep_flying_points)
+    shown = Shown(scene, pixels, collect_points(scene, pixels, point_limit))
+    with whole_folder(out) as staging:
+        for name in formats:
+            (staging / name).mkdir()
+            FORMATS[name](shown, staging / name)
+
+
+def shown_pixels(scene: Scene, keep_flying_points: bool) -> Tensor:  # [T, H, W] bool
+    """Pixels whose points are exported."""
+    valid = scene.valid & scene.pointmap.isfinite().all(-1)
+    return valid if keep_flying_points else not_flying(valid, scene.depth)
+
+
+def collect_points(
+    scene: Scene,
+    shown: Tensor,  # [T, H, W] bool
+    limit: int,
+) -> Cloud:
+    """The shown points of all frames in the order of their pixels, evenly thinned to at most `limit`."""
+    pixel = shown.nonzero()  # [N, 3]
+    if len(pixel) > limit:
+        pixel = pixel[torch.arange(limit) * len(pixel) // limit]
+    t, row, column = pixel.unbind(-1)
+    return Cloud(scene.pointmap[t, row, column], scene.frames[t, row, column], pixel)
+
+
+def save_depth16(folder: Path, depth: Tensor, valid: Tensor) -> None:  # [T, H, W] x 2
+    """Depth as 16-bit png, depth = value * scale, rounded to half a scale at most; 0 where there is no surface."""
+    known = valid & depth.isfinite() & (depth > 0)
+    farthest = float(depth[known].max()) if bool(known.any()) else 1.0
+    scale = farthest / 65535
+    values = torch.where(known, (depth.double() / scale).round().clamp(1, 65535), 0.0).numpy().astype(np.uint16)
+    for i, value in enumerate(values):
+        picture = Image.fromarray(value)
+        with whole_file(folder / f"{i:06d}.png") as staging:
+            picture.save(staging, format="png")
+    about = {"depth": "value * scale, z in the frame's camera, unit of the scene", "scale": scale, "no_surface": 0}
+    write_json(folder / "depth.json", about)
+
+
+def _write_ply(shown: Shown, folder: Path) -> None:
+    scene, pixels = shown.scene, shown.pixels
+    for i in range(scene.num_frames):
+        save_ply(folder / f"{i:06d}.ply", scene.pointmap[i][pixels[i]], scene.frames[i][pixels[i]])
+    save_ply(folder / "merged.ply", shown.cloud.position, shown.cloud.colour)
+
+
+def _write_glb(shown: Shown, folder: Path) -> None:
+    scene, cloud, frame = shown.scene, shown.cloud, shown.cloud.pixel[:, 0]
+    clouds = [(cloud.position[frame == i], cloud.colour[frame == i]) for i in range(scene.num_frames)]
+    frusta = camera_frusta(scene)
+    with open_whole(folder / "scene.glb") as file:
+        file.write(glb_bytes(clouds, frusta, scene.fps))
+
+
+def _write_colmap(shown: Shown, folder: Path) -> None:
+    _save_frames(folder / "images", shown.scene.frames)
+    write_colmap(folder, shown.scene, shown.cloud.position, shown.cloud.colour, shown.cloud.pixel)
+
+
+def _write_nerfstudio(shown: Shown, folder: Path) -> None:
+    scene = shown.scene
+    _save_frames(folder / "images", scene.frames)
+    save_ply(folder / "points.ply", shown.cloud.position, shown.cloud.colour)
+    height, width = scene.frames.shape[1:3]
+    lenses = [
+        {"fl_x": k[0][0], "fl_y": k[1][1], "cx": k[0][2], "cy": k[1][2], "w": width, "h": height}
+        for k in scene.intrinsics.tolist()
+    ]
+    shared = lenses[0] if all(lens == lenses[0] for lens in lenses) else {}
+    cameras = scene.cam2world * scene.cam2world.new_tensor([*OPENGL, 1.0])
+    frames = [
+        {"file_path": f"images/{i:06d}.png", "transform_matrix": camera} | ({} if shared else lenses[i])
+        for i, camera in enumerate(cameras.tolist())
+    ]
+    about = {"camera_model": "OPENCV", **shared, "ply_file_path": "points.ply", "frames": frames}
+    write_json(folder / "transforms.json", about)
+
+
+def _write_tum(shown: Shown, folder: Path) -> None:
+    scene = shown.scene
+    rows = torch.cat([scene.cam2world[:, :3, 3], matrix_to_xyzw(scene.cam2world[:, :3, :3])], dim=1).tolist()
+    lines = [" ".join(f"{number:.12g}" for number in [i / scene.fps, *row]) for i, row in enumerate(rows)]
+    write_text(folder / "trajectory.txt", "# t x y z qx qy qz qw\n" + "\n".join(lines) + "\n")
+
+
+def _write_depth16(shown: Shown, folder: Path) -> None:
+    save_depth16(folder, shown.scene.depth, shown.scene.valid)
+
+
+def camera_frusta(scene: Scene) -> Tensor:  # [T, 5, 3] float32, world
+    """Each camera as a pyramid: its centre, then the image's corners clockwise from the top left."""
+    size = frustum_depth(scene.depth, scene.valid)
+    height, width = scene.frames.shape[1:3]
+    corners = torch.tensor([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], dtype=torch.float64)
+    rays = corners @ torch.linalg.inv(scene.intrinsics).mT * size  # [T, 4, 3]
+    centres = scene.cam2world[:, None, :3, 3]  # [T, 1, 3]
+    return torch.cat([centres, rays @ scene.cam2world[:, :3, :3].mT + centres], dim=1).float()
+
+
+def _save_frames(folder: Path, frames: Tensor) -> None:  # [T, H, W, 3] uint8
+    for i, frame in enumerate(frames):
+        save_picture(folder / f"{i:06d}.png", frame, [])
+
+
+FORMATS: dict[str, Callable[[Shown, Path], None]] = {
+    "ply": _write_ply,
+    "glb": _write_glb,
+    "colmap": _write_colmap,
+    "nerfstudio": _write_nerfstudio,
+    "tum": _write_tum,
+    "depth16": _write_depth16,
+}

@@ -1,0 +1,196 @@
+"""A finished 4D scene and the folder it lives in, which every door can open again.
+
+frames/000000.png ...  the frames, lossless              rgb.mp4, depth.mp4  the same and the depth, to look at
+pointmap.npz           pointmap [T, H, W, 3], valid      depth.npy, valid.npy, cameras.json  as `predictions` has them
+panel.png              frames, pointmap and depth side by side
+scene.json             prompt, frames per second, how it was made
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from one4d_pl.data.frame_order import numbered_files
+from one4d_pl.errors import UserError, reading
+from one4d_pl.files import open_whole, read_json, replaced_folder, write_json
+from one4d_pl.scene.folder import save_picture, save_video
+from one4d_pl.scene.framing import Placement
+from one4d_pl.scene.panels import SKY_COLOUR, near_to_far, panel, pointmap_colours, to_bytes
+from one4d_pl.scene.predictions import Prediction, read_prediction, write_prediction
+
+FORMAT = "one4d_pl scene 1"
+FRAMES = "frames"
+STORED = ("depth.npy", "valid.npy", "cameras.json")  # by `predictions`
+NAMES = frozenset({FRAMES, "rgb.mp4", "depth.mp4", "panel.png", "pointmap.npz", "scene.json", *STORED})
+
+
+@dataclass(frozen=True)
+class Scene:
+    """RGB frames, pointmaps and the cameras and depth recovered from them, on the CPU."""
+
+    frames: Tensor  # [T, H, W, 3] uint8
+    pointmap: Tensor  # [T, H, W, 3] float32, OpenCV axes of the first frame's camera, no metric unit
+    valid: Tensor  # [T, H, W] bool, the point lies on a surface: no sky, and in front of its camera
+    depth: Tensor  # [T, H, W] float32, z in each frame's own camera, unit of the pointmap; 0 = behind it
+    intrinsics: Tensor  # [T, 3, 3] float64, pixels, pixel centres at +0.5
+    cam2world: Tensor  # [T, 4, 4] float64, world of the pointmap
+    fps: float
+    prompt: str = ""
+    given: tuple[int, ...] = ()  # frames that the model was shown
+    placement: Placement | None = None  # of the frames on the images they were made from; None = as large
+    flags: tuple[str, ...] = ()  # what is degenerate, in words
+    report: dict[str, object] = field(default_factory=dict)  # of the camera recovery, as json can hold it
+    made: dict[str, object] = field(default_factory=dict)  # seed, steps, guidance, adapters: how it was made
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.frames)
+
+
+def save_scene(folder: Path, scene: Scene) -> None:
+    """Write the folder, in the place of a scene that is there once the new one is whole; other files in it stay."""
+    with replaced_folder(folder, NAMES, last="scene.json") as staging:
+        _write_scene(staging, scene)
+
+
+def _write_scene(folder: Path, scene: Scene) -> None:
+    (folder / FRAMES).mkdir()
+    for i, frame in enumerate(scene.frames):
+        save_picture(folder / FRAMES / f"{i:06d}.png", frame, [])
+    save_video(folder / "rgb.mp4", _even(scene.frames), scene.fps)
+    save_video(folder / "depth.mp4", _even(depth_pictures(scene.depth, scene.valid)), scene.fps)
+    save_picture(folder / "panel.png", _panel(scene), ["frames", "pointmap", "depth"])
+    with open_whole(folder / "pointmap.npz") as file:  # np.savez would add a suffix to a name
+        np.savez_compressed(file, pointmap=scene.pointmap.numpy(), valid=scene.valid.numpy())
+    prediction = Prediction(
+        scene.depth, scene.cam2world, scene.intrinsics, scene.valid, scene.placement, scene.given, scene.flags
+    )
+    write_prediction(folder, prediction, scene.report)
+    about = {"format": FORMAT, "prompt": scene.prompt, "fps": scene.fps, "made": scene.made}
+    write_json(folder / "scene.json", about)
+
+
+def _panel(scene: Scene) -> Tensor:  # [H, W, 3] uint8
+    """Frames, pointmap as colours and depth below each other."""
+    depth = depth_pictures(scene.depth, scene.valid) / 255
+    rows = [scene.frames / 255, pointmap_colours(scene.pointmap, scene.valid), depth]
+    return panel(rows, zoom=max(1, 256 // scene.frames.shape[1]))
+
+
+def may_become_scene(folder: Path) -> bool:
+    """Whether a folder holds a scene, the rest of one that was cut short, or nothing that people can see.
+
+    Frames and a video alone may be somebody's own.
+    """
+    seen = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return is_scene(folder) or not seen or (seen <= NAMES and bool(seen & {"depth.mp4", "pointmap.npz"}))
+
+
+def is_scene(folder: Path) -> bool:
+    """Whether a folder holds a scene that was written to its end."""
+    return (folder / "scene.json").is_file()
+
+
+def open_scene(folder: Path) -> Scene:
+    """Read a scene folder; UserError names the file that is missing or broken. Nothing is unpickled."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; need a scene that `one4d generate` wrote")
+    if not is_scene(folder):
+        raise UserError(f"{folder}: no scene.json; not a scene, or its writer was cut short")
+    for name in ("cameras.json", "depth.npy", "pointmap.npz"):
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing")
+    about = _about(folder / "scene.json")
+    prediction = read_prediction(folder)
+    pointmap, valid = _points(folder / "pointmap.npz")
+    frames = _frames(folder / FRAMES)
+    size = tuple(pointmap.shape[:3])
+    if prediction.depth is None or prediction.cam2world is None or prediction.intrinsics is None:
+        raise UserError(f"{folder / 'cameras.json'}: a camera is missing")
+    for name, tensor in (("frames", frames), ("depth.npy", prediction.depth)):
+        if tuple(tensor.shape[:3]) != size:
+            raise UserError(f"{folder / name}: {list(tensor.shape[:3])}, but pointmap.npz has {list(size)}")
+    if len(prediction.cam2world) != size[0]:
+        raise UserError(f"{folder / 'cameras.json'}: {len(prediction.cam2world)} cameras for {size[0]} frames")
+    return Scene(
+        frames,
+        pointmap,
+        valid,
+        prediction.depth,
+        prediction.intrinsics.double(),
+        prediction.cam2world,
+        about[1],
+        about[0],
+        prediction.given or (),
+        prediction.placement,
+        prediction.flags,
+        _report(folder / "cameras.json"),
+        about[2],
+    )
+
+
+def depth_pictures(depth: Tensor, valid: Tensor) -> Tensor:  # [T, H, W] x 2 -> [T, H, W, 3] uint8
+    """Log depth as colours, nearer = lighter, one range for the video; the sky's blue where there is no surface."""
+    seen = depth[valid]
+    if len(seen) == 0:
+        near, far = 1.0, 2.0
+    else:
+        some = seen.float()[:: max(1, len(seen) // 100_000)]
+        near, far = torch.quantile(some, some.new_tensor([0.02, 0.98])).tolist()
+        near = max(near, 1e-6)
+        far = max(far, near * 1.001)
+    colours = near_to_far(torch.log(depth.clamp(near, far) / near) / math.log(far / near))
+    return to_bytes(torch.where(valid[..., None], colours, colours.new_tensor(SKY_COLOUR)))
+
+
+def _even(frames: Tensor) -> Tensor:  # [T, H, W, 3]: H.264 in yuv420 has even sides
+    return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
+
+
+def _about(path: Path) -> tuple[str, float, dict[str, object]]:
+    with reading(path):
+        about = read_json(path)
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise ValueError(f"not of the format {FORMAT!r}")
+        prompt, fps, made = about["prompt"], float(about["fps"]), about["made"]
+        if not isinstance(prompt, str) or not isinstance(made, dict) or not 0 < fps < math.inf:
+            raise ValueError("prompt, fps or made is of the wrong kind")
+    return prompt, fps, made
+
+
+def _report(path: Path) -> dict[str, object]:
+    content = read_json(path)
+    report = content.get("report", {}) if isinstance(content, dict) else None
+    if not isinstance(report, dict):
+        raise UserError(f"{path}: its report is of the wrong kind")
+    return report
+
+
+def _points(path: Path) -> tuple[Tensor, Tensor]:  # [T, H, W, 3] float32, [T, H, W] bool
+    with reading(path):
+        with np.load(path, allow_pickle=False) as arrays:
+            pointmap, valid = arrays["pointmap"], arrays["valid"]
+        if pointmap.dtype != np.float32 or pointmap.ndim != 4 or pointmap.shape[-1] != 3 or 0 in pointmap.shape:
+            raise ValueError(f"pointmap is {pointmap.dtype} {list(pointmap.shape)}, need float32 [T, H, W, 3]")
+        if valid.dtype != np.bool_ or valid.shape != pointmap.shape[:3]:
+            raise ValueError(f"valid is {valid.dtype} {list(valid.shape)}, need bool {list(pointmap.shape[:3])}")
+    return torch.from_numpy(pointmap), torch.from_numpy(valid)
+
+
+def _frames(folder: Path) -> Tensor:  # [T, H, W, 3] uint8
+    pictures = []
+    for path in numbered_files(folder, (".png",)) if folder.is_dir() else []:
+        with reading(path), Image.open(path, formats=["PNG"]) as image:
+            pictures.append(np.asarray(image.convert("RGB")))
+        if pictures[-1].shape != pictures[0].shape:
+            raise UserError(f"{path}: another size than the first frame")
+    if not pictures:
+        raise UserError(f"{folder}: no frames (000000.png, ...)")
+    return torch.from_numpy(np.stack(pictures))
