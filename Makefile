@@ -111,7 +111,7 @@ lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-types: $(STAMP)  ## mypy on the rooms named in setup.cfg
+types: $(STAMP)  ## mypy on the package, data_prep and experiments
 	$(VENV)/bin/mypy
 
 clean:  ## remove build products and caches; VENV, runs and data stay
