@@ -97,8 +97,8 @@ def _fit_counted(config: Config, rank: int) -> int:
 def is_mistake(error: Exception, training: bool) -> bool:
     """Tell whether the user has to act before another start can work.
 
-    A store or disk that fails while the run trains may be well again at the next start; a knob, a broken clip or a lost
-    shard will not.
+    A store or disk that fails while the run trains may be well again at the next start; a knob, a
+    broken clip or a lost shard will not.
     """
     from one4d_pl.data.shards import SampleError, ShardSetError, StoreError
 
@@ -110,11 +110,13 @@ def is_mistake(error: Exception, training: bool) -> bool:
 def fit(config: Config, stop: Stop | None = None) -> int:
     """Prepare the data where absent, resume where a checkpoint lies, train to train.max_steps or until `stop`.
 
-    Returns 0, or on rank 0 the exit code for what made it stop early, after a checkpoint and the marker.
+    Returns 0, or on rank 0 the exit code for what made it stop early, after a checkpoint and the
+    marker.
     """
     stop = Stop() if stop is None else stop
     _quieten()
-    # before torch loads OpenMP: threads that spin while waiting make a busy machine ten times slower
+    # before torch loads OpenMP: threads that spin while waiting make a busy machine ten times
+    # slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import torch  # heavy imports only after every cheap check

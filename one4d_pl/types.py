@@ -1,7 +1,8 @@
 """The dataclasses that cross rooms: a raw clip, a training sample and a batch.
 
-Shapes stand beside each field. Dims: B batch, T frames, H W pixels, t h w latent grid, C latent channels,
-L text tokens, D text width. Geometry side `[..., H, W, 3]`, network side `[B, C, T, H, W]` (diffusers).
+Shapes stand beside each field. Dims: B batch, T frames, H W pixels, t h w latent grid, C latent
+channels, L text tokens, D text width. Geometry side `[..., H, W, 3]`, network side `[B, C, T, H,
+W]` (diffusers).
 """
 
 from __future__ import annotations

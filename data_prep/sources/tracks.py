@@ -1,7 +1,8 @@
 """How a source walks its dataset: units (folders that can be converted on their own), tracks, windows, clips.
 
-A unit is a path relative to the root, with forward slashes ("." is the root itself). A track is a run of frames that
-share one world; a clip is a window of a track. What cannot be read is dropped with one logged line.
+A unit is a path relative to the root, with forward slashes ("." is the root itself). A track is a
+run of frames that share one world; a clip is a window of a track. What cannot be read is dropped
+with one logged line.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ def clips_of_units(
 ) -> Iterator[Clip]:
     """Disjoint clips of `num_frames` frames, every `stride`-th, of each unit, in order.
 
-    A broken clip or unit is dropped with one line that says why. Raises ValueError for a length or stride below 1, and
-    OSError where the machine fails rather than a file.
+    A broken clip or unit is dropped with one line that says why. Raises ValueError for a length or
+    stride below 1, and OSError where the machine fails rather than a file.
     """
     if num_frames < 1 or stride < 1:
         raise ValueError(f"num_frames and stride must be at least 1, got {num_frames} and {stride}")
@@ -109,7 +110,8 @@ def clip_windows(numbers: Sequence[int], num_frames: int, stride: int) -> list[r
 def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
     """The folders at or below `root` whose entries (names of files and folders) make them a unit, sorted.
 
-    What lies inside a unit is not looked at: a dataset has thousands of folders and millions of files.
+    What lies inside a unit is not looked at: a dataset has thousands of folders and millions of
+    files.
     """
     found = []
     for folder, folders, files in walk_once(root):
@@ -122,9 +124,10 @@ def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
 def walk_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Every folder at or below `root` with the names of its folders and files; links are followed, each folder once.
 
-    A folder that was seen under another name (its real path) is not entered again, so that links in a circle end and
-    no scene is taken twice. What is really there goes before links to it. Clear the list of folders to stay out of
-    them. A link to nothing and a folder that may not be listed are told by one logged line and left out.
+    A folder that was seen under another name (its real path) is not entered again, so that links in
+    a circle end and no scene is taken twice. What is really there goes before links to it. Clear
+    the list of folders to stay out of them. A link to nothing and a folder that may not be listed
+    are told by one logged line and left out.
     """
     seen: set[Path] = set()
     waiting, links = [root] if root.is_dir() else [], deque[Path]()
@@ -170,8 +173,8 @@ def chosen_units(
 ) -> list[str]:
     """All units, or the given ones; ValueError where there is none, or a given one does not exist.
 
-    Given units are looked up one by one: the writer asks for each of a dataset's thousands, and must not list them all
-    every time.
+    Given units are looked up one by one: the writer asks for each of a dataset's thousands, and
+    must not list them all every time.
     """
     if units is None:
         found = list_units(root)

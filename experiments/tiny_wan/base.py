@@ -1,7 +1,8 @@
 """The tiny base's transformer and text encoder: an RGB inpainting video model, pretrained on the toy world.
 
-The small analogue of Wan2.1-Fun-InP: 36 channels, random frame masks, captions with dropout, flow matching. It sees RGB
-frames only; geometry is what the adapters bring later. The same DataModule, trainer and flow as `fit`.
+The small analogue of Wan2.1-Fun-InP: 36 channels, random frame masks, captions with dropout, flow
+matching. It sees RGB frames only; geometry is what the adapters bring later. The same DataModule,
+trainer and flow as `fit`.
 """
 
 from __future__ import annotations

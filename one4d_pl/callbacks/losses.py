@@ -24,7 +24,8 @@ LINK_RATIO_WARNING = 0.5  # a link that adds half of what is there overrides the
 class LossCurves(Callback):
     """Logs `train/{loss,loss_<task>}/{rgb,xyz}`, `train/grad_norm/*`, `train/link_ratio/*` and `val/loss/{rgb,xyz}`.
 
-    Training losses are means over the samples of all ranks since the last logged step, those that are finite.
+    Training losses are means over the samples of all ranks since the last logged step, those that
+    are finite.
     """
 
     def __init__(self, config: TrainConfig) -> None:

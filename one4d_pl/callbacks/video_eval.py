@@ -28,9 +28,10 @@ FEWEST = 2  # videos: one has no covariance
 class VideoEval(Callback):
     """Logs `val/video/fvd` where eval.i3d names an I3D file, `val/video/fd_vae` (the base's own VAE) where not.
 
-    Every clip is generated from its first frame and caption, whatever task validation draws for it: a video of which
-    more is given would be judged by what it was shown. More clips are needed than a validation has, so these are the
-    first eval.video_clips of the validation sources (all, if they hold fewer), split over the ranks.
+    Every clip is generated from its first frame and caption, whatever task validation draws for it:
+    a video of which more is given would be judged by what it was shown. More clips are needed than
+    a validation has, so these are the first eval.video_clips of the validation sources (all, if
+    they hold fewer), split over the ranks.
     """
 
     def __init__(self, config: EvalConfig) -> None:

@@ -1,8 +1,9 @@
 """What a training step keeps in memory, in closed form from its shape: parameters, states, activations, per process.
 
-The activations are those of the diffusers Wan block with our LoRAs and links, counted tensor by tensor; the largest
-moment of a step is, under activation checkpointing, a recomputed block's residual sum or its feed-forward's backward
-pass, and without it the same of the last block. Counted is what tensors hold; what else a GPU holds is `allowance`.
+The activations are those of the diffusers Wan block with our LoRAs and links, counted tensor by
+tensor; the largest moment of a step is, under activation checkpointing, a recomputed block's
+residual sum or its feed-forward's backward pass, and without it the same of the last block. Counted
+is what tensors hold; what else a GPU holds is `allowance`.
 """
 
 from __future__ import annotations
@@ -177,7 +178,8 @@ def step_memory(shape: TransformerShape, batch: BatchShape, layout: Layout) -> M
     if layout.zero_stage:
         gradients += min(REDUCE_BUCKET, FLOAT * n.trainable)
     checkpoints, activations = step_activations(shape, batch, layout.checkpointing, layout.bfloat16)
-    # the encoders' turn comes before the transformer's, AdamW's (one more copy of its share) after it
+    # the encoders' turn comes before the transformer's, AdamW's (one more copy of its share) after
+    # it
     encoding = max(layout.visitor_bytes, _vae(batch, layout.vae_base_dim))
     beside = max(encoding, FLOAT * n.trainable / sharded if not layout.offload else 0)
     activations = max(activations, beside - checkpoints)
@@ -222,8 +224,8 @@ def _saved_by_block(shape: TransformerShape, rows: int, context: int, image: boo
     """Bytes that one block's forward pass leaves for its backward pass."""
     d, r = shape.width, shape.rank
     heads = _heads(d)
-    # what linears, attention and the norms of queries and keys read, and attention's output: 12 (14 with image tokens);
-    # inputs of the other norms, widened to float32: 3
+    # what linears, attention and the norms of queries and keys read, and attention's output: 12 (14
+    # with image tokens); inputs of the other norms, widened to float32: 3
     saved: float = rows * d * ((14 if image else 12) * wide + 3 * FLOAT)
     saved += 2 * rows * shape.ffn_dim * wide  # before and after the GELU
     saved += context * d * (2 * wide + FLOAT)  # keys, values, keys before their norm

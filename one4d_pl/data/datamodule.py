@@ -91,10 +91,12 @@ class One4DDataModule(lightning.LightningDataModule):
     """Streams of clips for training and validation.
 
     Args:
-        config: the whole run's config; its data, masking, flow, train, val and base.max_text_tokens are read.
+        config: the whole run's config; its data, masking, flow, train, val and base.max_text_tokens
+            are read.
         encoder: makes the encoders, on a device, when (and only when) some clip is not cached yet.
         encoder_fingerprint: of those encoders; names the cache.
-        on_progress: called whenever a clip has been encoded, by this process or, while it waits, by another.
+        on_progress: called whenever a clip has been encoded, by this process or, while it waits, by
+            another.
     """
 
     def __init__(
@@ -140,9 +142,9 @@ class One4DDataModule(lightning.LightningDataModule):
     def val_dataloader(self) -> TimedLoader:
         """The first val.clips clips of the validation sources, split over the ranks: each counts once.
 
-        Every rank gets equally many batches, for a forward pass may be a collective; where the clips do not go round,
-        the last batches show some again and do not count. A run that overfits is validated on the clips that it
-        overfits, as often as it takes to fill val.clips.
+        Every rank gets equally many batches, for a forward pass may be a collective; where the
+        clips do not go round, the last batches show some again and do not count. A run that
+        overfits is validated on the clips that it overfits, as often as it takes to fill val.clips.
         """
         overfit = self.config.train.overfit_clips
         data = self.config.data
@@ -161,8 +163,8 @@ class One4DDataModule(lightning.LightningDataModule):
         return [{"source": m.source, "domain": m.domain, "licence": m.licence} for m in manifests]
 
     def describe_latents(self) -> LatentStats | None:
-        """Statistics of some training clips' latents; None where none is encoded ahead. They go into the adapter's card
-        and, where dlc.standardise_xyz asks for it, into the training."""
+        """Statistics of some training clips' latents; None where none is encoded ahead. They go
+        into the adapter's card and, where dlc.standardise_xyz asks for it, into the training."""
         if self._latents is None:
             sources = [open_set(source.path) for source in self.config.data.sources]
             sets = [s if isinstance(s, EncodedSet) else self._cache(s) for s in sources]

@@ -1,14 +1,17 @@
 """From a raw clip to a training sample, and the stream that reads positions.
 
 1. `ClipStream[position]` asks the order which clip stands there and reads it from its shard.
-2. A broken clip is named, counted and replaced by a deterministic stand-in, the same on every layout. A process reads
-   it once and remembers it; a run does not: which clip stands where must follow from the shards alone.
+2. A broken clip is named, counted and replaced by a deterministic stand-in, the same on every
+   layout. A process reads it once and remembers it; a run does not: which clip stands where must
+   follow from the shards alone.
 3. The clip is cut to its first frames and resized, frames and intrinsics together.
 4. Depth becomes a pointmap in camera-0 coordinates, normalised into the VAE's range.
-5. Task, given frames and caption dropout are drawn from (seed, position), never from generator state.
+5. Task, given frames and caption dropout are drawn from (seed, position), never from generator
+   state.
 
-An encoded set skips steps 3 and 4: its samples hold latents instead of frames and pointmaps (whose pictures are
-0 x 0 pixels), and the position chooses which of the K stored draws its sparse frames are.
+An encoded set skips steps 3 and 4: its samples hold latents instead of frames and pointmaps (whose
+pictures are 0 x 0 pixels), and the position chooses which of the K stored draws its sparse frames
+are.
 """
 
 from __future__ import annotations
@@ -161,7 +164,8 @@ class ClipStream(Dataset[Sample]):
         caches: one per source; None = encode in the training step, or the source is encoded itself.
         order: who stands where.
         config, masking, caption_dropout, seed: see one4d_pl.config.
-        overfit_clips: n > 0 walks over the stream's first n clips only; the draws still change with the position.
+        overfit_clips: n > 0 walks over the stream's first n clips only; the draws still change with
+            the position.
         validation: fixed draws instead of random ones.
     """
 

@@ -15,7 +15,8 @@ from one4d_pl.types import TASKS, Task
 def draw_task(config: MaskingConfig, generator: np.random.Generator) -> Task:
     """One of the four tasks with the configured probabilities."""
     bounds = np.cumsum([config.text_prob, config.image_prob, config.sparse_prob, config.video_prob])
-    # uniform numbers alone: numpy may change what choice and permutation make of them, and runs must resume exactly
+    # uniform numbers alone: numpy may change what choice and permutation make of them, and runs
+    # must resume exactly
     drawn = np.searchsorted(bounds / bounds[-1], generator.random(), side="right")
     return TASKS[int(drawn)]
 

@@ -1,7 +1,7 @@
 """The only sampler: a prompt and given frames in, RGB frames and pointmaps out.
 
-`One4DPipeline.from_pretrained(base, adapters)` opens it in the manner of a diffusers pipeline, and calling it makes a
-scene of any length. Training and evaluation use the batched `sample` below it.
+`One4DPipeline.from_pretrained(base, adapters)` opens it in the manner of a diffusers pipeline, and
+calling it makes a scene of any length. Training and evaluation use the batched `sample` below it.
 """
 
 from __future__ import annotations
@@ -69,7 +69,8 @@ class One4DPipeline:
         config: steps, solver and guidance.
         shift: sigma shift, the one the adapter was trained with.
         negative_prompt: of the unconditional branch.
-        card: of the adapter; None = untrained, or still in training. Calling and saving the pipeline need it.
+        card: of the adapter; None = untrained, or still in training. Calling and saving the
+            pipeline need it.
     """
 
     def __init__(
@@ -142,12 +143,14 @@ class One4DPipeline:
 
         Args:
             prompt: what the scene shows; may be empty where frames are given.
-            frames: index -> picture of the given frames, frame 0 among them. All are covered by and cropped to the
-                scene's size.
-            num_frames: any number; default: the video's, or the adapter's own. What exceeds the adapter's runs in
-                overlapping windows, what is not 4k+1 is filled by repeating the last given frame and cut again.
-            height: of the scene, pixels, with `width` a multiple of what the base takes (16 for Wan). Default: as many
-                pixels as the adapter was trained with, in the shape of the first picture.
+            frames: index -> picture of the given frames, frame 0 among them. All are covered by and
+                cropped to the scene's size.
+            num_frames: any number; default: the video's, or the adapter's own. What exceeds the
+                adapter's runs in overlapping windows, what is not 4k+1 is filled by repeating the
+                last given frame and cut again.
+            height: of the scene, pixels, with `width` a multiple of what the base takes (16 for
+                Wan). Default: as many pixels as the adapter was trained with, in the shape of the
+                first picture.
             width: see height.
             steps: of the solver; default: the card's.
             guidance_scale: of text, for both branches; 1 = off. Default: the card's, by task.

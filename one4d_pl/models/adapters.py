@@ -160,7 +160,8 @@ def load_adapters(
 ) -> AdapterCard:
     """Fill the transformer's trainables from an adapter folder.
 
-    Raises ConfigError where the adapter belongs to another base or has another shape, naming what differs.
+    Raises ConfigError where the adapter belongs to another base or has another shape, naming what
+    differs.
     """
     card, config = AdapterCard.read(folder), transformer.config
     if card.base_fingerprint != base_fingerprint:

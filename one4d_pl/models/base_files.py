@@ -1,7 +1,8 @@
 """Where a base lies, in which layout, and which one it is: files alone, so that nothing heavy is imported to ask.
 
-Two layouts of a folder are known: diffusers' (model_index.json, a folder per part) and the original one of Wan-AI and
-VideoX-Fun (config.json and diffusion_pytorch_model*.safetensors at the top, one .pth file per encoder).
+Two layouts of a folder are known: diffusers' (model_index.json, a folder per part) and the original
+one of Wan-AI and VideoX-Fun (config.json and diffusion_pytorch_model*.safetensors at the top, one
+.pth file per encoder).
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ _RELEASED = {
     "patch_size": [1, 2, 2], "attention_head_dim": 128, "freq_dim": 256, "in_channels": 36, "out_channels": 16,
     "text_dim": TEXT_DIM, "image_dim": IMAGE_DIM,
 }  # fmt: skip
-# transformers of the released bases, for plans made where no weights are; both are image-to-video models
+# transformers of the released bases, for plans made where no weights are; both are image-to-video
+# models
 RELEASED: dict[str, dict[str, object]] = {
     "14B": {**_RELEASED, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824, "added_kv_proj_dim": 5120},
     "1.3B": {**_RELEASED, "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960, "added_kv_proj_dim": 1536},
@@ -136,8 +138,9 @@ def missing_shards(place: Path) -> list[str]:
 def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
     """Identity of a base: sha256 over every weight file's name, size, header and 64 spread samples of 4 KiB.
 
-    Reading 60 GB to hash them in full would cost minutes at every start; another training of the same architecture
-    differs in every sample. The same weights in another layout are other files, and another base.
+    Reading 60 GB to hash them in full would cost minutes at every start; another training of the
+    same architecture differs in every sample. The same weights in another layout are other files,
+    and another base.
     """
     digest = hashlib.sha256()
     folder = resolve_base(path)
@@ -181,7 +184,8 @@ def safetensors_header(file: Path) -> dict[str, TensorHeader]:
 def sizes_of(path: str) -> tuple[Path | None, dict[str, object], str]:
     """A base's folder, its transformer's settings, and where they come from in words.
 
-    Where nothing lies at `path`: None, and the settings of the release that it names; ConfigError if it names none.
+    Where nothing lies at `path`: None, and the settings of the release that it names; ConfigError
+    if it names none.
     """
     if holds_base(path):
         folder = resolve_base(path)

@@ -1,11 +1,13 @@
 """Activation checkpointing of the transformer's blocks: recomputed whole, or all but self-attention.
 
-Self-attention is the part of a block that grows with the square of the tokens, and its result is as small as the
-block's input: keeping it doubles what is kept of a block and saves a third of what is recomputed at 18 thousand tokens.
+Self-attention is the part of a block that grows with the square of the tokens, and its result is as
+small as the block's input: keeping it doubles what is kept of a block and saves a third of what is
+recomputed at 18 thousand tokens.
 
-Not torch's create_selective_checkpoint_contexts: since torch 2.13 it wants every operation of the recomputation to be
-one of the forward pass, and under ZeRO-3 what is gathered and freed differs between the two. A compiled block, which
-ZeRO-3 never has, takes that one: the compiler does not look through a mode of ours.
+Not torch's create_selective_checkpoint_contexts: since torch 2.13 it wants every operation of the
+recomputation to be one of the forward pass, and under ZeRO-3 what is gathered and freed differs
+between the two. A compiled block, which ZeRO-3 never has, takes that one: the compiler does not
+look through a mode of ours.
 """
 
 from __future__ import annotations
@@ -54,7 +56,8 @@ def run_checkpointed(block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor], 
 
 def compile_selective(backend: str) -> Callable[..., Tensor]:
     """`run_checkpointed` with `keep_attention`, compiled as one: the block, its link and what is kept of them."""
-    # a link notes its ratio in the forward pass; that the recomputation does not note it again is right
+    # a link notes its ratio in the forward pass; that the recomputation does not note it again is
+    # right
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
     # warns once of operations in place, of which a block has none
     logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)
@@ -88,7 +91,8 @@ def _attention_kept_and_reused() -> Contexts:
 class _Keep(TorchDispatchMode):
     """Keeps what the block's first attention gives, which is Wan's self-attention.
 
-    Attention on the few tokens of text and image is cheap, and its result is as large: it is not kept.
+    Attention on the few tokens of text and image is cheap, and its result is as large: it is not
+    kept.
     """
 
     def __init__(self, kept: list[object]) -> None:

@@ -1,8 +1,8 @@
 """One frozen linear, two LoRAs: the decoupled half of Decoupled LoRA Control (One4D, Eq. 5-8).
 
-The two branches are the two halves of the batch, rgb first. Attention never crosses samples, so stacking decouples
-them for free, every frozen weight is read once for both, and no adapter is ever switched (switching under activation
-checkpointing gives wrong gradients).
+The two branches are the two halves of the batch, rgb first. Attention never crosses samples, so
+stacking decouples them for free, every frozen weight is read once for both, and no adapter is ever
+switched (switching under activation checkpointing gives wrong gradients).
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class BranchLinear(nn.Module):
             {m: nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=torch.float32) for m in MODALITIES}
         ).to_empty(device=device)
         for modality in MODALITIES:
-            # PEFT's convention: A as nn.Linear starts, B zero, so that at step 0 both branches are plain Wan
+            # PEFT's convention: A as nn.Linear starts, B zero, so that at step 0 both branches are
+            # plain Wan
             _kaiming_uniform(_weight(self.lora_A[modality]), generator)
             nn.init.zeros_(_weight(self.lora_B[modality]))
 
@@ -41,15 +42,16 @@ class BranchLinear(nn.Module):
             low = self.scale * low
         base = self.base(hidden)
         up = torch.stack([_weight(self.lora_B[m]) for m in MODALITIES]).transpose(1, 2)  # [2, rank, D']
-        # one product that adds both branches' LoRAs: D' numbers a token are read once and written once
+        # one product that adds both branches' LoRAs: D' numbers a token are read once and written
+        # once
         return torch.baddbmm(base.unflatten(0, (2, -1)).flatten(1, 2), low.flatten(1, 2), up).view(base.shape)
 
 
 class BranchPatchEmbedding(nn.Module):
     """The frozen patch embedding for rgb and a trainable copy of it for xyz (our reading of the paper's 250.7 M).
 
-    The xyz copy keeps the base's 36 input channels; the 20 conditioning channels are fed zeros ("zero pad", One4D,
-    Fig. 4) and so never get a gradient.
+    The xyz copy keeps the base's 36 input channels; the 20 conditioning channels are fed zeros
+    ("zero pad", One4D, Fig. 4) and so never get a gradient.
     """
 
     def __init__(self, base: nn.Conv3d) -> None:
@@ -69,8 +71,9 @@ class BranchPatchEmbedding(nn.Module):
                 self.xyz.bias.copy_(base.bias)
 
     def forward(self, noisy: Tensor) -> Tensor:  # [2B, 36, t, h, w] -> [2B, D, t, h', w']
-        # Each conv sees the whole batch and keeps its half: a kernel may round differently at another batch size, and
-        # at step 0 the rgb half has to equal plain Wan bit for bit. A patch embedding is 1e-3 of a block.
+        # Each conv sees the whole batch and keeps its half: a kernel may round differently at
+        # another batch size, and at step 0 the rgb half has to equal plain Wan bit for bit. A patch
+        # embedding is 1e-3 of a block.
         rgb, _ = self.base(noisy).chunk(2)
         _, xyz = self.xyz(noisy).chunk(2)
         return torch.cat([rgb, xyz.to(rgb.dtype)])

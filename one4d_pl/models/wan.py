@@ -1,7 +1,7 @@
 """The frozen Wan: one loader for every size, and the encoders around the transformer.
 
-The folder is in diffusers' layout or in Wan's own (base_files.py). The flip between diffusers' normalised latents and
-pixels lives here alone.
+The folder is in diffusers' layout or in Wan's own (base_files.py). The flip between diffusers'
+normalised latents and pixels lives here alone.
 """
 
 from __future__ import annotations

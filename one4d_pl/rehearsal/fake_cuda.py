@@ -1,7 +1,9 @@
 """A CUDA device that is not there, for fake tensors under a CPU build of torch.
 
-1. `load_device` builds fake_cuda.cpp and loads it; before torch is imported, for torch looks its hooks up once.
-2. `pretend` lets Python's side of torch believe in the device too, for as long as a rehearsal lasts.
+1. `load_device` builds fake_cuda.cpp and loads it; before torch is imported, for torch looks its
+   hooks up once.
+2. `pretend` lets Python's side of torch believe in the device too, for as long as a rehearsal
+   lasts.
 
 Nothing is ever computed: tensors have a device, a dtype and a shape, and no bytes.
 """

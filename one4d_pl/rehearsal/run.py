@@ -1,11 +1,12 @@
 """A training run and a sampled scene on a GPU that is not there: the project's own code, tensors without bytes.
 
 1. A skeleton of the base is written and opened by the run's own loader.
-2. Lightning's own Trainer fits the run's own module for one optimiser step, AdamW's moments and the gradients of an
-   accumulation being there already: a step's largest moment.
+2. Lightning's own Trainer fits the run's own module for one optimiser step, AdamW's moments and the
+   gradients of an accumulation being there already: a step's largest moment.
 3. The run's own sampler makes a scene in a few steps.
 
-Several processes are rehearsed as one of them that holds everything; what their strategy shares is the planner's.
+Several processes are rehearsed as one of them that holds everything; what their strategy shares is
+the planner's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A base without weights: a folder in diffusers' layout that the project's own loader opens, of any size, on no disk.
 
-Its safetensors files have true headers and no bytes behind them (sparse files), so that fake tensors, which read
-nothing, come from where real ones would.
+Its safetensors files have true headers and no bytes behind them (sparse files), so that fake
+tensors, which read nothing, come from where real ones would.
 """
 
 from __future__ import annotations

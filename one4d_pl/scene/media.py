@@ -27,7 +27,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 100_000_000  # a larger picture costs more memory to open than a scene to make
 MAX_ASPECT = 8.0
 MAX_FPS = 120.0  # of a video as it is read
-# FFmpeg's names of formats that hold a video; guessing among all it would open what a playlist names.
+# FFmpeg's names of formats that hold a video; guessing among all it would open what a playlist
+# names.
 CONTAINERS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "mxf", "nut", "ivf", "obu", "h264", "hevc"),
     *("m4v", "mpegvideo", "gif", "apng", "yuv4mpegpipe", "dv", "rm", "wtv"),
@@ -43,7 +44,8 @@ class MediaError(UserError):
 def load_image(path: Path) -> Tensor:  # [H, W, 3] uint8
     """A picture upright as its EXIF says, alpha over white, grey as three channels, 16 bits brought to 8.
 
-    Of an animation the first frame. MediaError where the file is missing, broken, too large or no picture.
+    Of an animation the first frame. MediaError where the file is missing, broken, too large or no
+    picture.
     """
     if not path.is_file():
         raise MediaError(f"{path}: no such file")
@@ -101,8 +103,9 @@ class VideoReader:
 
     Args:
         path: see `upright_frames`.
-        fps: frames per second to deliver; None = see `frame_rate`, at most 120. A frame is repeated or left out where
-            the video's rate differs or varies: each moment shows the frame that was on screen then.
+        fps: frames per second to deliver; None = see `frame_rate`, at most 120. A frame is repeated
+            or left out where the video's rate differs or varies: each moment shows the frame that
+            was on screen then.
 
     Raises MediaError where there is no video, or it breaks.
     """
@@ -122,7 +125,8 @@ class VideoReader:
             if seconds - first <= last:
                 continue  # a frame out of order was on screen for no time
             last = seconds - first
-            # what was on screen until now fills the moments before this frame's; a quarter of a frame is rounding
+            # what was on screen until now fills the moments before this frame's; a quarter of a
+            # frame is rounding
             while shown is not None and count / self.fps < last - 0.25 / self.fps:
                 yield shown
                 count += 1
@@ -134,9 +138,10 @@ class VideoReader:
 def upright_frames(path: Path, threads: str = "AUTO") -> Iterator[tuple[float | None, Tensor]]:
     """Every frame of a video's first stream: its time stamp in seconds (None: it has none), [H, W, 3] uint8 sRGB.
 
-    Frames are turned and mirrored as the file says (its display matrix, or a `rotate` tag), alpha lies over white, more
-    than 8 bits are brought to 8. `threads` is FFmpeg's; "NONE" where videos are worked in parallel. Only files that
-    hold a video themselves are opened, no playlists. Raises MediaError where there is none, or it breaks.
+    Frames are turned and mirrored as the file says (its display matrix, or a `rotate` tag), alpha
+    lies over white, more than 8 bits are brought to 8. `threads` is FFmpeg's; "NONE" where videos
+    are worked in parallel. Only files that hold a video themselves are opened, no playlists. Raises
+    MediaError where there is none, or it breaks.
     """
     with _opened(path) as (container, stream):
         stream.thread_type = threads
@@ -154,8 +159,8 @@ def upright_frames(path: Path, threads: str = "AUTO") -> Iterator[tuple[float | 
 def frame_rate(path: Path) -> float:
     """Frames per second of a video: what its index tells, else its frames over their time; MediaError as above.
 
-    Containers without an index (a browser's recording) tell no rate, or one that is a guess. Without an index and
-    time stamps it is the guess or, where that is beyond 120, 24.
+    Containers without an index (a browser's recording) tell no rate, or one that is a guess.
+    Without an index and time stamps it is the guess or, where that is beyond 120, 24.
     """
     with _opened(path) as (container, stream):
         stated = float(stream.average_rate or stream.guessed_rate or 0)

@@ -1,8 +1,8 @@
 """An exponential moving average of the trainables (optim.ema_decay): what is validated, sampled and exported.
 
-Each process averages what it holds of every trainable: the whole of it, or at ZeRO stage 3 its share. While a
-validation lasts, averages and weights change places. A checkpoint's adapter is the average; the weights that training
-goes on with lie beside it (training/checkpoint.py).
+Each process averages what it holds of every trainable: the whole of it, or at ZeRO stage 3 its
+share. While a validation lasts, averages and weights change places. A checkpoint's adapter is the
+average; the weights that training goes on with lie beside it (training/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class WeightAverage(Callback):
     """Averages after every step that was made. Comes after `StepGuard`, before what saves.
 
     Args:
-        decay: of the average at a late step; the n-th update uses min(decay, (1 + n) / (10 + n)), so that the start is
-            soon forgotten.
+        decay: of the average at a late step; the n-th update uses min(decay, (1 + n) / (10 + n)),
+            so that the start is soon forgotten.
         guard: knows which steps were skipped.
         resume_from: the checkpoint to go on from; None = begin with the adapter as it is.
     """

@@ -5,10 +5,11 @@
                      weights.safetensors     with optim.ema_decay: what is trained on; the adapter is their average
                      trainer.json            step, config, sha256 of every other file (checkpoint_files.py)
 
-Under every strategy whole tensors are gathered to rank 0 (training/zero.py), which writes them while training goes on:
-beside their place, then renamed, so a folder named step-* is whole or damaged later, never half-written. So a run can
-go on with any other strategy and number of processes. The position in the data follows from the step (data/order.py)
-and the learning rate too (optim.py).
+Under every strategy whole tensors are gathered to rank 0 (training/zero.py), which writes them
+while training goes on: beside their place, then renamed, so a folder named step-* is whole or
+damaged later, never half-written. So a run can go on with any other strategy and number of
+processes. The position in the data follows from the step (data/order.py) and the learning rate too
+(optim.py).
 """
 
 from __future__ import annotations
@@ -59,7 +60,8 @@ COOLDOWN_KEYS = ("optim.cooldown_steps", "train.max_steps")
 def refuse_other_run(folder: Path, config: Config) -> None:
     """ConfigError naming the keys, if resuming would continue a different sequence of updates.
 
-    A knob that the checkpoint does not know is younger than it, and its default is what was done before.
+    A knob that the checkpoint does not know is younger than it, and its default is what was done
+    before.
     """
     defaults, ours = flatten(as_dict(Config())), flatten(as_dict(config))
     stored = defaults | flatten(json.loads((folder / STATE).read_text())["config"])
@@ -186,7 +188,8 @@ class BackgroundWriter:
 class StepCheckpoint(Callback):
     """Save every `train.save_every` steps and at the end; keep the newest and the best; on resume load the optimiser.
 
-    The best are those with the lowest validation loss (rgb + flow.xyz_weight * xyz) at their own step.
+    The best are those with the lowest validation loss (rgb + flow.xyz_weight * xyz) at their own
+    step.
     """
 
     def __init__(

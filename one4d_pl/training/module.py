@@ -39,7 +39,8 @@ class One4DModule(lightning.LightningModule):
     Args:
         config: the whole run's config.
         adapters: folder to start from (a checkpoint, or train.init_from); None = a fresh adapter.
-        resume: go on with a checkpoint's weights where its adapter is their average (optim.ema_decay).
+        resume: go on with a checkpoint's weights where its adapter is their average
+            (optim.ema_decay).
     """
 
     transformer: CoupledTransformer
@@ -56,8 +57,8 @@ class One4DModule(lightning.LightningModule):
         """Open the base and build the adapter; called by Lightning on every rank, once."""
         if self._built:
             return
-        # Lightning makes the GPU the default device here; what is drawn, read and computed while building is the CPU's,
-        # and each part is told where its weights go
+        # Lightning makes the GPU the default device here; what is drawn, read and computed while
+        # building is the CPU's, and each part is told where its weights go
         with torch.device("cpu"):
             self._build()
         self._built = True
@@ -111,8 +112,9 @@ class One4DModule(lightning.LightningModule):
     def encoders(self) -> WanEncoders:
         """The frozen encoders, opened when something is encoded or decoded for the first time; whole in every process.
 
-        They wait in host memory and visit the GPU. Hidden from the strategy in a tuple: under ZeRO-3 an encoder that is
-        sharded would need all processes at every call, but which clips are encoded differs from rank to rank.
+        They wait in host memory and visit the GPU. Hidden from the strategy in a tuple: under
+        ZeRO-3 an encoder that is sharded would need all processes at every call, but which clips
+        are encoded differs from rank to rank.
         """
         if not self._encoders:
             # first used in a validation, where Lightning switches inference mode on

@@ -1,10 +1,12 @@
 """A loss or gradient that is not finite costs its optimiser step, nothing else: the weights stay those before.
 
-1. One4DModule makes every gradient of a loss that is not finite NaN, so the gradients' norm alone tells.
-2. All ranks share that norm: under single and ddp the gradients are the same everywhere by then, and the ZeRO engine
-   sums its norm over all ranks. So all decide alike and no collective is added.
-3. A skipped step changes no weight, no moment and none of AdamW's step counters. The position in the data and the
-   learning rate follow the global step, which goes on. Checkpoints note how many were skipped: resume stays exact.
+1. One4DModule makes every gradient of a loss that is not finite NaN, so the gradients' norm alone
+   tells.
+2. All ranks share that norm: under single and ddp the gradients are the same everywhere by then,
+   and the ZeRO engine sums its norm over all ranks. So all decide alike and no collective is added.
+3. A skipped step changes no weight, no moment and none of AdamW's step counters. The position in
+   the data and the learning rate follow the global step, which goes on. Checkpoints note how many
+   were skipped: resume stays exact.
 """
 
 from __future__ import annotations
@@ -61,14 +63,16 @@ class MicroBatch:
 class StepGuard(Callback):
     """Skips steps whose loss or gradient is not finite; logs `train/skipped_steps`, warns with the samples' names.
 
-    RunFailed, which names them, on every rank after MOST_IN_A_ROW steps in a row. Comes before what saves.
+    RunFailed, which names them, on every rank after MOST_IN_A_ROW steps in a row. Comes before what
+    saves.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.skipped = SkippedSteps()
         self.vetoed = False
-        # of each micro batch of the step at hand; looked at after a skip only, so that no step waits for the device
+        # of each micro batch of the step at hand; looked at after a skip only, so that no step
+        # waits for the device
         self.seen: list[MicroBatch] = []
         self.suspects: list[str] = []  # this rank's samples whose losses had steps skipped, one after the other
 
@@ -125,7 +129,8 @@ class StepGuard(Callback):
         elif trainer.is_global_zero:
             log.warning("step %d is skipped: a gradient, or another rank's loss, is not finite", self.step)
         if self.skipped.in_a_row >= MOST_IN_A_ROW:
-            # where losses are finite and gradients are not, any sample of the last step may have done it
+            # where losses are finite and gradients are not, any sample of the last step may have
+            # done it
             samples = [name for seen in self.seen for name in seen.names()]
             everyones = gather((self.suspects, samples))
             names = [n for suspects, _ in everyones for n in suspects] or [n for _, all_ in everyones for n in all_]

@@ -41,7 +41,8 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
         log_every_n_steps=1,  # our callbacks decide: train.log_every
         logger=TensorBoardLogger(config.run_dir, name="tensorboard", version=""),
         callbacks=callbacks,
-        # Lightning's own requeue saves inside a signal handler, where ranks wait for each other at different places
+        # Lightning's own requeue saves inside a signal handler, where ranks wait for each other at
+        # different places
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         enable_checkpointing=False,  # ours: training/checkpoint.py
         enable_progress_bar=False,  # ours: callbacks/throughput.py counts optimiser steps
@@ -75,7 +76,8 @@ def _strategy(config: Config, bfloat16: bool) -> Strategy:
         return SingleDeviceStrategy(device="cuda:0" if device_of(config).type == "cuda" else "cpu")
     if config.train.strategy == "deepspeed":
         return ZeroStrategy(config.train, bfloat16, COLLECTIVE_TIMEOUT)
-    # every trainable is used in every step whatever the task draw; the base has no buffers that change
+    # every trainable is used in every step whatever the task draw; the base has no buffers that
+    # change
     return DDPStrategy(
         find_unused_parameters=False,
         broadcast_buffers=False,

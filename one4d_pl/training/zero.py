@@ -1,11 +1,14 @@
 """DeepSpeed ZeRO under Lightning, on CUDA and on the CPU (gloo) with the same code.
 
-1. The engine runs in float32 mode: it casts nothing. The frozen base keeps the dtypes it was opened in, trainables and
-   optimiser are float32, and bf16-mixed is torch's autocast, as under the other strategies; the engine is told of it.
-2. At stage 3 the base is sharded block by block while it is read (models/weights.py); LoRA and links are built as
-   ordinary tensors and sharded by the engine, values and all. Nothing is ever initialised inside `zero.Init`, where a
-   later `zeros_` would hit an empty tensor and training would start from noise.
-3. Whole tensors of sharded parameters and moments are read and written here alone; checkpoints know no shards.
+1. The engine runs in float32 mode: it casts nothing. The frozen base keeps the dtypes it was opened
+   in, trainables and optimiser are float32, and bf16-mixed is torch's autocast, as under the other
+   strategies; the engine is told of it.
+2. At stage 3 the base is sharded block by block while it is read (models/weights.py); LoRA and
+   links are built as ordinary tensors and sharded by the engine, values and all. Nothing is ever
+   initialised inside `zero.Init`, where a later `zeros_` would hit an empty tensor and training
+   would start from noise.
+3. Whole tensors of sharded parameters and moments are read and written here alone; checkpoints know
+   no shards.
 """
 
 from __future__ import annotations
@@ -42,7 +45,8 @@ if TYPE_CHECKING:
         def partition(self, parameters: list[ShardedParameter], has_been_updated: bool) -> None: ...
 
 
-# LoRA matrices (327 thousand parameters at the 14B) stay whole: one gather each would cost more than they weigh
+# LoRA matrices (327 thousand parameters at the 14B) stay whole: one gather each would cost more
+# than they weigh
 PERSISTENT_PARAMETERS = 1_000_000
 BUCKET = 200_000_000  # elements of a reduce or prefetch bucket
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step
@@ -74,8 +78,8 @@ class ZeroPrecision(DeepSpeedPrecision):
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: lightning.LightningModule, optimizer: object, *args: object, **kwargs: object
     ) -> None:
-        # Lightning has divided the loss by the accumulation already; the engine would divide it again, unseen by Adam
-        # but not by gradient clipping
+        # Lightning has divided the loss by the accumulation already; the engine would divide it
+        # again, unseen by Adam but not by gradient clipping
         model.trainer.model.backward(tensor, scale_wrt_gas=False)  # type: ignore[union-attr,operator]
 
 
@@ -98,8 +102,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             super().setup_environment()
             return
         skip_compilation()
-        # the processes on this machine; the engine would else count its NUMA nodes with numactl at every step, and die
-        # where a folder on PATH cannot be read
+        # the processes on this machine; the engine would else count its NUMA nodes with numactl at
+        # every step, and die where a folder on PATH cannot be read
         os.environ["LOCAL_SIZE"] = str(len(self.parallel_devices or []))
         # the engine tells devices apart by their index
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
@@ -123,8 +127,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             BlockKeeper(coordinator).watch(model.transformer.base.blocks)  # type: ignore[union-attr,arg-type]
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
-        # the engine moves nothing of a model that is sharded already: buffers and metrics would stay behind, and the
-        # module would take itself to be on the CPU
+        # the engine moves nothing of a model that is sharded already: buffers and metrics would
+        # stay behind, and the module would take itself to be on the CPU
         return model.to(self.root_device)
 
 
@@ -144,8 +148,9 @@ class StagePartitioner:
 class BlockKeeper:
     """Keeps a recomputed block's frozen weights until its backward is done: gathered once for both, not twice.
 
-    With activation checkpointing a block runs again in the backward pass. The engine frees each weight after that and
-    gathers it a moment later for the gradient, a third of all traffic. At most one block is kept at a time.
+    With activation checkpointing a block runs again in the backward pass. The engine frees each
+    weight after that and gathers it a moment later for the gradient, a third of all traffic. At
+    most one block is kept at a time.
     """
 
     TOKEN = -1  # among the ids of the modules that use a parameter, which are never negative
@@ -196,8 +201,9 @@ def engine_config(config: TrainConfig, bfloat16: bool) -> dict[str, object]:
         "zero_force_ds_cpu_optimizer": False,
     }
     if bfloat16:
-        # On CUDA, and only there, the engine sees our autocast around it and, not told of one, switches it off inside.
-        # The empty list: gradients are reduced in float32, as under the other strategies.
+        # On CUDA, and only there, the engine sees our autocast around it and, not told of one,
+        # switches it off inside. The empty list: gradients are reduced in float32, as under the
+        # other strategies.
         engine["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return engine
 
@@ -214,8 +220,8 @@ def whole_parameter(parameter: nn.Parameter) -> Tensor:
 def link_moments(optimizer: torch.optim.Optimizer) -> None:
     """Let `whole_moment` find every group's moments; to be called after the optimiser's state came to be.
 
-    Below stage 3 the engine links parameters to moments after its first step of the first group, when the later
-    groups have none yet, and never again.
+    Below stage 3 the engine links parameters to moments after its first step of the first group,
+    when the later groups have none yet, and never again.
     """
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False  # type: ignore[attr-defined]
