@@ -82,7 +82,7 @@ def measure_fit(
     ceiling = round_trip(pipeline, clips)
 
     first = scenes["video"].pointmap
-    rows = {
+    rows: dict[str, Tensor] = {
         "constant": torch.zeros_like(batch.pointmap),
         "mean_pointmap": held_out.mean_pointmap.expand_as(batch.pointmap),
         "first_frame": first[:, :, :1].expand_as(first),

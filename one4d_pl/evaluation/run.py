@@ -133,7 +133,12 @@ def _predict(
             }
             row = _Stored(label, request.out / "predictions" / label.replace(" ", "_"), settings)
 
-            def predict(sequence: EvalSequence, target: Path, variant=variant, shown=shown) -> None:
+            def predict(
+                sequence: EvalSequence,
+                target: Path,
+                variant: One4DPipeline = variant,
+                shown: PredictOptions = shown,
+            ) -> None:
                 with autocast(config, device):
                     predict_sequence(variant, sequence, shown, target)
 
@@ -146,7 +151,11 @@ def _predict(
             if used is not None and used.pointmap_power != 1:
                 settings["pointmap_power"] = used.pointmap_power
             row = _Stored(label, request.out / "predictions" / label.replace(" ", "_"), settings)
-            _fill_folder(row, sequences, lambda s, target, used=used: ceiling_sequence(used, s, options, target))
+
+            def repeat(sequence: EvalSequence, target: Path, used: WanEncoders | None = used) -> None:
+                ceiling_sequence(used, sequence, options, target)
+
+            _fill_folder(row, sequences, repeat)
             stored.append(row)
     return stored
 
@@ -173,11 +182,15 @@ def _variants(
 def _fill_folder(row: _Stored, sequences: list[EvalSequence], predict: Callable[[EvalSequence, Path], None]) -> None:
     """Predict what is not stored yet; a folder of other settings is refused."""
     path, text = row.folder / "settings.json", json.dumps(row.settings, indent=1, sort_keys=True) + "\n"
-    if path.is_file() and (differing := changes(flatten(dict(read_json(path))), flatten(json.loads(text)))):
-        raise ConfigError(
-            f"{row.folder}: holds predictions of other settings: {', '.join(map(str, differing))}; delete it or set "
-            "another --out"
-        )
+    if path.is_file():
+        stored = read_json(path)
+        if not isinstance(stored, dict):
+            raise ConfigError(f"{path}: holds no settings; delete {row.folder} or set another --out")
+        if differing := changes(flatten(stored), flatten(json.loads(text))):
+            raise ConfigError(
+                f"{row.folder}: holds predictions of other settings: {', '.join(map(str, differing))}; delete it or "
+                "set another --out"
+            )
     write_text(path, text)
     missing = [s for s in sequences if not (row.folder / s.name / "cameras.json").is_file()]
     for sequence in tqdm(missing, desc=row.label, unit="sequence", disable=not missing):

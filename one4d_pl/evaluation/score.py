@@ -112,7 +112,8 @@ def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Predictio
             f"{sequence.name}: {prediction.num_frames} predicted frames, the sequence has {sequence.num_frames}"
         )
     notes = list(prediction.flags)
-    depth, fit, cameras, degenerate = {}, None, None, False
+    depth: dict[str, DepthScore] = {}
+    fit, cameras, degenerate = None, None, False
     if "depth" in sequence.scores:
         if prediction.depth is None:
             notes.append("no depth predicted")

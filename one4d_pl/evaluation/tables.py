@@ -141,7 +141,7 @@ def sequences_csv(rows: list[Row]) -> str:
     writer.writerow([*head, *CAMERA_ERRORS, "degenerate", "notes"])
     for row in rows:
         for s in row.score.sequences:
-            for part in s.depth or {"all": None}:
+            for part in s.depth or ("all",):
                 depth = s.depth.get(part)
                 errors = [depth.errors[n] for n in DEPTH_ERRORS] if depth else [""] * len(DEPTH_ERRORS)
                 cameras = s.cameras if part == "all" else None

@@ -160,13 +160,13 @@ def credible_alpha2(cameras: Cameras, samples: Samples, objective: Objective) ->
     nothing = _smoothness(cameras, replace(objective, alpha2=0.0))
     judges = [_assemble(normal, nothing, objective.focal_mode) for normal in normals]
     scores = []
-    for part in _ALPHA2_PARTS:
-        smooth = _smoothness(cameras, replace(objective, alpha2=part * objective.alpha2))
+    for share in _ALPHA2_PARTS:
+        smooth = _smoothness(cameras, replace(objective, alpha2=share * objective.alpha2))
         score = 0.0
         for number, judge in enumerate(judges):
             others = normals[:number] + normals[number + 1 :]
-            others = _weighted_normal(others, [1 / len(others)] * len(others))
-            score += _model_cost(*judge, _solve(*_assemble(others, smooth, objective.focal_mode), _DAMPING))
+            fitted = _weighted_normal(others, [1 / len(others)] * len(others))
+            score += _model_cost(*judge, _solve(*_assemble(fitted, smooth, objective.focal_mode), _DAMPING))
         scores.append(score)
     best = min(range(len(scores)), key=scores.__getitem__)
     # What a fit without smoothing loses against the judge's own best: one part its own errors, the others the judge's.

@@ -87,6 +87,8 @@ def test_an_adapter_and_its_ceilings_are_predicted_stored_and_scored(tmp_path, a
     assert evaluate.main([*arguments, "--rows", "model"]) == 0  # stored: not made again
     assert (stored / "cameras.json").stat().st_mtime_ns == before
     assert "holds predictions of other settings" in failure(capsys, evaluate, [*arguments, "--seed", "1"])
+    (stored.parent / "settings.json").write_text("3")
+    assert "settings.json: holds no settings; delete" in failure(capsys, evaluate, arguments)
     # what is stored can be scored as anyone's
     anyone = ["--predictions", str(stored.parent), "--sequences", ONE, "--out", str(tmp_path / "again")]
     assert evaluate.main([*anyone, "--no-pictures"]) == 0
