@@ -114,7 +114,7 @@ def _turning_cloud(column: Column, height: int, width: int) -> list[Image.Image]
     distance = float(points[solid].norm(dim=-1).median()) if bool(solid.any()) else 1.0
     frusta = torch.stack(
         [
-            frustum_lines(k.double(), c, *points.shape[1:3], CAMERA_DEPTH * distance)
+            frustum_lines(k.double(), c, points.shape[1], points.shape[2], CAMERA_DEPTH * distance)
             for k, c in zip(scene.intrinsics, scene.cam2world, strict=True)
         ]
     )  # [T, 8, 2, 3]
