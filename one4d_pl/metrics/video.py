@@ -7,6 +7,7 @@ torchmetrics' FrechetInceptionDistance: running sums in float64, reduced over ra
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.utilities import rank_zero_warn
 
+from one4d_pl.errors import UserError, reading
+
 I3D_SIZE = 224  # pixels
 I3D_FEATURES = 400
+I3D_CALL = {"rescale": False, "resize": False, "return_features": True}  # frames come ready; logits before the softmax
 I3D_MIN_FRAMES = 10  # below, its temporal strides leave nothing to pool
 
 
@@ -25,6 +29,7 @@ class I3DFeatures(nn.Module):
 
     The file is the converted original that public FVD code shares (`i3d_torchscript.pt`): called with videos
     [B, 3, T, 224, 224] in [-1, 1] and rescale=False, resize=False, return_features=True, it returns [B, 400].
+    Frames are brought to 224 pixels as that code does it, to the pixel: tests/metrics/test_fvd.py states its values.
     """
 
     name = "fvd"
@@ -33,15 +38,22 @@ class I3DFeatures(nn.Module):
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         if not Path(path).is_file():
-            raise ValueError(f"fvd: no I3D TorchScript file at {path}; give its path or use fd_vae")
-        self.network = torch.jit.load(str(path), map_location="cpu").eval()
+            raise UserError(f"fvd: no I3D TorchScript file at {path}; give its path or use fd_vae")
+        self.path = path
+        with reading(path, "I3D as a TorchScript file"):
+            self.network = torch.jit.load(str(path), map_location="cpu").eval()
+            taken = {argument.name for argument in self.network.forward.schema.arguments}
+        if not I3D_CALL.keys() <= taken:
+            raise UserError(f"{path}: takes {sorted(taken)}, need I3D that takes {', '.join(I3D_CALL)}")
 
     def forward(self, videos: Tensor) -> Tensor:  # [B, 3, T, H, W] in [-1, 1] -> [B, 400] float64
         """Scale the short side to 224, cut the centre square (nothing is squashed) and run the network."""
         if videos.shape[2] < I3D_MIN_FRAMES:
-            raise ValueError(f"fvd: {videos.shape[2]} frames, I3D needs at least {I3D_MIN_FRAMES}")
+            raise UserError(f"fvd: {videos.shape[2]} frames, I3D needs at least {I3D_MIN_FRAMES}")
         with torch.no_grad():
-            features = self.network(_square(videos.float()), rescale=False, resize=False, return_features=True)
+            features = self.network(_square(videos.float()), **I3D_CALL)
+        if features.shape != (len(videos), I3D_FEATURES):
+            raise UserError(f"{self.path}: gives {tuple(features.shape)}, need I3D's [{len(videos)}, {I3D_FEATURES}]")
         return features.double()
 
 
@@ -95,7 +107,8 @@ class FrechetVideoDistance(FrechetInceptionDistance):
 def _square(videos: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, 3, T, 224, 224]
     height, width = videos.shape[-2:]
     scale = I3D_SIZE / min(height, width)
-    size = (max(I3D_SIZE, round(height * scale)), max(I3D_SIZE, round(width * scale)))
+    # the long side is rounded up, as in public FVD code: 320 x 576 becomes 224 x 404, not 403
+    size = (I3D_SIZE, math.ceil(width * scale)) if height < width else (math.ceil(height * scale), I3D_SIZE)
     frames = videos.transpose(1, 2).flatten(0, 1)  # [B·T, 3, H, W]
     # not antialiased: public FVD code is not, and a distance is only worth something if others compute the same
     frames = nn.functional.interpolate(frames, size=size, mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""Laws of the video distance: scipy agrees, names tell the features, small samples are warned of."""
+"""Laws of the video distance and of the VAE's features: scipy agrees, small samples are warned of."""
 
 from __future__ import annotations
 
@@ -8,23 +8,11 @@ import torch
 from scipy.linalg import sqrtm
 from torch import Tensor, nn
 
-from one4d_pl.metrics.video import FrechetVideoDistance, I3DFeatures, VaeFeatures
-
-# TorchScript is the format of the shared I3D file, whatever torch recommends for new ones
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:fvd:UserWarning")
+from one4d_pl.metrics.video import FrechetVideoDistance, VaeFeatures
 
 
 def encode(videos: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, 3, ceil(T / 4), H / 2, W / 2]
     return nn.functional.avg_pool3d(videos, (1, 2, 2))[:, :, ::4]
-
-
-class TinyI3D(nn.Module):
-    """The call signature of the shared I3D file, with pooled pixels as features."""
-
-    def forward(self, videos: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
-        if rescale or resize or not return_features or videos.shape[-2:] != (224, 224):
-            raise RuntimeError("called in another way than the real file")
-        return nn.functional.adaptive_avg_pool3d(videos, (4, 10, 10)).mean(1).flatten(1)
 
 
 def videos(count: int, seed: int, mean: float = 0.0) -> Tensor:
@@ -98,33 +86,3 @@ def test_vae_features_are_mean_spread_and_change_per_channel():
     torch.testing.assert_close(features[0], torch.tensor([5 / 3, 5 / 3, spread, spread, 2.0, 2.0]).double())
     still = VaeFeatures(lambda _: latents[:, :, :1], num_channels=2)(latents)
     assert still[:, 2:].eq(0).all()
-
-
-def test_fvd_is_the_name_of_i3d_features_from_a_file_alone(tmp_path):
-    path = tmp_path / "i3d.pt"
-    torch.jit.save(torch.jit.script(TinyI3D()), path)
-    metric = FrechetVideoDistance(I3DFeatures(path))
-    assert (metric.name, fd_vae().name) == ("fvd", "fd_vae")
-    short_side = torch.rand(2, 3, 10, 24, 40, generator=torch.Generator().manual_seed(0))
-    metric.update(short_side, real=True)
-    metric.update(short_side, real=False)
-    assert abs(float(metric.compute())) < 1e-6
-
-
-def test_i3d_sees_the_centre_square_unsquashed(tmp_path):
-    path = tmp_path / "i3d.pt"
-    torch.jit.save(torch.jit.script(TinyI3D()), path)
-    centre = torch.zeros(1, 3, 10, 20, 60)
-    centre[..., 20:40] = 1
-    features = I3DFeatures(path)(centre)
-    assert features.shape == (1, 400)
-    assert features.view(4, 10, 10)[:, :, 1:-1].min() > 0.999  # one side's worth of width fills the square
-
-
-def test_bad_input_is_named(tmp_path):
-    with pytest.raises(ValueError, match=r"no I3D TorchScript file at .*nowhere\.pt"):
-        I3DFeatures(tmp_path / "nowhere.pt")
-    path = tmp_path / "i3d.pt"
-    torch.jit.save(torch.jit.script(TinyI3D()), path)
-    with pytest.raises(ValueError, match="9 frames, I3D needs at least 10"):
-        I3DFeatures(path)(videos(1, 0))
