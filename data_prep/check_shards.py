@@ -1,8 +1,11 @@
 """Read raw shards again and look for what is wrong: python -m data_prep.check_shards FOLDER [--jobs N]
 
 Every shard is compared with its hash, every clip decoded, and its geometry, normalisation and cameras are measured.
-Leaves in FOLDER/check (or --report): report.json (numbers per clip, their medians, what is flagged), exclude.txt (for
-`write_shards --exclude`) and clips.png (flagged clips first). Ends with 1 where a file is damaged.
+Each clip is also read by every other convention that files are mistaken in (conventions.py): one that fits clearly
+better is told, with its margin.
+Leaves in FOLDER/check (or --report): report.json (numbers per clip, their medians, what each convention is found to
+be, what is flagged), exclude.txt (for `write_shards --exclude`) and clips.png (flagged clips first). Ends with 1 where
+a file is damaged.
 With --rank and --world it is one task of an array job; a shard that was checked is not checked again.
 """
 
@@ -13,7 +16,8 @@ import hashlib
 import json
 import logging
 import math
-from dataclasses import asdict, dataclass, fields
+from collections import Counter
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import median
 
@@ -21,6 +25,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from tqdm import tqdm
 
+from data_prep.conventions import READINGS, believed_reading, verdict
 from data_prep.geometry_checks import check_geometry
 from data_prep.parallel import run_parallel
 from data_prep.pictures import draw_clips
@@ -48,8 +53,9 @@ class ClipCheck:
     key: str
     fault: str  # "" = it can be read
     valid_share: float = math.nan  # of all pixels
-    static_error: float = math.nan  # see geometry_checks.GeometryCheck, as the next five
+    static_error: float = math.nan  # see geometry_checks.GeometryCheck, as the next six
     depth_scale: float = math.nan
+    margins: dict[str, tuple[float, float]] = field(default_factory=dict)
     path_length: float = math.nan
     largest_step: float = math.nan
     turn: float = math.nan
@@ -63,9 +69,7 @@ class ClipCheck:
         found = {
             f"cannot be read: {self.fault}": bool(self.fault),
             f"geometry: static points land {100 * self.static_error:.0f} % off": self.static_error > 0.1,
-            f"depth does not fit the camera's motion: it should be x{_factor(self.depth_scale)}": not (
-                math.isnan(self.depth_scale) or 0.5 < self.depth_scale < 2
-            ),
+            self._told(): self.reading is not None,
             f"valid: {100 * self.valid_share:.0f} % of the pixels": self.valid_share < 0.1,
             f"camera jumps by {self.largest_step:.2f} median depths": self.largest_step > 0.5,
             f"normalisation loses {self.round_trip:.1e}": self.round_trip > 1e-3,
@@ -73,6 +77,20 @@ class ClipCheck:
             f"VAE: pointmaps come back {self.vae_error:.3f} off": self.vae_error > 0.1,
         }
         return [reason for reason, raised in found.items() if raised]
+
+    @property
+    def reading(self) -> str | None:
+        """The convention by which this clip fits clearly better, if any."""
+        return believed_reading(self.margins)
+
+    def _told(self) -> str:
+        if self.reading is None:
+            return ""
+        text = READINGS.get(
+            self.reading, f"depth does not fit the camera's motion: it should be x{_factor(self.depth_scale)}"
+        )
+        depth, colour = (f"{-100 * margin:+.0f} %" for margin in self.margins[self.reading])
+        return f"{text} (misfit of depth {depth}, of colour {colour})"
 
 
 @dataclass(frozen=True)
@@ -141,12 +159,13 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
     checks = [ClipCheck(**clip) for tree in trees for clip in tree["clips"]]
     flagged = {check.key: reasons for check in checks if (reasons := check.flags())}
     medians = {}
-    for name in (field.name for field in fields(ClipCheck)[2:]):
+    for name in (entry.name for entry in fields(ClipCheck)[2:] if entry.name != "margins"):
         known = [value for check in checks if not math.isnan(value := getattr(check, name))]
         medians[name] = {"median": median(known), "max": max(known), "clips": len(known)} if known else None
     report_tree = {
         "folder": shards.location, "clips": len(checks), "damaged_shards": damaged, "numbers": medians,
-        "flagged": flagged, "checks": [{k: _plain(v) for k, v in asdict(check).items()} for check in checks],
+        "conventions": _conventions(checks), "flagged": flagged,
+        "checks": [{k: _plain(v) for k, v in asdict(check).items()} for check in checks],
     }  # fmt: skip
     write_json(report / "report.json", report_tree)
     with open_whole(report / "exclude.txt") as file:
@@ -158,6 +177,21 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
         with open_whole(report / "clips.png") as file:
             draw_clips([shards.read(n) for n in shown], titles).save(file, "PNG")
     return checks, damaged
+
+
+def _conventions(checks: list[ClipCheck]) -> dict[str, dict[str, float]]:
+    """How many clips speak for the given reading against each other one, how many against it, and how clearly."""
+    tree = {}
+    for name in READINGS:
+        margins = [check.margins[name] for check in checks if name in check.margins]
+        if margins:
+            verdicts = Counter(verdict(margin) for margin in margins)
+            tree[name] = {
+                "for": verdicts[-1], "against": verdicts[1], "cannot_tell": verdicts[0],
+                "depth_margin": median(depth for depth, _ in margins),
+                "colour_margin": median(colour for _, colour in margins),
+            }  # fmt: skip
+    return tree
 
 
 def _factor(value: float) -> str:
@@ -175,6 +209,11 @@ def summary(shards: ShardSet, checks: list[ClipCheck], damaged: list[str]) -> li
     lines += [f"  {check.key}: {'; '.join(check.flags())}" for check in flagged[:20]]
     if len(flagged) > 20:
         lines.append(f"  ... and {len(flagged) - 20} more in exclude.txt")
+    for name, text in READINGS.items():
+        told = sum(check.reading == name for check in checks)
+        confirmed = sum(verdict(check.margins[name]) < 0 for check in checks if name in check.margins)
+        if told > max(1, confirmed):
+            lines.append(f"  the whole set: {text} ({told} of {len(checks)} clips)")
     factors = [check.depth_scale for check in checks if not math.isnan(check.depth_scale)]
     if factors and not 0.5 < median(factors) < 2:
         lines.append(
@@ -199,7 +238,7 @@ def _run(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     report = args.report or Path(args.folder) / "check"
     vae = None if args.vae_clips < 1 else args.base or str(base_folder(EMBEDDED_BASE))
-    tried = hashlib.sha256(f"{vae} {args.vae_clips}".encode()).hexdigest()[:8]
+    tried = hashlib.sha256(f"{vae} {args.vae_clips} {sorted(READINGS)}".encode()).hexdigest()[:8]
     if vae is not None and not weight_files(Path(vae), "vae"):
         raise UserError(f"{vae}: no VAE there; --base takes a folder in diffusers layout or in Wan's own")
     shards = ShardSet.open(args.folder)

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -15,8 +12,8 @@ from data_prep.sources import registry
 from data_prep.sources.decoding import read_video
 from data_prep.sources.spatialvid import read_cameras, video_frames_of_rows
 from one4d_pl.types import Clip
+from tests.data_prep.real_clips import REAL, pointodyssey_clip
 
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 pytestmark = [pytest.mark.realdata, pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")]
 
 
@@ -55,16 +52,7 @@ def test_bonn_under_the_published_camera_rule(monkeypatch):
 
 
 def test_pointodyssey_content_through_the_generic_source(tmp_path):
-    folder = REAL / "pointodyssey_repackaged"
-    with np.load(folder / "deps.npz") as depths, np.load(folder / "intris.npz") as cameras:
-        clip_folder = tmp_path / "odyssey"
-        clip_folder.mkdir()
-        np.save(clip_folder / "depth.npy", depths["deps"][:, 0])
-        np.save(clip_folder / "intrinsics.npy", cameras["intris"][0])
-        np.save(clip_folder / "cam2world.npy", np.linalg.inv(cameras["extris"][0].astype(np.float64)))
-    np.save(clip_folder / "frames.npy", read_video(folder / "rgb.mp4", range(40)).numpy())
-    (clip_folder / "clip.json").write_text(json.dumps({"fps": 24, "licence": "CC-BY-NC-SA-4.0", "domain": "synthetic"}))
-    (clip,) = registry.iter_clips("generic", tmp_path, 37)
+    clip = pointodyssey_clip(tmp_path)
     assert max(errors(clip, [(0, 1), (10, 14), (0, 20), (0, 36)])) <= 0.01
 
 
