@@ -202,7 +202,8 @@ class _Views:
             zoomed = self.intrinsics.clone()
             zoomed[:, 0, 0], zoomed[:, 1, 1] = zoom * zoomed[:, 0, 0], zoom * zoomed[:, 1, 1]
             yield name, self._reading(self.depth, zoomed, self.cam2world)
-        rays = camera_rays(*self.depth.shape[1:], self.intrinsics).norm(dim=-1).float()
+        height, width = self.depth.shape[1:]
+        rays = camera_rays(height, width, self.intrinsics).norm(dim=-1).float()
         yield "ray length", self._reading(self.depth / rays, self.intrinsics, self.cam2world)
         yield "disparity", self._reading(1 / self.depth, self.intrinsics, self.cam2world)
 

@@ -12,12 +12,12 @@ import torch
 
 from data_prep.check_shards import check_clip, main
 from data_prep.conventions import READINGS, believed_reading, compare_readings, verdict
-from one4d_pl.data import toy_world
 from one4d_pl.data.shards import write_shards
-from one4d_pl.data.toy_render import Views
-from one4d_pl.data.toy_scene import CameraPath
-from one4d_pl.data.toy_world import render_clip
 from one4d_pl.geometry.se3 import compose, se3_matrix, so3_exp
+from one4d_pl.toy import world as toy_world
+from one4d_pl.toy.render import Views
+from one4d_pl.toy.things import CameraPath
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Clip
 from tests.data_prep.mistakes import MISTAKES, part, with_the_cameras_of_neighbours
 
