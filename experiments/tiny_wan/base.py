@@ -39,14 +39,16 @@ class TinyBaseModule(lightning.LightningModule):
 
     Args:
         config: base, data, masking, flow, optim and train are read as `fit` reads them.
+        images: train on the first frame of each clip by its caption alone. An image has a third of a clip's tokens,
+            so that words meet three times as many things in the same time.
     """
 
     encoders: WanEncoders
     trained: nn.ModuleDict  # transformer, text_encoder
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, images: bool = False) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.images = config, images
         self._conditions: dict[str, Tensor] = {}  # of image to video, which never changes for a clip
 
     def configure_model(self) -> None:
@@ -68,6 +70,9 @@ class TinyBaseModule(lightning.LightningModule):
         assert batch.encoded is not None
         seed, positions = self.config.train.seed, batch.position.tolist()
         latents = torch.stack([e.latents[0] for e in batch.encoded])  # [B, C, t, h, w]
+        if self.images:
+            latents = latents[:, :, :1]  # Wan's VAE encodes frame 0 alone
+        condition = self._no_frame(batch, latents) if self.images else self.condition(batch, latents)
         noise = torch.stack(
             [torch.randn(latents.shape[1:], generator=derived_generator(seed, p, "noise")) for p in positions]
         ).to(latents)
@@ -75,7 +80,7 @@ class TinyBaseModule(lightning.LightningModule):
         sigma = shift_sigma(uniform, self.config.flow.shift).to(latents)
         noisy, velocity = interpolate(latents, noise, sigma)
         prediction = self.trained["transformer"](
-            hidden_states=torch.cat([noisy, self.condition(batch, latents)], dim=1),
+            hidden_states=torch.cat([noisy, condition], dim=1),
             timestep=1000 * sigma,
             encoder_hidden_states=self._embed(list(batch.prompts)),
             return_dict=False,
@@ -97,6 +102,15 @@ class TinyBaseModule(lightning.LightningModule):
                     self._conditions[key] = row
             rows.append(row)
         return torch.cat(rows)
+
+    def _no_frame(self, batch: Batch, latents: Tensor) -> Tensor:  # [B, 4 + C, 1, h, w]
+        """The condition of an image of which nothing is given."""
+        factor, hidden = self.encoders.temporal_factor, torch.zeros(1, 1, dtype=torch.bool)
+        row = self._conditions.get("")
+        if row is None:
+            row = encode_condition(self.encoders.encode, batch.frames[:1, :, :1], hidden, factor)
+            self._conditions[""] = row
+        return row.expand(len(latents), *row.shape[1:])
 
     def _embed(self, prompts: list[str]) -> Tensor:  # [B, L, D], with gradients
         tokens = self.encoders.tokenizer(

@@ -24,6 +24,7 @@ SHIPPED_VAE = base_folder(EMBEDDED_BASE) / "vae"
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vae", type=Path, default=SHIPPED_VAE, help="diffusers folder; default: the shipped one")
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
+    parser.add_argument("--images", action="store_true", help="train on first frames by their captions alone")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
 
@@ -33,10 +34,10 @@ def _run(args: argparse.Namespace) -> None:
     if not (args.vae / "config.json").is_file():
         raise ConfigError(f"--vae: no VAE at {args.vae}; make it with `python -m experiments.tiny_wan.build_vae`")
     check_folder(Path(config.run_dir), "run_dir")
-    build(config, args.vae)
+    build(config, args.vae, args.images)
 
 
-def build(config: Config, vae_folder: Path) -> None:
+def build(config: Config, vae_folder: Path, images: bool = False) -> None:
     """Pretrain to train.max_steps, from where the run folder's state left off."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
 
@@ -68,7 +69,7 @@ def build(config: Config, vae_folder: Path) -> None:
     callbacks = [Throughput(config.train, config.data.max_skip_share), state, StepBar()]
     trainer = build_trainer(config, callbacks)
     fast_forward(trainer, datamodule.start_step, config.train.accumulation)
-    trainer.fit(TinyBaseModule(config), datamodule=datamodule)
+    trainer.fit(TinyBaseModule(config, images), datamodule=datamodule)
 
 
 main = Command("python -m experiments.tiny_wan.build_base", __doc__, _add_arguments, _run)

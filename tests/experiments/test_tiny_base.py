@@ -97,6 +97,27 @@ def test_the_base_never_sees_geometry(base_config, tiny_base_plain):
     assert torch.equal(losses[0], losses[1])
 
 
+def test_an_image_is_the_first_frame_alone_and_nothing_of_it_is_given(base_config, tiny_base_plain):
+    vae = Path(tiny_base_plain.path) / "vae"
+    build(base_config("a", "train.max_steps=2"), vae, images=True)
+    config = base_config("a")
+    module = TinyBaseModule(config, images=True)
+    module.configure_model()
+    module.log = lambda *args, **kwargs: None  # no trainer here
+    from one4d_pl.data.decode import Draw, make_sample
+    from one4d_pl.toy.world import render_clip
+
+    losses = []
+    for given in (0, 17):
+        mask = torch.zeros(17, dtype=torch.bool)
+        mask[:given] = True
+        sample = make_sample(render_clip(0, 17, 32, 48), 0, Draw("sparse", mask, False), config.data, None)
+        latents = module.encoders.encode_sample(sample).latents.clone()
+        latents[:, :, 1:] = given  # later frames
+        losses.append(module.training_step(collate([replace(sample, encoded=Encoded(latents, None, None))]), 0))
+    assert torch.equal(losses[0], losses[1])
+
+
 def test_a_missing_vae_is_one_line(capsys, tmp_path):
     repo = Path(__file__).parents[2]
     arguments = ["--vae", str(tmp_path / "none"), "--config", str(repo / "configs" / "tiny_base.yaml")]
