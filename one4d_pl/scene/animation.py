@@ -49,7 +49,7 @@ class Column:
 
 
 def animate(columns: list[Column], width: int) -> Tensor:  # [PICTURES, h, w, 3] uint8
-    """Draw all columns, each `width` pixels wide, beneath each other: given, frames, point cloud with its cameras."""
+    """Draw columns of `width` pixels side by side: what was given, the frames, the point cloud with its cameras."""
     height = round(width * columns[0].frames.shape[1] / columns[0].frames.shape[2])
     clouds = [_turning_cloud(column, height, width) for column in columns]
     rows = ("given (and to each the caption)", "generated frames", "generated 4D scene: point cloud and cameras")
