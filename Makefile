@@ -116,4 +116,4 @@ types: $(STAMP)  ## mypy on the package, data_prep and experiments
 
 clean:  ## remove build products and caches; VENV, runs and data stay
 	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find one4d_pl data_prep tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	find one4d_pl data_prep experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

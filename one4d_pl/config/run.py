@@ -10,7 +10,7 @@ from one4d_pl.config.checks import ConfigError, check, knob, refuse
 from one4d_pl.config.model import NATIVE_ATTENTION, BaseConfig, DLCConfig, FlowConfig, MaskingConfig, SamplerConfig
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
-TOY_LEVELS = ("hard", "clear")  # data/toy_levels.py tells what they are
+TOY_LEVELS = ("hard", "clear")  # toy/levels.py tells what they are
 CHECKPOINTING = ("none", "full", "selective")
 
 
