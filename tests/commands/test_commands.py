@@ -46,7 +46,7 @@ def test_arguments_reach_the_work_and_mistakes_in_them_end_with_2(capsys):
     assert command(["--n", "3"]) == 0 and seen == [argparse.Namespace(n=3)]
     with pytest.raises(SystemExit, match="2"):
         command(["--n", "three"])
-    assert "usage: python -m a.b" in capsys.readouterr().err
+    assert "usage: a.b" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("lines", [1, 1000, 100_000])

@@ -115,7 +115,7 @@ def test_tasks_and_a_second_run_give_the_same_bytes_and_encode_nothing_twice(raw
     assert sorted(encoder.encoded) == [e.key for e in raw_pristine.entries]
     files = {path.name: path.read_bytes() for path in one.iterdir()}
     assert files == {path.name: path.read_bytes() for path in two.iterdir()}
-    with pytest.raises(ShardSetError, match=r"sparse_draws: 3, now 5"):
+    with pytest.raises(ShardSetError, match=r"sparse_draws \(3 -> 5\)"):
         encode(raw_pristine, two, draws=5)
 
 

@@ -13,7 +13,7 @@ import torch
 from data_prep.check_shards import check_clip, main
 from data_prep.conventions import READINGS, believed_reading, compare_readings, verdict
 from one4d_pl.data.shards import write_shards
-from one4d_pl.geometry.se3 import compose, se3_matrix, so3_exp
+from one4d_pl.geometry.se3 import se3_matrix, so3_exp
 from one4d_pl.toy import world as toy_world
 from one4d_pl.toy.render import Views
 from one4d_pl.toy.things import CameraPath
@@ -69,7 +69,7 @@ def test_good_hand_held_clips_raise_no_alarm(monkeypatch):
 
         def held(path: CameraPath, times: np.ndarray, height: int, width: int, motion=motion) -> Views:
             still = views_at(path, np.zeros(9), height, width)
-            cameras = compose(torch.from_numpy(still.cam2world), motion).numpy()
+            cameras = (torch.from_numpy(still.cam2world) @ motion).numpy()
             return Views(still.intrinsics[: len(times)], cameras[: len(times)])
 
         monkeypatch.setattr(toy_world, "views_at", held)

@@ -145,10 +145,10 @@ def test_an_encoded_source_is_refused_where_it_does_not_fit(small, tmp_path):
     for arguments, complaint in (
         ({"folder": "bare"}, "no conditioning latents; encode it with --sparse-draws"),
         ({"folder": "enc", "validation": True}, "validation shows pictures"),
-        ({"folder": "enc", "encoders": "another"}, "another encoders"),
-        ({"folder": "enc", "height": 48}, "another height .32, the config says 48"),
-        ({"folder": "enc", "pointmap_power": 0.5}, "another pointmap_power .None, the config says 0.5"),
-        ({"folder": "bent"}, "another pointmap_power .0.5, the config says None"),
+        ({"folder": "enc", "encoders": "another"}, r"another config: encoders \(.* -> another\)"),
+        ({"folder": "enc", "height": 48}, r"another config: height \(32 -> 48\)"),
+        ({"folder": "enc", "pointmap_power": 0.5}, r"another config: pointmap_power \(None -> 0.5\)"),
+        ({"folder": "bent"}, r"another config: pointmap_power \(0.5 -> None\)"),
     ):
         with pytest.raises(ConfigError, match=complaint):
             loader(**arguments)

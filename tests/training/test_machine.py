@@ -123,7 +123,8 @@ def test_without_deepspeed_its_strategy_is_one_line_and_all_else_trains(tmp_path
     resolved.write_text(to_yaml(run_config("train.save_every=1", "val.every=2", "val.clips=1")))
     script = (
         "import sys\n"
-        "from one4d_pl import fit, preflight\n"
+        "from one4d_pl import fit\n"
+        "from one4d_pl.commands import preflight\n"
         "config = ['--config', sys.argv[1]]\n"
         "zero = 'train.strategy=deepspeed'\n"
         "codes = [fit.main([*config, zero]), preflight.main([*config, zero]),\n"
