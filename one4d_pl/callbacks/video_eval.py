@@ -1,21 +1,26 @@
-"""How far are generated videos from true ones as a set? A Fréchet distance while training, on a cadence of its own."""
+"""How far are generated videos from true ones, as a set and frame by frame? Measured on a cadence of its own."""
 
 from __future__ import annotations
 
 import copy
 import logging
+import math
 from dataclasses import replace
 
 import lightning
 import torch
 from lightning.pytorch.callbacks import Callback
+from torch import Tensor
 from torch.utils.data import DataLoader
+from torchmetrics import MeanMetric
 
 from one4d_pl.callbacks.cadence import Cadence
 from one4d_pl.callbacks.scene_samples import sample_scene
 from one4d_pl.config import ConfigError, EvalConfig
 from one4d_pl.data.datamodule import datamodule_of
 from one4d_pl.data.decode import PaddedStream
+from one4d_pl.evaluation.fit_quality import decibels
+from one4d_pl.metrics.perceptual import st_lpips
 from one4d_pl.metrics.video import I3D_MIN_FRAMES, FrechetVideoDistance, I3DFeatures, VaeFeatures
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch, Sample, Task
@@ -28,10 +33,11 @@ FEWEST = 2  # videos: one has no covariance
 class VideoEval(Callback):
     """Logs `val/video/fvd` where eval.i3d names an I3D file, `val/video/fd_vae` (the base's own VAE) where not.
 
-    Every clip is generated from its first frame and caption, whatever task validation draws for it:
-    a video of which more is given would be judged by what it was shown. More clips are needed than
-    a validation has, so these are the first eval.video_clips of the validation sources (all, if
-    they hold fewer), split over the ranks.
+    Beside it, of the frames that were not given: `val/video/psnr`, and `val/video/st_lpips` where
+    its extra is there. Every clip is generated from its first frame and caption, whatever task
+    validation draws for it: a video of which more is given would be judged by what it was shown.
+    More clips are needed than a validation has, so these are the first eval.video_clips of the
+    validation sources (all, if they hold fewer), split over the ranks.
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -64,6 +70,7 @@ class VideoEval(Callback):
                 f"eval.video_every: a Fréchet distance needs {FEWEST} validation clips, data.val_sources hold {count}; "
                 "add some or set eval.video_every=0"
             )
+        nearness = Nearness(module.device)
         for batch in clips:
             shown = image_to_video(batch.to(module.device))
             scene = sample_scene(trainer, module, shown, self.config.steps)
@@ -72,11 +79,34 @@ class VideoEval(Callback):
                     metric.update(frames, real=real)
                 else:
                     features(frames)  # for nothing: every rank makes the same calls, see SceneSamples
+            if shown.counted.all():
+                nearness.update(scene.frames, shown.frames, shown.frame_mask)
         name, distance = f"val/video/{metric.name}", float(metric.compute())
+        metrics = {name: distance, **{f"val/video/{k}": v for k, v in nearness.compute().items()}}
         for logger in trainer.loggers:
-            logger.log_metrics({name: distance}, trainer.global_step)
+            logger.log_metrics(metrics, trainer.global_step)
         if trainer.is_global_zero:
             log.info("step %d: %s %.4f over %d videos", trainer.global_step, name, distance, count)
+
+
+class Nearness:
+    """How near hidden frames come to the true ones, as means over the clips of all ranks."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.means = {name: MeanMetric().to(device) for name in ("psnr", "st_lpips")}
+        for mean in self.means.values():
+            mean.update(0.0, weight=0.0)  # computing is a collective: a rank without clips takes part too
+
+    def update(self, preds: Tensor, target: Tensor, given: Tensor) -> None:  # [B, 3, T, H, W] x 2, [B, T]
+        """Add clips; what cannot be measured of them (one frame, no extra `st_lpips`) enters no mean."""
+        for name, measure in (("psnr", decibels), ("st_lpips", st_lpips)):
+            if (hidden := measure(preds, target, given).get("hidden")) is not None:
+                self.means[name].update(hidden, weight=len(preds))
+
+    def compute(self) -> dict[str, float]:
+        """The means over all ranks; one that nothing was added to is left out."""
+        values = {name: float(mean.compute()) for name, mean in self.means.items()}
+        return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def image_to_video(batch: Batch) -> Batch:

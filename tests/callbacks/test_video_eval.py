@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import math
 import subprocess
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from one4d_pl.config import ConfigError, ToyConfig, check_paths
 from one4d_pl.data.datamodule import write_toy_world
 from one4d_pl.fit import fit
 from one4d_pl.inference.pipeline import GeneratedScene
+from one4d_pl.metrics.perceptual import PACKAGE
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch
 
@@ -63,8 +66,13 @@ def test_true_videos_have_no_distance_and_grey_ones_do(name, run_config, i3d, tm
         run_dir = tmp_path / sample.__name__
         fit(run_config(*overrides, f"run_dir={run_dir}"))
         values = {tag: value for tag, value in scalars(run_dir).items() if tag.startswith("val/video/")}
-        assert list(values) == [f"val/video/{name}"]
-        distances += values.values()
+        assert values.keys() - {"val/video/st_lpips"} == {f"val/video/{name}", "val/video/psnr"}
+        assert ("val/video/st_lpips" in values) == (importlib.util.find_spec(PACKAGE) is not None)
+        distances.append(values[f"val/video/{name}"])
+        if sample is truth:
+            assert values["val/video/psnr"] == math.inf and values.get("val/video/st_lpips", 0) < 1e-6
+        else:
+            assert 0 < values["val/video/psnr"] < 20 and values.get("val/video/st_lpips", 1) > 0.01
     # three videos leave hundreds of eigenvalues 0 but for rounding, whose roots add up
     assert abs(distances[0]) < 1e-3 * distances[1]
     # three clips, though validation has one, each from its first frame alone
@@ -82,7 +90,11 @@ def test_two_ranks_log_what_one_logs(run_config, fit_command, fit_environment, t
     done = subprocess.run(command, env=fit_environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
     one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
-    assert {"val/loss/rgb", "val/depth/abs_rel", "val/camera/ate", "val/video/fd_vae"} <= one.keys() == two.keys()
+    assert (
+        {"val/loss/rgb", "val/depth/abs_rel", "val/camera/ate", "val/video/fd_vae", "val/video/psnr"}
+        <= one.keys()
+        == two.keys()
+    )
     assert two == pytest.approx(one, rel=1e-5, abs=1e-7)
 
 
