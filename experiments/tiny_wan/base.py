@@ -61,7 +61,10 @@ class TinyBaseModule(lightning.LightningModule):
         attend_with(transformer, attention)
         if self.config.train.compile and can_compile(transformer.device):
             compile_wan(transformer, attention)
-        self.trained = nn.ModuleDict({"transformer": transformer, "text_encoder": self.encoders.text_encoder})
+        text_encoder = self.encoders.text_encoder
+        # an exported base holds the words' embedding under two names; one alone would be trained
+        text_encoder.set_input_embeddings(text_encoder.encoder.embed_tokens)
+        self.trained = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
         self.trained.requires_grad_(True)
         self.average = AveragedModel(self.trained, multi_avg_fn=get_ema_multi_avg_fn(EMA_DECAY))
         self.average.requires_grad_(False)

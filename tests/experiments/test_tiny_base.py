@@ -99,8 +99,9 @@ def test_the_base_never_sees_geometry(base_config, tiny_base_plain):
 
 def test_an_image_is_the_first_frame_alone_and_nothing_of_it_is_given(base_config, tiny_base_plain):
     vae = Path(tiny_base_plain.path) / "vae"
-    build(base_config("a", "train.max_steps=2"), vae, images=True)
-    config = base_config("a")
+    build(base_config("clips", "train.max_steps=2"), vae)
+    config = base_config("images", "train.max_steps=2", f"base.path={base_config('clips').run_dir}/wan")
+    build(config, vae, images=True)  # goes on from there
     module = TinyBaseModule(config, images=True)
     module.configure_model()
     module.log = lambda *args, **kwargs: None  # no trainer here
