@@ -204,10 +204,11 @@ def fit(config: Config, stop: Stop | None = None) -> int:
 def training_data(config: Config, on_progress: Callable[[], None] = lambda: None) -> One4DDataModule:
     """The run's clips; its encoders are opened only where some are not encoded yet."""
     from one4d_pl.data.datamodule import One4DDataModule
-    from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
+    from one4d_pl.models.clip_encoder import FrozenClipEncoder
+    from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 
     encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    return One4DDataModule(config, lambda device: WanEncoders.of(config).to(device), encoders, on_progress)
+    return One4DDataModule(config, lambda device: FrozenClipEncoder.of(config, device), encoders, on_progress)
 
 
 def scene_callbacks(config: EvalConfig) -> list[Callback]:

@@ -45,7 +45,7 @@ class TinyBase:
         return load_transformer(self.path, "float32")
 
     def encoders(self) -> WanEncoders:
-        return WanEncoders(self.path, "float32", self.max_text_tokens, 1.0)
+        return WanEncoders(self.path, "float32", self.max_text_tokens)
 
     def inputs(self, batch: int, seed: int = 0) -> TransformerInputs:
         """Random inputs of the One4D transformer for two latent frames of 4x6."""

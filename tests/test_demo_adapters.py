@@ -16,7 +16,6 @@ from one4d_pl.evaluation import toy_clips
 from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit
 from one4d_pl.evaluation.toy_clips import HeldOut
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.models.precision import uses_bfloat16
 
 CONFIG = Path(__file__).parents[1] / "configs" / "demo.yaml"
 
@@ -34,7 +33,7 @@ def quality() -> FitQuality:
     config = load_config([str(CONFIG)], [])
     pipeline, base = One4DPipeline.open(config, DEMO_ADAPTERS), One4DPipeline.open(config, None)
     held_out = HeldOut.render(config, 8)
-    return measure_fit(pipeline, base, held_out, seed=0, bfloat16=uses_bfloat16(config, pipeline.device))
+    return measure_fit(pipeline, base, held_out, seed=0)
 
 
 def test_pointmaps_follow_the_frames_through_the_links(quality):

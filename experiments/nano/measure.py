@@ -24,7 +24,6 @@ from one4d_pl.evaluation.sweeps import sparse_indices
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.metrics.video import FrechetVideoDistance, VaeFeatures
-from one4d_pl.models.precision import computes_bfloat16
 from one4d_pl.types import Sample, Task, collate
 
 MASK_SEED = 0  # frames that are shown: the same for every run
@@ -50,7 +49,7 @@ def measure(
         on_clip: called with the number of clips just sampled.
         broken: Run.broken.
     """
-    sampler = ClipSampler(clips, seed, computes_bfloat16(pipeline.device), on_clip)
+    sampler = ClipSampler(clips, seed, on_clip)
     numbers: dict[str, float] = {}
     pattern = LINKS_ZEROED.get(broken or "")
     num_frames = clips[0].frames.shape[1]
@@ -78,7 +77,7 @@ def measure_references(
     every = torch.ones(batch.frame_mask.shape, dtype=torch.bool)
     numbers: dict[str, float] = {}
     for name, power in CEILINGS.items():
-        base.encoders.pointmap_power = power
+        base.transformer.codec.power = power
         ceiling = round_trip(base, clips)
         numbers |= {f"{name}.{n}": value for n, value in _scores(base, ceiling, every, clips).items()}
     mean = replace(ceiling, pointmap=mean_pointmap.expand_as(batch.pointmap))

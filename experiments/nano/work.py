@@ -212,9 +212,7 @@ def _machine() -> str:
 
 
 def _open(config: Config, run: Run, adapters: Path) -> One4DPipeline:
-    import torch
 
-    from one4d_pl.evaluation.open_model import open_pipeline
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.training.checkpoint_files import newest_checkpoint
 
@@ -222,7 +220,7 @@ def _open(config: Config, run: Run, adapters: Path) -> One4DPipeline:
         return One4DPipeline.open(config, None)
     folder = newest_checkpoint(config.run_dir) if run.kind == "train" else adapters
     assert folder is not None  # it was trained just now
-    return open_pipeline(config, folder, torch.device("cpu"))[0]
+    return One4DPipeline.open(config, folder)
 
 
 def _held_out(config: Config, count: int) -> list[Sample]:

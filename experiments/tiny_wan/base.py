@@ -55,7 +55,7 @@ class TinyBaseModule(lightning.LightningModule):
         """Open the bundle; its VAE is trained already, the rest starts from its seeded weights."""
         if hasattr(self, "trained"):
             return
-        self.encoders = WanEncoders.of(self.config)
+        self.encoders = WanEncoders.of(self.config.base)
         transformer = load_transformer(self.config.base.path, self.config.base.dtype)
         attention = training_attention(self.config, transformer.device)
         attend_with(transformer, attention)

@@ -44,12 +44,6 @@ class SceneSamples(Callback):
         first = batch_idx * trainer.world_size
         if not self.due or first >= self.config.clips:
             return
-        scene = sample_scene(trainer, module, batch, self.config.steps)
+        scene = module.sample(batch, self.config.steps)
         if first + trainer.global_rank < self.config.clips and batch.counted.all():
             self.scenes.append((batch, scene))
-
-
-def sample_scene(trainer: lightning.Trainer, module: One4DModule, batch: Batch, steps: int) -> GeneratedScene:
-    """Generate under the run's precision: Lightning applies it to the module's steps, not to what callbacks call."""
-    with trainer.precision_plugin.forward_context():
-        return module.sample(batch, steps)

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from one4d_pl.callbacks.cadence import Cadence
-from one4d_pl.callbacks.scene_samples import sample_scene
 from one4d_pl.config import ConfigError, EvalConfig
 from one4d_pl.data.datamodule import datamodule_of
 from one4d_pl.data.decode import PaddedStream
@@ -73,7 +72,7 @@ class VideoEval(Callback):
         nearness = Nearness(module.device)
         for batch in clips:
             shown = image_to_video(batch.to(module.device))
-            scene = sample_scene(trainer, module, shown, self.config.steps)
+            scene = module.sample(shown, self.config.steps)
             for frames, real in ((shown.frames, True), (scene.frames, False)):
                 if shown.counted.all():
                     metric.update(frames, real=real)

@@ -267,10 +267,11 @@ def _read_sample(config: Config, source: SourceConfig, place: Place) -> None:
 
 def _check_caches(config: Config) -> None:
     from one4d_pl.data.datamodule import One4DDataModule
-    from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
+    from one4d_pl.models.clip_encoder import FrozenClipEncoder
+    from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 
     encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    One4DDataModule(config, lambda device: WanEncoders.of(config).to(device), encoders).check_caches()
+    One4DDataModule(config, lambda device: FrozenClipEncoder.of(config, device), encoders).check_caches()
 
 
 def _versions() -> dict[str, str]:

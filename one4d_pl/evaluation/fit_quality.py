@@ -58,7 +58,6 @@ def measure_fit(
     base: One4DPipeline,
     held_out: HeldOut,
     seed: int,
-    bfloat16: bool = False,
     on_clip: Callable[[int], None] = lambda count: None,
 ) -> FitQuality:
     """Sample every task on the held-out clips and measure; the same arguments give the same numbers.
@@ -67,13 +66,12 @@ def measure_fit(
         pipeline: base plus adapter.
         base: the same base without one.
         held_out: clips with their true frames, pointmaps and cameras, and what the training clips are like.
-        bfloat16: sample under bf16 autocast, as a bf16-mixed run trains; measuring is in full precision.
         on_clip: called with the number of clips just sampled; `sampled_clips` in all.
     """
     clips, recovery = held_out.clips, held_out.recovery
     batch = collate(clips)
     masks = {task: task_masks(task, len(clips), batch.frames.shape[2], seed) for task in TASKS}
-    sampler = ClipSampler(clips, seed, bfloat16, on_clip)
+    sampler = ClipSampler(clips, seed, on_clip)
     scenes = {task: sampler(pipeline, masks[task]) for task in TASKS}
     base_scenes = {task: sampler(base, masks[task]) for task in TASKS_WITH_HIDDEN}
     with links_zeroed(pipeline):
@@ -125,8 +123,8 @@ def sampled_clips(clips: int) -> int:
 class ClipSampler:
     """Samples all clips in batches, each clip's noise from (seed, its number)."""
 
-    def __init__(self, clips: list[Sample], seed: int, bfloat16: bool, on_clip: Callable[[int], None]) -> None:
-        self.clips, self.seed, self.bfloat16, self.on_clip = clips, seed, bfloat16, on_clip
+    def __init__(self, clips: list[Sample], seed: int, on_clip: Callable[[int], None]) -> None:
+        self.clips, self.seed, self.on_clip = clips, seed, on_clip
 
     def __call__(self, pipeline: One4DPipeline, masks: Tensor, shift: int = 0) -> GeneratedScene:
         """Scenes of every clip; `shift` takes frames and caption of the clip so many places on."""
@@ -135,8 +133,7 @@ class ClipSampler:
             numbers = list(range(start, min(start + BATCH, len(self.clips))))
             shown = collate([self.clips[(n + shift) % len(self.clips)] for n in numbers])
             noise = torch.stack([self._noise(pipeline, n, shown.frames.shape[2:]) for n in numbers], dim=1)
-            with torch.autocast(noise.device.type, torch.bfloat16, enabled=self.bfloat16):
-                scenes.append(pipeline.sample(list(shown.captions), shown.frames, masks[numbers], noise.flatten(0, 1)))
+            scenes.append(pipeline.sample(list(shown.captions), shown.frames, masks[numbers], noise.flatten(0, 1)))
             self.on_clip(len(numbers))
         return GeneratedScene(torch.cat([s.frames for s in scenes]), torch.cat([s.pointmap for s in scenes]))
 
@@ -172,10 +169,11 @@ def task_masks(task: Task, count: int, num_frames: int, seed: int) -> Tensor:  #
 @torch.no_grad()
 def round_trip(pipeline: One4DPipeline, clips: list[Sample]) -> GeneratedScene:
     """The true frames and pointmaps through the VAE and back."""
-    encoders, batches = pipeline.encoders, [collate(clips[i : i + BATCH]) for i in range(0, len(clips), BATCH)]
+    encoders, codec = pipeline.encoders, pipeline.transformer.codec
+    batches = [collate(clips[i : i + BATCH]) for i in range(0, len(clips), BATCH)]
     return GeneratedScene(
         torch.cat([encoders.decode(encoders.encode(batch.frames)) for batch in batches]),
-        torch.cat([encoders.decode_pointmap(encoders.encode_pointmap(batch.pointmap)) for batch in batches]),
+        torch.cat([codec.decode(encoders, codec.encode(encoders, batch.pointmap)) for batch in batches]),
     )
 
 

@@ -24,7 +24,7 @@ from one4d_pl.geometry.pointmap import is_sky, normalise_pointmap
 from one4d_pl.geometry.se3 import rebase_to_first
 from one4d_pl.inference.long_video import JoinedVideo, fill_window, recover_video
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.models.wan import WanEncoders
+from one4d_pl.models.clip_encoder import FrozenClipEncoder
 from one4d_pl.postopt.recover import RecoverOptions
 from one4d_pl.postopt.windows import Window, plan_windows
 from one4d_pl.scene.framing import Framing, Shape, frame_images
@@ -87,7 +87,7 @@ def predict_sequence(
 
 
 def ceiling_sequence(
-    encoders: WanEncoders | None,  # None = without the VAE: normalisation and solver alone
+    encoder: FrozenClipEncoder | None,  # None = without the VAE: normalisation and solver alone
     sequence: EvalSequence,
     options: PredictOptions,
     folder: Path,
@@ -114,8 +114,8 @@ def ceiling_sequence(
             options.z_offset,
         )
         points, valid = geometry.points, geometry.valid
-        if encoders is not None:
-            points = _through_vae(encoders, points, window, framing)
+        if encoder is not None:
+            points = _through_vae(encoder, points, window, framing)
             valid = ~is_sky(points)
         shown.append(points)
         known.append(valid)
@@ -123,14 +123,15 @@ def ceiling_sequence(
     _store(video, windows, framing, torch.ones(len(depth), dtype=torch.bool), folder)
 
 
-def _through_vae(encoders: WanEncoders, points: Tensor, window: Window, framing: Framing) -> Tensor:
+def _through_vae(encoder: FrozenClipEncoder, points: Tensor, window: Window, framing: Framing) -> Tensor:
     """Encode and decode [T, h, w, 3]; where the frame has bars they repeat the pointmap's edge."""
-    device = encoders.latents_mean.device
+    encoders, codec = encoder.encoders, encoder.codec
     video = fill_window(points.permute(3, 0, 1, 2), window)
     top, left = framing.bars
     right, bottom = framing.width - framing.inner_width - left, framing.height - framing.inner_height - top
     video = torch.nn.functional.pad(video, (left, right, top, bottom), mode="replicate")
-    decoded = encoders.decode_pointmap(encoders.encode_pointmap(video[None].to(device)))[0].cpu()
+    latents = codec.encode(encoders, video[None].to(encoders.latents_mean.device))
+    decoded = codec.decode(encoders, latents)[0].cpu()
     return framing.cut(decoded)[:, : window.stop - window.start].permute(1, 2, 3, 0)
 
 

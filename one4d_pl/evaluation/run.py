@@ -13,7 +13,6 @@ from tqdm import tqdm
 from one4d_pl.config import Config, ConfigError, changes, flatten
 from one4d_pl.errors import reading
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark, sequence_names
-from one4d_pl.evaluation.open_model import describe, open_pipeline
 from one4d_pl.evaluation.pictures import save_pictures
 from one4d_pl.evaluation.predict import (
     PredictOptions,
@@ -27,9 +26,10 @@ from one4d_pl.evaluation.tables import Row, write_report
 from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
 from one4d_pl.files import read_json, write_text
 from one4d_pl.inference.pipeline import One4DPipeline
+from one4d_pl.models.adapters import AdapterCard
+from one4d_pl.models.clip_encoder import FrozenClipEncoder
 from one4d_pl.models.device import device_of
-from one4d_pl.models.precision import autocast
-from one4d_pl.models.wan import WanEncoders
+from one4d_pl.models.wan import fingerprint
 from one4d_pl.scene.framing import Shape
 from one4d_pl.scene.predictions import find_prediction, read_prediction
 
@@ -120,12 +120,14 @@ def _predict(
     request: Request, config: Config, adapters: tuple[Path, ...], sequences: list[EvalSequence]
 ) -> list[_Stored]:
     device = device_of(config)
-    encoders, options = None, request.options(config)
+    encoder, options = None, request.options(config)
     stored = []
     for folder in adapters:
-        pipeline, card = open_pipeline(config, folder, device)
-        encoders = pipeline.encoders
-        model = describe(config, folder, card)
+        pipeline = One4DPipeline.open(config, folder, device)
+        card = pipeline.card
+        assert card is not None  # of the folder
+        encoder = FrozenClipEncoder(pipeline.encoders, pipeline.transformer.codec)
+        model = _describe(config, folder, card)
         for label, variant, shown in _variants(request, pipeline, options, card.step):
             settings = model | {"sampler": asdict(variant.config), "options": asdict(shown)}
             settings |= {
@@ -139,25 +141,33 @@ def _predict(
                 variant: One4DPipeline = variant,
                 shown: PredictOptions = shown,
             ) -> None:
-                with autocast(config, device):
-                    predict_sequence(variant, sequence, shown, target)
+                predict_sequence(variant, sequence, shown, target)
 
             _fill_folder(row, sequences, predict)
             stored.append(row)
     if "ceiling" in request.rows and request.sweep is None:
-        encoders = encoders or WanEncoders.of(config).to(device)
-        for label, used in (("ceiling with VAE", encoders), ("ceiling without VAE", None)):
-            settings = describe(config, None, None) | {"options": asdict(options)}
-            if used is not None and used.pointmap_power != 1:
-                settings["pointmap_power"] = used.pointmap_power
+        encoder = encoder or FrozenClipEncoder.of(config, device)
+        for label, used in (("ceiling with VAE", encoder), ("ceiling without VAE", None)):
+            settings = _describe(config, None, None) | {"options": asdict(options)}
+            if used is not None and used.codec.power != 1:
+                settings["pointmap_power"] = used.codec.power
             row = _Stored(label, request.out / "predictions" / label.replace(" ", "_"), settings)
 
-            def repeat(sequence: EvalSequence, target: Path, used: WanEncoders | None = used) -> None:
+            def repeat(sequence: EvalSequence, target: Path, used: FrozenClipEncoder | None = used) -> None:
                 ceiling_sequence(used, sequence, options, target)
 
             _fill_folder(row, sequences, repeat)
             stored.append(row)
     return stored
+
+
+def _describe(config: Config, adapters: Path | None, card: AdapterCard | None) -> dict[str, object]:
+    """Name what must be equal for stored predictions to be of the same model."""
+    model: dict[str, object] = {"base": config.base.path, "base_fingerprint": fingerprint(config.base.path)}
+    if card is not None:
+        model |= {"adapters": str(adapters), "step": card.step, "shift": card.shift}
+        model |= {"sampler": asdict(config.sampler), "precision": config.train.precision}
+    return model
 
 
 def _variants(
@@ -216,9 +226,7 @@ def generate_vbench(request: Request, config: Config, adapters: Path, ratio: str
     tree = read_json(path)
     with reading(path):
         prompts = read_i2v_prompts(tree, images, VBENCH_DIMENSIONS)
-    device = device_of(config)
-    pipeline, _ = open_pipeline(config, adapters, device)
-    with autocast(config, device):
-        generate_videos(
-            pipeline, prompts, request.options(config), request.out / "videos", fps, lambda p: tqdm(p, unit="prompt")
-        )
+    pipeline = One4DPipeline.open(config, adapters, device_of(config))
+    generate_videos(
+        pipeline, prompts, request.options(config), request.out / "videos", fps, lambda p: tqdm(p, unit="prompt")
+    )

@@ -16,7 +16,6 @@ from one4d_pl.evaluation.goals import goal_table, goals
 from one4d_pl.evaluation.toy_clips import HeldOut
 from one4d_pl.files import write_text
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.models.precision import uses_bfloat16
 
 SEED = 0
 
@@ -39,9 +38,8 @@ def evaluate_tasks(config: Config, adapters: Path, clips: int, out: Path) -> Tas
     began = time.process_time()
     pipeline, base = One4DPipeline.open(config, adapters), One4DPipeline.open(config, None)
     held_out = HeldOut.render(config, clips)
-    bfloat16 = uses_bfloat16(config, pipeline.device)
     with tqdm(total=sampled_clips(clips), desc="sampling 4D scenes", unit="clip") as bar:
-        quality = measure_fit(pipeline, base, held_out, SEED, bfloat16, bar.update)
+        quality = measure_fit(pipeline, base, held_out, SEED, bar.update)
     assert config.data.toy is not None  # HeldOut.render looked
     found = goals(quality)
     text = f"{tables(quality, clips)}\n\n{goal_table(found, clips, config.data.toy.level)}\n"

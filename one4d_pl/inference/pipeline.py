@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -19,7 +18,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from one4d_pl.config import DEMO_ADAPTERS, MAX_SCENE_FRAMES, Config, ConfigError, GuidanceConfig, SamplerConfig
+from one4d_pl.config import (
+    DEMO_ADAPTERS,
+    MAX_SCENE_FRAMES,
+    BaseConfig,
+    Config,
+    ConfigError,
+    DLCConfig,
+    GuidanceConfig,
+    SamplerConfig,
+)
 from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
 from one4d_pl.errors import UserError
@@ -27,11 +35,13 @@ from one4d_pl.files import whole_folder, write_text
 from one4d_pl.geometry.camera import resize_crop_plan
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
 from one4d_pl.inference.long_video import fill_window, join_frames, recover_video
-from one4d_pl.models.adapters import AdapterCard, load_adapters, model_card, save_adapters
+from one4d_pl.models.adapters import AdapterCard, model_card, save_adapters
 from one4d_pl.models.conditioning import encode_condition
-from one4d_pl.models.coupling import couple
+from one4d_pl.models.encoder_files import CPU
+from one4d_pl.models.open_model import open_model
+from one4d_pl.models.precision import autocast, uses_bfloat16
 from one4d_pl.models.transformer import CoupledTransformer
-from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer
+from one4d_pl.models.wan import WanEncoders
 from one4d_pl.postopt.recover import RecoverOptions
 from one4d_pl.postopt.windows import Window, plan_windows, window_condition
 from one4d_pl.scene.framing import Framing, Placement, frame_images
@@ -71,6 +81,8 @@ class One4DPipeline:
         negative_prompt: of the unconditional branch.
         card: of the adapter; None = untrained, or still in training. Calling and saving the
             pipeline need it.
+        bfloat16: run under bfloat16 autocast; a base in bfloat16 needs it, since the adapter's
+            own weights are float32.
     """
 
     def __init__(
@@ -81,9 +93,10 @@ class One4DPipeline:
         shift: float,
         negative_prompt: str,
         card: AdapterCard | None = None,
+        bfloat16: bool = False,
     ) -> None:
         self.transformer, self.encoders, self.config = transformer, encoders, config
-        self.shift, self.negative_prompt, self.card = shift, negative_prompt, card
+        self.shift, self.negative_prompt, self.card, self.bfloat16 = shift, negative_prompt, card, bfloat16
         self.two_calls = False  # guidance in two calls instead of one of twice the batch: less memory
 
     @staticmethod
@@ -93,30 +106,43 @@ class One4DPipeline:
         dtype: str = "float32",  # of the frozen transformer and text encoder; bfloat16 also runs under autocast
         device: torch.device | str = "cpu",
     ) -> One4DPipeline:
-        """A base with an adapter, sampled the way its card says. ConfigError where they do not belong together."""
-        folder = Path(adapters)
-        card = AdapterCard.read(folder)
-        path = base or card.base_path
-        encoders = WanEncoders(path, dtype, card.max_text_tokens, card.pointmap_power)
-        transformer = couple(load_transformer(path, dtype, torch.device(device)), card.dlc, seed=0)
-        load_adapters(transformer, folder, fingerprint(path), card.pointmap_power)
-        transformer.eval().requires_grad_(False)
-        return One4DPipeline(
-            transformer, encoders.to(device), card.sampler_config, card.shift, card.negative_prompt, card
-        )
+        """Open a base with an adapter, sampled as its card says. ConfigError where they do not belong together."""
+        card = AdapterCard.read(Path(adapters))
+        path, where = base or card.base_path, torch.device(device)
+        return One4DPipeline._open(
+            BaseConfig(path, dtype, max_text_tokens=card.max_text_tokens, negative_prompt=card.negative_prompt),
+            card.dlc, card.pointmap_power, card.shift, card.sampler_config, Path(adapters), where, dtype == "bfloat16",
+        )  # fmt: skip
 
     @staticmethod
-    def open(config: Config, adapters: Path | None) -> One4DPipeline:
-        """The base at `base.path` with an adapter folder; None leaves the base as it is, both branches alike.
+    def open(config: Config, adapters: Path | None, device: torch.device = CPU) -> One4DPipeline:
+        """Open a run's base, sampled as its config says; what belongs to the adapter is its card's.
 
-        Raises ConfigError where the adapter is not of this base or not of the config's shape.
+        None as adapters leaves the base as it is, both branches alike. Raises ConfigError where the adapter is of
+        another base.
         """
-        base, encoders = config.base, WanEncoders.of(config)
-        transformer = couple(load_transformer(base.path, base.dtype), config.dlc, config.train.seed)
-        card = None
+        dlc, power, shift = config.dlc, config.data.pointmap_power, config.flow.shift
         if adapters is not None:
-            card = load_adapters(transformer, adapters, fingerprint(base.path), config.data.pointmap_power)
-        return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, base.negative_prompt, card)
+            card = AdapterCard.read(adapters)
+            dlc, power, shift = card.dlc, card.pointmap_power, card.shift
+        bfloat16 = uses_bfloat16(config, device)
+        return One4DPipeline._open(config.base, dlc, power, shift, config.sampler, adapters, device, bfloat16)
+
+    @staticmethod
+    def _open(
+        base: BaseConfig,
+        dlc: DLCConfig,
+        pointmap_power: float,
+        shift: float,
+        sampler: SamplerConfig,
+        adapters: Path | None,
+        device: torch.device,
+        bfloat16: bool,
+    ) -> One4DPipeline:
+        transformer, card = open_model(base.path, base.dtype, dlc, pointmap_power, adapters, device=device)
+        transformer.eval().requires_grad_(False)
+        encoders = WanEncoders.of(base).to(device)
+        return One4DPipeline(transformer, encoders, sampler, shift, base.negative_prompt, card, bfloat16)
 
     @property
     def device(self) -> torch.device:
@@ -225,8 +251,7 @@ class One4DPipeline:
             # two draws: a plain Wan pipeline with the same generator starts from the same frames
             return torch.cat([torch.randn(1, *shape[1:], generator=generator) for _ in MODALITIES])
 
-        with self._precision():
-            parts, points = self.sample_windows(prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)
+        parts, points = self.sample_windows(prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)
         joined = recover_video(windows, points, RecoverOptions(shared_focal=not zooms))
         recovered = joined.joined.scene
         return Scene(
@@ -306,7 +331,7 @@ class One4DPipeline:
         except ConfigError as error:
             raise RequestError(str(error)) from None
         negative = self.negative_prompt if negative_prompt is None else negative_prompt
-        changed = One4DPipeline(self.transformer, self.encoders, config, self.shift, negative, self.card)
+        changed = One4DPipeline(self.transformer, self.encoders, config, self.shift, negative, self.card, self.bfloat16)
         changed.two_calls = self.two_calls
         return changed
 
@@ -377,22 +402,23 @@ class One4DPipeline:
         on_step: Callable[[int], None] = lambda step: None,
     ) -> GeneratedScene:
         """Generate a batch; guidance follows each sample's task (none, first, some or all frames given)."""
-        encoders = self.encoders
-        condition = encode_condition(encoders.encode, frames, frame_mask, encoders.temporal_factor)
-        image_embeds = encoders.encode_first_frame(frames, frame_mask)
-        text = GuidedText.embed(encoders, self.config, prompts, self.negative_prompt, frame_mask)
-        latents = integrate(
-            lambda noisy, sigma: guided_velocity(
-                self.transformer, noisy, condition, sigma, text, image_embeds, self.two_calls
-            ),
-            noise,
-            self.config.steps,
-            self.shift,
-            self.config.solver,
-            on_step,
-        )
-        rgb, xyz = self.transformer.restore(latents).chunk(2)
-        return GeneratedScene(encoders.decode(rgb), encoders.decode_pointmap(xyz))
+        encoders, codec = self.encoders, self.transformer.codec
+        with autocast(self.bfloat16, self.device):
+            condition = encode_condition(encoders.encode, frames, frame_mask, encoders.temporal_factor)
+            image_embeds = encoders.encode_first_frame(frames, frame_mask)
+            text = GuidedText.embed(encoders, self.config, prompts, self.negative_prompt, frame_mask)
+            latents = integrate(
+                lambda noisy, sigma: guided_velocity(
+                    self.transformer, noisy, condition, sigma, text, image_embeds, self.two_calls
+                ),
+                noise,
+                self.config.steps,
+                self.shift,
+                self.config.solver,
+                on_step,
+            )
+            rgb, xyz = codec.restore(latents).chunk(2)
+            return GeneratedScene(encoders.decode(rgb), codec.decode(encoders, xyz))
 
     def _card(self) -> AdapterCard:
         if self.card is None:
@@ -412,11 +438,6 @@ class One4DPipeline:
                 "give frame 0, or count from the first frame you have"
             )
         return count
-
-    def _precision(self) -> AbstractContextManager[None]:
-        """A base in bfloat16 runs under autocast: the adapter's own weights are float32."""
-        bfloat16 = self.transformer.base.proj_out.weight.dtype == torch.bfloat16
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=bfloat16)
 
 
 def _pixels(picture: Picture) -> Tensor:  # [H, W, 3] uint8

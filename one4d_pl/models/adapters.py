@@ -155,9 +155,7 @@ def save_adapters(
     (folder / CARD).write_text(json.dumps(asdict(card), indent=2) + "\n")
 
 
-def load_adapters(
-    transformer: CoupledTransformer, folder: Path, base_fingerprint: str, pointmap_power: float
-) -> AdapterCard:
+def load_adapters(transformer: CoupledTransformer, folder: Path, base_fingerprint: str) -> AdapterCard:
     """Fill the transformer's trainables from an adapter folder.
 
     Raises ConfigError where the adapter belongs to another base or has another shape, naming what
@@ -177,7 +175,7 @@ def load_adapters(
         "link_direction": config.link_direction,
         "coupling": config.coupling,
         "standardise_xyz": config.standardise_xyz,
-        "pointmap_power": pointmap_power,
+        "pointmap_power": transformer.codec.power,
     }
     theirs = asdict(card) | {"standardise_xyz": card.dlc.standardise_xyz}
     for key, value in ours.items():
@@ -199,7 +197,7 @@ def load_adapters(
     if card.xyz_statistics is not None:
         if set(card.xyz_statistics) != {"mean", "std"}:
             raise ConfigError(f"{folder / CARD}: xyz_statistics: need mean and std, got {sorted(card.xyz_statistics)}")
-        transformer.set_xyz_statistics(**card.xyz_statistics)
+        transformer.codec.set_statistics(**card.xyz_statistics)
     return card
 
 

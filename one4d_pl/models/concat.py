@@ -21,8 +21,8 @@ class ConcatTransformer(CoupledTransformer):
 
     joined_dim: int  # of the output, along which frames come first
 
-    def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int) -> None:
-        super().__init__(base, config)
+    def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int, pointmap_power: float = 1.0) -> None:
+        super().__init__(base, config, pointmap_power)
         paths = [f"blocks.{name}" for name, module in base.blocks.named_modules() if isinstance(module, nn.Linear)]
         lora = LoraConfig(r=config.rank, lora_alpha=config.rank * config.lora_scale, target_modules=paths)
         with torch.random.fork_rng(devices=[]):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -65,9 +65,9 @@ def can_compile(device: torch.device) -> bool:
         return False
 
 
-def autocast(config: Config, device: torch.device) -> AbstractContextManager[object]:
-    """Enter the precision of training, for what Lightning does not wrap."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(config, device))
+def autocast(bfloat16: bool, device: torch.device) -> AbstractContextManager[object]:
+    """Enter bfloat16 autocast, for what Lightning does not wrap; where it is not asked for, change nothing."""
+    return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
 
 
 def describe_precision(config: Config, device: torch.device) -> str:

@@ -15,6 +15,7 @@ from one4d_pl.models.attention_norms import norm_without_autocast
 from one4d_pl.models.checkpointing import compile_selective, run_checkpointed
 from one4d_pl.models.control_links import ControlLink, link_positions
 from one4d_pl.models.lora import BranchPatchEmbedding, wrap_linears
+from one4d_pl.models.pointmap_codec import PointmapCodec
 
 
 class CoupledTransformer(nn.Module):
@@ -23,12 +24,10 @@ class CoupledTransformer(nn.Module):
     Args:
         base: a 36-channel (inpainting layout) Wan, changed in place.
         config: shape of the adapter.
+        pointmap_power: of its codec.
     """
 
-    xyz_mean: Tensor  # [C, 1, 1, 1]
-    xyz_std: Tensor  # [C, 1, 1, 1]
-
-    def __init__(self, base: WanTransformer3DModel, config: DLCConfig) -> None:
+    def __init__(self, base: WanTransformer3DModel, config: DLCConfig, pointmap_power: float) -> None:
         super().__init__()
         self.base = base.requires_grad_(False).eval()
         norm_without_autocast(base)
@@ -36,9 +35,7 @@ class CoupledTransformer(nn.Module):
         self.keeps_attention = False  # see set_activation_checkpointing
         self.attention = "native"  # see set_attention
         self.links = nn.ModuleDict()  # block -> ControlLink; only Decoupled LoRA Control has any
-        channels, device = base.config.out_channels, base.proj_out.weight.device
-        self.register_buffer("xyz_mean", torch.zeros(channels, 1, 1, 1, device=device), persistent=False)
-        self.register_buffer("xyz_std", torch.ones(channels, 1, 1, 1, device=device), persistent=False)
+        self.codec = PointmapCodec(pointmap_power, base.config.out_channels, base.proj_out.weight.device)
 
     def forward(
         self,
@@ -49,25 +46,6 @@ class CoupledTransformer(nn.Module):
         image_embeds: Tensor | None,  # [B, N, D], where the base has image tokens
     ) -> Tensor:  # [2B, C, t, h, w] velocity = noise - latents
         raise NotImplementedError
-
-    def set_xyz_statistics(self, mean: list[float], std: list[float]) -> None:  # [C] each
-        """What `standardise` subtracts and divides by (dlc.standardise_xyz); 0 and 1 until then."""
-        if len(mean) != len(self.xyz_mean) or len(std) != len(self.xyz_std) or not min(std) > 0:
-            raise ConfigError(
-                f"xyz statistics: need {len(self.xyz_mean)} means and as many deviations above 0, got {mean}, {std}"
-            )
-        for buffer, values in ((self.xyz_mean, mean), (self.xyz_std, std)):
-            buffer.copy_(torch.tensor(values).view_as(buffer))
-
-    def standardise(self, latents: Tensor) -> Tensor:  # [2B, C, t, h, w], rgb first
-        """The encoders' latents as the network sees them: pointmaps' standardised per channel, frames' as they are."""
-        rgb, xyz = latents.chunk(2)
-        return torch.cat([rgb, (xyz - self.xyz_mean) / self.xyz_std])
-
-    def restore(self, latents: Tensor) -> Tensor:  # [2B, C, t, h, w], rgb first
-        """Undo `standardise`."""
-        rgb, xyz = latents.chunk(2)
-        return torch.cat([rgb, xyz * self.xyz_std + self.xyz_mean])
 
     def set_activation_checkpointing(self, mode: str) -> None:
         """none; full: each block, with its link, runs again in the backward pass; selective: all but self-attention."""
@@ -130,10 +108,11 @@ class One4DTransformer(CoupledTransformer):
         base: a 36-channel (inpainting layout) Wan; its block linears and patch embedding are wrapped in place.
         config: rank, scale, links.
         seed: of the LoRA A matrices; everything else starts at zero or as a copy.
+        pointmap_power: of the codec.
     """
 
-    def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int) -> None:
-        super().__init__(base, config)
+    def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int, pointmap_power: float = 1.0) -> None:
+        super().__init__(base, config, pointmap_power)
         generator = torch.Generator().manual_seed(seed)
         self.linear_paths = wrap_linears(base.blocks, config.rank, config.lora_scale, generator)
         if config.xyz_patch_embedding:

@@ -15,15 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from one4d_pl.config import Config, ConfigError
-from one4d_pl.geometry.pointmap import bend, unbend
+from one4d_pl.config import BaseConfig, ConfigError
 from one4d_pl.models.base_files import ENCODER_PARTS as ENCODER_PARTS
 from one4d_pl.models.base_files import fingerprint as fingerprint
 from one4d_pl.models.base_files import resolve_base, tokenizer_folder
-from one4d_pl.models.conditioning import blank_hidden_frames
 from one4d_pl.models.encoder_files import CPU, open_image_encoder, open_text_encoder, open_vae
 from one4d_pl.models.weights import Partitioner, stream_transformer
-from one4d_pl.types import Encoded, Sample
 
 IMAGE_CONTEXT = 512  # diffusers' Wan splits image from text tokens by assuming this many text tokens
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # the image encoder's own input statistics (OpenAI CLIP)
@@ -55,18 +52,14 @@ class WanEncoders(nn.Module):
         path: base folder in either layout, or a hub id in the local cache.
         dtype: of the text and image encoder.
         max_text_tokens: prompts are cut and their embeddings zero-padded to this length.
-        pointmap_power: how the VAE is shown distances (data.pointmap_power).
         device: where the weights are put as they are read.
     """
 
     latents_mean: Tensor  # [1, C, 1, 1, 1]
     latents_std: Tensor  # [1, C, 1, 1, 1]
 
-    def __init__(
-        self, path: str, dtype: str, max_text_tokens: int, pointmap_power: float, device: torch.device = CPU
-    ) -> None:
+    def __init__(self, path: str, dtype: str, max_text_tokens: int, device: torch.device = CPU) -> None:
         super().__init__()
-        self.pointmap_power = pointmap_power
         folder, torch_dtype = resolve_base(path), getattr(torch, dtype)
         self.vae = open_vae(folder, device)
         self.text_encoder = open_text_encoder(folder, torch_dtype, device)
@@ -85,10 +78,9 @@ class WanEncoders(nn.Module):
         self.register_buffer("latents_std", torch.tensor(self.vae.config.latents_std).view(shape), persistent=False)
 
     @staticmethod
-    def of(config: Config, device: torch.device = CPU) -> WanEncoders:
-        """Those of a run: the base at `base.path`, pointmaps as `data.pointmap_power` says."""
-        base = config.base
-        return WanEncoders(base.path, base.dtype, base.max_text_tokens, config.data.pointmap_power, device)
+    def of(base: BaseConfig, device: torch.device = CPU) -> WanEncoders:
+        """Open those of a run's base."""
+        return WanEncoders(base.path, base.dtype, base.max_text_tokens, device)
 
     def wait_on_host(self, device: torch.device) -> WanEncoders:
         """Leave the weights in host memory; each part visits `device` while it works, unless that is a CPU."""
@@ -158,21 +150,6 @@ class WanEncoders(nn.Module):
         with self._at_work(self.vae), torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode(latents.float() * self.latents_std + self.latents_mean).sample
 
-    def encode_clips(self, frames: Tensor, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W] x 2 -> [2B, C, t, h, w]
-        """Latents of both branches, frames first."""
-        return self.encode(torch.cat([frames, self._bend(pointmap)]))
-
-    def encode_pointmap(self, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W], the cube -> [B, C, t, h, w]
-        """`encode` of what the VAE is shown of a normalised pointmap."""
-        return self.encode(self._bend(pointmap))
-
-    def decode_pointmap(self, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W], the cube
-        """Undo `encode_pointmap`."""
-        return unbend(self.decode(latents).movedim(1, -1), self.pointmap_power).movedim(-1, 1)
-
-    def _bend(self, pointmap: Tensor) -> Tensor:  # [..., 3, T, H, W]
-        return bend(pointmap.movedim(-4, -1), self.pointmap_power).movedim(-1, -4)
-
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> list[Tensor]:  # -> [n, D] each, n <= max_text_tokens
         """Text embeddings cut to their true length; `pad_prompt_embeds` stacks them."""
@@ -213,17 +190,3 @@ class WanEncoders(nn.Module):
         """`encode_image` of frame 0; zero features (not absent tokens) where it is hidden, as Fun-InP was trained."""
         image_embeds = self.encode_image(frames[:, :, 0])
         return None if image_embeds is None else torch.where(frame_mask[:, :1, None], image_embeds, 0.0)
-
-    def encode_sample(self, sample: Sample) -> Encoded:
-        """What the encoded cache stores of a clip."""
-        frames, pointmap = sample.frames.to(self.latents_mean), sample.pointmap.to(self.latents_mean)
-        image = self.encode_image(frames[None, :, 0])
-        prompt = self.encode_prompts([sample.caption])[0]
-        latents = self.encode_clips(frames[None], pointmap[None])
-        return Encoded(latents, prompt, None if image is None else image[0])
-
-    def encode_conditions(self, sample: Sample, frame_masks: Tensor) -> Tensor:  # [K, T] bool -> [K, C, t, h, w]
-        """Conditioning latents of a clip for several sets of given frames, one after the other: memory for one."""
-        frames = sample.frames.to(self.latents_mean)[None]
-        given = frame_masks.to(frames.device)[:, None]  # [K, 1, T]
-        return torch.cat([self.encode(blank_hidden_frames(frames, one)) for one in given])

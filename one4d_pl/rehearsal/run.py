@@ -25,7 +25,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from one4d_pl.callbacks.scene_samples import sample_scene
 from one4d_pl.config import Config, ConfigError, DataConfig
 from one4d_pl.costs.flops import TransformerShape
 from one4d_pl.costs.memory import Memory, batch_of, layout_of, step_memory
@@ -163,7 +162,7 @@ def sample(trainer: lightning.Trainer, module: One4DModule, watch: Watch) -> Non
         module.transformer.register_forward_pre_hook(lambda *_: watch.begin("sampling: transformer")),
         module.encoders.vae.decoder.register_forward_pre_hook(lambda *_: watch.begin("sampling: decoding")),
     ]
-    sample_scene(trainer, module, batch, SAMPLER_STEPS)
+    module.sample(batch, SAMPLER_STEPS)
     for handle in handles:
         handle.remove()
 

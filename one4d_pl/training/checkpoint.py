@@ -268,7 +268,6 @@ def _card(
     module: One4DModule, step: int, latents: LatentStats | None, data_sources: list[dict[str, str]]
 ) -> AdapterCard:
     config, masking, transformer = module.config, module.config.masking, module.transformer
-    statistics = {"mean": transformer.xyz_mean.flatten().tolist(), "std": transformer.xyz_std.flatten().tolist()}
     probs = (masking.text_prob, masking.image_prob, masking.sparse_prob, masking.video_prob)
     return AdapterCard(
         base_path=config.base.path,
@@ -290,8 +289,8 @@ def _card(
         data_sources=data_sources,
         link_direction=config.dlc.link_direction,
         coupling=config.dlc.coupling,
-        pointmap_power=config.data.pointmap_power,
-        xyz_statistics=statistics if config.dlc.standardise_xyz else None,
+        pointmap_power=transformer.codec.power,
+        xyz_statistics=transformer.codec.statistics,
     )
 
 

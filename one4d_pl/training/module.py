@@ -18,12 +18,11 @@ from one4d_pl.data.latent_stats import LatentStats
 from one4d_pl.data.order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample, shift_sigma
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
-from one4d_pl.models.adapters import load_adapters
 from one4d_pl.models.conditioning import encode_condition
-from one4d_pl.models.coupling import couple
-from one4d_pl.models.precision import can_compile, training_attention
+from one4d_pl.models.open_model import open_model
+from one4d_pl.models.precision import can_compile, training_attention, uses_bfloat16
 from one4d_pl.models.transformer import CoupledTransformer
-from one4d_pl.models.wan import WanEncoders, fingerprint, load_transformer, pad_prompt_embeds
+from one4d_pl.models.wan import WanEncoders, fingerprint, pad_prompt_embeds
 from one4d_pl.training.optim import build_optimizer, set_learning_rates
 from one4d_pl.training.zero import ZeroStrategy
 from one4d_pl.types import MODALITIES, Batch
@@ -69,23 +68,30 @@ class One4DModule(lightning.LightningModule):
         device = torch.device("cpu") if strategy is None else strategy.root_device
         partitioner = strategy.partitioner() if isinstance(strategy, ZeroStrategy) else None
         statistics = self._measure_latents() if config.dlc.standardise_xyz and self.adapters is None else None
-        base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
-        self.transformer = couple(base, config.dlc, config.train.seed)
+        base = config.base
+        self.transformer, _ = open_model(
+            base.path,
+            base.dtype,
+            config.dlc,
+            config.data.pointmap_power,
+            self.adapters,
+            config.train.seed,
+            device,
+            partitioner,
+        )
+        if statistics is not None:
+            self.transformer.codec.set_statistics(*statistics)
+        if self.adapters is not None and self.resume and config.optim.ema_decay:
+            stored = load_file(self.adapters / WEIGHTS)
+            with torch.no_grad():
+                for name, parameter in self.transformer.trainable_parameters():
+                    parameter.copy_(stored[name])
         self.transformer.set_attention(training_attention(config, device))
         self.transformer.set_activation_checkpointing(config.train.activation_checkpointing)
         if config.train.compile and can_compile(device):
             self.transformer.compile_blocks()
         elif config.train.compile and (self._trainer is None or self.trainer.is_global_zero):
             log.warning("train.compile: no C++ compiler is found (install g++), so the blocks run as they are, slower")
-        if self.adapters is not None:
-            load_adapters(self.transformer, self.adapters, self.base_fingerprint, config.data.pointmap_power)
-            if self.resume and config.optim.ema_decay:
-                stored = load_file(self.adapters / WEIGHTS)
-                with torch.no_grad():
-                    for name, parameter in self.transformer.trainable_parameters():
-                        parameter.copy_(stored[name])
-        elif statistics is not None:
-            self.transformer.set_xyz_statistics(*statistics)
 
     def _measure_latents(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of a fresh adapter's xyz latents: rank 0 reads clips for all, its errors end all."""
@@ -119,7 +125,7 @@ class One4DModule(lightning.LightningModule):
         if not self._encoders:
             # first used in a validation, where Lightning switches inference mode on
             with torch.device("cpu"), torch.inference_mode(False):
-                self._encoders = (WanEncoders.of(self.config).wait_on_host(self.device),)
+                self._encoders = (WanEncoders.of(self.config.base).wait_on_host(self.device),)
         return self._encoders[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
@@ -166,7 +172,7 @@ class One4DModule(lightning.LightningModule):
             encoded[: len(batch)],
             () if batch.encoded is None else [e.condition for e in batch.encoded],
         )
-        noisy_latents, velocity = interpolate(self.transformer.standardise(encoded), noise, sigma)
+        noisy_latents, velocity = interpolate(self.transformer.codec.standardise(encoded), noise, sigma)
         velocity_pred = self.transformer(noisy_latents, condition, sigma, prompt_embeds, image_embeds)
         return mse_per_sample(velocity_pred, velocity)
 
@@ -174,7 +180,7 @@ class One4DModule(lightning.LightningModule):
         """Latents [2B, C, t, h, w], prompt embeddings [B, L, D], image tokens [B, N, D]; cached or computed."""
         if batch.encoded is None:
             encoders = self.encoders
-            latents = encoders.encode_clips(batch.frames, batch.pointmap)
+            latents = self.transformer.codec.encode_clips(encoders, batch.frames, batch.pointmap)
             prompts = encoders.pad_prompt_embeds(encoders.encode_prompts(list(batch.prompts)))
             return latents, prompts, encoders.encode_first_frame(batch.frames, batch.frame_mask)
         latents = torch.stack([e.latents for e in batch.encoded], dim=1).flatten(0, 1)
@@ -199,7 +205,12 @@ class One4DModule(lightning.LightningModule):
         config = self.config
         sampler = config.sampler if steps is None else replace(config.sampler, steps=steps)
         pipeline = One4DPipeline(
-            self.transformer, self.encoders, sampler, config.flow.shift, config.base.negative_prompt
+            self.transformer,
+            self.encoders,
+            sampler,
+            config.flow.shift,
+            config.base.negative_prompt,
+            bfloat16=uses_bfloat16(config, self.device),
         )
         return pipeline.sample(
             list(batch.captions), batch.frames, batch.frame_mask, self.draw_noise(batch, "sampling noise")

@@ -11,7 +11,6 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from one4d_pl.callbacks import scene_samples
 from one4d_pl.callbacks.cadence import Cadence
 from one4d_pl.callbacks.geometry_eval import GeometryEval
 from one4d_pl.callbacks.scene_samples import SceneSamples
@@ -125,7 +124,7 @@ def test_every_rank_samples_equally_often_and_every_scene_is_kept_once(world, cl
         def sample(*args: object, rank: int = rank) -> None:
             calls[rank] += 1
 
-        monkeypatch.setattr(scene_samples, "sample_scene", sample)
+        monkeypatch.setattr(One4DModule, "sample", sample)
         samples = SceneSamples(EvalConfig(clips=clips))
         trainer = SimpleNamespace(world_size=world, global_rank=rank, global_step=0)
         samples.on_validation_epoch_start(trainer, One4DModule.__new__(One4DModule))

@@ -40,7 +40,7 @@ from one4d_pl.cluster.signals import INTERRUPTED
 from one4d_pl.config import DEMO_ADAPTERS, ConfigError, load_config
 from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.evaluation.fit_quality import links_zeroed
-from one4d_pl.evaluation.open_model import open_pipeline
+from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.models.base_files import resolve_base, transformer_config
 from one4d_pl.models.coupling import couple
 from one4d_pl.toy.world import render_clip
@@ -195,7 +195,7 @@ def test_what_goes_on_starts_from_the_adapters_wherever_they_lie(tmp_path, capsy
 )
 def test_links_are_zeroed_by_name_and_put_back(broken, count):
     config = load_config(["configs/nano.yaml"], [])
-    pipeline, _ = open_pipeline(config, DEMO_ADAPTERS, torch.device("cpu"))
+    pipeline = One4DPipeline.open(config, DEMO_ADAPTERS)
     before = {name: weight.clone() for name, weight in pipeline.transformer.links.named_parameters()}
     assert len(before) == 10 and all(weight.any() for weight in before.values())
     with links_zeroed(pipeline, LINKS_ZEROED[broken]):

@@ -15,6 +15,8 @@ from experiments.tiny_wan import build_base
 from experiments.tiny_wan.base import TinyBaseModule
 from experiments.tiny_wan.build_base import build
 from one4d_pl.config import DLCConfig, TinyWanConfig, load_config
+from one4d_pl.models.clip_encoder import FrozenClipEncoder
+from one4d_pl.models.pointmap_codec import PointmapCodec
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import WanEncoders, load_transformer
 from one4d_pl.types import Encoded, collate
@@ -43,7 +45,7 @@ def test_a_resumed_pretraining_is_bitwise_the_undisturbed_one_and_leaves_a_base(
     start = load_transformer(base_config("a").base.path, "float32").state_dict()
     trained = load_transformer(str(bundle), "float32")
     assert any(not torch.equal(p, start[name]) for name, p in trained.state_dict().items())
-    encoders = WanEncoders(str(bundle), "float32", 16, 1.0)
+    encoders = WanEncoders(str(bundle), "float32", 16)
     expected = tiny_base_plain.encoders()
     for name, tensor in encoders.vae.state_dict().items():
         assert torch.equal(tensor, expected.vae.state_dict()[name])  # the VAE is not touched
@@ -73,6 +75,10 @@ def _stop_at(config, vae: Path, step: int) -> None:
     assert json.loads(next(p for p in kept if p.suffix == ".json").read_text())["step"] == step
 
 
+def clip_encoder(module: TinyBaseModule) -> FrozenClipEncoder:
+    return FrozenClipEncoder(module.encoders, PointmapCodec(1.0, module.encoders.latent_channels))
+
+
 def test_the_base_never_sees_geometry(base_config, tiny_base_plain):
     config = base_config("a")
     shutil.copytree(tiny_base_plain.path, config.base.path)
@@ -85,7 +91,7 @@ def test_the_base_never_sees_geometry(base_config, tiny_base_plain):
     given = torch.ones(17, dtype=torch.bool)
     given[5:] = False
     sample = make_sample(render_clip(0, 17, 32, 48), 0, Draw("sparse", given, False), config.data, None)
-    encoded = module.encoders.encode_sample(sample)
+    encoded = clip_encoder(module).encode_sample(sample)
     other = replace(
         sample,
         pointmap=torch.rand_like(sample.pointmap),
@@ -113,7 +119,7 @@ def test_an_image_is_the_first_frame_alone_and_nothing_of_it_is_given(base_confi
         mask = torch.zeros(17, dtype=torch.bool)
         mask[:given] = True
         sample = make_sample(render_clip(0, 17, 32, 48), 0, Draw("sparse", mask, False), config.data, None)
-        latents = module.encoders.encode_sample(sample).latents.clone()
+        latents = clip_encoder(module).encode_sample(sample).latents.clone()
         latents[:, :, 1:] = given  # later frames
         losses.append(module.training_step(collate([replace(sample, encoded=Encoded(latents, None, None))]), 0))
     assert torch.equal(losses[0], losses[1])

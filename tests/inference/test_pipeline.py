@@ -76,8 +76,8 @@ def test_pointmaps_leave_the_sampler_in_the_encoders_units_and_in_the_plain_cube
     decoded, decode = [], encoders.decode
     encoders.decode = lambda latents: decoded.append(latents) or decode(latents)
     plain = pipeline.sample(["p"], frames, given, noise)
-    perturbed.set_xyz_statistics([0.5] * 16, [0.25] * 16)
-    encoders.pointmap_power = 0.5
+    perturbed.codec.set_statistics([0.5] * 16, [0.25] * 16)
+    perturbed.codec.power = 0.5
     changed = pipeline.sample(["p"], frames, given, noise)
     assert torch.equal(changed.frames, plain.frames)
     torch.testing.assert_close(decoded[3], decoded[1] * 0.25 + 0.5)

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from one4d_pl.config import Config, load_config
 from one4d_pl.models.coupling import couple
-from one4d_pl.models.precision import autocast, can_compile, describe_precision, training_attention
+from one4d_pl.models.precision import autocast, can_compile, describe_precision, training_attention, uses_bfloat16
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import load_transformer
 from one4d_pl.training.optim import build_optimizer
@@ -58,7 +58,7 @@ class Way:
     def step(self, config: Config, batch: tuple[Tensor, ...]) -> None:
         latents, condition, sigma, text, velocity = batch
         start = time.process_time()
-        with autocast(config, CPU):
+        with autocast(uses_bfloat16(config, CPU), CPU):
             loss = (self.transformer(latents, condition, sigma, text, None) - velocity).float().square().mean()
         loss.backward()
         self.optimizer.step()

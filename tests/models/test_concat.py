@@ -101,9 +101,9 @@ def test_what_is_saved_is_read_back(tiny_base, kind, tmp_path):
     save_adapters(model.requires_grad_(False), tmp_path, card)
     fresh = couple(tiny_base.transformer(), AdapterCard.read(tmp_path).dlc, seed=7)
     assert not torch.equal(fresh(*inputs.one4d()), expected)
-    load_adapters(fresh, tmp_path, "print", 1.0)
+    load_adapters(fresh, tmp_path, "print")
     assert torch.equal(fresh(*inputs.one4d()), expected)
     saved = [id(p) for tensors in adapter_tensors(model).values() for p in tensors.values()]
     assert sorted(saved) == sorted(id(p) for n, p in model.named_parameters() if n in model.adapter_names)
     with pytest.raises(ConfigError, match=f"coupling = {kind}"):
-        load_adapters(couple(tiny_base.transformer(), DLCConfig(rank=RANK, num_links=0), 0), tmp_path, "print", 1.0)
+        load_adapters(couple(tiny_base.transformer(), DLCConfig(rank=RANK, num_links=0), 0), tmp_path, "print")

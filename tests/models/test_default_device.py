@@ -72,5 +72,5 @@ def test_latents_are_measured_the_same_on_every_default_device(tiny_base_plain, 
     with torch.device("meta"):
         module.configure_model()
     found = datamodule.describe_latents()
-    torch.testing.assert_close(module.transformer.xyz_mean.flatten(), torch.tensor(found.xyz_mean))
-    assert not module.transformer.xyz_mean.is_meta and float(module.transformer.xyz_std.min()) > 0
+    torch.testing.assert_close(module.transformer.codec.mean.flatten(), torch.tensor(found.xyz_mean))
+    assert not module.transformer.codec.mean.is_meta and float(module.transformer.codec.std.min()) > 0

@@ -97,7 +97,7 @@ def test_both_layouts_give_the_same_transformer(twins):
 def test_both_layouts_give_the_same_encoders(twins):
     generator = torch.Generator().manual_seed(0)
     video = torch.rand(1, 3, 5, 16, 16, generator=generator) * 2 - 1
-    ours, original = (WanEncoders(str(folder), "float32", 512, 1.0) for folder in twins)
+    ours, original = (WanEncoders(str(folder), "float32", 512) for folder in twins)
     stock = WanImageToVideoPipeline(
         tokenizer=ours.tokenizer, text_encoder=ours.text_encoder, transformer=None, scheduler=None, image_encoder=None,
         image_processor=None, vae=AutoencoderKLWan.from_pretrained(twins[0] / "vae"),
@@ -166,7 +166,7 @@ def test_the_image_encoder_is_wans(twins):
 
 def test_image_tokens_are_wans_clip_features_of_the_squashed_frame(twins):
     """Wan's order of steps: the frame in [-1, 1] to the encoder's square, then to [0, 1], then CLIP's statistics."""
-    encoders = WanEncoders(str(twins[1]), "float32", 512, 1.0)
+    encoders = WanEncoders(str(twins[1]), "float32", 512)
     frame = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(1)) * 2 - 1
     squashed = interpolate(frame, (16, 16), mode="bicubic", align_corners=False) * 0.5 + 0.5
     mean, std = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
@@ -213,7 +213,7 @@ def test_bfloat16_is_the_same_in_both_layouts_and_float32_where_wan_keeps_it(twi
     for (name, a), (_, b) in zip(ours.named_parameters(), original.named_parameters(), strict=True):
         assert a.dtype == b.dtype and torch.equal(a, b), name
     assert {p.dtype for p in original.parameters()} == {torch.float32, torch.bfloat16}
-    encoders = WanEncoders(str(twins[1]), "bfloat16", 512, 1.0)
+    encoders = WanEncoders(str(twins[1]), "bfloat16", 512)
     assert {p.dtype for p in encoders.vae.parameters()} == {torch.float32}
     assert {p.dtype for p in encoders.text_encoder.parameters()} == {torch.bfloat16}
     assert encoders.text_encoder.encoder.embed_tokens.weight is encoders.text_encoder.shared.weight
@@ -232,7 +232,7 @@ def test_one_tensor_of_a_file_is_held_at_a_time(layout, twins, monkeypatch):
 
     monkeypatch.setattr(TensorFiles, "read", watched)
     load_transformer(str(twins[layout]), "bfloat16")
-    WanEncoders(str(twins[layout]), "bfloat16", 512, 1.0)
+    WanEncoders(str(twins[layout]), "bfloat16", 512)
     assert len(handed_out) > 300
 
 
@@ -253,7 +253,7 @@ def test_a_truncated_file_is_named(name, original):
     cut(original, name)
     with pytest.raises(ConfigError, match=f"{name}.*damaged or cut short"):
         load_transformer(str(original), "float32")
-        WanEncoders(str(original), "float32", 512, 1.0)
+        WanEncoders(str(original), "float32", 512)
 
 
 @pytest.mark.parametrize("part", ["transformer", "vae", "text_encoder", "image_encoder"])
@@ -263,7 +263,7 @@ def test_a_truncated_file_in_diffusers_layout_is_named(part, twins, tmp_path):
     cut(folder, str(file.relative_to(folder)))
     with pytest.raises(ConfigError, match=f"{part}/{file.name}.*damaged or cut short"):
         load_transformer(str(folder), "float32")
-        WanEncoders(str(folder), "float32", 512, 1.0)
+        WanEncoders(str(folder), "float32", 512)
 
 
 WRONG = {  # file, tensor, what is done to it
@@ -282,7 +282,7 @@ def test_a_wrong_tensor_is_told_with_file_and_key(fault, original):
         tensors[key] = torch.zeros(3, 3)
     torch.save(tensors, original / name)
     with pytest.raises(ConfigError, match=f"{name}: {key} {told}"):
-        WanEncoders(str(original), "float32", 512, 1.0)
+        WanEncoders(str(original), "float32", 512)
 
 
 def split_in_shards(folder: Path) -> list[Path]:

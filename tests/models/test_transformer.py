@@ -251,7 +251,7 @@ def test_save_load_gives_identical_outputs_after_every_trainable_moved(tiny_base
     save_adapters(model, tmp_path, card_of(model))
     fresh = One4DTransformer(tiny_base.transformer(), model.config, seed=7)
     assert not torch.equal(fresh(*inputs.one4d()), expected)
-    card = load_adapters(fresh, tmp_path, "a base", 1.0)
+    card = load_adapters(fresh, tmp_path, "a base")
     assert torch.equal(fresh(*inputs.one4d()), expected) and card == card_of(model)
 
 
@@ -265,45 +265,46 @@ def test_loading_refuses_another_base_shape_or_file(tiny_base, tmp_path):
     model = build(tiny_base.transformer())
     save_adapters(model, tmp_path, card_of(model))
     with pytest.raises(ConfigError, match="another base"):
-        load_adapters(model, tmp_path, "not that base", 1.0)
+        load_adapters(model, tmp_path, "not that base")
     with pytest.raises(ConfigError, match="rank = 4, the config asks for 2"):
-        load_adapters(One4DTransformer(tiny_base.transformer(), DLCConfig(rank=2), 0), tmp_path, "a base", 1.0)
+        load_adapters(One4DTransformer(tiny_base.transformer(), DLCConfig(rank=2), 0), tmp_path, "a base")
     (tmp_path / "links.safetensors").write_bytes(b"not safetensors")
     with pytest.raises(UserError, match=r"links\.safetensors"):
-        load_adapters(model, tmp_path, "a base", 1.0)
+        load_adapters(model, tmp_path, "a base")
     with pytest.raises(UserError, match=r"card\.json"):
-        load_adapters(model, tmp_path / "nowhere", "a base", 1.0)
+        load_adapters(model, tmp_path / "nowhere", "a base")
 
 
 def test_standardised_pointmaps_come_back_and_frames_are_left_alone(tiny_base):
     model, latents = build(tiny_base.transformer()), torch.randn(4, 16, 2, 4, 6)
-    assert torch.equal(model.standardise(latents), latents) and torch.equal(model.restore(latents), latents)
+    assert torch.equal(model.codec.standardise(latents), latents) and torch.equal(model.codec.restore(latents), latents)
     (rgb, xyz), dims = latents.chunk(2), (0, 2, 3, 4)
-    model.set_xyz_statistics(xyz.mean(dims).tolist(), xyz.std(dims).tolist())
-    kept, changed = model.standardise(latents).chunk(2)
+    model.codec.set_statistics(xyz.mean(dims).tolist(), xyz.std(dims).tolist())
+    kept, changed = model.codec.standardise(latents).chunk(2)
     assert torch.equal(kept, rgb)
     torch.testing.assert_close(changed.mean(dims), torch.zeros(16), rtol=0, atol=1e-5)
     torch.testing.assert_close(changed.std(dims), torch.ones(16), rtol=0, atol=1e-5)
-    torch.testing.assert_close(model.restore(model.standardise(latents)), latents, rtol=0, atol=1e-6)
+    torch.testing.assert_close(model.codec.restore(model.codec.standardise(latents)), latents, rtol=0, atol=1e-6)
 
 
 def test_statistics_travel_with_the_adapter(tiny_base, tmp_path):
     model = build(tiny_base.transformer(), standardise_xyz=True)
-    model.set_xyz_statistics([0.5] * 16, [0.25] * 16)
+    model.codec.set_statistics([0.5] * 16, [0.25] * 16)
     stored = {"mean": [0.5] * 16, "std": [0.25] * 16}
     save_adapters(model, tmp_path, replace(card_of(model), xyz_statistics=stored, pointmap_power=0.5))
-    fresh = One4DTransformer(tiny_base.transformer(), AdapterCard.read(tmp_path).dlc, seed=7)
-    load_adapters(fresh, tmp_path, "a base", 0.5)
-    assert torch.equal(fresh.xyz_mean, model.xyz_mean) and torch.equal(fresh.xyz_std, model.xyz_std)
+    assert model.codec.statistics == stored
+    fresh = One4DTransformer(tiny_base.transformer(), AdapterCard.read(tmp_path).dlc, 7, pointmap_power=0.5)
+    load_adapters(fresh, tmp_path, "a base")
+    assert torch.equal(fresh.codec.mean, model.codec.mean) and torch.equal(fresh.codec.std, model.codec.std)
     with pytest.raises(ConfigError, match=r"pointmap_power = 0\.5, the config asks for 1\.0"):
-        load_adapters(fresh, tmp_path, "a base", 1.0)
+        load_adapters(build(tiny_base.transformer(), standardise_xyz=True), tmp_path, "a base")
     with pytest.raises(ConfigError, match="standardise_xyz = True, the config asks for False"):
-        load_adapters(build(tiny_base.transformer()), tmp_path, "a base", 0.5)
+        load_adapters(build(tiny_base.transformer()), tmp_path, "a base")
     card = json.loads((tmp_path / "card.json").read_text())
     for wrong in ({"mean": [0.0] * 16}, {"mean": [0.0] * 4, "std": [1.0] * 4}, {"mean": [0.0] * 16, "std": [0.0] * 16}):
         (tmp_path / "card.json").write_text(json.dumps(card | {"xyz_statistics": wrong}))
         with pytest.raises(ConfigError, match=r"xyz.statistics: need"):
-            load_adapters(fresh, tmp_path, "a base", 0.5)
+            load_adapters(fresh, tmp_path, "a base")
 
 
 def test_lora_scale_is_alpha_over_rank_and_is_stored(tiny_base, tmp_path):

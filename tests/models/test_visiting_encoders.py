@@ -10,6 +10,7 @@ from torch import nn
 
 from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.models import wan
+from one4d_pl.models.clip_encoder import FrozenClipEncoder
 from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
 from one4d_pl.training import module as training_module
 from one4d_pl.training.module import One4DModule
@@ -70,9 +71,9 @@ def opened(monkeypatch) -> Iterator[list[str]]:
     found: list[str] = []
     plain = wan.WanEncoders.of
 
-    def of(config, *arguments):
-        found.append(config.base.path)
-        return plain(config, *arguments)
+    def of(base, *arguments):
+        found.append(base.path)
+        return plain(base, *arguments)
 
     monkeypatch.setattr(training_module.WanEncoders, "of", staticmethod(of))
     yield found
@@ -82,7 +83,8 @@ def test_a_step_on_encodings_opens_no_encoder_and_a_step_on_pixels_does(run_conf
     config = run_config()
     module = One4DModule(config, adapters=None)
     module.configure_model()
-    data = One4DDataModule(config, lambda device: WanEncoders.of(config), fingerprint(config.base.path, ENCODER_PARTS))
+    prints = fingerprint(config.base.path, ENCODER_PARTS)
+    data = One4DDataModule(config, lambda device: FrozenClipEncoder.of(config, device), prints)
     data.prepare_data()
     data.setup("fit")
     opened.clear()

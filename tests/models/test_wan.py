@@ -62,7 +62,7 @@ def test_image_tokens_need_512_text_tokens(tiny_base):
     if not tiny_base.image_tokens:
         pytest.skip("the base has no image tokens")
     with pytest.raises(ConfigError, match="max_text_tokens=512"):
-        WanEncoders(tiny_base.path, "float32", 96, 1.0)
+        WanEncoders(tiny_base.path, "float32", 96)
 
 
 def test_bfloat16_keeps_in_float32_what_wan_keeps(tiny_base_plain):

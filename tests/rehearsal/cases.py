@@ -112,7 +112,7 @@ def sampling() -> object:
             ("tiled", False, True, False),
             ("offload", False, False, True),
         ):
-            pipeline = One4DPipeline(module.transformer, module.encoders, sampler, 5.0, "ugly")
+            pipeline = One4DPipeline(module.transformer, module.encoders, sampler, 5.0, "ugly", bfloat16=True)
             pipeline.two_calls = two_calls
             if tiled:
                 pipeline.enable_vae_tiling()
@@ -123,8 +123,7 @@ def sampling() -> object:
             calls: list[int] = []
             handle = module.transformer.register_forward_pre_hook(partial(note_samples, calls))
             watch.begin(name)
-            with trainer.precision_plugin.forward_context():
-                scene = pipeline.sample(["a cube"], batch.frames, batch.frame_mask, noise)
+            scene = pipeline.sample(["a cube"], batch.frames, batch.frame_mask, noise)
             handle.remove()
             found[name] = {
                 "calls": calls,

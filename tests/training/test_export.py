@@ -27,7 +27,7 @@ def test_an_exported_adapter_is_the_checkpoints(run_config, tmp_path, dtype):
     transformers = []
     for folder in (checkpoint, tmp_path / "adapter"):
         transformer = One4DTransformer(load_transformer(config.base.path, "float32"), config.dlc, seed=1)
-        load_adapters(transformer, folder, AdapterCard.read(checkpoint).base_fingerprint, 1.0)
+        load_adapters(transformer, folder, AdapterCard.read(checkpoint).base_fingerprint)
         transformers.append(dict(transformer.trainable_parameters()))
     for name, parameter in transformers[0].items():
         assert torch.equal(parameter.to(getattr(torch, dtype)).float(), transformers[1][name])

@@ -95,10 +95,10 @@ def test_standardised_pointmaps_are_what_is_noised_and_predicted(module):
     noise = module.draw_noise(batch, "noise")
     with torch.no_grad():
         rgb, xyz = module.losses(batch, whole, noise)
-        module.transformer.set_xyz_statistics([0.5] * 16, [0.25] * 16)
+        module.transformer.codec.set_statistics([0.5] * 16, [0.25] * 16)
         rgb_again, xyz_again = module.losses(batch, whole, noise)
         latents = module.encode(batch)[0]
-        module.transformer.set_xyz_statistics([0.0] * 16, [1.0] * 16)
+        module.transformer.codec.set_statistics([0.0] * 16, [1.0] * 16)
         halves = latents.clone()
         halves[2:] = (latents[2:] - 0.5) / 0.25
         module.encode = lambda _: (halves, *type(module).encode(module, batch)[1:])

@@ -1,0 +1,76 @@
+"""Pointmaps as the network sees them: bent, encoded by the frozen VAE like a video, standardised; and the way back."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from one4d_pl.config import ConfigError
+from one4d_pl.geometry.pointmap import bend, unbend
+from one4d_pl.models.wan import WanEncoders
+
+
+class PointmapCodec(nn.Module):
+    """Turns normalised pointmaps into the network's latents and back; a part of the adapter, stored in its card.
+
+    Encoded shards hold latents before `standardise`: its statistics are measured on them.
+
+    Args:
+        power: of `geometry.pointmap.bend`, by which distances are shown to the VAE (data.pointmap_power); 1 = plain.
+        channels: of the latents.
+        device: where the statistics lie.
+    """
+
+    mean: Tensor  # [C, 1, 1, 1]
+    std: Tensor  # [C, 1, 1, 1]
+
+    def __init__(self, power: float, channels: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        self.power = power
+        self.standardises = False  # until `set_statistics`
+        self.register_buffer("mean", torch.zeros(channels, 1, 1, 1, device=device), persistent=False)
+        self.register_buffer("std", torch.ones(channels, 1, 1, 1, device=device), persistent=False)
+
+    def encode(self, encoders: WanEncoders, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, C, t, h, w]
+        """Latents of normalised pointmaps, before `standardise`."""
+        return encoders.encode(self._bend(pointmap))
+
+    def encode_clips(
+        self, encoders: WanEncoders, frames: Tensor, pointmap: Tensor
+    ) -> Tensor:  # [B, 3, T, H, W] x 2 -> [2B, C, t, h, w]
+        """Latents of both branches, frames first, before `standardise`."""
+        return encoders.encode(torch.cat([frames, self._bend(pointmap)]))
+
+    def decode(self, encoders: WanEncoders, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W]
+        """Undo `encode`."""
+        return unbend(encoders.decode(latents).movedim(1, -1), self.power).movedim(-1, 1)
+
+    def standardise(self, latents: Tensor) -> Tensor:  # [2B, C, t, h, w], rgb first
+        """Give the pointmaps' latents mean 0 and deviation 1 per channel; frames' stay as they are."""
+        rgb, xyz = latents.chunk(2)
+        return torch.cat([rgb, (xyz - self.mean) / self.std])
+
+    def restore(self, latents: Tensor) -> Tensor:  # [2B, C, t, h, w], rgb first
+        """Undo `standardise`."""
+        rgb, xyz = latents.chunk(2)
+        return torch.cat([rgb, xyz * self.std + self.mean])
+
+    def set_statistics(self, mean: list[float], std: list[float]) -> None:  # [C] each
+        """Set what `standardise` subtracts and divides by (dlc.standardise_xyz); ConfigError where it cannot be."""
+        if len(mean) != len(self.mean) or len(std) != len(self.std) or not min(std) > 0:
+            raise ConfigError(
+                f"xyz statistics: need {len(self.mean)} means and as many deviations above 0, got {mean}, {std}"
+            )
+        for buffer, values in ((self.mean, mean), (self.std, std)):
+            buffer.copy_(torch.tensor(values).view_as(buffer))
+        self.standardises = True
+
+    @property
+    def statistics(self) -> dict[str, list[float]] | None:
+        """What `set_statistics` was given, for the adapter's card; None where nothing is standardised."""
+        if not self.standardises:
+            return None
+        return {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}
+
+    def _bend(self, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W]
+        return bend(pointmap.movedim(1, -1), self.power).movedim(-1, 1)
