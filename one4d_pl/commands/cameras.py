@@ -61,12 +61,8 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ConfigError(f"{args.pointmaps}: {error}") from None
     seconds = time.perf_counter() - start
-    used = pointmap.isfinite().all(-1) & (scene.depth > 0)
-    if valid is not None:
-        used &= valid > 0
     report = report_dict(scene.report)
-    prediction = Prediction(scene.depth, scene.cam2world, scene.intrinsics.double(), used, flags=scene.report.flags)
-    write_prediction(args.out, prediction, report)
+    write_prediction(args.out, Prediction.of(scene), report)
     write_json(args.out / "report.json", report)
     print(summary(scene, seconds))
     print(f"written: {args.out}")

@@ -121,7 +121,7 @@ def _draw_scene(
     height, width = points.shape[1:3]
     save_video(
         stem.with_name(f"{stem.name}_turntable.mp4"),
-        turntable(points, colours, recovered, 6 * height, 6 * width),
+        turntable(recovered, colours, 6 * height, 6 * width),
         2 * FPS,
     )
 
@@ -142,7 +142,7 @@ def _animate(scenes: dict[Task, GeneratedScene], i: int, held_out: HeldOut, path
         frames, pointmap = scenes[task].frames[i], scenes[task].pointmap[i]
         (recovered,) = recover_scenes(pointmap[None], held_out.recovery)
         shown = to_bytes((frames.movedim(0, -1) + 1) / 2)
-        columns.append(Column(f"{task} to 4D", given[task], shown, pointmap.movedim(0, -1), recovered))
+        columns.append(Column(f"{task} to 4D", given[task], shown, recovered))
     save_animation(path, animate(columns, ANIMATION_WIDTH), ANIMATION_FPS, ANIMATION_BYTES)
 
 

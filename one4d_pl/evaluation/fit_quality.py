@@ -97,12 +97,12 @@ def measure_fit(
             **{f"{t}_base_alone": decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_HIDDEN},
         },
         geometry={
-            name: geometry_errors(scene.pointmap, recover_scenes(scene.pointmap, recovery), clips)
+            name: geometry_errors(recover_scenes(scene.pointmap, recovery), clips)
             for name, scene in (("video", scenes["video"]), ("ceiling", ceiling))
         },
         consistency={
             task: self_consistency(
-                scenes[task], recover_scenes(scenes[task].pointmap, recovery), clips, held_out.camera_path
+                scenes[task].frames, recover_scenes(scenes[task].pointmap, recovery), clips, held_out.camera_path
             )
             for task in GENERATED
         },

@@ -22,10 +22,10 @@ from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.sweeps import sparse_indices
 from one4d_pl.geometry.pointmap import is_sky, normalise_pointmap
 from one4d_pl.geometry.se3 import rebase_to_first
-from one4d_pl.inference.long_video import JoinedVideo, fill_window, recover_video
+from one4d_pl.inference.long_video import fill_window, recover_video
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.models.clip_encoder import FrozenClipEncoder
-from one4d_pl.postopt.recover import RecoverOptions
+from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions
 from one4d_pl.postopt.windows import Window, plan_windows
 from one4d_pl.scene.framing import Framing, Shape, frame_images
 from one4d_pl.scene.media import to_network
@@ -119,8 +119,8 @@ def ceiling_sequence(
             valid = ~is_sky(points)
         shown.append(points)
         known.append(valid)
-    video = recover_video(windows, tuple(shown), _recovery(sequence), tuple(known))
-    _store(video, windows, framing, torch.ones(len(depth), dtype=torch.bool), folder)
+    scene = recover_video(windows, tuple(shown), _recovery(sequence), tuple(known))
+    _store(scene, windows, framing, torch.ones(len(depth), dtype=torch.bool), folder)
 
 
 def _through_vae(encoder: FrozenClipEncoder, points: Tensor, window: Window, framing: Framing) -> Tensor:
@@ -143,23 +143,15 @@ def _cut(framing: Framing, maps: Tensor) -> Tensor:  # [t, height, width, 3] -> 
     return framing.cut(maps.movedim(-1, 0)).movedim(0, -1)
 
 
-def _store(video: JoinedVideo, windows: tuple[Window, ...], framing: Framing, frame_mask: Tensor, folder: Path) -> None:
-    scene = video.joined.scene
-    prediction = Prediction(
-        scene.depth,
-        scene.cam2world,
-        scene.intrinsics.double(),
-        video.valid,
-        framing.placement,
-        tuple(frame_mask.nonzero()[:, 0].tolist()),
-        video.flags,
-    )
+def _store(
+    scene: RecoveredScene, windows: tuple[Window, ...], framing: Framing, frame_mask: Tensor, folder: Path
+) -> None:
+    given = tuple(frame_mask.nonzero()[:, 0].tolist())
     report = report_dict(scene.report) | {
         "windows": [[window.start, window.stop, window.length] for window in windows],
-        "seams": [{"residual": seam.residual, "inliers": seam.inliers} for seam in video.joined.seams],
         "model_size": [framing.height, framing.width],
     }
-    write_prediction(folder, prediction, report)
+    write_prediction(folder, Prediction.of(scene, framing.placement, given), report)
 
 
 def draw_noise(shape: tuple[int, ...], name: str, window: int, seed: int) -> Tensor:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from one4d_pl.geometry.camera import project, to_camera
 from one4d_pl.geometry.pointmap import denormalise, is_sky, pointmap_to_depth
-from one4d_pl.inference.pipeline import GeneratedScene
 from one4d_pl.metrics.camera import camera_errors, path_length
 from one4d_pl.metrics.depth import score_depth
 from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions, recover_scene
@@ -22,13 +21,12 @@ def recover_scenes(pointmaps: Tensor, options: RecoverOptions) -> list[Recovered
     return [recover_scene(clip, ~is_sky(clip), options) for clip in points]
 
 
-def geometry_errors(pointmaps: Tensor, recovered: list[RecoveredScene], clips: list[Sample]) -> dict[str, float]:
+def geometry_errors(recovered: list[RecoveredScene], clips: list[Sample]) -> dict[str, float]:
     """AbsRel of depth, scale and shift fitted per clip, and ATE as a share of the true path; means over the clips."""
     abs_rel, ate_share = [], []
-    for pointmap, scene, clip in zip(pointmaps, recovered, clips, strict=True):
+    for scene, clip in zip(recovered, clips, strict=True):
         target = pointmap_to_depth(denormalise(clip.pointmap.movedim(0, -1), clip.scale), clip.cam2world)
-        solid = ~is_sky(pointmap.movedim(0, -1))
-        abs_rel.append(score_depth(scene.depth, target, clip.valid, "scale_shift", fit_valid=solid).abs_rel)
+        abs_rel.append(score_depth(scene.depth, target, clip.valid, "scale_shift", fit_valid=scene.known).abs_rel)
         every = torch.ones(len(clip.cam2world), dtype=torch.bool)
         cameras = camera_errors(scene.cam2world, clip.cam2world, every)
         ate_share.append(cameras.ate / cameras.path_length_target)
@@ -36,8 +34,8 @@ def geometry_errors(pointmaps: Tensor, recovered: list[RecoveredScene], clips: l
 
 
 def self_consistency(
-    scenes: GeneratedScene,
-    recovered: list[RecoveredScene],
+    videos: Tensor,  # [N, 3, T, H, W] in [-1, 1], generated
+    recovered: list[RecoveredScene],  # of the pointmaps that came with them
     clips: list[Sample],
     train_path: float,  # median camera path of the training clips, in median distances
 ) -> dict[str, float]:
@@ -46,9 +44,8 @@ def self_consistency(
     Medians over the clips. A scene without geometry has no path, one that shows nothing twice an infinite error.
     """
     paths, ours, true = [], [], []
-    for i, (scene, clip) in enumerate(zip(recovered, clips, strict=True)):
-        points, frames = scenes.pointmap[i].movedim(0, -1), scenes.frames[i].movedim(0, -1)
-        solid = ~is_sky(points)
+    for video, scene, clip in zip(videos, recovered, clips, strict=True):
+        points, frames, solid = scene.pointmap, video.movedim(0, -1), scene.known
         paths.append(camera_path(scene.cam2world, points, solid))
         ours.append(photometric_error(frames, points, scene.intrinsics, scene.cam2world, solid))
         truth, cameras = denormalise(clip.pointmap.movedim(0, -1), clip.scale), clip.cam2world.double()

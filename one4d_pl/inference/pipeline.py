@@ -252,12 +252,11 @@ class One4DPipeline:
             return torch.cat([torch.randn(1, *shape[1:], generator=generator) for _ in MODALITIES])
 
         parts, points = self.sample_windows(prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)
-        joined = recover_video(windows, points, RecoverOptions(shared_focal=not zooms))
-        recovered = joined.joined.scene
+        recovered = recover_video(windows, points, RecoverOptions(shared_focal=not zooms))
         return Scene(
             frames=to_bytes((join_frames(windows, parts) + 1) / 2),
-            pointmap=joined.pointmap,
-            valid=joined.valid,
+            pointmap=recovered.pointmap,
+            valid=recovered.valid,
             depth=recovered.depth,
             intrinsics=recovered.intrinsics.double(),
             cam2world=recovered.cam2world,
@@ -265,7 +264,7 @@ class One4DPipeline:
             prompt=prompt,
             given=tuple(frame_mask.nonzero()[:, 0].tolist()),
             placement=placement,
-            flags=joined.flags,
+            flags=recovered.flags,
             report=report_dict(recovered.report),
             made={
                 "task": task_of(frame_mask),

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from one4d_pl.geometry.alignment import Similarity
 from one4d_pl.geometry.camera import camera_rays
 from one4d_pl.geometry.se3 import invert_se3, se3_matrix
 from one4d_pl.postopt.intrinsics import (
@@ -69,6 +70,16 @@ class RecoverOptions:
 
 
 @dataclass(frozen=True)
+class Seam:
+    """How well two neighbouring windows agree on the frames that they share."""
+
+    similarity: Similarity  # from the later window's world to the joined world
+    residual: float  # median distance of shared points after it, in median depths
+    inliers: float  # share of shared points within five deviations
+    flags: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class RecoverReport:
     """How far to trust a recovery."""
 
@@ -85,12 +96,15 @@ class RecoverReport:
     focal_condition: float  # 0 .. 1; 0 = a change of focal length looks like a change of pose; worst frame if per frame
     focal_deviation: float  # of log focal, as if pixels were independent; 0 = known; inf = not observable
     flags: tuple[str, ...]  # what is degenerate, in words
+    seams: tuple[Seam, ...] = ()  # of a video in several windows (`windows`), one fewer than those
 
 
 @dataclass(frozen=True)
 class RecoveredScene:
-    """Cameras and depth of a pointmap video, in the pointmap's frame and unit."""
+    """A pointmap video with its cameras and depth, in the pointmap's frame and unit."""
 
+    pointmap: Tensor  # [T, H, W, 3]
+    known: Tensor  # [T, H, W] bool, the point had a say
     intrinsics: Tensor  # [T, 3, 3] float32, pixels, pixel centres at +0.5
     world2cam: Tensor  # [T, 4, 4] float64, world = frame of the pointmap
     depth: Tensor  # [T, H, W] float32, z in the frame's own camera; 0 = behind it, nan = no finite point
@@ -99,6 +113,16 @@ class RecoveredScene:
     @property
     def cam2world(self) -> Tensor:  # [T, 4, 4] float64
         return invert_se3(self.world2cam)
+
+    @property
+    def valid(self) -> Tensor:  # [T, H, W] bool
+        """Tell which points are known and in front of their camera."""
+        return self.known & (self.depth > 0)
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """Say what is degenerate, seams included."""
+        return self.report.flags + tuple(flag for seam in self.report.seams for flag in seam.flags)
 
 
 @torch.no_grad()
@@ -140,7 +164,8 @@ def recover_scene(
     if float(behind.amax()) > 0.5:
         flags += ("points behind the camera",)
     report = _report(refined, grid, cameras, solved, behind, float(unit), known is not None, flags)
-    return RecoveredScene(intrinsics.float(), invert_se3(cam2world), depth, report)
+    used = torch.ones_like(depth, dtype=torch.bool) if valid is None else valid > 0
+    return RecoveredScene(pointmap, used, intrinsics.float(), invert_se3(cam2world), depth, report)
 
 
 def project_depth(

@@ -15,7 +15,7 @@ from torch import Tensor
 from one4d_pl.geometry.alignment import Similarity, align_sim3
 from one4d_pl.geometry.camera import to_world, unproject
 from one4d_pl.geometry.se3 import invert_se3, matrix_product, rotate, se3_matrix, so3_exp, so3_log, split_se3
-from one4d_pl.postopt.recover import RecoveredScene, RecoverReport
+from one4d_pl.postopt.recover import RecoveredScene, RecoverReport, Seam
 
 _SEAM_POINTS = 2000  # per shared frame
 _ROUNDS = 20
@@ -46,24 +46,6 @@ class WindowCondition:
     @property
     def frame_mask(self) -> Tensor:  # [length] bool, 1 = shown
         return self.given | self.carried
-
-
-@dataclass(frozen=True)
-class Seam:
-    """How well two neighbouring windows agree on the frames that they share."""
-
-    similarity: Similarity  # from the later window's world to the joined world
-    residual: float  # median distance of shared points after it, in median depths
-    inliers: float  # share of shared points within five deviations
-    flags: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class JoinedScene:
-    """One trajectory and depth, in the first window's world and unit."""
-
-    scene: RecoveredScene
-    seams: tuple[Seam, ...]  # one fewer than windows
 
 
 def plan_windows(num_frames: int, window: int, overlap: int) -> tuple[Window, ...]:
@@ -110,20 +92,35 @@ def window_condition(
 def join_windows(
     scenes: list[RecoveredScene],  # one per window, padded frames already cut
     windows: tuple[Window, ...],
-) -> JoinedScene:
-    """Join the windows' scenes, first to last, into one; ValueError if scenes and windows do not match."""
+) -> RecoveredScene:
+    """Join the windows' scenes, first to last, into one in the first window's world and unit.
+
+    In shared frames points, depth and cameras pass evenly from one window to the next, and a point is known where both
+    windows know it. ValueError where scenes and windows do not match.
+    """
     if [len(scene.depth) for scene in scenes] != [window.stop - window.start for window in windows]:
         raise ValueError(
             f"windows: scenes of {[len(scene.depth) for scene in scenes]} frames, the plan says "
             f"{[window.stop - window.start for window in windows]}; cut the repeated frames first"
         )
-    joined, seams = scenes[0], []
+    joined = scenes[0]
+    seams: tuple[Seam, ...] = ()
     for scene, window in zip(scenes[1:], windows[1:]):
         shared = len(joined.depth) - window.start
         seam = _align(_frames(joined, slice(window.start, None)), _frames(scene, slice(shared)))
-        seams.append(seam)
+        seams += (seam,)
         joined = _blend(joined, _transform(scene, seam.similarity), shared)
-    return JoinedScene(joined, tuple(seams))
+    return replace(joined, report=replace(joined.report, seams=seams)) if seams else joined
+
+
+def join_shared(
+    first: Tensor, second: Tensor, shared: int
+) -> Tensor:  # [T1, ...], [T2, ...] -> [T1 + T2 - shared, ...]
+    """Join two stretches of video; in shared frames the second's part grows evenly, between none and all."""
+    share = (torch.arange(shared) + 1.0) / (shared + 1)
+    share = share.view(-1, *[1] * (first.ndim - 1)).to(first.dtype)
+    middle = torch.lerp(first[-shared:], second[:shared], share)
+    return torch.cat([first[:-shared], middle, second[shared:]])
 
 
 def _align(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
@@ -199,11 +196,19 @@ def _transform(scene: RecoveredScene, similarity: Similarity) -> RecoveredScene:
         scene.report, residual=scene.report.residual * similarity.scale, noise=scene.report.noise * similarity.scale
     )
     depth = scene.depth * similarity.scale.to(scene.depth.dtype)
-    return RecoveredScene(scene.intrinsics, invert_se3(moved), depth, report)
+    points = similarity.apply(scene.pointmap.double().flatten(0, 2)).view(scene.pointmap.shape).to(scene.pointmap.dtype)
+    return RecoveredScene(points, scene.known, scene.intrinsics, invert_se3(moved), depth, report)
 
 
 def _frames(scene: RecoveredScene, frames: slice) -> RecoveredScene:
-    return RecoveredScene(scene.intrinsics[frames], scene.world2cam[frames], scene.depth[frames], scene.report)
+    return RecoveredScene(
+        scene.pointmap[frames],
+        scene.known[frames],
+        scene.intrinsics[frames],
+        scene.world2cam[frames],
+        scene.depth[frames],
+        scene.report,
+    )
 
 
 def _blend(first: RecoveredScene, second: RecoveredScene, shared: int) -> RecoveredScene:
@@ -218,12 +223,18 @@ def _blend(first: RecoveredScene, second: RecoveredScene, shared: int) -> Recove
     depth = torch.lerp(*depths, share)
     depth = torch.where(depths[0] > 0, torch.where(depths[1] > 0, depth, depths[0]), depths[1])  # nan > 0 is False
     intrinsics = torch.lerp(first.intrinsics[-shared:], second.intrinsics[:shared], share)
-    middle = RecoveredScene(intrinsics, invert_se3(se3_matrix(rotation, centre)), depth, first.report)
-    parts = [_frames(first, slice(-shared)), middle, _frames(second, slice(shared, None))]
+    world2cam = invert_se3(se3_matrix(rotation, centre))
+    known = first.known[-shared:] & second.known[:shared]
+
+    def join(before: Tensor, middle: Tensor, after: Tensor) -> Tensor:
+        return torch.cat([before[:-shared], middle, after[shared:]])
+
     return RecoveredScene(
-        torch.cat([part.intrinsics for part in parts]),
-        torch.cat([part.world2cam for part in parts]),
-        torch.cat([part.depth for part in parts]),
+        join_shared(first.pointmap, second.pointmap, shared),
+        join(first.known, known, second.known),
+        join(first.intrinsics, intrinsics, second.intrinsics),
+        join(first.world2cam, world2cam, second.world2cam),
+        join(first.depth, depth, second.depth),
         _join_reports(first.report, second.report, shared),
     )
 

@@ -44,8 +44,7 @@ class Column:
     title: str
     given: Tensor | str  # [T, H, W, 3] uint8; [1, H, W, 3] for a picture; words
     frames: Tensor  # [T, H, W, 3] uint8, generated
-    pointmap: Tensor  # [T, H, W, 3], generated, normalised
-    scene: RecoveredScene
+    scene: RecoveredScene  # of the generated pointmap
 
 
 def animate(columns: list[Column], width: int) -> Tensor:  # [PICTURES, h, w, 3] uint8
@@ -109,8 +108,8 @@ def _turning_cloud(column: Column, height: int, width: int) -> list[Image.Image]
 
     What stands still is drawn from all frames: one frame alone leaves holes behind its near things.
     """
-    points, scene = column.pointmap.double(), column.scene
-    solid = solid_pixels(column.pointmap, scene.depth)
+    points, scene = column.scene.pointmap.double(), column.scene
+    solid = solid_pixels(column.scene.pointmap, scene.depth)
     distance = float(points[solid].norm(dim=-1).median()) if bool(solid.any()) else 1.0
     frusta = torch.stack(
         [
@@ -122,7 +121,7 @@ def _turning_cloud(column: Column, height: int, width: int) -> list[Image.Image]
     lenses = _fitting_lenses(points[solid], frusta.view(-1, 3), views, FINE * height, FINE * width)
     size = scene.depth / scene.intrinsics[:, 0, 0, None, None] * OVERLAP
     still = solid & static_pixels(
-        points, ~is_sky(column.pointmap), solid, scene.depth, scene.intrinsics, scene.cam2world
+        points, ~is_sky(column.scene.pointmap), solid, scene.depth, scene.intrinsics, scene.cam2world
     )
     still = still.flatten().nonzero()[:, 0]
     still = still[:: max(1, len(still) // STILL_POINTS)]

@@ -104,15 +104,14 @@ def draw_points(
 
 
 def turntable(
-    pointmap: Tensor,  # [T, H, W, 3], normalised
-    frames: Tensor,  # [T, H, W, 3] uint8
     scene: RecoveredScene,
+    frames: Tensor,  # [T, H, W, 3] uint8
     height: int,
     width: int,
     turns: int = 48,
 ) -> Tensor:  # [turns, height, width, 3] uint8
     """The scene from a camera that swings about its middle while time runs to the end and back."""
-    num_frames = len(pointmap)
+    pointmap, num_frames = scene.pointmap, len(frames)
     solid = solid_pixels(pointmap, scene.depth)
     shown = solid[0] if bool(solid[0].any()) else torch.ones_like(solid[0])
     middle = pointmap[0][shown].double().median(0).values * torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)

@@ -30,7 +30,7 @@ from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.errors import reading
 from one4d_pl.files import open_whole, read_json, read_text, write_json
 from one4d_pl.geometry.se3 import is_rotation, se3_matrix, wxyz_to_matrix
-from one4d_pl.postopt.recover import RecoverReport
+from one4d_pl.postopt.recover import RecoveredScene, RecoverReport
 from one4d_pl.scene.framing import Placement
 
 FORMAT = "one4d_pl cameras 1"
@@ -48,6 +48,15 @@ class Prediction:
     placement: Placement | None = None  # of the depth map on the image; None = it shows all of it
     given: tuple[int, ...] | None = None  # frames that the model was shown; None = unknown
     flags: tuple[str, ...] = ()  # what is degenerate, in words
+
+    @staticmethod
+    def of(
+        scene: RecoveredScene, placement: Placement | None = None, given: tuple[int, ...] | None = None
+    ) -> Prediction:
+        """Take what was recovered of a pointmap video."""
+        return Prediction(
+            scene.depth, scene.cam2world, scene.intrinsics.double(), scene.valid, placement, given, scene.flags
+        )
 
     @property
     def num_frames(self) -> int:
@@ -85,9 +94,12 @@ def write_prediction(folder: Path, prediction: Prediction, report: dict[str, obj
 
 def report_dict(report: RecoverReport) -> dict[str, object]:
     """A recovery's report as json can hold it: nan and infinities become null."""
-    return {
-        name: _plain(value.tolist() if isinstance(value, Tensor) else value) for name, value in vars(report).items()
+    found = {
+        name: _plain(value.tolist() if isinstance(value, Tensor) else value)
+        for name, value in vars(report).items()
+        if name != "seams"
     }
+    return found | {"seams": [{"residual": _plain(s.residual), "inliers": s.inliers} for s in report.seams]}
 
 
 def find_prediction(root: Path, sequence: str) -> Path | None:

@@ -120,12 +120,13 @@ def test_exact_geometry_has_the_truths_photometric_error_and_a_scene_of_another_
     exact = GeneratedScene(batch.frames, batch.pointmap)
     swapped = GeneratedScene(batch.frames, batch.pointmap.roll(1, 0))
     ours, wrong = (
-        self_consistency(scene, recover_scenes(scene.pointmap, ZOOMING), clips, 0.2) for scene in (exact, swapped)
+        self_consistency(scene.frames, recover_scenes(scene.pointmap, ZOOMING), clips, 0.2)
+        for scene in (exact, swapped)
     )
     assert ours["photometric_error"] == pytest.approx(ours["photometric_error_truth"], rel=0.05)
     assert wrong["photometric_ratio"] > 3
     nothing = GeneratedScene(batch.frames, torch.ones_like(batch.pointmap))  # sky wherever one looks
-    empty = self_consistency(nothing, recover_scenes(nothing.pointmap, ZOOMING), clips, 0.2)
+    empty = self_consistency(nothing.frames, recover_scenes(nothing.pointmap, ZOOMING), clips, 0.2)
     assert empty["camera_path"] == 0 and empty["photometric_ratio"] == float("inf")
 
 
@@ -134,9 +135,9 @@ def test_depth_and_cameras_do_not_depend_on_the_scenes_unit_and_a_flat_scene_has
     # half the cube's size: nothing of it reads as sky, not even the sky
     small = 0.5 * collate(clips).pointmap
     assert float(pointmaps.abs().max()) > 1
-    exact = geometry_errors(small, recover_scenes(small, ZOOMING), clips)
+    exact = geometry_errors(recover_scenes(small, ZOOMING), clips)
     flat = torch.full_like(small, 0.3)
-    wrong = geometry_errors(flat, recover_scenes(flat, ZOOMING), clips)
+    wrong = geometry_errors(recover_scenes(flat, ZOOMING), clips)
     assert exact["abs_rel"] < 0.01 and wrong["abs_rel"] > 0.1
     assert exact["ate_share"] < 0.02 and 0.2 < wrong["ate_share"] < 0.5  # a standing camera's: 0.29 of a straight path
 

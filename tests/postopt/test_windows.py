@@ -110,32 +110,32 @@ def relative_error(scene: RecoveredScene, world: World) -> float:
 def test_exact_windows_join_exactly(world: World) -> None:
     scenes, plan = recover_windows(world, noise=0.0)
     joined = join_windows(scenes, plan)
-    assert len(joined.seams) == len(plan) - 1
-    assert relative_error(joined.scene, world) <= 1e-5
-    ratio = (joined.scene.depth / world.depth)[world.valid]
+    assert len(joined.report.seams) == len(plan) - 1
+    assert relative_error(joined, world) <= 1e-5
+    ratio = (joined.depth / world.depth)[world.valid]
     torch.testing.assert_close(ratio, ratio.median().expand_as(ratio), rtol=1e-4, atol=0)
-    torch.testing.assert_close(joined.scene.intrinsics, world.intrinsics.float(), rtol=1e-4, atol=0)
-    assert all(seam.residual <= 1e-5 and seam.inliers > 0.99 and not seam.flags for seam in joined.seams)
-    assert len(joined.scene.report.residual) == len(world.depth)
+    torch.testing.assert_close(joined.intrinsics, world.intrinsics.float(), rtol=1e-4, atol=0)
+    assert all(seam.residual <= 1e-5 and seam.inliers > 0.99 and not seam.flags for seam in joined.report.seams)
+    assert len(joined.report.residual) == len(world.depth)
 
 
 def test_noisy_windows_drift_less_than_their_noise(world: World) -> None:
     scenes, plan = recover_windows(world, noise=0.01)
-    assert relative_error(join_windows(scenes, plan).scene, world) <= 0.01
+    assert relative_error(join_windows(scenes, plan), world) <= 0.01
 
 
 def test_outliers_in_the_shared_frames_do_not_move_the_seam(world: World) -> None:
     spoil = torch.rand(9, 22, 39, generator=torch.Generator().manual_seed(0)) < 0.3
     scenes, plan = recover_windows(world, noise=0.0, spoil=spoil)
     joined = join_windows(scenes, plan)
-    assert relative_error(joined.scene, world) <= 1e-4
-    assert 0.6 < joined.seams[0].inliers < 0.8
+    assert relative_error(joined, world) <= 1e-4
+    assert 0.6 < joined.report.seams[0].inliers < 0.8
 
 
 def test_one_window_is_returned_as_it_is(world: World) -> None:
     scene = recover_scene(world.pointmap, world.valid, RecoverOptions(focal=25.0))
     joined = join_windows([scene], plan_windows(21, 21, 5))
-    assert joined.scene is scene and joined.seams == ()
+    assert joined is scene and joined.report.seams == ()
 
 
 def test_shared_frames_without_a_point_keep_the_unit_and_say_so(world: World) -> None:
@@ -143,8 +143,8 @@ def test_shared_frames_without_a_point_keep_the_unit_and_say_so(world: World) ->
     empty = scenes[1].depth.clone()
     empty[:3] = torch.nan
     joined = join_windows([scenes[0], replace(scenes[1], depth=empty)], (plan[0], Window(6, 15, 9)))
-    assert joined.seams[0].flags and bool(joined.scene.world2cam.isfinite().all())
-    assert bool(joined.scene.depth[:9][world.valid[:9]].isfinite().all())  # what one window knows is kept
+    assert joined.report.seams[0].flags and bool(joined.world2cam.isfinite().all())
+    assert bool(joined.depth[:9][world.valid[:9]].isfinite().all())  # what one window knows is kept
 
 
 def test_scenes_that_do_not_fit_the_plan_are_refused(world: World) -> None:

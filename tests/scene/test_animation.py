@@ -46,8 +46,8 @@ def pictures() -> torch.Tensor:
     red = torch.zeros_like(clip.frames)
     red[..., 0] = 255
     columns = [
-        Column("video to 4D", clip.frames, red, points.points, scene),
-        Column("text to 4D", clip.caption, clip.frames, points.points, scene),
+        Column("video to 4D", clip.frames, red, scene),
+        Column("text to 4D", clip.caption, clip.frames, scene),
     ]
     return animate(columns, 64)
 

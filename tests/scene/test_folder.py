@@ -88,8 +88,8 @@ def test_slanted_planes_are_solid_and_silhouettes_are_not():
 
 
 def test_the_turntable_starts_near_the_given_view(scene):
-    clip, points, recovered = scene
-    pictures = turntable(points, clip.frames, recovered, 96, 128, turns=8)
+    clip, _, recovered = scene
+    pictures = turntable(recovered, clip.frames, 96, 128, turns=8)
     assert pictures.shape == (8, 96, 128, 3)
     assert (pictures.float().mean((1, 2, 3)) < 250).all()  # something is seen from everywhere
     assert not torch.equal(pictures[2], pictures[6])  # the two sides
