@@ -1,8 +1,9 @@
-"""Every knob of the project: typed dataclasses, filled from yaml files that merge left to right, then `a.b=c`.
+"""Every knob of the project: typed dataclasses, filled from merged yaml files, then `a.b=c`.
 
-omegaconf only, no torch: a login node parses a config in a second; and omegaconf only where yaml is read, so that the
-classes alone need nothing. The yaml tree dies in `load_config`; each class of the project gets its own node. A default
-lives here or, where it belongs to a scale or a data mix, in one yaml.
+Nothing here imports torch, so that a login node parses a config in a second; omegaconf is imported
+only where yaml is read, so that the classes alone need no package. The yaml tree ends in
+`load_config`: beyond it there are dataclasses, and each class of the project is given its own
+section. A default stands here or, where it belongs to a scale or a data mix, in one yaml.
 """
 
 from one4d_pl.config.checks import ConfigError, changeable

@@ -1,4 +1,4 @@
-"""A knob: its default, the values it takes, and whether a run that goes on may have another; what a bad value says."""
+"""A knob's declaration: its default, its bounds, and whether a resumed run may change it."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ def knob(
 
     Args:
         default, factory: as of dataclasses.field.
-        low, above, high: bounds; `above` is itself left out. A bounded number is finite.
-        one_of: the values allowed.
-        may_change: a run that goes on from a checkpoint may have another value, since the updates stay the same.
+        low, above, high: bounds; `above` itself is not allowed. A bounded number is finite.
+        one_of: the allowed values.
+        may_change: a resumed run may have another value, since the updates stay the same.
     """
     bounds = {"low": low, "above": above, "high": high, "one_of": one_of, "may_change": may_change}
     return dataclasses.field(default=default, default_factory=factory, metadata=bounds)
 
 
 def check(section: str, knobs: Any) -> None:
-    """ConfigError where a knob of a section is outside its bounds."""
+    """Raise ConfigError where a knob of a section is outside its bounds."""
     for field in dataclasses.fields(knobs):
         refuse(f"{section}.{field.name}", getattr(knobs, field.name), **field.metadata)
 
@@ -51,7 +51,7 @@ def refuse(
     one_of: tuple[str | int, ...] = (),
     may_change: bool = False,
 ) -> None:
-    """ConfigError unless `value` is within the bounds of `knob`; nan never is."""
+    """Raise ConfigError unless `value` is within the bounds of `knob`; nan never is."""
     if one_of and value not in one_of:
         raise ConfigError(f"{name}: {value!r} is not one of {', '.join(map(str, one_of))}")
     if low is not None and high is not None:
@@ -64,7 +64,7 @@ def refuse(
 
 
 def changeable(section: type, prefix: str = "") -> Callable[[str], bool]:
-    """Tell of a dotted key of a config class whether a run that goes on may have another value."""
+    """Return a test that tells whether a resumed run may change a dotted key of this class."""
     free = set(_changeable(section, prefix))
     return lambda key: any(key == name or key.startswith(f"{name}.") for name in free)
 

@@ -1,4 +1,7 @@
-"""yaml files that merge left to right, then `a.b=c`, into a typed Config; omegaconf is imported here alone."""
+"""yaml files that merge left to right, then `a.b=c`, into a typed Config.
+
+No other module imports omegaconf.
+"""
 
 from __future__ import annotations
 
@@ -20,10 +23,13 @@ if TYPE_CHECKING:
 
 
 def load_config(paths: list[str], overrides: list[str]) -> Config:
-    """Merge yaml files left to right (each after its own `include`s), then `a.b=c` overrides, into a typed Config.
+    """Merge yaml files (each after its `include`s), then `a.b=c` overrides, into a typed Config.
 
-    What a file includes from a folder below it (scale/tiny.yaml, data/toy.yaml) is that folder's default: it is left
-    out where another file of the same folder is named, so that no scale has to undo another.
+    Later values win.
+
+    A file that another one includes from a folder below it (scale/tiny.yaml, data/toy.yaml) is that
+    folder's default: it is left out where `paths` name another file of the same folder, so that no
+    scale has to undo another.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -41,21 +47,21 @@ def load_config(paths: list[str], overrides: list[str]) -> Config:
         if missing:
             raise ConfigError(f"{paths[-1] if paths else 'config'}: no value for {', '.join(missing)}")
         config = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+    except OmegaConfBaseException as error:  # an interpolation of a key that does not exist
         raise ConfigError(_one_line(error)) from None
     assert isinstance(config, Config)
     return config
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved config, in a form that `load_config` reads back to an equal one."""
+    """Write the resolved config as yaml, which `load_config` reads back to an equal one."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 
 def as_dict(config: Config) -> dict[str, object]:
-    """The config as json gives it back (tuples become lists)."""
+    """Return the config as json would give it back (tuples become lists)."""
     from omegaconf import OmegaConf
 
     return json.loads(json.dumps(OmegaConf.to_container(OmegaConf.structured(config))))
@@ -65,7 +71,7 @@ def as_dict(config: Config) -> dict[str, object]:
 class _File:
     path: Path
     node: DictConfig
-    default_of: Path | None  # the folder whose default it is, or belongs to
+    default_of: Path | None  # the folder whose default it is, or is included by
 
 
 def _read_with_includes(path: Path, seen: tuple[Path, ...], default_of: Path | None = None) -> list[_File]:
@@ -80,7 +86,7 @@ def _read_with_includes(path: Path, seen: tuple[Path, ...], default_of: Path | N
         node = OmegaConf.load(io.StringIO(read_text(path)))
     except UserError:
         raise
-    except Exception as error:  # yaml has many error classes, all of them the user's
+    except Exception as error:  # yaml has many error classes, all of them about the user's file
         raise ConfigError(f"{path}: not valid yaml: {' '.join(str(error).split())}") from None
     if not isinstance(node, DictConfig):
         raise ConfigError(f"{path}: the top level must be a mapping of sections")
@@ -121,7 +127,7 @@ def _merge(merged: DictConfig, node: DictConfig, name: str) -> DictConfig:
 
 
 def _refuse_unknown_keys(cls: type, node: DictConfig, name: str, prefix: str) -> None:
-    """Name the file, the key and the nearest right one."""
+    """Raise ConfigError, naming file, key and the nearest known key, where a key is no knob."""
     from omegaconf import DictConfig
 
     hints = get_type_hints(cls)
@@ -137,7 +143,10 @@ def _refuse_unknown_keys(cls: type, node: DictConfig, name: str, prefix: str) ->
 
 
 def _dataclass_in(hint: object) -> type | None:
-    """The dataclass in `X`, `X | None`; lists are checked by omegaconf itself."""
+    """Return the dataclass in a type `X` or `X | None`; None for others, and for lists.
+
+    Lists are checked by omegaconf itself.
+    """
     if get_origin(hint) is list:
         return None
     candidates = [hint, *get_args(hint)]

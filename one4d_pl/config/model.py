@@ -10,7 +10,7 @@ SOLVERS = ("euler", "unipc")
 NATIVE_ATTENTION = ("native", "_native_cudnn", "_native_flash", "_native_efficient")  # torch's fused kernels
 ATTENTION = (*NATIVE_ATTENTION, "_native_math", "flash", "_flash_3")  # diffusers' names; the last two are own packages
 MAX_SCENE_FRAMES = 10_000  # of one scene; a typing mistake must not fill the disk
-EMBEDDED_BASE = "embedded"  # base.path's word for the tiny Wan inside the package
+EMBEDDED_BASE = "embedded"  # the base.path of the tiny Wan inside the package
 
 
 @dataclass
@@ -33,9 +33,9 @@ class TinyWanConfig:
 class BaseConfig:
     """The frozen Wan, in diffusers layout or in that of Wan-AI and VideoX-Fun."""
 
-    # folder, or hub id already in the local cache; the name stands for the shipped one
+    # folder, or hub id already in the local cache; `embedded` is the shipped tiny Wan
     path: str = knob(EMBEDDED_BASE, may_change=True)
-    # of the frozen transformer and text encoder; the VAE stays float32
+    # dtype of the frozen transformer and text encoder; the VAE stays float32
     dtype: str = knob("float32", one_of=("float32", "bfloat16"))
     # kernels, by diffusers' name; native = torch chooses, flash and _flash_3 need flash-attn
     attention: str = knob("native", one_of=ATTENTION, may_change=True)
@@ -52,21 +52,19 @@ class DLCConfig:
     """Decoupled LoRA Control (One4D, Eq. 5-9)."""
 
     rank: int = knob(64, low=1)  # One4D, sec. 4.1
-    # alpha / rank; not in the paper, stored with every adapter; nano, open: lora_scale_2 learns 3 % faster
+    # alpha / rank; not in the paper, stored with every adapter
     lora_scale: float = knob(1.0, above=0)
-    # One4D, sec. 3.2; 0 leaves the branches independent; nano, links: more of them learn slower at first (links_1), the
-    # shipped adapters rely on every one (link_0_zeroed and so on)
-    num_links: int = knob(5, low=0)
+    num_links: int = knob(5, low=0)  # One4D, sec. 3.2; 0 leaves the branches independent
     link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
-    # own trainable copy; makes the paper's 935.7 exact (our guess, paper.md sec. 3); nano, open: shared_patch_embedding
-    # cannot be told from it
+    # xyz gets a trainable copy of the patch embedding; our guess, which makes the paper's 935.7 M
+    # parameters exact
     xyz_patch_embedding: bool = True
     # rgb_to_xyz: frames steer pointmaps and are left alone by them
     link_direction: str = knob("both", one_of=("both", "rgb_to_xyz"))
-    # xyz latents to mean 0, deviation 1 per channel, by some clips of each source; nano, open: alone it cannot be told
-    # (standardised), with data.pointmap_power=0.5 it is better (standardised_and_bent) and so the tiny scale's choice
+    # give xyz latents mean 0 and deviation 1 per channel, measured on some clips of each source;
+    # 4DNeX (arXiv 2508.13154) found theirs to differ from frames'; not in the paper
     standardise_xyz: bool = False
-    # channel, width: what One4D is compared with (Fig. 2-3); one LoRA, no links
+    # channel, width: the alternatives that One4D is compared with (Fig. 2-3); one LoRA, no links
     coupling: str = knob("decoupled", one_of=("decoupled", "channel", "width"))
 
     def __post_init__(self) -> None:
@@ -77,7 +75,10 @@ class DLCConfig:
 
 @dataclass
 class MaskingConfig:
-    """How many frames of a training clip the model is shown (One4D, sec. 4.1; sparse draw: paper.md sec. 8)."""
+    """How many frames of a training clip the model is shown (One4D, sec. 4.1).
+
+    The paper does not say how sparse frames are drawn; our draw stands at `sparse_prob`.
+    """
 
     text_prob: float = 0.0  # no frame, prompt only; not in the paper's training
     image_prob: float = 0.35  # only frame 0
@@ -98,12 +99,9 @@ class FlowConfig:
 
     # sigma' = k sigma / (1 + (k - 1) sigma); from here, never from the base's scheduler file
     shift: float = knob(1.0, above=0)
-    # loss = rgb + xyz_weight * xyz, each a mean; nano, open: xyz_weight_2 lowers xyz and raises rgb
-    xyz_weight: float = knob(1.0, low=0)
+    xyz_weight: float = knob(1.0, low=0)  # loss = rgb + xyz_weight * xyz, each a mean
     caption_dropout: float = knob(0.1, low=0, high=1)  # one draw for both branches
-    # each branch its own noise level in training; the paper draws one t for both (Eq. 3); nano, open: separate_sigma
-    # learns slower
-    separate_sigma: bool = False
+    separate_sigma: bool = False  # draw a noise level for each branch in training; the paper draws one t (Eq. 3)
 
     def __post_init__(self) -> None:
         check("flow", self)
@@ -111,7 +109,10 @@ class FlowConfig:
 
 @dataclass
 class GuidanceConfig:
-    """Classifier-free guidance per task; 1 switches it off. The paper's own value is 6 for all (Table 6 prefers 4)."""
+    """Classifier-free guidance per task; 1 switches it off.
+
+    The paper's own value is 6 for all (Table 6 prefers 4).
+    """
 
     text: float = 6.0
     image: float = 6.0
@@ -119,6 +120,7 @@ class GuidanceConfig:
     video: float = 4.0
 
     def of(self, task: str) -> float:
+        """Return the guidance of one of types.TASKS."""
         return {"text": self.text, "image": self.image, "sparse": self.sparse, "video": self.video}[task]
 
 

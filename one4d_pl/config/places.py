@@ -1,4 +1,4 @@
-"""Where a base, an adapter and shards lie, and whether they are there."""
+"""Where a base, an adapter and shards lie, and whether they exist."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from one4d_pl.config.run import Config
 DIFFUSERS_MARK = "model_index.json"  # a base in diffusers layout holds it
 ORIGINAL_MARK = "Wan2.1_VAE.pth"  # a base in the layout of Wan-AI and VideoX-Fun holds it
 ASSETS = Path(__file__).parents[1] / "assets"
-CONFIGS = Path(__file__).parents[1] / "configs"  # the repository's, which a wheel brings along
-DEMO_ADAPTERS = ASSETS / "demo_adapters"  # of the embedded base, trained on the toy world
+CONFIGS = Path(__file__).parents[1] / "configs"  # the repository's; a wheel holds a copy
+DEMO_ADAPTERS = ASSETS / "demo_adapters"  # for the embedded base, trained on the toy world
 
 
 def config_file(name: str) -> Path:
-    """Find a yaml file: as named, else configs/... among those that the package brings, so that any folder will do."""
+    """Find a yaml file: as named, else, from any folder, configs/... among the package's own."""
     path = Path(name)
     shipped = CONFIGS.joinpath(*path.parts[1:])
     return shipped if not path.exists() and path.parts[:1] == ("configs",) and shipped.is_file() else path
 
 
 def check_paths(config: Config) -> None:
-    """Fail at once, before torch is imported, if a folder that `fit` cannot make is missing."""
+    """Raise ConfigError where a folder is missing that `fit` cannot make; nothing imports torch."""
     if not holds_base(config.base.path):
         raise ConfigError(
             f"base.path: no base at {config.base.path} (neither {DIFFUSERS_MARK} nor {ORIGINAL_MARK}); get it with "
@@ -50,18 +50,18 @@ def check_paths(config: Config) -> None:
 
 
 def initial_adapters(config: Config) -> Path | None:
-    """Find the adapter folder that training starts from; None = it starts from scratch."""
+    """Return the adapter folder that training starts from; None = it starts from scratch."""
     name = config.train.init_from
     return DEMO_ADAPTERS if name == EMBEDDED_BASE else Path(name) if name else None
 
 
 def base_folder(path: str) -> Path:
-    """Where a base that is no hub id lies."""
+    """Return the folder that a base.path other than a hub id means."""
     return ASSETS / "tiny_wan" if path == EMBEDDED_BASE else Path(path)
 
 
 def holds_base(path: str) -> bool:
-    """Whether `path` is a folder in a known layout or a hub id in the local cache."""
+    """Tell whether `path` is a folder in a known layout or a hub id in the local cache."""
     marks = (DIFFUSERS_MARK, ORIGINAL_MARK)
     if base_folder(path).is_dir():
         return any((base_folder(path) / mark).is_file() for mark in marks)
@@ -70,5 +70,5 @@ def holds_base(path: str) -> bool:
 
     try:
         return any(isinstance(try_to_load_from_cache(path, mark), str) for mark in marks)
-    except HFValidationError:  # no hub id
+    except HFValidationError:  # not a hub id
         return False

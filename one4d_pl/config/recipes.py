@@ -1,4 +1,4 @@
-"""Is what lies there made as it would be made now? One comparison for checkpoints, shards, encodings and studies."""
+"""The one comparison of stored settings with today's: checkpoints, shards, encodings, studies."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that is not what it was."""
+    """A setting whose value is not the stored one."""
 
     key: str
     stored: object
@@ -19,7 +19,7 @@ class Change:
 
 
 def flatten(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
-    """section.key -> value, of a config's `as_dict`."""
+    """Flatten a tree of sections, as `as_dict` gives it, to section.key -> value."""
     flat: dict[str, object] = {}
     for key, value in tree.items():
         if isinstance(value, dict):
@@ -39,8 +39,8 @@ def changes(
 
     Args:
         stored, now: key -> value.
-        defaults: of settings that are younger than what is stored: what was done before there was a choice.
-        ignore: tells the keys that do not matter.
+        defaults: values of settings that did not exist yet when the recipe was stored.
+        ignore: tells whether a key does not matter.
     """
     was = {**(defaults or {}), **stored}
     return [

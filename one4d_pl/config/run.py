@@ -9,25 +9,27 @@ from pathlib import Path
 from one4d_pl.config.checks import ConfigError, check, knob, refuse
 from one4d_pl.config.model import NATIVE_ATTENTION, BaseConfig, DLCConfig, FlowConfig, MaskingConfig, SamplerConfig
 
-TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four (protocol: T = 4k + 1)
-TOY_LEVELS = ("hard", "clear")  # toy/levels.py tells what they are
+TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four, so T = 4k + 1
+TOY_LEVELS = ("hard", "clear")  # described in toy/levels.py
 CHECKPOINTING = ("none", "full", "selective")
 
 
 @dataclass
 class OptimConfig:
-    """AdamW, warm-up, then constant (paper.md sec. 8) with a linear cooldown at the end where asked for."""
+    """AdamW with a warm-up, a constant learning rate and, if asked for, a linear cooldown.
+
+    The paper gives lr alone; the other values are those of 4DNeX and VideoX-Fun.
+    """
 
     lr: float = knob(1e-4, above=0)  # One4D, sec. 4.1
-    # the links' lr is lr * min(1, link_lr_width / D); nano, open: link_lr_quarter (a quarter of lr) learns 6 % faster
-    link_lr_width: int = knob(1280, low=1)
+    link_lr_width: int = knob(1280, low=1)  # the links' lr is lr * min(1, link_lr_width / D)
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = knob(1e-4, low=0)
     warmup_steps: int = knob(100, low=0)
-    # the lr falls to 0 over the last so many steps; 0 = constant, as the paper; may change until it has begun
+    # the lr falls to 0 over so many last steps; 0 = constant; may change until the fall has begun
     cooldown_steps: int = knob(0, low=0, may_change=True)
     grad_clip: float = knob(1.0, low=0)  # norm over all trainables
-    # validate, sample and export an exponential moving average of the trainables, and keep both; 0 = off
+    # validate, sample and export an exponential moving average of the trainables; 0 = off
     ema_decay: float = 0.0
 
     def __post_init__(self) -> None:
@@ -48,12 +50,14 @@ class SourceConfig:
 
 @dataclass
 class ToyConfig:
-    """The procedural world; `fit` writes it as shards at `root`/{train_synthetic,train_real,val} where absent."""
+    """The procedural toy world.
+
+    `fit` writes it as shards at `root`/{train_synthetic,train_real,val} where absent.
+    """
 
     root: str = "data/toy"
-    level: str = knob(
-        "hard", one_of=TOY_LEVELS
-    )  # clear: narrow depth, one lens, few large things, air between; an hour of training suffices
+    # clear: narrow depth, one lens, few large things far apart; an hour of training suffices
+    level: str = knob("hard", one_of=TOY_LEVELS)
     train_synthetic: int = knob(192, low=0)  # clips
     train_real: int = knob(64, low=0)  # clips with sensor noise, holes and pseudo cameras
     val: int = knob(32, low=0)  # clips, synthetic
@@ -63,7 +67,7 @@ class ToyConfig:
         check("data.toy", self)
 
     def folders(self) -> list[Path]:
-        """The shard folders that `fit` writes."""
+        """List the shard folders that `fit` writes."""
         counts = {"train_synthetic": self.train_synthetic, "train_real": self.train_real, "val": self.val}
         return [Path(self.root) / split for split, count in counts.items() if count]
 
@@ -78,20 +82,18 @@ class DataConfig:
     num_frames: int = 17  # 4k + 1, 9 .. 81; longer clips are cut to their first frames
     height: int = 64
     width: int = 96
-    # valid depth ends at far_limit x the clip's median distance (design.md, Normalisation); nano, open: far_limit_5 and
-    # z_offset cannot be told from ours
+    # depth beyond far_limit x the clip's median distance is not valid (geometry/pointmap.py)
     far_limit: float = 10.0
     z_offset: bool = False  # move the normalisation's centre along z
-    # distances r from camera 0 are r ** power to the VAE: below 1 near points get room; nano, open: see
-    # dlc.standardise_xyz
+    # the VAE sees r ** power for a distance r from camera 0: below 1, near points get more room
     pointmap_power: float = 1.0
     block_shards: int = knob(8, low=1)  # samples are shuffled inside blocks of this many shards
     num_workers: int = knob(2, low=0, may_change=True)
     # encode clips once and keep the latents beside the shards; local shards only
     cache_latents: bool = knob(True, may_change=True)
-    # folder of a node's own disk for what is read of remote shards; null = kept nowhere
+    # folder on a node's own disk that keeps what is read of remote shards; null = nothing is kept
     cache_dir: str | None = knob(None, may_change=True)
-    # GiB that cache_dir may take, over all processes of the node; the oldest reads go first
+    # GiB that a node's processes may keep there together; what was used longest ago goes first
     cache_gib: float = knob(100.0, above=0, may_change=True)
     max_skip_share: float = knob(0.05, low=0, high=1, may_change=True)  # broken samples beyond this share stop the run
 
@@ -133,7 +135,7 @@ class TrainConfig:
     # auto: GPUs where there are any, else the CPU; gpu: without one, nothing starts
     accelerator: str = knob("auto", one_of=("auto", "gpu"), may_change=True)
     precision: str = knob("32-true", one_of=("32-true", "bf16-mixed"))  # trainables and optimiser stay float32
-    # full: blocks run again in the backward pass; selective: less self-attention
+    # full: blocks run again in the backward pass; selective: all of a block but self-attention
     activation_checkpointing: str = knob("none", may_change=True)
     # torch.compile of the blocks: needs a C++ compiler, or Triton's on a GPU
     compile: bool = knob(False, may_change=True)
@@ -146,14 +148,15 @@ class TrainConfig:
     keep_last: int = knob(2, low=1, may_change=True)  # newest checkpoints kept
     keep_best: int = knob(1, low=0, may_change=True)  # checkpoints with the lowest validation loss kept besides
     log_every: int = knob(10, low=1, may_change=True)
-    # without a pass through the transformer: write the stacks, exit with 76; 0 = wait on
+    # minutes without a pass through the transformer, then fit writes all stacks and exits with 76;
+    # 0 = wait for ever
     hang_minutes: float = knob(20.0, low=0, may_change=True)
-    # in a row without a new checkpoint, then fit refuses to start; 0 = no limit
+    # restarts in a row without a new checkpoint, after which fit refuses to start; 0 = no limit
     max_restarts: int = knob(5, low=0, may_change=True)
 
     def __post_init__(self) -> None:
         check("train", self)
-        # what yaml's true and false become here: the knob was a switch once
+        # older configs have yaml's true or false here, which omegaconf turns into these texts
         switch = {"True": "full", "False": "none"}
         self.activation_checkpointing = switch.get(self.activation_checkpointing, self.activation_checkpointing)
         refuse("train.activation_checkpointing", self.activation_checkpointing, one_of=CHECKPOINTING)
@@ -179,17 +182,18 @@ class TrainConfig:
 
     @property
     def world_size(self) -> int:
+        """Return the number of processes."""
         return self.num_nodes * self.devices
 
     @property
     def accumulation(self) -> int:
-        """Forward passes per optimiser step and rank."""
+        """Return the number of forward passes per optimiser step and rank."""
         return self.global_batch_size // (self.world_size * self.micro_batch_size)
 
 
 @dataclass
 class ValConfig:
-    """`val/loss/*` at fixed sigmas, noise and frame masks, so that curves of different runs compare."""
+    """Validation losses at fixed sigmas, noise and frame masks, so that runs can be compared."""
 
     every: int = knob(250, low=1)  # optimiser steps
     clips: int = knob(8, low=1)
@@ -203,13 +207,16 @@ class ValConfig:
 
 @dataclass
 class EvalConfig:
-    """Scenes sampled while training; `every: 0` switches metrics and pictures off, `video_every: 0` the distance."""
+    """Scenes sampled while training.
+
+    `every: 0` switches metrics and pictures off, `video_every: 0` the Fréchet distance.
+    """
 
     every: int = knob(500, low=0)  # optimiser steps; rounded up to the next validation
     clips: int = knob(8, low=1)  # of the validation set, over all ranks; the tasks take turns
     steps: int = knob(20, low=1)  # of the sampler: a look, not the final quality
     video_every: int = knob(2000, low=0)  # optimiser steps between Fréchet distances; rounded up as `every`
-    # of the validation set, over all ranks; more than the VAE's 48 features, or it is biased
+    # of the validation set, over all ranks; as few as the VAE's 48 features would bias the distance
     video_clips: int = knob(64, low=2)
     i3d: str | None = None  # TorchScript I3D: val/video/fvd; null = the base's VAE: val/video/fd_vae
 
@@ -222,7 +229,7 @@ class Config:
     """The whole run; configs/dlc.yaml is the method, scale/*.yaml and data/*.yaml the rest."""
 
     run_dir: str = knob("runs/dlc", may_change=True)
-    scale: str = knob("tiny", may_change=True)  # name only: said in the first log line
+    scale: str = knob("tiny", may_change=True)  # a name only, printed in the first log line
     base: BaseConfig = field(default_factory=BaseConfig)
     dlc: DLCConfig = field(default_factory=DLCConfig)
     masking: MaskingConfig = field(default_factory=MaskingConfig)
@@ -248,6 +255,6 @@ class Config:
 
 
 def legal_worlds(global_batch_size: int, micro_batch_size: int) -> list[int]:
-    """Numbers of processes whose micro batches add up to the global batch."""
+    """List the numbers of processes whose micro batches add up to the global batch."""
     per_world = global_batch_size // micro_batch_size
     return [world for world in range(1, per_world + 1) if per_world % world == 0]
