@@ -1,8 +1,11 @@
-"""The user's error: what a command answers with one line and exit code 2, where a bug of ours stays a traceback.
+"""The user's error: a command answers it with one line and exit code 2.
 
-What files and file systems raise has many types: the system's, those of each format, those of each library. `reading`
-and `writing` are the one place where they become a UserError that names the file. They stand around what opens and
-parses a file, or writes one, and nothing else: a bug of ours inside would be told as the file's fault.
+A bug of ours stays a traceback.
+
+Files and file systems raise errors of many types: the system's, each format's, each library's.
+`reading` and `writing` are the one place that turns them into a UserError which names the file.
+They stand around the code that opens and parses a file, or writes one, and around nothing else: a
+bug of ours inside them would be blamed on the file.
 """
 
 from __future__ import annotations
@@ -20,15 +23,18 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LFS_POINTER, LFS_HINT = b"version https://git-lfs", "a git-lfs pointer, not the file itself; get it with: git lfs pull"
-# of a file that is not what its name says; KeyError, TypeError and the like: of a tree of another shape
+# raised by a file that is not what its name says; KeyError, TypeError and the like by json of
+# another shape than ours
 UNREADABLE = (
     OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
     SyntaxError, NotImplementedError, RuntimeError, csv.Error, struct.error, tarfile.TarError, zipfile.BadZipFile,
     zlib.error, tokenize.TokenError,
 )  # fmt: skip
-LIBRARIES = ("PIL", "av", "safetensors", "yaml")  # whose own errors are about the file; by name: they are heavy
+# libraries whose own errors are about the file; named, not imported, since importing them takes
+# long
+LIBRARIES = ("PIL", "av", "safetensors", "yaml")
 
-# states of a file system, met where nothing more can be said about them; never a bug of ours
+# errors of the file system that are never a bug of ours, wherever they are met
 FILE_SYSTEM = {
     errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ENOTDIR,
     errno.ENAMETOOLONG, errno.ELOOP,
@@ -36,16 +42,22 @@ FILE_SYSTEM = {
 
 
 class UserError(ValueError):
-    """A mistake of the user, or a file that cannot be used; one line that names it and says what would work."""
+    """A mistake of the user, or a file that cannot be used.
+
+    One line that names it and says what would work.
+    """
 
 
 class RunFailed(RuntimeError):
-    """A training cannot go on, for a reason that one line says whole: exit code 1 without a traceback."""
+    """A training that cannot go on for a reason that one line tells: exit code 1, no traceback."""
 
 
 @contextlib.contextmanager
 def reading(path: Path | str, need: str = "") -> Iterator[None]:
-    """Turn what opening and parsing a file or folder raises into a UserError that names it, and what is needed."""
+    """Turn errors of opening and parsing a file or folder into a UserError.
+
+    It names the file and what is needed instead.
+    """
     try:
         yield
     except UserError:
@@ -58,9 +70,10 @@ def reading(path: Path | str, need: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path | str, option: str = "") -> Iterator[None]:
-    """Turn what writing a file or folder raises into a UserError that names it, and the option that chose it.
+    """Turn errors of writing a file or folder into a UserError that names it and its option.
 
-    FileNotFoundError stays: the folder has vanished, and who works with others in it knows why.
+    FileNotFoundError stays as it is: the folder has vanished. Code that shares it with other
+    processes knows why.
     """
     try:
         yield
@@ -73,7 +86,7 @@ def writing(path: Path | str, option: str = "") -> Iterator[None]:
 
 
 def fault_of(path: Path | str, error: Exception) -> str:
-    """Say why a file cannot be read; a pointer that git-lfs has left in its place is called by its name."""
+    """Say why a file cannot be read; where git-lfs has left a pointer in its place, say that."""
     if is_lfs_pointer(path):
         return LFS_HINT
     if isinstance(error, UnicodeError):
@@ -82,7 +95,7 @@ def fault_of(path: Path | str, error: Exception) -> str:
 
 
 def is_lfs_pointer(path: Path | str) -> bool:
-    """Tell whether a file is what git-lfs leaves where a large file was not fetched."""
+    """Tell whether a file is the pointer that git-lfs leaves where a large file was not fetched."""
     try:
         with open(path, "rb") as file:
             return file.read(len(LFS_POINTER)) == LFS_POINTER
@@ -91,8 +104,8 @@ def is_lfs_pointer(path: Path | str) -> bool:
 
 
 def reason_of(error: Exception) -> str:
-    """Give the text of an error on one line, without what only programmers read."""
-    if reason := getattr(error, "strerror", None):  # of the system, or of FFmpeg
+    """Return the text of an error on one line, without what only programmers read."""
+    if reason := getattr(error, "strerror", None):  # an error of the system, or of FFmpeg
         return str(reason)
     no_space = os.strerror(errno.ENOSPC)
     if no_space in str(error) or (isinstance(error, OSError) and "requested and" in str(error)):  # NumPy's

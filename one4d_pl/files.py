@@ -1,7 +1,8 @@
 """Files and folders that appear whole or not at all, with the modes that the umask asks for.
 
-What is being made lies beside its place under a hidden name, is flushed to the disk and renamed. A full disk, an error
-or Ctrl-C leaves what was there before, and nothing else. What the file system refuses is a UserError that names it.
+A new file or folder is made beside its final place under a hidden name, flushed to the disk and
+renamed. A full disk, an error or Ctrl-C leaves what was there before, and nothing else. Where the
+file system refuses, UserError names the path.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from pathlib import Path
 from one4d_pl.errors import UserError, reading, writing
 from one4d_pl.interrupts import at_interrupt, uninterrupted
 
-_making: set[Path] = set()  # folders that will appear as a whole: files inside need no care of their own
+_making: set[Path] = set()  # folders that will be renamed as a whole: their files need no temporary name
 
 
 @contextlib.contextmanager
 def temporary(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """Yield a hidden name beside `path` (or in `folder`, on the same file system); remove at the end what has it."""
+    """Yield a hidden name beside `path` (or in `folder`, on the same file system).
+
+    At the end whatever still has that name is removed.
+    """
     staging = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
 
     def remove() -> None:
@@ -42,9 +46,12 @@ def temporary(path: Path, folder: Path | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """Yield the name to write under; at the end move the file to `path`, whose folder is made if need be.
+    """Yield the name to write under.
 
-    With `folder` (on the same file system) it lies there until then, and FileNotFoundError says that one is absent.
+    At the end move the file to `path`, whose folder is made if need be.
+
+    With `folder` (on the same file system) the file lies there until then; FileNotFoundError where
+    one of the two folders is absent.
     """
     if folder is None:
         with writing(path):
@@ -79,7 +86,10 @@ def write_json(path: Path, tree: object) -> None:
 
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder to fill; at the end move it to `path`, which must not be there or be empty."""
+    """Yield a new folder to fill.
+
+    At the end move it to `path`, which must not be there or be empty.
+    """
     with writing(path), temporary(path) as staging:
         staging.mkdir(parents=True)
         with _in_making(staging):
@@ -90,16 +100,18 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replaced_folder(path: Path, names: Collection[str] | None = None, last: str = "") -> Iterator[Path]:
-    """Yield a folder to fill; at the end its contents replace those of `path`, the file `last` after the others.
+    """Yield a folder to fill.
 
-    `names` (default: all) are the contents that go; what else lies in `path` stays. `path` itself stays, so it may be a
-    mount point or a link. Until the new contents are whole the old ones are untouched, and a folder that was not there
-    is not made.
+    At the end its contents replace those of `path`, the file `last` after the others.
+
+    `names` (default: all) are the contents that are replaced; what else lies in `path` stays.
+    `path` itself stays, so it may be a mount point or a link. The old contents are untouched until
+    the new ones are whole; after an error a folder that was not there before is not there either.
     """
     with writing(path):
         absent = not path.exists()
         path.mkdir(parents=True, exist_ok=True)
-    for left in (*path.glob(".new.*.tmp"), *path.glob(".old.*.tmp")):  # by a process that was killed
+    for left in (*path.glob(".new.*.tmp"), *path.glob(".old.*.tmp")):  # left by a process that was killed
         shutil.rmtree(left, ignore_errors=True)
     try:
         with writing(path), temporary(path / "new") as staging, temporary(path / "old") as old:
@@ -121,7 +133,7 @@ def replaced_folder(path: Path, names: Collection[str] | None = None, last: str 
 
 
 def read_text(path: Path) -> str:
-    """Read a text file in UTF-8, with or without a byte order mark; UserError names one that is none."""
+    """Read a text file in UTF-8, byte order mark or not; UserError where it is not one."""
     with reading(path):
         content = path.read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
@@ -130,14 +142,17 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> object:
-    """Read a json file; UserError names one that is none."""
+    """Read a json file; UserError where it is not one."""
     text = read_text(path)
     with reading(path, "json"):
         return json.loads(text)
 
 
 def check_folder(path: Path, option: str, advice: str = "") -> None:
-    """Raise UserError where a folder cannot be made or written, before hours of work end there; leave no trace."""
+    """Raise UserError where a folder cannot be made or written, before hours of work are spent.
+
+    Leave no trace.
+    """
     place = path
     try:
         while not os.path.lexists(place) and place != place.parent:
@@ -147,7 +162,7 @@ def check_folder(path: Path, option: str, advice: str = "") -> None:
             raise UserError(f"{option}: cannot write {path} ({place} is a {kind}); {advice or 'name a folder'}")
         with temporary(place / path.name) as probe:
             probe.mkdir()
-            if place != path:  # a name may be too long
+            if place != path:  # its name may be too long
                 (probe / path.name).mkdir()
             with open(probe / "byte", "wb") as file:  # a full disk takes a folder, but no byte
                 file.write(b"0")
@@ -156,7 +171,7 @@ def check_folder(path: Path, option: str, advice: str = "") -> None:
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to the disk: a rename must not outlive the bytes it promises."""
+    """Flush a file or folder to the disk: no power cut may leave a renamed file without bytes."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,20 +189,23 @@ def _in_making(folder: Path) -> Iterator[None]:
 
 
 def _touch(path: Path) -> int:
-    """Make an empty file; return its mode, which the umask and the folder decide."""
+    """Make an empty file; return its permission bits, which the umask and the folder decide."""
     path.touch(exist_ok=False)
     return path.stat().st_mode & 0o777
 
 
 def _settle(path: Path, mode: int) -> None:
-    """Give a file its mode, which some writers narrow to its owner, and flush it."""
+    """Give a file its permission bits, which some libraries narrow to the owner, and flush it."""
     if path.stat().st_mode & 0o777 != mode:
         path.chmod(mode)
     sync(path)
 
 
 def settle(folder: Path) -> None:
-    """Give every file below a folder the mode that the folder's umask has, and flush them: before a rename."""
+    """Give every file below a folder the folder's permission bits and flush it.
+
+    To be called before a rename.
+    """
     mode = folder.stat().st_mode & 0o666
     for parent, _, names in os.walk(folder):
         for name in names:

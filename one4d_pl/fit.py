@@ -49,7 +49,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Check everything that needs no torch, then train; the exit code (training/signals.py)."""
+    """Check what needs no torch, then train; return the exit code (cluster/signals.py)."""
     config = load_config(args.config, args.overrides)
     if args.print_config:
         print(to_yaml(config), end="")
@@ -66,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _fit_counted(config: Config, rank: int) -> int:
-    """`fit`, with what its end says about another start; returns the exit code."""
+    """Run `fit` and note, for the next start, how it ended; return the exit code."""
 
     def forget() -> None:
         if rank == 0:
@@ -77,9 +77,9 @@ def _fit_counted(config: Config, rank: int) -> int:
             code = fit(config, STOP)
         reason = f"exit code {code}" if code else ""
     except (KeyboardInterrupt, SystemExit):  # SystemExit: Lightning's, after a KeyboardInterrupt
-        forget()  # somebody is there and looks at it
+        forget()  # a person stopped it: the restart limit is for runs that nobody watches
         return INTERRUPTED
-    except RunFailed as failure:  # the same on every rank
+    except RunFailed as failure:  # every rank raises the same: one line is enough
         if rank == 0:
             print(f"error: {failure}", file=sys.stderr)
         code, reason = 1, str(failure)[:300]
@@ -97,8 +97,8 @@ def _fit_counted(config: Config, rank: int) -> int:
 def is_mistake(error: Exception, training: bool) -> bool:
     """Tell whether the user has to act before another start can work.
 
-    A store or disk that fails while the run trains may be well again at the next start; a knob, a
-    broken clip or a lost shard will not.
+    A store or disk that fails while the run trains may work again at the next start; a wrong knob,
+    a broken clip or a lost shard will not.
     """
     from one4d_pl.data.shards import SampleError, ShardSetError, StoreError
 
@@ -108,14 +108,14 @@ def is_mistake(error: Exception, training: bool) -> bool:
 
 
 def fit(config: Config, stop: Stop | None = None) -> int:
-    """Prepare the data where absent, resume where a checkpoint lies, train to train.max_steps or until `stop`.
+    """Prepare the data, resume where a checkpoint lies, train to train.max_steps or until `stop`.
 
-    Returns 0, or on rank 0 the exit code for what made it stop early, after a checkpoint and the
-    marker.
+    Returns 0. Where a signal has stopped it early, it has written a checkpoint and the marker file,
+    and returns that signal's exit code on rank 0.
     """
     stop = Stop() if stop is None else stop
     _quieten()
-    # before torch loads OpenMP: threads that spin while waiting make a busy machine ten times
+    # before torch loads OpenMP: threads that spin while they wait make a busy machine ten times
     # slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -150,7 +150,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         log.warning("the tiny scale on %d GPUs: did you mean %s ?", torch.cuda.device_count(), LARGE_SCALE)
     if mismatch := driver_mismatch():
         log.warning("%s", mismatch)
-    transformers.utils.logging.disable_progress_bar()  # a bar per file that is opened hides ours
+    transformers.utils.logging.disable_progress_bar()  # it draws one per file that is opened, over ours
     limit_threads(config)
     lightning.seed_everything(config.train.seed, verbose=False)
     if not config.train.resume:
@@ -196,13 +196,16 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         log.info("stopped by %s; the same command goes on from there", stopped)
         return exit_code(stopped.number) if trainer.is_global_zero else 0
     finally:
-        checkpoint.writer.wait()  # a checkpoint at work is finished, whatever ended the run
+        checkpoint.writer.wait()  # a checkpoint that is being written is finished, whatever ended the run
     log.info("adapter: %s; trainables %s", config.run_dir, describe_sizes(module.transformer.parameter_counts()))
     return 0
 
 
 def training_data(config: Config, on_progress: Callable[[], None] = lambda: None) -> One4DDataModule:
-    """The run's clips; its encoders are opened only where some are not encoded yet."""
+    """Return the run's data module.
+
+    Its encoders are opened only where some clips are not encoded yet.
+    """
     from one4d_pl.data.datamodule import One4DDataModule
     from one4d_pl.models.clip_encoder import FrozenClipEncoder
     from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
@@ -212,7 +215,10 @@ def training_data(config: Config, on_progress: Callable[[], None] = lambda: None
 
 
 def scene_callbacks(config: EvalConfig) -> list[Callback]:
-    """What samples, measures and draws scenes while training; nothing where its cadence is 0."""
+    """Build the callbacks that sample, measure and draw scenes while training.
+
+    None where their interval is 0.
+    """
     from one4d_pl.callbacks.geometry_eval import GeometryEval
     from one4d_pl.callbacks.scene_samples import SceneSamples
     from one4d_pl.callbacks.video_eval import VideoEval
@@ -228,7 +234,7 @@ def scene_callbacks(config: EvalConfig) -> list[Callback]:
 
 
 def _quieten() -> None:
-    """Silence what other libraries say on every start and no user can act on."""
+    """Silence messages that other libraries print on every start and that no user can act on."""
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "httpx"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")

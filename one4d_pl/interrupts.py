@@ -1,13 +1,17 @@
-"""Ctrl-C: the process ends where it is, with exit code 130, no traceback, no child and nothing half-written.
+"""Ctrl-C: the process ends at once with exit code 130.
 
-A KeyboardInterrupt would have to travel through imports, C extensions and other people's `except:`, which swallow it,
-print it or make another error of it. So SIGINT raises nothing:
+No traceback, no child, no half-written file.
 
-1. `watch` blocks it in the main thread; later threads and processes inherit that. Ctrl-C goes to every process of a
-   terminal, and children would print a traceback each.
-2. One thread waits for it. It lets the main thread stop at its next bytecode, outside `uninterrupted` sections.
-3. Then nothing of ours runs any more: what `at_interrupt` has registered is undone, children are ended, and the
-   process leaves without unwinding. A second Ctrl-C gives that one second, a third none.
+A KeyboardInterrupt would have to pass through imports, C extensions and other people's `except:`,
+which swallow it, print it or turn it into another error. So SIGINT raises nothing:
+
+1. `watch` blocks it in the main thread; later threads and processes inherit that. Ctrl-C goes to
+   every process of a terminal, and children would print a traceback each.
+2. One thread waits for it. It lets the main thread stop at its next bytecode, outside
+   `uninterrupted` sections.
+3. Then nothing of ours runs any more: what `at_interrupt` has registered is called, children are
+   ended, and the process exits without unwinding the stack. After a second Ctrl-C all that has one
+   second; a third exits at once.
 """
 
 from __future__ import annotations
@@ -23,22 +27,27 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import NoReturn
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
-STOP_S = 0.5  # for the main thread to stop; one in a long call of C is left there, it stops when it comes back
-CHILDREN_S = 3.0  # for children to end after SIGTERM, then SIGKILL
-UNDO_S, HURRY_S = 120.0, 1.0  # for everything together; after a second Ctrl-C
+INTERRUPTED = 130  # exit code 128 + SIGINT, as in shells
+# how long to wait for the main thread to stop; inside a long call of C it is left, and stops when
+# that returns
+STOP_S = 0.5
+CHILDREN_S = 3.0  # how long children may take to end after SIGTERM; then SIGKILL
+UNDO_S, HURRY_S = 120.0, 1.0  # for all of the ending; the same after a second Ctrl-C
 
 _undo: dict[object, Callable[[], object]] = {}
 _section = threading.RLock()
-_sections = 0  # open ones
+_sections = 0  # how many `uninterrupted` sections are open, nested ones counted
 _ending, _hurried, _stopped = threading.Event(), threading.Event(), threading.Event()
 _watcher: threading.Thread | None = None
 
 
 def watch() -> None:
-    """Let Ctrl-C end this process from now on; call it in the main thread before heavy imports start threads."""
+    """Let Ctrl-C end this process from now on.
+
+    Call it in the main thread before heavy imports start threads.
+    """
     global _watcher
-    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell: Ctrl-C is not for it
         return
     prepare()
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -47,12 +56,18 @@ def watch() -> None:
 
 
 def prepare() -> None:
-    """Let `end` be able to stop the main thread, which calls this; a SIGINT alone stays a KeyboardInterrupt."""
+    """Install the handler by which `end` stops the main thread; call it in that thread.
+
+    Until `watch` or `end` is called, a SIGINT stays a KeyboardInterrupt.
+    """
     signal.signal(signal.SIGINT, _on_interrupt)
 
 
 def before_workers() -> None:
-    """Start multiprocessing's resource tracker, which unblocks SIGINT, and block it again; call it before workers."""
+    """Start multiprocessing's resource tracker, which unblocks SIGINT, and block SIGINT again.
+
+    To be called before workers are started.
+    """
     from multiprocessing import resource_tracker
 
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -61,13 +76,13 @@ def before_workers() -> None:
 
 
 def follow_parent() -> None:
-    """End this worker process when its parent does, however that ends, or when that terminates it; undo as `end`."""
+    """End this worker process, as `end` does, when its parent ends or terminates it."""
     import multiprocessing
 
     parent = multiprocessing.parent_process()
     assert parent is not None
     prepare()
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the parent decides
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # Ctrl-C reaches the parent too, which decides
     signal.signal(signal.SIGTERM, lambda number, frame: end())
 
     def follow() -> None:
@@ -79,7 +94,7 @@ def follow_parent() -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let an interrupt wait for a short section: several renames, or a child that is started and noted down."""
+    """Make interrupts wait for a short section: some renames, or the start of a child."""
     global _sections
     with _section:
         _sections += 1
@@ -93,7 +108,10 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_interrupt(undo: Callable[[], object]) -> Iterator[None]:
-    """Let an interrupt inside call `undo` (in another thread, the last one first); after it nothing of ours runs."""
+    """Register `undo` for this section: an interrupt inside it calls it, from another thread.
+
+    What was registered last is called first; no other code of ours runs any more.
+    """
     key = object()
     _undo[key] = undo
     try:
@@ -103,7 +121,10 @@ def at_interrupt(undo: Callable[[], object]) -> Iterator[None]:
 
 
 def end(message: str = "") -> None:
-    """Begin to end: stop the main thread, undo, end the children, leave with code 130. Called again: hurry."""
+    """End the process with code 130, in the steps of the module's docstring.
+
+    A second call shortens the wait to a second; a third exits at once.
+    """
     if _hurried.is_set():
         os._exit(INTERRUPTED)
     elif _ending.is_set():
@@ -122,7 +143,7 @@ def _leave(message: str) -> NoReturn:
     if message:
         with contextlib.suppress(OSError):
             os.write(2, f"\n{message}\n".encode())
-    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # what other threads make of it is of no interest
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # other threads may print tracebacks from here on; nobody needs them
     for undo in reversed(list(_undo.values())):
         with contextlib.suppress(Exception):
             undo()
@@ -143,14 +164,15 @@ def _leave_after(seconds: float) -> None:
 
 
 def _on_interrupt(number: int, frame: FrameType | None) -> None:
-    """Handle SIGINT; Python calls this in the main thread, between two bytecodes."""
+    """Handle SIGINT, which Python does in the main thread, between two bytecodes."""
     if _stopped.is_set():
         end()
     elif _ending.is_set():
         if not _sections:
             _stop()
     elif _watcher is not None and _watcher.ident is not None:
-        signal.pthread_kill(_watcher.ident, signal.SIGINT)  # it came to a thread older than `watch`
+        # the signal reached a thread that was started before `watch` and does not block it
+        signal.pthread_kill(_watcher.ident, signal.SIGINT)
     else:
         raise KeyboardInterrupt
 
@@ -162,7 +184,7 @@ def _stop() -> NoReturn:
 
 
 def _end_children() -> None:
-    """End multiprocessing's children, and free their semaphores, which its tracker would complain about."""
+    """End multiprocessing's children; free their semaphores, of which its tracker would warn."""
     multiprocessing, util = sys.modules.get("multiprocessing"), sys.modules.get("multiprocessing.util")
     if multiprocessing is None or util is None:
         return
@@ -177,7 +199,10 @@ def _end_children() -> None:
 
 
 def _bounded(work: Callable[[], object]) -> None:
-    """Do a step, for a second at most: a lock that the stopped main thread holds may keep it from ever ending."""
+    """Run `work` for a second at most.
+
+    The stopped main thread may hold a lock that it waits for.
+    """
 
     def quietly() -> None:
         with contextlib.suppress(Exception):
@@ -193,7 +218,7 @@ def _in_thread(work: Callable[[], object]) -> threading.Thread:
 
 
 def _forget() -> None:
-    """Forget, in a forked child, what is its parent's: what is to be undone, and the thread that waits."""
+    """Forget, in a forked child, the parent's registered functions and its waiting thread."""
     global _section, _sections, _watcher
     _undo.clear()
     _section, _sections, _watcher = threading.RLock(), 0, None

@@ -25,7 +25,10 @@ Record = TypeVar("Record", "PointmapScale", "Encoded", "Batch")
 
 @dataclass(frozen=True)
 class Clip:
-    """One raw sample, the only schema training knows; every dataset's oddities die in data_prep/sources."""
+    """One raw sample, the only schema that training knows.
+
+    data_prep/sources brings every dataset into it.
+    """
 
     key: str  # unique within its source, safe as a file name
     frames: Tensor  # [T, H, W, 3] uint8, sRGB
@@ -47,19 +50,22 @@ class Clip:
 
 @dataclass(frozen=True)
 class PointmapScale:
-    """The similarity between camera-0 coordinates and the normalised cube: x = (x_cam0 - (0, 0, offset)) / scale."""
+    """The similarity from camera-0 coordinates to the normalised cube.
+
+    x = (x_cam0 - (0, 0, offset)) / scale.
+    """
 
     scale: Tensor  # [...], one for all axes, same unit as depth
     offset: Tensor  # [...], along z only; 0 unless the normalisation's switch is on
 
     def to(self, device: torch.device | str) -> PointmapScale:
-        """The same similarity on `device`."""
+        """Return the same similarity on `device`."""
         return _with_tensors(self, lambda tensor: tensor.to(device))
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the frozen encoders say of one clip, cached beside its shard."""
+    """What the frozen encoders make of one clip, cached beside its shard."""
 
     latents: Tensor  # [2, C, t, h, w] normalised posterior modes of frames and pointmap
     prompt_embeds: Tensor  # [n, D], not padded; of the caption, or of the empty prompt where it was dropped
@@ -108,22 +114,28 @@ class Batch:
     captions: tuple[str, ...]
     encoded: tuple[Encoded, ...] | None  # one per sample
     skipped: tuple[str, ...]
-    counted: Tensor  # [B] bool, 0 = seen elsewhere already: takes every forward pass, enters no metric
+    counted: Tensor  # [B] bool, 0 = shown a second time: takes part in every forward pass, enters no metric
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch on `device` (strings stay); pinned tensors are copied while the CPU goes on."""
+        """Return the same batch on `device` (strings stay).
+
+        Pinned tensors are copied while the CPU goes on.
+        """
         return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """The same batch in page-locked memory; torch's DataLoader calls it where there is a GPU, in its own thread."""
+        """Return the same batch in page-locked memory.
+
+        Where there is a GPU, torch's DataLoader calls this in a thread of its own.
+        """
         return _with_tensors(self, Tensor.pin_memory)
 
 
 def _with_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
-    """The same record with every tensor changed, those of the records inside it too."""
+    """Return the same record with every tensor changed, those of the records inside it too."""
     values = {f.name: getattr(record, f.name) for f in fields(record)}
     for name, value in values.items():
         if isinstance(value, Tensor):

@@ -1,4 +1,7 @@
-"""Flow matching in Wan's sign and timestep (One4D, Eq. 1-4, with sigma = 1 - t and velocity = -v of the paper)."""
+"""Flow matching in Wan's sign and timestep (One4D, Eq. 1-4.
+
+Sigma = 1 - t, velocity = -v of the paper).
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ def interpolate(
     noise: Tensor,  # [2B, C, t, h, w]
     sigma: Tensor,  # [2B], 1 = noise
 ) -> tuple[Tensor, Tensor]:
-    """Noisy latents (1 - sigma) latents + sigma noise, and their velocity noise - latents; [2B, C, t, h, w] each."""
+    """Return noisy latents (1 - sigma) latents + sigma noise, and their velocity noise - latents.
+
+    Both are [2B, C, t, h, w].
+    """
     sigma = sigma.view(-1, 1, 1, 1, 1)
     return (1 - sigma) * latents + sigma * noise, noise - latents
 
@@ -24,7 +30,7 @@ def mse_per_sample(
     velocity_pred: Tensor,  # [2B, C, t, h, w]
     velocity: Tensor,  # [2B, C, t, h, w]
 ) -> tuple[Tensor, Tensor]:  # rgb [B], xyz [B]
-    """Mean squared error of each sample and branch, in float32."""
+    """Compute the mean squared error of each sample and branch, in float32."""
     error = (velocity_pred.float() - velocity.float()).square().flatten(1).mean(1)
     rgb, xyz = error.chunk(2)
     return rgb, xyz

@@ -11,10 +11,13 @@ from torch import Tensor
 
 
 def sampling_sigmas(steps: int) -> np.ndarray:  # [steps]
-    """Where each step begins before the shift: from 1 down by 1 / steps; the last step ends at 0.
+    """Return the sigma at which each step begins, before the shift: from 1 down by 1 / steps.
 
-    Wan's own (`get_sampling_sigmas` of its repository). Diffusers' default for Euler ends at its smallest training
-    sigma, close to 0, and then steps to 0: one step of the model is wasted.
+    The last ends at 0.
+
+    This is Wan's schedule (`get_sampling_sigmas` of its repository). Diffusers' default for Euler
+    ends at its smallest training sigma, close to 0, and then steps to 0, which wastes one call of
+    the model.
     """
     return np.linspace(1, 0, steps + 1)[:steps]
 
@@ -27,8 +30,8 @@ def integrate(
     solver: str,  # one of config.SOLVERS
     on_step: Callable[[int], None],  # called with the number of finished steps
 ) -> Tensor:  # [2B, C, t, h, w] clean latents
-    """From sigma 1 to 0 on Wan's schedule (`sampling_sigmas`): Euler's method or UniPC of order 2, diffusers' own."""
-    # built from our shift: from_pretrained on Wan's scheduler folder drops flow_shift in silence
+    """Integrate from sigma 1 to 0 on Wan's schedule, by diffusers' Euler or UniPC of order 2."""
+    # built from our shift: from_pretrained on Wan's scheduler folder silently drops flow_shift
     if solver == "unipc":
         scheduler = UniPCMultistepScheduler(
             num_train_timesteps=1000, prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
@@ -38,7 +41,8 @@ def integrate(
     scheduler.set_timesteps(sigmas=sampling_sigmas(steps), device=noise.device)  # shifts them and ends at 0
     latents = noise
     for i, timestep in enumerate(scheduler.timesteps):
-        # UniPC's timesteps are whole numbers and so a little off its sigmas: the base is asked as diffusers asks it
+        # UniPC rounds its timesteps to whole numbers, a little off its sigmas; diffusers calls the
+        # base with those
         sigma = (timestep / 1000).to(torch.float32).expand(len(latents))
         latents = scheduler.step(velocity(latents, sigma).float(), timestep, latents, return_dict=False)[0]
         on_step(i + 1)
