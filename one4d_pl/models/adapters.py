@@ -1,10 +1,10 @@
-"""Adapters on disk, the only place that reads or writes them.
+"""Adapters on disk; no other module reads or writes them.
 
 rgb/adapter_model.safetensors, rgb/adapter_config.json    PEFT's format and names; alpha stored
 xyz/...                                                   the same for the other branch
-links.safetensors, xyz_patch_embedding.safetensors        what PEFT has no name for
-coupled.safetensors                                       all of an adapter whose dlc.coupling is not decoupled
-card.json                                                 base fingerprint, shape of the adapter, how it was trained
+links.safetensors, xyz_patch_embedding.safetensors        parts that PEFT has no name for
+coupled.safetensors                                       the adapter of another dlc.coupling, whole
+card.json                                                 base, shape of the adapter, its training
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COUPLED = "coupled.safetensors"
 
 @dataclass(frozen=True)
 class AdapterCard:
-    """What a reader must know to use an adapter rightly."""
+    """What a program must know to use an adapter correctly."""
 
     base_path: str
     base_fingerprint: str
@@ -48,17 +48,17 @@ class AdapterCard:
     width: int
     max_text_tokens: int
     negative_prompt: str
-    sampler: dict[str, object]  # steps, solver and guidance of the training's samples: config.SamplerConfig
-    latent_statistics: dict[str, object] | None  # of training clips: data.latent_stats; None = not measured
+    sampler: dict[str, object]  # steps, solver and guidance of the training's samples (config.SamplerConfig)
+    latent_statistics: dict[str, object] | None  # of training clips (data.latent_stats); None = not measured
     data_sources: list[dict[str, str]]  # name and licence tag of each
-    link_direction: str = "both"  # as coupling: config.DLCConfig
+    link_direction: str = "both"  # see config.DLCConfig, as for coupling
     coupling: str = "decoupled"
-    pointmap_power: float = 1.0  # as the VAE was shown pointmaps: config.DataConfig
+    pointmap_power: float = 1.0  # see config.DataConfig
     xyz_statistics: dict[str, list[float]] | None = None  # mean and std of dlc.standardise_xyz; None = off
 
     @property
     def dlc(self) -> DLCConfig:
-        """The adapter's shape."""
+        """Return the adapter's shape."""
         return DLCConfig(
             rank=self.rank,
             lora_scale=self.lora_scale,
@@ -72,7 +72,7 @@ class AdapterCard:
 
     @property
     def sampler_config(self) -> SamplerConfig:
-        """How the training sampled; ConfigError where the card holds something else."""
+        """Return how the training sampled; ConfigError where the card holds something else."""
         try:
             guidance, xyz = (
                 None if self.sampler[key] is None else GuidanceConfig(**self.sampler[key])  # type: ignore[arg-type]
@@ -84,13 +84,13 @@ class AdapterCard:
 
     @staticmethod
     def read(folder: Path) -> AdapterCard:
-        """The card of an adapter folder; ConfigError where there is none or it is broken."""
+        """Read the card of an adapter folder; UserError where there is none or it is broken."""
         with reading(folder / CARD, "an adapter of one4d_pl"):
             return AdapterCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
 
 
 def adapter_tensors(transformer: CoupledTransformer) -> dict[str, dict[str, nn.Parameter]]:
-    """File -> name in the file -> parameter; every trainable occurs exactly once."""
+    """Map file -> name in the file -> parameter; every trainable occurs exactly once."""
     if isinstance(transformer, ConcatTransformer):
         return {COUPLED: {name: p for name, p in transformer.named_parameters() if name in transformer.adapter_names}}
     assert isinstance(transformer, One4DTransformer)
@@ -109,7 +109,10 @@ def adapter_tensors(transformer: CoupledTransformer) -> dict[str, dict[str, nn.P
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """The files of the adapter inside a checkpoint or adapter folder, relative to it; the optional ones where there."""
+    """List the adapter's files in a checkpoint or adapter folder, relative to it.
+
+    Optional files are listed if present.
+    """
     if (folder / COUPLED).is_file():
         return [Path(COUPLED), Path(CARD)]
     names = [f"{m}/{file}" for m in MODALITIES for file in ("adapter_model.safetensors", "adapter_config.json")]
@@ -118,7 +121,7 @@ def adapter_files(folder: Path) -> list[Path]:
 
 
 def check_complete(folder: Path, card: AdapterCard) -> None:
-    """ConfigError that names the first file of the adapter that its card promises and the folder lacks."""
+    """Raise ConfigError where the folder lacks a file that its card promises."""
     names = [COUPLED]
     if card.coupling == "decoupled":
         names = [f"{m}/{file}" for m in MODALITIES for file in ("adapter_model.safetensors", "adapter_config.json")]
@@ -133,7 +136,8 @@ def save_adapters(
     transformer: CoupledTransformer,
     folder: Path,
     card: AdapterCard,
-    files: Mapping[str, Mapping[str, Tensor]] | None = None,  # values to write; None = its own, where it is whole
+    # values to write, as `adapter_tensors`; None = the transformer's own, which must not be sharded
+    files: Mapping[str, Mapping[str, Tensor]] | None = None,
 ) -> None:
     """Write an adapter into an existing, empty folder; the caller renames it into place."""
     written: Mapping[str, Mapping[str, Tensor]] = adapter_tensors(transformer) if files is None else files
@@ -202,7 +206,7 @@ def load_adapters(transformer: CoupledTransformer, folder: Path, base_fingerprin
 
 
 def model_card(card: AdapterCard) -> str:
-    """The README of an adapter on the hub: what it adapts, how it was trained, how it is opened."""
+    """Write the README of an adapter on the hub: its base, its training, how to open it."""
     licences = sorted({source["licence"] for source in card.data_sources})
     sources = "\n".join(
         f"- {source['source']} ({source['domain']}): {source['licence']}" for source in card.data_sources

@@ -1,4 +1,4 @@
-"""Where a base lies, in which layout, and which one it is: files alone, so that nothing heavy is imported to ask.
+"""A base's folder, its layout and its identity, read from files alone: no heavy import is needed.
 
 Two layouts of a folder are known: diffusers' (model_index.json, a folder per part) and the original
 one of Wan-AI and VideoX-Fun (config.json and diffusion_pytorch_model*.safetensors at the top, one
@@ -26,14 +26,13 @@ ORIGINAL_FILES = {  # the same names in every release of Wan 2.1
     "image_encoder": "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth",
 }
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
-TEXT_DIM, IMAGE_DIM = 4096, 1280  # widths of UMT5-XXL and CLIP ViT-H/14, which the original config.json leaves out
+TEXT_DIM, IMAGE_DIM = 4096, 1280  # widths of UMT5-XXL and CLIP ViT-H/14; the original config.json does not say them
 
 _RELEASED = {
     "patch_size": [1, 2, 2], "attention_head_dim": 128, "freq_dim": 256, "in_channels": 36, "out_channels": 16,
     "text_dim": TEXT_DIM, "image_dim": IMAGE_DIM,
 }  # fmt: skip
-# transformers of the released bases, for plans made where no weights are; both are image-to-video
-# models
+# transformers of the released bases, for plans without weights; both are image-to-video models
 RELEASED: dict[str, dict[str, object]] = {
     "14B": {**_RELEASED, "num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13824, "added_kv_proj_dim": 5120},
     "1.3B": {**_RELEASED, "num_layers": 30, "num_attention_heads": 12, "ffn_dim": 8960, "added_kv_proj_dim": 1536},
@@ -53,7 +52,10 @@ class TensorHeader(TypedDict):
 
 
 def resolve_base(path: str) -> Path:
-    """A local folder as it is; a hub id through the local hub cache (nothing is downloaded here)."""
+    """Return a local folder as it is, or a hub id's folder in the local cache.
+
+    Nothing is downloaded.
+    """
     folder = base_folder(path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -74,12 +76,12 @@ def resolve_base(path: str) -> Path:
 
 
 def is_original(folder: Path) -> bool:
-    """Whether the base lies in Wan's own layout; diffusers' wins where both are there."""
+    """Tell whether the base lies in Wan's own layout; where both are there, diffusers' is taken."""
     return (folder / ORIGINAL_MARK).is_file() and not (folder / DIFFUSERS_MARK).is_file()
 
 
 def weight_files(folder: Path, part: str) -> list[Path]:
-    """A part's weights, sorted; [] where the base has none of it."""
+    """List the files of a part's weights, sorted; [] where the base lacks the part."""
     if not is_original(folder):
         return sorted((folder / part).glob("*.safetensors"))
     if part == "transformer":
@@ -88,16 +90,20 @@ def weight_files(folder: Path, part: str) -> list[Path]:
 
 
 def tokenizer_folder(folder: Path) -> Path:
+    """Return the tokenizer's folder inside a base."""
     return folder / (ORIGINAL_TOKENIZER if is_original(folder) else "tokenizer")
 
 
 def transformer_config(folder: Path) -> dict[str, object]:
-    """The transformer's settings in diffusers' words; ConfigError names what is not there or not One4D's."""
+    """Read the transformer's settings, under diffusers' names.
+
+    ConfigError names what One4D cannot use.
+    """
     file = folder / "config.json" if is_original(folder) else folder / "transformer" / "config.json"
     settings = read_json(file)
     if not isinstance(settings, dict):
         raise ConfigError(f"{file}: holds no settings")
-    config = _in_diffusers_words(settings, file) if is_original(folder) else settings
+    config = _diffusers_settings(settings, file) if is_original(folder) else settings
     expected = 2 * int(str(config.get("out_channels", 0))) + TEMPORAL_FACTOR
     if config.get("in_channels") != expected:
         raise ConfigError(
@@ -108,7 +114,7 @@ def transformer_config(folder: Path) -> dict[str, object]:
 
 
 def lacking(folder: Path) -> str | None:
-    """The first thing that the base needs and has not, by its own indices; None if it is whole."""
+    """Say the first part or file that the base lacks, by its own indices; None if it is whole."""
     if is_original(folder):
         needed = ["vae", "text_encoder"]
         needed += ["image_encoder"] if transformer_config(folder)["image_dim"] is not None else []
@@ -130,17 +136,17 @@ def lacking(folder: Path) -> str | None:
 
 
 def missing_shards(place: Path) -> list[str]:
-    """Files that an index of shards in this folder names and that are not there."""
+    """List the files that an index of shards in this folder names and that do not exist."""
     named = [json.loads(index.read_text())["weight_map"].values() for index in place.glob("*.index.json")]
     return sorted({name for names in named for name in names if not (place / name).is_file()})
 
 
 def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
-    """Identity of a base: sha256 over every weight file's name, size, header and 64 spread samples of 4 KiB.
+    """Hash a base's identity: each weight file's name, size, header and 64 samples of 4 KiB.
 
-    Reading 60 GB to hash them in full would cost minutes at every start; another training of the
-    same architecture differs in every sample. The same weights in another layout are other files,
-    and another base.
+    Hashing 60 GB in full would take minutes at every start, and another training of the same
+    architecture differs in every sample. The same weights in another layout are other files, and
+    so count as another base.
     """
     digest = hashlib.sha256()
     folder = resolve_base(path)
@@ -151,7 +157,7 @@ def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
         with file.open("rb") as stream:
             start = 0
             if file.suffix == ".safetensors":
-                safetensors_header(file)  # a damaged one would be sought far beyond its end
+                safetensors_header(file)  # raises where a damaged length points far beyond the file's end
                 start = 8 + int.from_bytes(stream.read(8), "little")
                 digest.update(stream.read(min(start - 8, size)))
             for i in range(64):
@@ -163,7 +169,10 @@ def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
 
 
 def safetensors_header(file: Path) -> dict[str, TensorHeader]:
-    """Names, dtypes, shapes and places of a file's tensors; ConfigError where the file is not whole."""
+    """Read names, dtypes, shapes and places of a file's tensors.
+
+    Raises ConfigError where it is not whole.
+    """
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -182,10 +191,10 @@ def safetensors_header(file: Path) -> dict[str, TensorHeader]:
 
 
 def sizes_of(path: str) -> tuple[Path | None, dict[str, object], str]:
-    """A base's folder, its transformer's settings, and where they come from in words.
+    """Return a base's folder, its transformer's settings, and in words where they come from.
 
-    Where nothing lies at `path`: None, and the settings of the release that it names; ConfigError
-    if it names none.
+    Where nothing lies at `path`: None and the settings of the release that `path` names;
+    ConfigError if it names none.
     """
     if holds_base(path):
         folder = resolve_base(path)
@@ -198,7 +207,10 @@ def sizes_of(path: str) -> tuple[Path | None, dict[str, object], str]:
 
 
 def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:
-    """Numbers of parameters of a base's encoders, and its VAE's width; Wan 2.1's own where no folder tells."""
+    """Count the parameters of a base's encoders and return its VAE's width, too.
+
+    Without a folder, and in Wan's own layout, these are Wan 2.1's.
+    """
     if folder is None or is_original(folder):
         config = {"image_dim": IMAGE_DIM} if folder is None else transformer_config(folder)
         parts = [part for part in ENCODER_PARAMETERS if part != "image_encoder" or config["image_dim"] is not None]
@@ -212,7 +224,10 @@ def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:
 
 
 def image_tokens(folder: Path) -> int:
-    """Count the tokens that a base's image encoder gives of a picture, class token included; 0 where it has none."""
+    """Count the tokens of a picture in a base's image encoder, class token included.
+
+    Returns 0 where the base has none.
+    """
     if transformer_config(folder).get("image_dim") is None:
         return 0
     if is_original(folder):
@@ -236,8 +251,11 @@ def _identifying_files(folder: Path, parts: tuple[str, ...]) -> Iterator[Path]:
         yield folder / "config.json"
 
 
-def _in_diffusers_words(settings: dict[str, object], file: Path) -> dict[str, object]:
-    """Wan's own config.json; its control variants have more inputs than One4D has anything for."""
+def _diffusers_settings(settings: dict[str, object], file: Path) -> dict[str, object]:
+    """Translate Wan's own config.json to diffusers' names.
+
+    Raises ConfigError for Wan's control variants: they have inputs that One4D has no data for.
+    """
 
     def number(name: str) -> int:
         value = settings.get(name)

@@ -1,13 +1,13 @@
-"""Activation checkpointing of the transformer's blocks: recomputed whole, or all but self-attention.
+"""Activation checkpointing of blocks: recomputed whole, or all but self-attention.
 
-Self-attention is the part of a block that grows with the square of the tokens, and its result is as
-small as the block's input: keeping it doubles what is kept of a block and saves a third of what is
-recomputed at 18 thousand tokens.
+The cost of self-attention grows with the square of the number of tokens, and its result is as small
+as the block's input. Keeping it doubles the memory kept per block and saves a third of the
+recomputation at 18 thousand tokens.
 
-Not torch's create_selective_checkpoint_contexts: since torch 2.13 it wants every operation of the
-recomputation to be one of the forward pass, and under ZeRO-3 what is gathered and freed differs
-between the two. A compiled block, which ZeRO-3 never has, takes that one: the compiler does not
-look through a mode of ours.
+torch's create_selective_checkpoint_contexts does not serve here: since torch 2.13 it requires every
+operation of the recomputation to be one of the forward pass, and under ZeRO-3 the two gather and
+free different weights. A compiled block, which ZeRO-3 never has, does use it: the compiler cannot
+trace a dispatch mode of ours.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
-# those of a block's forward pass and of its recomputation
+# the contexts of a block's forward pass and of its recomputation
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 
 _aten = torch.ops.aten
@@ -41,25 +41,25 @@ FUSED_ATTENTION = (
 
 
 def run_checkpointed(block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor], keep_attention: bool) -> Tensor:
-    """The block's result, hooks (links) included; its activations are computed again in the backward pass.
+    """Run a block, hooks (links) included; the backward pass computes its activations again.
 
-    Non-reentrant, for everything upstream of the first LoRA is frozen.
+    Non-reentrant, because the first block's input needs no gradient: all before the first LoRA is
+    frozen.
 
     Args:
         block: called with `inputs`.
         inputs: hidden state, context, modulation, rotary embedding; as diffusers passes them.
-        keep_attention: keep what self-attention gives.
+        keep_attention: keep the result of self-attention.
     """
     contexts: Callable[[], Contexts] = _attention_kept_and_reused if keep_attention else noop_context_fn
     return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def compile_selective(backend: str) -> Callable[..., Tensor]:
-    """`run_checkpointed` with `keep_attention`, compiled as one: the block, its link and what is kept of them."""
-    # a link notes its ratio in the forward pass; that the recomputation does not note it again is
-    # right
+    """Compile `run_checkpointed` with `keep_attention`: the block and its link as one."""
+    # a link stores its ratio in the forward pass; the recomputation need not store it again
     torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = True
-    # warns once of operations in place, of which a block has none
+    # it warns once about in-place operations, of which a block has none
     logging.getLogger("torch._dynamo.variables.higher_order_ops").setLevel(logging.ERROR)
 
     def run(block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
@@ -69,8 +69,8 @@ def compile_selective(backend: str) -> Callable[..., Tensor]:
 
 
 def _attention_kept_by_policy() -> Contexts:
-    """Contexts of one block that is compiled: its first attention is kept, all else computed again."""
-    attentions = {False: 0, True: 0}  # in the forward pass, in the recomputation
+    """Make the contexts of one compiled block, of which the first attention is kept."""
+    attentions = {False: 0, True: 0}  # how many so far: in the forward pass, in the recomputation
 
     def policy(context: SelectiveCheckpointContext, operation: object, *args: object, **kwargs: object) -> object:
         if operation not in FUSED_ATTENTION:
@@ -83,16 +83,16 @@ def _attention_kept_by_policy() -> Contexts:
 
 
 def _attention_kept_and_reused() -> Contexts:
-    """Contexts of one block's forward pass and of its recomputation."""
+    """Make the contexts of one block's forward pass and of its recomputation."""
     kept: list[object] = []
     return _Keep(kept), _Reuse(kept)
 
 
 class _Keep(TorchDispatchMode):
-    """Keeps what the block's first attention gives, which is Wan's self-attention.
+    """Keeps the result of the block's first attention, which is Wan's self-attention.
 
-    Attention on the few tokens of text and image is cheap, and its result is as large: it is not
-    kept.
+    Cross-attention to the few tokens of text and image is cheap, but its result is as large: it is
+    not kept.
     """
 
     def __init__(self, kept: list[object]) -> None:
@@ -108,12 +108,13 @@ class _Keep(TorchDispatchMode):
     ) -> object:
         result = operation(*args, **(kwargs or {}))
         if operation in FUSED_ATTENTION and not self.kept:
-            self.kept.append(tree_map_only(Tensor, Tensor.detach, result))  # autograd gives the result itself a history
+            # detached: autograd is about to add the result itself to its graph
+            self.kept.append(tree_map_only(Tensor, Tensor.detach, result))
         return result
 
 
 class _Reuse(_Keep):
-    """Gives what was kept instead of attending again."""
+    """Returns the kept result instead of attending again."""
 
     def __torch_dispatch__(
         self,

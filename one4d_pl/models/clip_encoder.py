@@ -1,4 +1,4 @@
-"""What the encoded shards store of a clip (data/encoded.py)."""
+"""The encoder of whole clips, whose results encoded shards store (data/encoded.py)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from one4d_pl.types import Encoded, Sample
 
 
 class FrozenClipEncoder:
-    """Encodes whole clips with the frozen encoders; pointmaps as the codec shows them to the VAE."""
+    """Encodes whole clips with the frozen encoders; the codec prepares pointmaps for the VAE."""
 
     def __init__(self, encoders: WanEncoders, codec: PointmapCodec) -> None:
         self.encoders, self.codec = encoders, codec
 
     @staticmethod
     def of(config: Config, device: torch.device = CPU) -> FrozenClipEncoder:
-        """Open those of a run: the base at `base.path`, pointmaps as `data.pointmap_power` says."""
+        """Open a run's encoders and the codec of its `data.pointmap_power`."""
         encoders = WanEncoders.of(config.base).to(device)
         return FrozenClipEncoder(encoders, PointmapCodec(config.data.pointmap_power, encoders.latent_channels))
 
@@ -35,11 +35,11 @@ class FrozenClipEncoder:
         return Encoded(latents, prompt, None if image is None else image[0])
 
     def encode_prompts(self, prompts: list[str]) -> list[Tensor]:  # [n, D] each
-        """Embed texts: `WanEncoders.encode_prompts`."""
+        """Embed texts, as `WanEncoders.encode_prompts` does."""
         return self.encoders.encode_prompts(prompts)
 
     def encode_conditions(self, sample: Sample, frame_masks: Tensor) -> Tensor:  # [K, T] bool -> [K, C, t, h, w]
-        """Encode a clip's condition for several sets of given frames, one after the other: memory for one."""
+        """Encode a clip's condition for several sets of given frames, one by one to save memory."""
         frames = sample.frames.to(self.encoders.latents_mean)[None]
         given = frame_masks.to(frames.device)[:, None]  # [K, 1, T]
         return torch.cat([self.encoders.encode(blank_hidden_frames(frames, one)) for one in given])

@@ -1,6 +1,7 @@
-"""What Decoupled LoRA Control is compared with (One4D, Fig. 2-3): frames and pointmaps joined in one token sequence.
+"""The couplings that One4D compares itself with (Fig. 2-3): one sequence for both branches.
 
-One LoRA adapts the base to both at once, so nothing keeps its frames as they were. Only for measuring: `make nano`.
+One LoRA adapts the base to both at once, so nothing keeps the base's frames as they were. Only
+`make nano` uses them.
 """
 
 from __future__ import annotations
@@ -17,7 +18,10 @@ from one4d_pl.models.transformer import CoupledTransformer
 
 
 class ConcatTransformer(CoupledTransformer):
-    """One LoRA, PEFT's own, on every linear of the blocks that Decoupled LoRA Control adapts; B starts at zero."""
+    """One LoRA, PEFT's own, on every linear that Decoupled LoRA Control adapts.
+
+    B starts at zero.
+    """
 
     joined_dim: int  # of the output, along which frames come first
 
@@ -30,17 +34,17 @@ class ConcatTransformer(CoupledTransformer):
             inject_adapter_in_model(lora, base)
         for name, parameter in base.named_parameters():
             if ".lora_" in name:
-                parameter.data = parameter.data.float()  # as everywhere: trainables are float32 whatever the base is
+                parameter.data = parameter.data.float()  # trainables are float32, whatever the base's dtype
         self.join(base)
-        # kept: sampling freezes them
+        # noted here, since sampling freezes the parameters
         self.adapter_names = frozenset(name for name, _ in self.trainable_parameters())
 
     def join(self, base: WanTransformer3DModel) -> None:
-        """Replace what the joined sequence needs differently, in place."""
+        """Replace, in place, the layers of the base that the joined sequence needs otherwise."""
         raise NotImplementedError
 
     def pack(self, noisy_latents: Tensor, condition: Tensor) -> Tensor:
-        """The base's input, [B, ...], from [2B, C, t, h, w] and [B, 4 + C, t, h, w]."""
+        """Make the base's input, [B, ...], of [2B, C, t, h, w] and [B, 4 + C, t, h, w]."""
         raise NotImplementedError
 
     def forward(
@@ -62,10 +66,11 @@ class ConcatTransformer(CoupledTransformer):
 
 
 class ChannelTransformer(ConcatTransformer):
-    """Joined along channels: each token holds a patch of frames and the same patch of pointmaps.
+    """Branches joined along channels: a token holds a patch of frames and of pointmaps.
 
-    The patch embedding takes 16 channels more, through weights that start at zero, and the output layer gives 16 more,
-    from a copy: at step 0 the frames are the base model's. Half the tokens of Decoupled LoRA Control.
+    The patch embedding takes 16 more channels, through weights that start at zero; the output layer
+    gives 16 more, from a copy of its weights. So at step 0 the frames are the base model's. Half
+    the tokens of Decoupled LoRA Control.
     """
 
     joined_dim = 1
@@ -80,10 +85,11 @@ class ChannelTransformer(ConcatTransformer):
 
 
 class WidthTransformer(ConcatTransformer):
-    """Joined along the width: one video, frames on its left and pointmaps on its right (4DNeX, arXiv 2508.13154).
+    """Branches joined along the width, frames on the left (4DNeX, arXiv 2508.13154).
 
-    Both halves have the positions of a video of half the width, and a trainable embedding each, zero at step 0, that
-    tells them apart. As many tokens as Decoupled LoRA Control, but each attends to both halves.
+    Both halves have the positions of a video of half the width, and a trainable embedding each,
+    zero at step 0, that tells them apart. As many tokens as Decoupled LoRA Control, but each
+    attends to both halves.
     """
 
     joined_dim = -1
@@ -98,7 +104,10 @@ class WidthTransformer(ConcatTransformer):
 
 
 class _WiderPatchEmbedding(nn.Module):
-    """The frozen patch embedding of the first channels plus a trainable one, zero at first, of the others."""
+    """The frozen patch embedding of the first channels, plus a trainable one of the others.
+
+    The trainable one starts at zero.
+    """
 
     def __init__(self, base: nn.Conv3d, added: int) -> None:
         super().__init__()
@@ -114,7 +123,7 @@ class _WiderPatchEmbedding(nn.Module):
 
 
 class _DoubledHead(nn.Module):
-    """The frozen output layer and a trainable copy; Wan unpatchifies with channels last, so they join there."""
+    """The frozen output layer and a trainable copy, joined along Wan's last axis, channels."""
 
     def __init__(self, base: nn.Linear, channels: int) -> None:
         super().__init__()
@@ -128,7 +137,7 @@ class _DoubledHead(nn.Module):
 
 
 class _SidedPatchEmbedding(nn.Module):
-    """The frozen patch embedding, and what tells the left half of the width from the right."""
+    """The frozen patch embedding plus a learned vector for each half of the width."""
 
     def __init__(self, base: nn.Conv3d) -> None:
         super().__init__()

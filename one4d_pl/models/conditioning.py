@@ -1,7 +1,8 @@
 """Unified Masked Conditioning: how the network sees the given frames (One4D, Eq. 10).
 
-Frames are blanked in pixels before the VAE (one latent mixes four frames, so blanking latents would leak), and the
-result is concatenated in Wan's image-to-video layout: [noisy latents | mask | conditioning latents].
+Hidden frames are blanked in pixels, before the VAE: one latent mixes four frames, so blanking
+latents would leak. The result is concatenated in Wan's image-to-video layout: [noisy latents | mask
+| conditioning latents].
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ def fold_frame_mask(
     frame_mask: Tensor,  # [B, T] bool, 1 = given
     factor: int,  # the VAE's temporal compression r; T = r k + 1
 ) -> Tensor:  # [B, r, k + 1] float
-    """Fold a per-frame mask to latent frames: frame 0 fills all r channels of latent frame 0, then groups of r."""
+    """Fold a per-frame mask to latent frames: frame 0 fills all r channels, then groups of r."""
     batch, num_frames = frame_mask.shape
     if num_frames % factor != 1:
         raise ValueError(f"frame_mask: {num_frames} frames, need {factor}k+1 (Wan VAE)")
@@ -28,7 +29,7 @@ def blank_hidden_frames(
     frames: Tensor,  # [B, 3, T, H, W] in [-1, 1]
     frame_mask: Tensor,  # [B, T] bool, 1 = given
 ) -> Tensor:  # [B, 3, T, H, W]
-    """Given frames as they are, all others zero in pixels: mid-grey, as Wan was trained."""
+    """Return given frames as they are, all others zero in pixels: mid-grey, as Wan was trained."""
     return torch.where(frame_mask[:, None, :, None, None], frames, 0.0)
 
 
@@ -37,10 +38,10 @@ def encode_condition(
     frames: Tensor,  # [B, 3, T, H, W] in [-1, 1]; hidden frames are never read
     frame_mask: Tensor,  # [B, T] bool, 1 = given
     factor: int,  # the VAE's temporal compression
-    latents: Tensor | None = None,  # [B, C, t, h, w] of all frames, where known: spares encoding clips given whole
-    stored: Sequence[Tensor | None] = (),  # [C, t, h, w] each: conditioning latents that need no encoding, with latents
+    latents: Tensor | None = None,  # [B, C, t, h, w] of all frames, where known: clips given whole need no encoding
+    stored: Sequence[Tensor | None] = (),  # [C, t, h, w] each: known conditioning latents; read only with `latents`
 ) -> Tensor:  # [B, r + C, t, h, w] = [mask | conditioning latents]
-    """The rgb branch's condition; literal zeros (not the encoding of a grey video) where no frame is given."""
+    """Make the rgb branch's condition: literal zeros where no frame is given, not encoded grey."""
     if latents is None:
         latents = encode(blank_hidden_frames(frames, frame_mask))
     else:

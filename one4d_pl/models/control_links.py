@@ -9,12 +9,12 @@ from one4d_pl.config import ConfigError
 
 
 class ControlLink(nn.Module):
-    """Exchange features between the branches, pixel by pixel: rgb' = rgb + A xyz, xyz' = xyz + B rgb.
+    """An exchange of features, token by token: rgb' = rgb + A xyz, xyz' = xyz + B rgb.
 
-    One-way, frames are left as they are: A is not there.
+    A one-way link has no A and leaves frames as they are.
     """
 
-    ratio: Tensor  # |link's addition| / |hidden| of the last forward pass
+    ratio: Tensor  # |what the link adds| / |hidden| of the last forward pass
 
     def __init__(self, width: int, device: torch.device, both_ways: bool) -> None:
         super().__init__()
@@ -25,16 +25,19 @@ class ControlLink(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:  # [2B, L, D] -> [2B, L, D]
         rgb, xyz = hidden.chunk(2)
-        to_xyz = self.rgb_to_xyz(rgb)  # both from the values before
+        to_xyz = self.rgb_to_xyz(rgb)  # both directions read the hidden state from before the exchange
         exchanged = torch.cat([torch.zeros_like(to_xyz) if self.xyz_to_rgb is None else self.xyz_to_rgb(xyz), to_xyz])
-        with torch.no_grad():  # dtype: sums in float32 without a float32 copy of the hidden state
+        with torch.no_grad():  # dtype=float32 sums in float32 without a float32 copy of the hidden state
             added, present = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (exchanged, hidden))
             self.ratio = added / present.clamp_min(1e-12)
         return hidden + exchanged.to(hidden.dtype)
 
 
 def link_positions(num_blocks: int, num_links: int, chosen: list[int] | None) -> list[int]:
-    """Blocks after which a link sits: `chosen`, or the centres of `num_links` equal spans (40, 5 -> 3 11 19 27 35)."""
+    """List the blocks that a link follows: `chosen`, or the centres of `num_links` equal spans.
+
+    The paper does not say where its links sit; 40 blocks and 5 links give 3, 11, 19, 27, 35.
+    """
     if chosen is not None:
         outside = [i for i in chosen if not 0 <= i < num_blocks]
         if outside:

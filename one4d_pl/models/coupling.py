@@ -1,4 +1,4 @@
-"""Which transformer `dlc.coupling` asks for."""
+"""The transformer that `dlc.coupling` asks for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a process computes; nothing that was made for GPUs falls back to a CPU unasked."""
+"""The device of a process; a configuration made for GPUs never falls back to a CPU unasked."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from one4d_pl.models.driver import driver_mismatch
 
 
 def device_of(config: Config) -> torch.device:
-    """Choose a GPU where there is one, else the CPU; ConfigError where train.accelerator=gpu and there is none."""
+    """Choose a GPU where there is one, else the CPU.
+
+    Raises ConfigError where train.accelerator=gpu and there is none.
+    """
     if torch.cuda.is_available():
         return torch.device("cuda")
     if config.train.accelerator == "gpu":

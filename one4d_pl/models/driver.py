@@ -1,4 +1,4 @@
-"""Why torch sees no GPU where there is one: a driver older than torch's CUDA, and which torch fits it."""
+"""Why torch sees no GPU: a driver older than torch's CUDA, and which torch fits it."""
 
 from __future__ import annotations
 
@@ -8,18 +8,21 @@ import subprocess
 
 import torch
 
-NVIDIA_SMI_PATIENCE_S = 20.0  # it wakes each GPU first, which takes seconds; with a sick driver it hangs
-# the newest driver alone says "CUDA UMD Version"
+NVIDIA_SMI_PATIENCE_S = 20.0  # it wakes each GPU first, which takes seconds; with a broken driver it hangs
+# "CUDA UMD Version" is what the newest driver alone prints
 DRIVER_CUDA = re.compile(r"CUDA (?:UMD )?Version:\s*(\d+)\.(\d+)")
-# by the driver's CUDA: PyTorch's index whose builds every driver of that major version runs (CUDA's minor version
-# compatibility). torch 2.13 comes for these two; no torch that setup.cfg allows comes for CUDA 11.
+# driver's CUDA -> the PyTorch index whose builds every driver of that major version runs (CUDA's
+# minor version compatibility). torch 2.13 is built for these two; no torch that setup.cfg allows is
+# built for CUDA 11.
 TORCH_INDEXES = {12: "cu126", 13: "cu130"}
 
 
 def driver_mismatch() -> str | None:
-    """Say in one line that torch sees no GPU because the NVIDIA driver is older than torch's CUDA; None otherwise.
+    """Say in one line that torch sees no GPU because the NVIDIA driver is older than torch's CUDA.
 
-    None too where no driver is found, or where CUDA_VISIBLE_DEVICES hides the GPUs on purpose.
+    Returns None otherwise.
+
+    Also None where no driver is found, or where CUDA_VISIBLE_DEVICES hides the GPUs on purpose.
     """
     if torch.cuda.is_available() or torch.version.cuda is None:
         return None
@@ -40,15 +43,18 @@ def driver_mismatch() -> str | None:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    """Ask nvidia-smi for the newest CUDA that this machine's driver runs; None without a working driver."""
+    """Ask nvidia-smi for the newest CUDA that this machine's driver runs.
+
+    Returns None without a working driver.
+    """
     try:
         asked = subprocess.Popen(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-    except OSError:  # none, or none that this user may run
+    except OSError:  # not installed, or not executable for this user
         return None
     try:
         shown, _ = asked.communicate(timeout=NVIDIA_SMI_PATIENCE_S)
     except subprocess.TimeoutExpired:
-        asked.kill()  # and not waited for: a process inside a sick driver outlives even this
+        asked.kill()  # not waited for: a process that hangs inside a broken driver survives even this
         return None
     found = DRIVER_CUDA.search(shown.decode(errors="replace"))
     return (int(found[1]), int(found[2])) if found else None

@@ -1,8 +1,9 @@
-"""The base's VAE, text encoder and image encoder, opened from either layout by the one streaming loader.
+"""The base's VAE, text and image encoder, opened from either layout by one streaming loader.
 
-Wan's own files carry no config of the encoders: their sizes are read off the tensors, what tensors cannot say is
-Wan 2.1's. transformers' own loader is not used: release 5 leaves UMT5's input embedding empty where the file holds it
-once, as Wan's does, and says so in a warning only.
+Wan's own files carry no config of the encoders: sizes are read from the tensors' shapes, and what
+shapes cannot tell is taken as in Wan 2.1. transformers' own loader is not used: its release 5
+leaves UMT5's input embedding empty where the file holds it only once, as Wan's does, and merely
+warns.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ from one4d_pl.models.weights import TensorFiles, stream
 T = TypeVar("T")
 CPU = torch.device("cpu")
 WAN_VAE_RESIDUAL_BLOCKS = 2  # per level, and AutoencoderKLWan's other defaults: latents' statistics among them
-CLIP_HEAD = 80  # channels of a head of ViT-H/14
+CLIP_HEAD = 80  # channels of an attention head of ViT-H/14
 EMBEDDINGS = "encoder.embed_tokens.weight"
-CLIP_PREFIX = "vision_model."  # of every name, in some releases of transformers
+CLIP_PREFIX = "vision_model."  # every name begins with it in some releases of transformers
 
 
 def open_vae(folder: Path, device: torch.device = CPU) -> AutoencoderKLWan:
-    """In float32."""
+    """Open the VAE, in float32."""
     if is_original(folder):
         source_of = partial(vae_source, residual_blocks=WAN_VAE_RESIDUAL_BLOCKS)
         files = TensorFiles(weight_files(folder, "vae"), folder, source_of)
@@ -53,7 +54,7 @@ def open_vae(folder: Path, device: torch.device = CPU) -> AutoencoderKLWan:
 
 
 def open_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device = CPU) -> UMT5EncoderModel:
-    """UMT5's encoder; its input embedding is the shared one."""
+    """Open UMT5's encoder; its input embedding is the shared one."""
     if is_original(folder):
         files = TensorFiles(weight_files(folder, "text_encoder"), folder, text_encoder_source)
         config = _umt5_config(files)
@@ -65,12 +66,12 @@ def open_text_encoder(folder: Path, dtype: torch.dtype, device: torch.device = C
     with init_empty_weights(include_buffers=False):
         model = UMT5EncoderModel(config)
     if files.source_of(EMBEDDINGS) == files.source_of("shared.weight"):
-        model.encoder.embed_tokens = model.shared  # 2.1 GB of bf16 once, not twice
+        model.encoder.embed_tokens = model.shared  # 2.1 GB in bfloat16, held once
     return stream(model, files, dtype, device)
 
 
 def open_image_encoder(folder: Path, dtype: torch.dtype, device: torch.device = CPU) -> CLIPVisionModel | None:
-    """CLIP's vision tower; None where the base has no image tokens."""
+    """Open CLIP's vision tower; None where the base has no image tokens."""
     if is_original(folder):
         if transformer_config(folder)["image_dim"] is None:
             return None

@@ -16,7 +16,10 @@ from one4d_pl.types import MODALITIES
 
 
 class BranchLinear(nn.Module):
-    """A frozen linear with one LoRA per modality; rgb is the first half of the batch, xyz the second."""
+    """A frozen linear with one LoRA per modality.
+
+    The rgb branch is the first half of the batch, xyz the second.
+    """
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, generator: Generator) -> None:
         super().__init__()
@@ -31,27 +34,28 @@ class BranchLinear(nn.Module):
             {m: nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=torch.float32) for m in MODALITIES}
         ).to_empty(device=device)
         for modality in MODALITIES:
-            # PEFT's convention: A as nn.Linear starts, B zero, so that at step 0 both branches are
-            # plain Wan
+            # PEFT's convention: A starts as nn.Linear does, B at zero, so at step 0 both branches
+            # are plain Wan
             _kaiming_uniform(_weight(self.lora_A[modality]), generator)
             nn.init.zeros_(_weight(self.lora_B[modality]))
 
     def forward(self, hidden: Tensor) -> Tensor:  # [2B, L, D] -> [2B, L, D']
         low = torch.stack([self.lora_A[m](half) for m, half in zip(MODALITIES, hidden.chunk(2), strict=True)])
-        if self.scale != 1:  # here, where it costs rank instead of D' numbers a token
+        if self.scale != 1:  # applied here, to `rank` numbers a token instead of D'
             low = self.scale * low
         base = self.base(hidden)
         up = torch.stack([_weight(self.lora_B[m]) for m in MODALITIES]).transpose(1, 2)  # [2, rank, D']
-        # one product that adds both branches' LoRAs: D' numbers a token are read once and written
-        # once
+        # one product adds the LoRAs of both branches: the D' numbers of a token are read and
+        # written once
         return torch.baddbmm(base.unflatten(0, (2, -1)).flatten(1, 2), low.flatten(1, 2), up).view(base.shape)
 
 
 class BranchPatchEmbedding(nn.Module):
-    """The frozen patch embedding for rgb and a trainable copy of it for xyz (our reading of the paper's 250.7 M).
+    """The frozen patch embedding for rgb and a trainable copy of it for xyz.
 
-    The xyz copy keeps the base's 36 input channels; the 20 conditioning channels are fed zeros
-    ("zero pad", One4D, Fig. 4) and so never get a gradient.
+    The copy is our reading of the paper's 250.7 M control parameters. It keeps the base's 36 input
+    channels; the 20 conditioning channels are fed zeros ("zero pad", One4D, Fig. 4) and so never
+    get a gradient.
     """
 
     def __init__(self, base: nn.Conv3d) -> None:
@@ -71,16 +75,19 @@ class BranchPatchEmbedding(nn.Module):
                 self.xyz.bias.copy_(base.bias)
 
     def forward(self, noisy: Tensor) -> Tensor:  # [2B, 36, t, h, w] -> [2B, D, t, h', w']
-        # Each conv sees the whole batch and keeps its half: a kernel may round differently at
-        # another batch size, and at step 0 the rgb half has to equal plain Wan bit for bit. A patch
-        # embedding is 1e-3 of a block.
+        # Each convolution computes the whole batch, of which one half is kept: a kernel may round
+        # differently at another batch size, and at step 0 the rgb half has to equal plain Wan bit
+        # for bit. That costs little: a patch embedding is 1e-3 of a block.
         rgb, _ = self.base(noisy).chunk(2)
         _, xyz = self.xyz(noisy).chunk(2)
         return torch.cat([rgb, xyz.to(rgb.dtype)])
 
 
 def wrap_linears(blocks: nn.Module, rank: int, scale: float, generator: Generator) -> list[str]:
-    """Replace every linear below `blocks` by a BranchLinear, in place; returns their paths in module order."""
+    """Replace every linear below `blocks` by a BranchLinear, in place.
+
+    Return their paths in module order.
+    """
     paths = [name for name, module in blocks.named_modules() if isinstance(module, nn.Linear)]
     for path in paths:
         parent_path, _, name = path.rpartition(".")
@@ -92,13 +99,17 @@ def wrap_linears(blocks: nn.Module, rank: int, scale: float, generator: Generato
 
 
 def _weight(linear: nn.Module) -> Tensor:
-    """Give the weight of a linear that a ModuleDict holds, whose items have no narrower type."""
+    """Return the weight of a linear in a ModuleDict, whose items are typed as plain modules."""
     assert isinstance(linear, nn.Linear)
     return linear.weight
 
 
 def _kaiming_uniform(weight: Tensor, generator: Generator) -> None:
-    """nn.Linear's start, drawn on the generator's device, the CPU, whatever device is the default; a no-op on meta."""
+    """Initialise as nn.Linear does, from numbers drawn on the generator's device, the CPU.
+
+    The default device has no say, so the same seed gives the same weights everywhere. Meta tensors
+    are left alone.
+    """
     if weight.is_meta:
         return
     bound = 1 / math.sqrt(weight.shape[1])

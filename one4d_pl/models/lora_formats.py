@@ -1,7 +1,8 @@
-"""One branch's LoRA in the formats of other programs: diffusers' `load_lora_weights`, and Wan's original names.
+"""One branch's LoRA in diffusers' `load_lora_weights` format and under Wan's original names.
 
-Both hold the LoRA alone: control links, xyz patch embedding and the card's xyz_statistics and pointmap_power have no
-place there. The rgb LoRA is a plain Wan LoRA, our rgb branch with the links off.
+Both formats hold the LoRA alone: they have no place for control links, the xyz patch embedding, or
+the card's xyz_statistics and pointmap_power. The rgb LoRA is a plain Wan LoRA: our rgb branch with
+the links off.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from one4d_pl.models.original_names import transformer_source
 
 
 def diffusers_lora(folder: Path, modality: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and file metadata of a branch's LoRA as diffusers' `save_lora_weights` writes them."""
+    """Return a branch's LoRA as diffusers' `save_lora_weights` has it: tensors, metadata."""
     card = AdapterCard.read(folder)
     tensors = {f"transformer.{path}.{part}.weight": tensor for path, part, tensor in _parts(folder, modality)}
     targets = sorted({path for path, _, _ in _parts(folder, modality)})
@@ -29,7 +30,10 @@ def diffusers_lora(folder: Path, modality: str) -> tuple[dict[str, Tensor], dict
 
 
 def original_lora(folder: Path, modality: str) -> dict[str, Tensor]:
-    """The same under Wan's own names, with an alpha beside every pair, as its trainers and node editors read it."""
+    """Return a branch's LoRA under Wan's own names, with an alpha beside every pair.
+
+    Wan's trainers and node editors read this format.
+    """
     card = AdapterCard.read(folder)
     tensors = {}
     for path, part, tensor in _parts(folder, modality):
@@ -40,7 +44,14 @@ def original_lora(folder: Path, modality: str) -> dict[str, Tensor]:
 
 
 def save_lora(folder: Path, modality: str, layout: str, path: Path) -> None:
-    """Write a branch's LoRA of an adapter folder as one safetensors file; `layout` is diffusers or wan."""
+    """Write a branch's LoRA of an adapter folder as one safetensors file.
+
+    Args:
+        folder: the adapter.
+        modality: rgb or xyz.
+        layout: diffusers or wan.
+        path: the file to write.
+    """
     if layout == "diffusers":
         tensors, metadata = diffusers_lora(folder, modality)
         save_file(tensors, path, metadata)
@@ -49,7 +60,7 @@ def save_lora(folder: Path, modality: str, layout: str, path: Path) -> None:
 
 
 def _parts(folder: Path, modality: str) -> list[tuple[str, str, Tensor]]:
-    """(path of the linear in the transformer, lora_A or lora_B, weight)."""
+    """List (path of the linear in the transformer, lora_A or lora_B, weight) of a branch."""
     found, file = [], folder / modality / "adapter_model.safetensors"
     with reading(file):
         tensors = load_file(file)

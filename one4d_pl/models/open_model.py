@@ -1,4 +1,4 @@
-"""From files to a model: the one place where a base gets its adapter, for training, sampling and evaluation."""
+"""From files to a model, for training, sampling and evaluation: a base gets its adapter here."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ def open_model(
 
     Args:
         path: base folder in either layout, or a hub id in the local cache.
-        dtype: of the frozen weights; the adapter's own are float32.
+        dtype: dtype of the frozen weights; the adapter's own are float32.
         dlc: shape of the adapter.
-        pointmap_power: of its codec.
-        adapters: folder that fills it; None = a fresh adapter, which leaves the base as it is.
-        seed: of a fresh adapter's LoRA A.
-        device: None = CPU.
+        pointmap_power: data.pointmap_power, for the codec.
+        adapters: adapter folder to load; None = a fresh adapter, which leaves the base as it is.
+        seed: seeds a fresh adapter's LoRA A.
+        device: where the model is put; None = CPU.
         partitioner: shards the blocks over processes as they are read (ZeRO stage 3).
 
     Raises ConfigError where the adapter is of another base or another shape.

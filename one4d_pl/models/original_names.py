@@ -1,7 +1,8 @@
-"""Where a tensor of diffusers or transformers lies in Wan's original files, as Wan-AI and VideoX-Fun publish them.
+"""Names of diffusers' and transformers' tensors in Wan's original files.
 
-Each function takes the name that our model uses and gives the place in the original file. Same numbers under other
-names, but for CLIP, whose queries, keys and values are one matrix there.
+Each function takes the name that our model uses and returns the place in the original file. The
+numbers are the same under other names, except that CLIP's queries, keys and values are one matrix
+there.
 """
 
 from __future__ import annotations
@@ -12,16 +13,16 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Source:
-    """A tensor of a file, or a share of it."""
+    """A tensor of a file, or a part of one."""
 
     key: str
     part: int = 0  # which of `parts` equal pieces along the first axis
     parts: int = 1
-    leading: int = 0  # axes of length 1 before the first one, dropped
+    leading: int = 0  # how many leading axes of length 1 to drop
 
 
 def same_name(name: str) -> Source:
-    """Of a file in the layout of the library that opens it."""
+    """Find a tensor in a file that uses the names of the library that opens it."""
     return Source(name)
 
 
@@ -105,7 +106,7 @@ VAE_RESIDUAL = {
 
 
 def transformer_source(name: str) -> Source:
-    """Of diffusers' WanTransformer3DModel in `diffusion_pytorch_model*.safetensors`."""
+    """Find a tensor of WanTransformer3DModel in `diffusion_pytorch_model*.safetensors`."""
     if name == "scale_shift_table":
         return Source("head.modulation")
     if inside := re.fullmatch(r"blocks\.(\d+)\.(.+)", name):
@@ -117,15 +118,18 @@ def transformer_source(name: str) -> Source:
 
 
 def text_encoder_source(name: str) -> Source:
-    """Of transformers' UMT5EncoderModel in `models_t5_umt5-xxl-enc-bf16.pth`."""
+    """Find a tensor of transformers' UMT5EncoderModel in `models_t5_umt5-xxl-enc-bf16.pth`."""
     if inside := re.fullmatch(r"encoder\.block\.(\d+)\.(.+)", name):
         return Source(f"blocks.{inside[1]}.{_renamed(inside[2], TEXT_BLOCK)}")
     return Source(_renamed(name, TEXT))
 
 
 def image_encoder_source(name: str) -> Source:
-    """Of transformers' CLIPVisionModel in `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`."""
-    name = name.removeprefix("vision_model.")  # which only some releases of transformers say
+    """Find a tensor of transformers' CLIPVisionModel.
+
+    The file is `models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth`.
+    """
+    name = name.removeprefix("vision_model.")  # a prefix in some releases of transformers only
     if inside := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)\.(weight|bias)", name):
         layer, path, leaf = inside.groups()
         if path in QKV:
@@ -135,27 +139,27 @@ def image_encoder_source(name: str) -> Source:
 
 
 def vae_source(name: str, residual_blocks: int) -> Source:  # residual_blocks: per level of the encoder, 2 in Wan 2.1
-    """Of diffusers' AutoencoderKLWan in `Wan2.1_VAE.pth`."""
+    """Find a tensor of diffusers' AutoencoderKLWan in `Wan2.1_VAE.pth`."""
     if inside := re.fullmatch(r"(encoder|decoder)\.mid_block\.(resnets|attentions)\.(\d+)\.(.+)", name):
-        side, kind, i, rest = inside.groups()  # resnet, attention, resnet
+        side, kind, i, rest = inside.groups()  # the middle is resnet, attention, resnet
         if kind == "attentions":
             return Source(f"{side}.middle.1.{rest}")
         return Source(f"{side}.middle.{2 * int(i)}.{_renamed(rest, VAE_RESIDUAL)}")
     if inside := re.fullmatch(r"encoder\.down_blocks\.(\d+)\.(.+)", name):
         return Source(f"encoder.downsamples.{inside[1]}.{_renamed_residual(inside[2])}")
     if inside := re.fullmatch(r"decoder\.up_blocks\.(\d+)\.(resnets|upsamplers)\.(\d+)\.(.+)", name):
-        level, kind, i, rest = inside.groups()  # the decoder has a residual block more per level, then its upsampler
+        level, kind, i, rest = inside.groups()  # a level: one residual block more than the encoder's, then an upsampler
         place = int(level) * (residual_blocks + 2) + (int(i) if kind == "resnets" else residual_blocks + 1)
         return Source(f"decoder.upsamples.{place}.{_renamed_residual(rest)}")
     return Source(_renamed(name, VAE))
 
 
 def _renamed(name: str, table: dict[str, str]) -> str:
-    """The module's path by the table, the parameter's own name kept."""
+    """Rename a module's path by the table; keep the parameter's own name."""
     path, _, leaf = name.rpartition(".")
     return f"{table[path]}.{leaf}"
 
 
 def _renamed_residual(name: str) -> str:
-    """Resampling layers have the same names in both."""
+    """Rename inside a level of the VAE, where resampling layers have the same names in both."""
     return name if name.startswith(("resample.", "time_conv.")) else _renamed(name, VAE_RESIDUAL)

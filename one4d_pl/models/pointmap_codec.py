@@ -1,4 +1,4 @@
-"""Pointmaps as the network sees them: bent, encoded by the frozen VAE like a video, standardised; and the way back."""
+"""Pointmaps as the network sees them: bent, encoded by the frozen VAE, standardised; and back."""
 
 from __future__ import annotations
 
@@ -11,13 +11,17 @@ from one4d_pl.models.wan import WanEncoders
 
 
 class PointmapCodec(nn.Module):
-    """Turns normalised pointmaps into the network's latents and back; a part of the adapter, stored in its card.
+    """Turns normalised pointmaps into the network's latents and back.
 
-    Encoded shards hold latents before `standardise`: its statistics are measured on them.
+    Its settings are in the adapter's card.
+
+    Encoded shards hold latents from before `standardise`, since its statistics are measured on
+    them.
 
     Args:
-        power: of `geometry.pointmap.bend`, by which distances are shown to the VAE (data.pointmap_power); 1 = plain.
-        channels: of the latents.
+        power: power of `geometry.pointmap.bend`, by which the VAE sees distances
+            (data.pointmap_power); 1 = linear.
+        channels: number of latent channels C.
         device: where the statistics lie.
     """
 
@@ -32,13 +36,13 @@ class PointmapCodec(nn.Module):
         self.register_buffer("std", torch.ones(channels, 1, 1, 1, device=device), persistent=False)
 
     def encode(self, encoders: WanEncoders, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, C, t, h, w]
-        """Latents of normalised pointmaps, before `standardise`."""
+        """Encode normalised pointmaps; the latents are not standardised yet."""
         return encoders.encode(self._bend(pointmap))
 
     def encode_clips(
         self, encoders: WanEncoders, frames: Tensor, pointmap: Tensor
     ) -> Tensor:  # [B, 3, T, H, W] x 2 -> [2B, C, t, h, w]
-        """Latents of both branches, frames first, before `standardise`."""
+        """Encode both branches, frames first; the latents are not standardised yet."""
         return encoders.encode(torch.cat([frames, self._bend(pointmap)]))
 
     def decode(self, encoders: WanEncoders, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W]
@@ -46,7 +50,10 @@ class PointmapCodec(nn.Module):
         return unbend(encoders.decode(latents).movedim(1, -1), self.power).movedim(-1, 1)
 
     def standardise(self, latents: Tensor) -> Tensor:  # [2B, C, t, h, w], rgb first
-        """Give the pointmaps' latents mean 0 and deviation 1 per channel; frames' stay as they are."""
+        """Give the pointmaps' latents mean 0 and deviation 1 per channel.
+
+        The frames' stay the same.
+        """
         rgb, xyz = latents.chunk(2)
         return torch.cat([rgb, (xyz - self.mean) / self.std])
 
@@ -56,7 +63,10 @@ class PointmapCodec(nn.Module):
         return torch.cat([rgb, xyz * self.std + self.mean])
 
     def set_statistics(self, mean: list[float], std: list[float]) -> None:  # [C] each
-        """Set what `standardise` subtracts and divides by (dlc.standardise_xyz); ConfigError where it cannot be."""
+        """Set what `standardise` subtracts and divides by.
+
+        Raises ConfigError unless there are C of each and all deviations are above 0.
+        """
         if len(mean) != len(self.mean) or len(std) != len(self.std) or not min(std) > 0:
             raise ConfigError(
                 f"xyz statistics: need {len(self.mean)} means and as many deviations above 0, got {mean}, {std}"
@@ -67,7 +77,10 @@ class PointmapCodec(nn.Module):
 
     @property
     def statistics(self) -> dict[str, list[float]] | None:
-        """What `set_statistics` was given, for the adapter's card; None where nothing is standardised."""
+        """Return what `set_statistics` was given, for the card.
+
+        Returns None where nothing is standardised.
+        """
         if not self.standardises:
             return None
         return {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}

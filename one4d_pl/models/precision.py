@@ -1,4 +1,4 @@
-"""Where the network runs under bfloat16 autocast, and what suits a processor: attention, compiled blocks."""
+"""bfloat16 autocast of the network, and what a processor suits: attention kernels, the compiler."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from one4d_pl.config import TEMPORAL_FACTOR, Config
 
-SHORT = 1024  # tokens of a clip; up to here a CPU multiplies whole matrices of scores faster than block by block
+SHORT = 1024  # tokens; up to so many a CPU is faster with the whole matrix of scores than with it block by block
 # values of ONEDNN_MAX_CPU_ISA that leave oneDNN its bfloat16 instructions
 BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 
@@ -17,7 +17,8 @@ BFLOAT16_ISAS = ("BF16", "FP16", "AMX", "AVX10", "ALL", "DEFAULT")
 def computes_bfloat16(device: torch.device) -> bool:
     """Tell whether the device has bfloat16 arithmetic.
 
-    A processor without it converts every number to float32 and back, which takes 12 to 20 times as long as float32.
+    A processor without it converts every number to float32 and back, which makes bfloat16 12 to 20
+    times slower than float32.
     """
     if device.type != "cpu":
         return True
@@ -32,8 +33,9 @@ def computes_bfloat16(device: torch.device) -> bool:
 def uses_bfloat16(config: Config, device: torch.device) -> bool:
     """Tell whether the network runs under bfloat16 autocast on this device.
 
-    Where the processor has no bfloat16 arithmetic, train.precision=bf16-mixed means float32. A base whose weights are
-    bfloat16 needs autocast everywhere, since the adapter's own weights are float32.
+    Where the processor has no bfloat16 arithmetic, train.precision=bf16-mixed means float32. A base
+    whose weights are bfloat16 needs autocast everywhere, since the adapter's own weights are
+    float32.
     """
     if config.train.precision != "bf16-mixed":
         return False
@@ -41,13 +43,15 @@ def uses_bfloat16(config: Config, device: torch.device) -> bool:
 
 
 def training_attention(config: Config, device: torch.device) -> str:
-    """Diffusers' name of the kernels that attend in training: base.attention, or what is faster on this device.
+    """Choose training's attention kernels: base.attention, or faster ones on this device.
 
-    On a CPU in bfloat16 the backward pass of torch's fused attention takes three times as long as two products and a
-    softmax, whose memory is quadratic in the tokens. Selective checkpointing knows only fused kernels.
+    On a CPU in bfloat16 the backward pass of torch's fused attention takes three times as long as
+    two products and a softmax, whose memory grows with the square of the tokens: so for short clips
+    only. Selective checkpointing knows only fused kernels.
     """
     data, chosen = config.data, config.base.attention
-    tokens = ((data.num_frames - 1) // TEMPORAL_FACTOR + 1) * (data.height // 8) * (data.width // 8)  # at most
+    # an upper bound: patches hold several latent pixels
+    tokens = ((data.num_frames - 1) // TEMPORAL_FACTOR + 1) * (data.height // 8) * (data.width // 8)
     plain = chosen == "native" and device.type == "cpu" and uses_bfloat16(config, device) and tokens <= SHORT
     return "_native_math" if plain and config.train.activation_checkpointing != "selective" else chosen
 
@@ -66,12 +70,15 @@ def can_compile(device: torch.device) -> bool:
 
 
 def autocast(bfloat16: bool, device: torch.device) -> AbstractContextManager[object]:
-    """Enter bfloat16 autocast, for what Lightning does not wrap; where it is not asked for, change nothing."""
+    """Return the context of bfloat16 autocast, for what Lightning does not wrap.
+
+    Where it is not asked for, the context does nothing.
+    """
     return torch.autocast(device.type, torch.bfloat16) if bfloat16 else nullcontext()
 
 
 def describe_precision(config: Config, device: torch.device) -> str:
-    """Say in which precision the network runs, and why where it is not the one that was asked for."""
+    """Say in which precision the network runs, and why, where it is not the one asked for."""
     if uses_bfloat16(config, device):
         return "bf16-mixed"
     if config.train.precision == "bf16-mixed":

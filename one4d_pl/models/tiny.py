@@ -1,4 +1,4 @@
-"""A tiny Wan with seeded weights, in the same diffusers layout as the 14B and opened by the same loader."""
+"""A tiny Wan with seeded weights, in the 14B's diffusers layout and opened by the same loader."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ IMAGE_DIM = 32  # width of the tiny CLIP
 def build_tiny_wan(
     folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan, tokenizer: PreTrainedTokenizerBase | None = None
 ) -> None:
-    """Write the bundle around a VAE to `folder`, atomically; the same seed and VAE give the same bytes.
+    """Write a base around a VAE to `folder`, atomically; the same seed and VAE give the same bytes.
 
     Args:
-        folder: created; left alone if it already holds a bundle.
+        folder: created; left alone if it already holds a base.
         config: shape and seed.
-        vae: the bundle's.
-        tokenizer: the bundle's; bytes by default, which need no vocabulary.
+        vae: the base's VAE.
+        tokenizer: the base's tokenizer; by default bytes, which need no vocabulary.
     """
     if (folder / "model_index.json").is_file():
         return
@@ -92,15 +92,17 @@ def _save_parts(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan, toke
 
 
 def _pass_noise_through(transformer: WanTransformer3DModel) -> None:
-    """Let the head read back what the patch embedding wrote of the noisy latents, as in any trained denoiser.
+    """Make the output layer read what the patch embedding wrote, as in trained denoisers.
 
-    A wholly random Wan loses the noise on its way, and an adapter would spend its training on carrying it.
+    A wholly random Wan loses the noise between the two, and an adapter would spend its training on
+    learning to pass it.
     """
     channels, width = transformer.config.out_channels, transformer.proj_out.in_features
     kernel = transformer.patch_embedding.weight.data  # [D, 2C + 4, 1, p, p]
     patch = kernel.shape[-2] * kernel.shape[-1]
     mixing = nn.init.orthogonal_(torch.empty(width, channels * patch))  # [D, C p p]
     kernel[:, :channels] = mixing.view(width, channels, *kernel.shape[2:])
-    # unpatchify reads the head's rows as (p, p, C); the final norm makes the hidden state unit variance per channel
+    # unpatchify reads the output layer's rows as (p, p, C); the final norm gives the hidden state
+    # unit variance
     head = mixing.T.view(channels, patch, width).transpose(0, 1).flatten(0, 1)  # [p p C, D]
     transformer.proj_out.weight.data.copy_(head * (channels * patch / width) ** 0.5)

@@ -1,4 +1,4 @@
-"""The One4D transformer: an unmodified diffusers Wan on a stacked batch, with BranchLinears and control links."""
+"""The One4D transformer: diffusers' Wan on a stacked batch, BranchLinears and control links."""
 
 from __future__ import annotations
 
@@ -19,12 +19,14 @@ from one4d_pl.models.pointmap_codec import PointmapCodec
 
 
 class CoupledTransformer(nn.Module):
-    """A frozen Wan that denoises frames and pointmaps together; how the two are coupled is the subclass's.
+    """A frozen Wan that denoises frames and pointmaps together.
+
+    A subclass decides how the two are coupled.
 
     Args:
         base: a 36-channel (inpainting layout) Wan, changed in place.
         config: shape of the adapter.
-        pointmap_power: of its codec.
+        pointmap_power: data.pointmap_power, for the codec.
     """
 
     def __init__(self, base: WanTransformer3DModel, config: DLCConfig, pointmap_power: float) -> None:
@@ -40,7 +42,7 @@ class CoupledTransformer(nn.Module):
     def forward(
         self,
         noisy_latents: Tensor,  # [2B, C, t, h, w], rgb first
-        condition: Tensor,  # [B, 4 + C, t, h, w], of the frames; pointmaps get none
+        condition: Tensor,  # [B, 4 + C, t, h, w], the rgb branch's; xyz gets none
         sigma: Tensor,  # [2B], in [0, 1], 1 = noise
         prompt_embeds: Tensor,  # [B, L, D], one text for both
         image_embeds: Tensor | None,  # [B, N, D], where the base has image tokens
@@ -48,18 +50,23 @@ class CoupledTransformer(nn.Module):
         raise NotImplementedError
 
     def set_activation_checkpointing(self, mode: str) -> None:
-        """none; full: each block, with its link, runs again in the backward pass; selective: all but self-attention."""
+        """Set what the backward pass computes again.
+
+        Args:
+            mode: none; full = each block with its link; selective = the same, but self-attention is
+                kept.
+        """
         self.base.gradient_checkpointing = mode != "none"
         self.keeps_attention = mode == "selective"
         self.base._gradient_checkpointing_func = partial(run_checkpointed, keep_attention=self.keeps_attention)
 
     def set_attention(self, backend: str) -> None:
-        """Which kernels attend, by diffusers' name (base.attention); ConfigError where they are not there."""
+        """Choose the attention kernels by diffusers' name; ConfigError where they are absent."""
         self.attention = backend
         attend_with(self.base, backend)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """torch.compile of the blocks, which are all alike: compiled once, used by all; links likewise.
+        """Compile the blocks, and links, by torch.compile; all are alike, so once serves them all.
 
         To be called after `set_activation_checkpointing` and `set_attention`.
         """
@@ -68,47 +75,55 @@ class CoupledTransformer(nn.Module):
             self.base._gradient_checkpointing_func = compile_selective(backend)
 
     def trainable_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Named trainables in a fixed order: the adapter, nothing of the base."""
+        """Yield named trainables in a fixed order: the adapter, nothing of the base."""
         return ((name, p) for name, p in self.named_parameters() if p.requires_grad)
 
     def parameter_counts(self) -> dict[str, int]:
-        """Numbers of trainable parameters: lora (both branches), links, xyz_patch_embedding."""
+        """Count the trainable parameters: lora (both branches), links, xyz_patch_embedding."""
         counts = {"lora": 0, "links": 0, "xyz_patch_embedding": 0}
         for name, parameter in self.trainable_parameters():
-            # a parameter that ZeRO-3 has sharded is empty between its uses
+            # a parameter that ZeRO-3 has sharded is empty while it is not used; ds_numel is its
+            # full size
             counts[adapter_part(name)] += getattr(parameter, "ds_numel", parameter.numel())
         return counts
 
 
 def attend_with(base: WanTransformer3DModel, backend: str) -> None:
-    """Set a Wan's attention kernels by diffusers' name; ConfigError where they are not there."""
+    """Set a Wan's attention kernels by diffusers' name; ConfigError where they are absent."""
     if backend == "native":
         return  # torch's own choice, or that of diffusers' environment variable
     try:
         if backend == "_native_math" and base.device.type == "cpu":
-            # named after CUDA, obeyed by the CPU: else bfloat16 is widened to float32 for these products
+            # this CUDA setting also rules the CPU: without it these products widen bfloat16 to
+            # float32
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        with attention_backend("native"):  # restores the choice for other models, which diffusers changes with it
+        with attention_backend("native"):  # set_attention_backend also sets a global default; this restores it
             base.set_attention_backend(backend)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"base.attention: {backend} cannot be used here ({error}); native always can") from error
 
 
 def compile_wan(base: WanTransformer3DModel, attention: str, backend: str = "inductor") -> None:
-    """torch.compile of a Wan's blocks, whose kernels `attend_with` has set to `attention`."""
-    # inductor recognises plain products as attention and would put the fused kernels back
+    """Compile a Wan's blocks by torch.compile.
+
+    `attend_with` has set their kernels to `attention`.
+    """
+    # inductor recognises plain products as attention and would replace them by the fused kernels
     plain = backend == "inductor" and attention == "_native_math"
     base.compile_repeated_blocks(backend=backend, options={"pattern_matcher": False} if plain else None)
 
 
 class One4DTransformer(CoupledTransformer):
-    """Decoupled LoRA Control around a frozen Wan (One4D, Eq. 5-9); the branches are the two halves of the batch.
+    """Decoupled LoRA Control around a frozen Wan (One4D, Eq. 5-9).
+
+    The branches are the two halves of the batch.
 
     Args:
-        base: a 36-channel (inpainting layout) Wan; its block linears and patch embedding are wrapped in place.
+        base: a 36-channel (inpainting layout) Wan; its block linears and patch embedding are
+            wrapped in place.
         config: rank, scale, links.
-        seed: of the LoRA A matrices; everything else starts at zero or as a copy.
-        pointmap_power: of the codec.
+        seed: seeds the LoRA A matrices; everything else starts at zero or as a copy.
+        pointmap_power: data.pointmap_power, for the codec.
     """
 
     def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int, pointmap_power: float = 1.0) -> None:
@@ -123,7 +138,8 @@ class One4DTransformer(CoupledTransformer):
         both_ways = config.link_direction == "both"
         self.links = nn.ModuleDict({str(i): ControlLink(width, device, both_ways) for i in positions})
         for i in positions:
-            # after the block and before the next one; inside the checkpointed region, so it is recomputed with it
+            # a hook runs between this block and the next, inside the checkpointed region:
+            # recomputed with the block
             base.blocks[i].register_forward_hook(_LinkHook(self.links[str(i)]))
 
     def forward(
@@ -144,7 +160,7 @@ class One4DTransformer(CoupledTransformer):
 
 
 class _LinkHook:
-    """A forward hook that owns no module, so that a link is registered (and saved) once, below `links`."""
+    """A forward hook that is no module, so that links are registered (and saved) once."""
 
     def __init__(self, link: nn.Module) -> None:
         self.link = link
@@ -154,7 +170,7 @@ class _LinkHook:
 
 
 def adapter_part(name: str) -> str:
-    """Which part of the adapter a trainable belongs to, by its name in One4DTransformer."""
+    """Return the adapter's part that a trainable of One4DTransformer belongs to, by its name."""
     if name.startswith("links."):
         return "links"
     if ".lora_" in name:
@@ -163,7 +179,7 @@ def adapter_part(name: str) -> str:
 
 
 def describe_sizes(counts: dict[str, int]) -> str:
-    """The adapter's size the way the paper prints it: LoRA / links + xyz patch embedding / total, in 2^20."""
+    """Print the adapter's size as the paper does: LoRA / control / total, in 2^20."""
     mega = {part: count / 2**20 for part, count in counts.items()}
     control = mega["links"] + mega["xyz_patch_embedding"]
     return f"{mega['lora']:.1f} / {control:.1f} / {mega['lora'] + control:.1f} (x 2^20: LoRA / control / total)"

@@ -1,7 +1,7 @@
 """The frozen Wan: one loader for every size, and the encoders around the transformer.
 
-The folder is in diffusers' layout or in Wan's own (base_files.py). The flip between diffusers'
-normalised latents and pixels lives here alone.
+The folder is in diffusers' layout or in Wan's own (base_files.py). Only this module converts
+between pixels and diffusers' normalised latents.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from one4d_pl.models.base_files import resolve_base, tokenizer_folder
 from one4d_pl.models.encoder_files import CPU, open_image_encoder, open_text_encoder, open_vae
 from one4d_pl.models.weights import Partitioner, stream_transformer
 
-IMAGE_CONTEXT = 512  # diffusers' Wan splits image from text tokens by assuming this many text tokens
+IMAGE_CONTEXT = 512  # diffusers' Wan assumes this many text tokens where it separates image from text tokens
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # the image encoder's own input statistics (OpenAI CLIP)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -33,12 +33,15 @@ def load_transformer(
     device: torch.device | None = None,  # None = CPU
     partitioner: Partitioner | None = None,  # shards the blocks over processes as they are read
 ) -> WanTransformer3DModel:
-    """The transformer alone, in `dtype` (as diffusers does, Wan's norms, time embedding and modulation in float32)."""
+    """Load the transformer alone, in `dtype`.
+
+    As in diffusers, Wan's norms, time embedding and modulation are float32.
+    """
     return stream_transformer(resolve_base(path), getattr(torch, dtype), device or CPU, partitioner)
 
 
 def pad_prompt_embeds(embeds: list[Tensor], length: int) -> Tensor:  # [n_i, D] each -> [B, length, D]
-    """Zero-pad, as Wan was trained; the transformer attends to the zeros too."""
+    """Pad with zeros, as Wan was trained; the transformer attends to the zeros too."""
     padded = embeds[0].new_zeros(len(embeds), length, embeds[0].shape[-1])
     for row, embed in zip(padded, embeds, strict=True):
         row[: len(embed)] = embed
@@ -46,11 +49,13 @@ def pad_prompt_embeds(embeds: list[Tensor], length: int) -> Tensor:  # [n_i, D] 
 
 
 class WanEncoders(nn.Module):
-    """VAE, text encoder and (where the base has one) CLIP image encoder, all frozen; the VAE stays float32.
+    """VAE, text encoder and (where the base has one) CLIP image encoder, all frozen.
+
+    The VAE stays float32.
 
     Args:
         path: base folder in either layout, or a hub id in the local cache.
-        dtype: of the text and image encoder.
+        dtype: dtype of the text and image encoder.
         max_text_tokens: prompts are cut and their embeddings zero-padded to this length.
         device: where the weights are put as they are read.
     """
@@ -71,7 +76,7 @@ class WanEncoders(nn.Module):
                 f"{IMAGE_CONTEXT} text tokens; set base.max_text_tokens={IMAGE_CONTEXT}"
             )
         self.max_text_tokens = max_text_tokens
-        self.visits = False  # see wait_on_host
+        self.waits_on_host = False  # see wait_on_host
         self.requires_grad_(False).eval()
         shape = (1, -1, 1, 1, 1)
         self.register_buffer("latents_mean", torch.tensor(self.vae.config.latents_mean).view(shape), persistent=False)
@@ -79,30 +84,33 @@ class WanEncoders(nn.Module):
 
     @staticmethod
     def of(base: BaseConfig, device: torch.device = CPU) -> WanEncoders:
-        """Open those of a run's base."""
+        """Open the encoders of a run's base."""
         return WanEncoders(base.path, base.dtype, base.max_text_tokens, device)
 
     def wait_on_host(self, device: torch.device) -> WanEncoders:
-        """Leave the weights in host memory; each part visits `device` while it works, unless that is a CPU."""
+        """Keep the weights in host memory; each part is on `device` only while it works."""
         self.to(CPU)
         if device.type == "cuda" and torch.cuda.is_available():
             for part in (self.vae, self.text_encoder, self.image_encoder):
                 for tensor in () if part is None else (*part.parameters(), *part.buffers()):
-                    tensor.data = tensor.data.pin_memory()  # a visit takes half a second instead of two
+                    tensor.data = tensor.data.pin_memory()  # copying takes half a second instead of two
         self.latents_mean, self.latents_std = self.latents_mean.to(device), self.latents_std.to(device)
-        self.visits = device.type != "cpu"
+        self.waits_on_host = device.type != "cpu"
         return self
 
     @contextmanager
     def _at_work(self, part: nn.Module) -> Iterator[None]:
-        """Inside, the part is where it works; what it left on the host is what it finds there afterwards."""
-        if not self.visits:
+        """Put a part on the device for this section.
+
+        Its host copy is kept and put back afterwards.
+        """
+        if not self.waits_on_host:
             yield
             return
         tensors = [*part.parameters(), *part.buffers()]
         on_host = [tensor.data for tensor in tensors]
         try:
-            with torch.inference_mode(False):  # what is made in that mode cannot be used outside of it
+            with torch.inference_mode(False):  # tensors made in inference mode cannot be used outside of it
                 for tensor in tensors:
                     tensor.data = tensor.data.to(self.latents_mean.device, non_blocking=True, copy=True)
             yield
@@ -113,28 +121,34 @@ class WanEncoders(nn.Module):
 
     @property
     def temporal_factor(self) -> int:
+        """Return the VAE's temporal compression: T = factor * (t - 1) + 1."""
         return self.vae.config.scale_factor_temporal
 
     @property
     def spatial_factor(self) -> int:
+        """Return the VAE's spatial compression: H = factor * h."""
         return self.vae.config.scale_factor_spatial
 
     @property
     def latent_channels(self) -> int:
+        """Return the number of latent channels C."""
         return self.vae.config.z_dim
 
     def latent_shape(self, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:  # C, t, h, w
-        """Shape of the latents of one video of this size."""
+        """Return the shape of the latents of one video of this size."""
         factor = self.spatial_factor
         return self.latent_channels, (num_frames - 1) // self.temporal_factor + 1, height // factor, width // factor
 
     def train(self, mode: bool = True) -> WanEncoders:
-        """Frozen: always in eval mode, whatever Lightning asks."""
+        """Stay in eval mode, whatever Lightning asks: the encoders are frozen."""
         return super().train(False)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:  # [B, 3, T, H, W] in [-1, 1] -> [B, C, t, h, w]
-        """Normalised posterior mode, in float32: bf16 would quantise pointmaps to 2^-8 of the scene."""
+        """Encode to the normalised posterior mode, in float32.
+
+        bfloat16 would quantise pointmaps to 2^-8 of the scene.
+        """
         num_frames, height, width = video.shape[2:]
         if num_frames % self.temporal_factor != 1:
             raise ValueError(f"video: {num_frames} frames, need {self.temporal_factor}k+1; Wan's VAE drops the rest")
@@ -146,13 +160,13 @@ class WanEncoders(nn.Module):
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W] in [-1, 1]
-        """Back to pixels or pointmaps, in float32; Wan's VAE clamps at +-1."""
+        """Decode to pixels or pointmaps, in float32; Wan's VAE clamps at +-1."""
         with self._at_work(self.vae), torch.autocast(latents.device.type, enabled=False):
             return self.vae.decode(latents.float() * self.latents_std + self.latents_mean).sample
 
     @torch.no_grad()
     def encode_prompts(self, prompts: list[str]) -> list[Tensor]:  # -> [n, D] each, n <= max_text_tokens
-        """Text embeddings cut to their true length; `pad_prompt_embeds` stacks them."""
+        """Embed texts, each cut to its true length; `pad_prompt_embeds` stacks them."""
         tokens = self.tokenizer(
             prompts,
             padding="longest",
@@ -167,12 +181,15 @@ class WanEncoders(nn.Module):
         return [embed[:length].float() for embed, length in zip(embeds, lengths, strict=True)]
 
     def pad_prompt_embeds(self, embeds: list[Tensor]) -> Tensor:  # [n_i, D] each -> [B, max_text_tokens, D]
-        """See the function of this name."""
+        """Pad to `max_text_tokens`, as the function `pad_prompt_embeds` does."""
         return pad_prompt_embeds(embeds, self.max_text_tokens)
 
     @torch.no_grad()
     def encode_image(self, image: Tensor) -> Tensor | None:  # [B, 3, H, W] in [-1, 1] -> [B, N, D]
-        """CLIP tokens of frame 0 (penultimate layer), squashed to the encoder's square as Fun-InP was trained."""
+        """Embed frame 0 as CLIP tokens of the penultimate layer; None where the base has no CLIP.
+
+        The picture is squashed to the encoder's square, as Fun-InP was trained.
+        """
         if self.image_encoder is None:
             return None
         size = self.image_encoder.config.image_size
@@ -187,6 +204,9 @@ class WanEncoders(nn.Module):
         frames: Tensor,  # [B, 3, T, H, W] in [-1, 1]
         frame_mask: Tensor,  # [B, T] bool, 1 = given
     ) -> Tensor | None:  # [B, N, D]
-        """`encode_image` of frame 0; zero features (not absent tokens) where it is hidden, as Fun-InP was trained."""
+        """Embed frame 0 by `encode_image`; zeros where it is hidden.
+
+        The tokens are zero, not absent, as Fun-InP was trained.
+        """
         image_embeds = self.encode_image(frames[:, :, 0])
         return None if image_embeds is None else torch.where(frame_mask[:, :1, None], image_embeds, 0.0)

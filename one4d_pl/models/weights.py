@@ -1,9 +1,10 @@
-"""The base's weights, streamed: tensor by tensor into place, never two copies; the transformer block by block.
+"""The base's weights, streamed into place tensor by tensor, never in two copies.
 
 1. The module is built with empty (meta) parameters; its buffers are real.
 2. Each tensor is read from the files (diffusers' or Wan's own names), cast, and put on the device.
-3. Where a `Partitioner` shards the transformer (ZeRO-3), it takes each block as soon as it is whole, so no process
-   ever holds more than its share and one block. Only one process reads then; the others receive.
+3. Where a `Partitioner` shards the transformer (ZeRO-3), it takes each block as soon as it is
+   whole, so no process ever holds more than its share and one block. Only one process then reads
+   the files; the others receive from it.
 """
 
 from __future__ import annotations
@@ -29,22 +30,25 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 class Partitioner(Protocol):
-    """What shards the frozen blocks over the processes (training/strategy.py)."""
+    """Shards the frozen blocks over the processes (training/zero.py)."""
 
     reads: bool  # whether this process reads the files; the others receive what it read
 
     def partition(self, module: nn.Module) -> None:
-        """Collective: spread the reading process's values of a module's parameters over all processes."""
+        """Spread the reading process's values of a module's parameters over all processes.
+
+        This is a collective.
+        """
 
 
 class TensorFiles:
-    """The tensors of some files by our names; ConfigError names the file that cannot be read.
+    """The tensors of some files, by our names; ConfigError names the file that cannot be read.
 
     Args:
-        paths: .safetensors and .pth files; of the latter nothing but tensors is unpickled, and the file is mapped, not
-            read, so that its tensors cost no memory until they are used.
+        paths: .safetensors and .pth files. Of a .pth file nothing but tensors is unpickled; it is
+            memory-mapped, so that its tensors cost no memory until they are used.
         where: their folder, for messages.
-        source_of: from our name of a tensor to its place in the files.
+        source_of: maps our name of a tensor to its place in the files.
     """
 
     def __init__(self, paths: Sequence[Path], where: Path, source_of: Callable[[str], Source] = same_name) -> None:
@@ -63,31 +67,35 @@ class TensorFiles:
         return key in self._shape
 
     def shape(self, key: str) -> list[int]:
-        """Of a tensor by its name in the files."""
+        """Return the shape of a tensor by its name in the files.
+
+        Raises ConfigError where it is missing.
+        """
         if key not in self._shape:
             raise ConfigError(f"{self._missing_from(key)}: {key} is missing")
         return self._shape[key]
 
     def count(self, pattern: str) -> int:
-        """Numbers i for which `pattern` with i for its # is there: 0, 1, 2, ..."""
+        """Count the tensors that are named `pattern` with 0, 1, 2, ... for its #."""
         i = 0
         while pattern.replace("#", str(i)) in self._shape:
             i += 1
         return i
 
     def refuse_other(self, expected: dict[str, torch.Size], unused: Sequence[str]) -> None:
-        """ConfigError unless exactly these tensors (our names) are there, in these shapes; `unused` ones may be, too.
+        """Raise ConfigError unless exactly these tensors (our names) are there, in these shapes.
 
-        The line names the file and the tensor by the file's own name for it.
+        Tensors whose names hold one of `unused` may be there, too. The error names the file and the
+        tensor by the file's own name for it.
         """
         sources = {name: self.source_of(name) for name in expected}
         needed = {source.key for source in sources.values()}
         found = {key for key in self._shape if key in needed or not any(part in key for part in unused)}
         if differing := sorted(needed ^ found):
             key = differing[0]
-            told = f"{key} is missing" if key in needed else f"{key} is unexpected"
+            fault = f"{key} is missing" if key in needed else f"{key} is unexpected"
             more = f" ({len(differing)} tensors differ)" if len(differing) > 1 else ""
-            raise ConfigError(f"{self._path.get(key) or self._missing_from(key)}: {told}{more}")
+            raise ConfigError(f"{self._path.get(key) or self._missing_from(key)}: {fault}{more}")
         for name, shape in expected.items():
             source = sources[name]
             stored = self._shape[source.key]
@@ -95,13 +103,13 @@ class TensorFiles:
                 raise ConfigError(f"{self._path[source.key]}: {source.key} is {stored}, {name} should be {list(shape)}")
 
     def read(self, name: str) -> Tensor:
-        """By our name; a tensor of the file's dtype that may lie in the mapped file."""
+        """Read a tensor by our name, in the file's dtype; it may still lie in the mapped file."""
         source = self.source_of(name)
         tensor = self._read[source.key](source.key)
         return tensor.flatten(0, source.leading).chunk(source.parts)[source.part]
 
     def _missing_from(self, key: str) -> Path:
-        """The shard that the index promises the tensor in, or the only file, or the folder."""
+        """Return the shard that should hold a tensor by the index, else the only file or folder."""
         for index in self.where.glob("*.index.json"):
             if shard := json.loads(index.read_text()).get("weight_map", {}).get(key):
                 return self.where / shard
@@ -119,7 +127,10 @@ def stream(
     blocks: nn.ModuleList | None = None,  # filled first, and each given to the partitioner
     partitioner: Partitioner | None = None,
 ) -> Module:
-    """Fill the model, frozen and in eval mode; ConfigError names the file and the tensor that does not fit."""
+    """Fill the model, frozen and in eval mode.
+
+    ConfigError names the file and the tensor that does not fit.
+    """
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     files.refuse_other({name: parameter.shape for name, parameter in model.named_parameters()}, unused)
 
@@ -148,11 +159,14 @@ def stream(
 
 def stream_transformer(
     folder: Path,  # of the base
-    dtype: torch.dtype,  # but norms, time embedder and modulation, which diffusers keeps in float32
+    dtype: torch.dtype,  # of all but norms, time embedder and modulation, which diffusers keeps in float32
     device: torch.device,
     partitioner: Partitioner | None,
 ) -> WanTransformer3DModel:
-    """The frozen base; ConfigError names what is damaged, missing or of another shape."""
+    """Load the frozen transformer.
+
+    ConfigError names what is damaged, missing or of another shape.
+    """
     config = transformer_config(folder)
     with init_empty_weights(include_buffers=False):
         model = WanTransformer3DModel.from_config(config)
@@ -175,13 +189,13 @@ def stream_transformer(
 
 
 def _open(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
-    """Shapes of a file's tensors, and what reads one."""
+    """Return the shapes of a file's tensors, and a function that reads one."""
     if is_lfs_pointer(path):
         raise ConfigError(f"{path}: {LFS_HINT}")
     try:
         if path.suffix == ".safetensors":
             file = safe_open(path, framework="pt")
-            names = list(file.keys())  # the file is no mapping
+            names = list(file.keys())  # safe_open's object cannot be iterated itself
             return {name: file.get_slice(name).get_shape() for name in names}, file.get_tensor
         tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UnpicklingError:

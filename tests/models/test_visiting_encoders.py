@@ -25,8 +25,8 @@ def places(part: nn.Module) -> list[int]:
 def visitors(tiny_base) -> WanEncoders:
     """As on a GPU: what visits is a copy, even if here it is one in the same memory."""
     encoders = tiny_base.encoders().wait_on_host(torch.device("cpu"))
-    assert not encoders.visits  # nothing to be gained from on a CPU
-    encoders.visits = True
+    assert not encoders.waits_on_host  # nothing to be gained from on a CPU
+    encoders.waits_on_host = True
     return encoders
 
 
