@@ -217,7 +217,7 @@ def training_data(config: Config, on_progress: Callable[[], None] = lambda: None
 def scene_callbacks(config: EvalConfig) -> list[Callback]:
     """Build the callbacks that sample, measure and draw scenes while training.
 
-    Returns None where their interval is 0.
+    Where an interval is 0, its callbacks are left out.
     """
     from one4d_pl.callbacks.geometry_eval import GeometryEval
     from one4d_pl.callbacks.scene_samples import SceneSamples

@@ -1,9 +1,10 @@
 """One clip as the members of one WebDataset sample: what may be stored, and its bytes.
 
-The members share `key.`: `frame_000.jpg` ... (JPEG quality 95, 4:4:4), `depth.png` (16-bit log depth, the frames
-stacked to [T*H, W]), `valid.png` and, where known, `moving.png` (1 bit, stacked alike), `meta.json` (cameras, texts,
-sizes). Depth codes: 0 = no measurement (nan), 65535 = sky (+inf), 1 .. 65534 log-uniform between the clip's nearest
-and farthest finite depth, so the relative error is at most 2e-4. Cameras come back bit for bit.
+The members share `key.`: `frame_000.jpg` ... (JPEG quality 95, 4:4:4), `depth.png` (16-bit log
+depth, the frames stacked to [T*H, W]), `valid.png` and, where known, `moving.png` (1 bit, stacked
+alike), `meta.json` (cameras, texts, sizes). Depth codes: 0 = no measurement (nan), 65535 = sky
+(+inf), 1 .. 65534 log-uniform between the clip's nearest and farthest finite depth, so the relative
+error is at most 2e-4. Cameras come back bit for bit.
 """
 
 from __future__ import annotations
@@ -40,18 +41,24 @@ META_FIELDS = (
 
 
 def validate_clip(clip: Clip) -> None:
-    """Raise ValueError, naming the key, unless `clip` obeys the schema of `types.Clip` and can be stored."""
+    """Raise ValueError unless `clip` obeys the schema of `types.Clip` and can be stored."""
     if fault := clip_fault(clip):
         raise ValueError(f"{clip.key}: {fault}")
 
 
 def clip_fault(clip: Clip) -> str | None:
-    """The first thing in which `clip` breaks the schema of `types.Clip` or cannot be stored; None if all is well."""
+    """Say what first breaks the schema of `types.Clip` in a clip, or keeps it from being stored.
+
+    Returns None where nothing does.
+    """
     return next(_faults(clip), None)
 
 
 def _faults(clip: Clip) -> Iterator[str]:
-    """Everything that is wrong with a clip, shapes first: later checks rely on earlier ones (take the first)."""
+    """Yield what is wrong with a clip.
+
+    Only the first fault is reliable: later checks assume earlier ones passed.
+    """
     if not SAFE_KEY.fullmatch(clip.key):
         yield f"key must match {SAFE_KEY.pattern}"
     if clip.depth.dim() != 3:
@@ -104,7 +111,10 @@ def _camera_faults(intrinsics: Tensor, cam2world: Tensor) -> Iterator[str]:
 def encode_depth(
     depth: np.ndarray,  # [...] float32, > 0, +inf or nan
 ) -> tuple[np.ndarray, tuple[float, float] | None]:  # [...] uint16, (nearest, farthest) finite depth
-    """16-bit log codes of a clip's depth; ValueError where 16 bits cannot hold its range to 2e-4."""
+    """Encode a clip's depth in 16-bit log codes.
+
+    Raises ValueError where these cannot hold its range to 2e-4.
+    """
     finite = np.isfinite(depth)
     codes = np.where(np.isnan(depth), NO_MEASUREMENT, SKY).astype(np.uint16)
     if not finite.any():
@@ -122,7 +132,7 @@ def decode_depth(
     codes: np.ndarray,  # [...] uint16
     near_far: tuple[float, float] | None,
 ) -> np.ndarray:  # [...] float32
-    """The inverse of `encode_depth`, to a relative error of 2e-4; ValueError for an impossible range."""
+    """Undo `encode_depth`, to a relative error of 2e-4; ValueError for an impossible range."""
     table = np.full(SKY + 1, np.nan, np.float32)  # no finite depth: every code but sky reads as no measurement
     if near_far is not None:
         near, far = near_far
@@ -135,7 +145,7 @@ def decode_depth(
 
 
 def encode_clip(clip: Clip) -> dict[str, bytes]:
-    """The members of one sample by extension; the clip must be valid."""
+    """Encode a valid clip as the members of one sample, by extension."""
     codes, near_far = encode_depth(clip.depth.numpy())
     members = {
         f"frame_{t:03d}.jpg": _image_bytes(Image.fromarray(frame.numpy()), "JPEG")
@@ -150,7 +160,7 @@ def encode_clip(clip: Clip) -> dict[str, bytes]:
         "num_frames": clip.num_frames,
         "height": clip.depth.shape[1],
         "width": clip.depth.shape[2],
-        "intrinsics": clip.intrinsics.tolist(),  # float32 -> double -> shortest decimal: exact both ways
+        "intrinsics": clip.intrinsics.tolist(),  # float32 -> double -> shortest decimal reads back exactly
         "cam2world": clip.cam2world.tolist(),
         "depth_range": near_far,
         "has_moving": clip.moving is not None,
@@ -178,7 +188,7 @@ def decode_clip(
     key: str,
     shape: tuple[int, int, int],  # T, H, W
 ) -> Clip:
-    """The clip in one sample's bytes; ValueError names the broken member."""
+    """Decode the clip in one sample's bytes; ValueError names the broken member."""
     members = tar_members(content, key)
     meta = _decode_meta(_member(members, "meta.json"), shape)
     num_frames, height, width = shape
@@ -212,7 +222,7 @@ def decode_clip(
 
 
 def tar_members(content: bytes, key: str) -> dict[str, bytes]:
-    """The files of one sample's bytes, by extension; ValueError where they are no such tar."""
+    """Read the files in one sample's bytes, by extension; ValueError where they are no such tar."""
     members = {}
     try:
         with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:

@@ -1,4 +1,4 @@
-"""The LightningDataModule: toy shards where absent, the encoded cache, and loaders whose only state is the step."""
+"""The LightningDataModule: toy shards, the encoded cache, loaders whose only state is the step."""
 
 from __future__ import annotations
 
@@ -35,15 +35,18 @@ from one4d_pl.interrupts import before_workers
 from one4d_pl.toy.world import clip_key, render_clip
 from one4d_pl.types import Batch, Sample, collate
 
-WAITING_S = 5.0  # between two looks at which clips other processes have encoded
+WAITING_S = 5.0  # between two checks of which clips other processes have encoded
 WORKER_TIMEOUT_S = 600.0  # a batch that takes longer ends the run instead of hanging it
-MEASURED_CLIPS = 16  # of each training source, alike, for the latents' statistics
-VAL_SEED_OFFSET = 1_000_000  # toy seeds of the validation split never meet those of the training splits
+MEASURED_CLIPS = 16  # of each training source, for the latents' statistics
+VAL_SEED_OFFSET = 1_000_000  # keeps toy seeds of the validation split apart from those of the training splits
 REAL_SEED_OFFSET = 2_000_000
 
 
 class StepSampler(Sampler[list[int]]):
-    """The positions of this rank's micro batches, from an optimiser step on; derived from the step, never counted."""
+    """The stream positions of this rank's micro batches from an optimiser step on.
+
+    They are derived from the step alone, so nothing has to be counted or restored.
+    """
 
     def __init__(self, start_step: int, max_steps: int, global_batch: int, micro_batch: int, rank: int, world: int):
         self.start_step, self.max_steps = start_step, max_steps
@@ -61,9 +64,9 @@ class StepSampler(Sampler[list[int]]):
 
 
 class TimedLoader(DataLoader[Sample]):
-    """Knows for how long its reader has waited for batches."""
+    """A DataLoader that measures how long its reader has waited for batches."""
 
-    waited_s = 0.0  # in all
+    waited_s = 0.0  # in total
 
     def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
         batches = super().__iter__()
@@ -77,12 +80,15 @@ class TimedLoader(DataLoader[Sample]):
 
 
 def validation_batches(count: int, rank: int, world: int) -> list[list[int]]:
-    """One position per batch, n on rank n mod world, equally many on every rank; PaddedStream knows which count."""
+    """List a rank's validation batches of one position each; n is on rank n mod world.
+
+    Every rank has equally many; PaddedStream tells which of them count.
+    """
     return [[first + rank] for first in range(0, count, world)]
 
 
 def datamodule_of(trainer: lightning.Trainer) -> One4DDataModule:
-    """Give the run's datamodule, or what stands in for it in a rehearsal."""
+    """Return the run's data module, or its stand-in in a rehearsal."""
     datamodule: One4DDataModule = trainer.datamodule  # type: ignore[attr-defined]  # Lightning sets it, undeclared
     return datamodule
 
@@ -93,10 +99,10 @@ class One4DDataModule(lightning.LightningDataModule):
     Args:
         config: the whole run's config; its data, masking, flow, train, val and base.max_text_tokens
             are read.
-        encoder: makes the encoders, on a device, when (and only when) some clip is not cached yet.
-        encoder_fingerprint: of those encoders; names the cache.
-        on_progress: called whenever a clip has been encoded, by this process or, while it waits, by
-            another.
+        encoder: opens the encoders on a device; called only if some clip is not cached yet.
+        encoder_fingerprint: identifies those encoders, and so the cache.
+        on_progress: called whenever this process, or another one that it waits for, has encoded a
+            clip.
     """
 
     def __init__(
@@ -108,7 +114,7 @@ class One4DDataModule(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.on_progress = on_progress
-        self.prepare_data_per_node = False  # shards lie on shared storage: eight writers of one cache collide
+        self.prepare_data_per_node = False  # shards lie on shared storage: one writer for all nodes
         self.config = config
         self.encoder = encoder
         self.recipe = encoding_recipe(encoder_fingerprint, config.base.max_text_tokens, config.data)
@@ -116,18 +122,18 @@ class One4DDataModule(lightning.LightningDataModule):
         self.start_step = 0  # set on resume, before the loaders are built
 
     def prepare_data(self) -> None:
-        """Write the toy shards where absent; one process only."""
+        """Write the toy shards where absent; Lightning calls this in one process only."""
         data = self.config.data
         if data.toy is not None:
             write_toy_world(data.toy, data.num_frames, data.height, data.width)
 
     def setup(self, stage: str) -> None:
-        """Fill the encoded cache where clips are missing: every process its share, on its own device."""
+        """Encode clips that the cache lacks: every process its share, on its own device."""
         if self.config.data.cache_latents:
             self._fill_cache()
 
     def train_dataloader(self) -> TimedLoader:
-        """This rank's micro batches from `start_step` to the end."""
+        """Return the loader of this rank's micro batches from `start_step` to the end."""
         train = self.config.train
         sampler = StepSampler(
             self.start_step,
@@ -140,11 +146,12 @@ class One4DDataModule(lightning.LightningDataModule):
         return self._loader(self._stream(self.config.data.sources, validation=False), sampler)
 
     def val_dataloader(self) -> TimedLoader:
-        """The first val.clips clips of the validation sources, split over the ranks: each counts once.
+        """Return the loader of the first val.clips validation clips, split over the ranks.
 
-        Every rank gets equally many batches, for a forward pass may be a collective; where the
-        clips do not go round, the last batches show some again and do not count. A run that
-        overfits is validated on the clips that it overfits, as often as it takes to fill val.clips.
+        Every clip counts once. Every rank gets equally many batches, since a forward pass may be a
+        collective; where the clips cannot be split evenly, the last batches show some again and do
+        not count. A run with train.overfit_clips is validated on the clips that it overfits,
+        repeated to fill val.clips.
         """
         overfit = self.config.train.overfit_clips
         data = self.config.data
@@ -158,13 +165,15 @@ class One4DDataModule(lightning.LightningDataModule):
         return batch.to(device)
 
     def describe_sources(self) -> list[dict[str, str]]:
-        """Name and licence tag of every training source, for the adapter's card."""
+        """List name, domain and licence tag of every training source, for the adapter's card."""
         manifests = [open_set(source.path).manifest for source in self.config.data.sources]
         return [{"source": m.source, "domain": m.domain, "licence": m.licence} for m in manifests]
 
     def describe_latents(self) -> LatentStats | None:
-        """Statistics of some training clips' latents; None where none is encoded ahead. They go
-        into the adapter's card and, where dlc.standardise_xyz asks for it, into the training."""
+        """Measure the latents of some training clips; None where no clip is encoded ahead.
+
+        The statistics go into the adapter's card and, with dlc.standardise_xyz, into the training.
+        """
         if self._latents is None:
             sources = [open_set(source.path) for source in self.config.data.sources]
             sets = [s if isinstance(s, EncodedSet) else self._cache(s) for s in sources]
@@ -183,7 +192,7 @@ class One4DDataModule(lightning.LightningDataModule):
             collate_fn=collate,
             timeout=WORKER_TIMEOUT_S if workers else 0,
             worker_init_fn=become_worker,
-            # forked copies of a process that runs OpenMP or CUDA threads can hang
+            # not fork: a forked copy of a process that runs OpenMP or CUDA threads can hang
             multiprocessing_context="forkserver" if workers else None,
             persistent_workers=workers > 0,
             prefetch_factor=PREFETCH if workers else None,
@@ -227,7 +236,10 @@ class One4DDataModule(lightning.LightningDataModule):
         )
 
     def _range_cache(self) -> RangeCache | None:
-        """Where what is read of remote shards is kept."""
+        """Return the cache for reads of remote shards.
+
+        Returns None where no shards are remote, or data.cache_dir is not set.
+        """
         data = self.config.data
         if data.cache_dir is None or not any(is_remote(s.path) for s in [*data.sources, *data.val_sources]):
             return None
@@ -238,7 +250,10 @@ class One4DDataModule(lightning.LightningDataModule):
         return RangeCache(Path(data.cache_dir), int(data.cache_gib * 2**30))
 
     def _refuse_short(self, source: ShardSet | EncodedSet) -> None:
-        """A whole source of clips that are too short is a mistake in the config, not a broken sample."""
+        """Raise ConfigError where more than max_skip_share of a source's clips are too short.
+
+        That is a mistake in the config, not a broken sample.
+        """
         lengths = [sample.num_frames for shard in source.manifest.shards for sample in shard.samples]
         needed = self.config.data.num_frames
         short = sum(length < needed for length in lengths)
@@ -249,7 +264,7 @@ class One4DDataModule(lightning.LightningDataModule):
             )
 
     def _refuse_other_encoding(self, source: EncodedSet, validation: bool) -> None:
-        """Encodings of other encoders or sizes would train something else than the config says."""
+        """Raise ConfigError where a source was not encoded with the config's encoders and sizes."""
         where = f"data.sources: {source.location}"
         if validation:
             raise ConfigError(f"{where} holds encoded clips; validation shows pictures, give it raw shards")
@@ -260,7 +275,12 @@ class One4DDataModule(lightning.LightningDataModule):
             raise ConfigError(f"{where} was encoded with another config: {', '.join(map(str, differing))}")
 
     def _cache_folder(self, source: ShardSet | EncodedSet) -> Path | None:
-        """Remote shards have no place beside them: their clips are encoded in the step."""
+        """Return the folder of a source's encodings, beside its shards.
+
+        Returns None where nothing is cached.
+
+        Clips of remote shards are encoded in the training step: nothing can be written beside them.
+        """
         if not self.config.data.cache_latents or isinstance(source, EncodedSet) or "://" in source.location:
             return None
         return cache_folder(source.location, self.recipe)
@@ -270,7 +290,7 @@ class One4DDataModule(lightning.LightningDataModule):
         return None if folder is None else EncodedSet.open(folder)
 
     def check_caches(self) -> None:
-        """UserError where clips are to be encoded into a folder that cannot be written."""
+        """Raise UserError where clips are to be encoded into a folder that cannot be written."""
         for path in {source.path: None for source in [*self.config.data.sources, *self.config.data.val_sources]}:
             if "://" not in path and not (Path(path) / "manifest.json").is_file():
                 continue  # fit will make it
@@ -280,7 +300,10 @@ class One4DDataModule(lightning.LightningDataModule):
                 check_folder(folder, "data.cache_latents", advice)
 
     def _fill_cache(self) -> None:
-        """A set that encode_latents made serves as well, with as many draws as it has."""
+        """Encode the clips that are not cached.
+
+        A set made by data_prep.encode_latents serves as cache, too.
+        """
         self.check_caches()
         encoder: list[ClipEncoder] = []
         rank, world, device = 0, 1, torch.device("cpu")
@@ -310,7 +333,10 @@ class One4DDataModule(lightning.LightningDataModule):
             torch.cuda.empty_cache()  # the transformer comes next
 
     def _wait_for_others(self, folder: Path) -> None:
-        """A while, in which another process may finish clips; how long none may is the watchdog's concern."""
+        """Wait a while for other processes to finish clips.
+
+        The watchdog ends the run if none ever does.
+        """
         before, until = len(list(folder.rglob("*"))), time.monotonic() + WAITING_S
         while time.monotonic() < until and not (folder / "manifest.json").is_file():
             time.sleep(0.2)
@@ -319,13 +345,13 @@ class One4DDataModule(lightning.LightningDataModule):
 
 
 def video_sample_maker(shards: ShardSet, config: DataConfig) -> Callable[[int], Sample]:
-    """How a clip is shown to the encoders: whole, under its own caption."""
+    """Return a function that makes of a clip the sample to encode, all frames given."""
     given = torch.ones(config.num_frames, dtype=torch.bool)
     return lambda index: make_sample(shards.read(index), 0, Draw("video", given, False), config, None)
 
 
 def _refuse_benchmarks(source: ShardSet | EncodedSet) -> None:
-    """Who trains on a benchmark cannot report it."""
+    """Raise ConfigError where a training source holds clips of a benchmark."""
     tagged = [entry for entry in source.entries if entry.benchmark]
     if tagged:
         names = ", ".join(sorted({entry.benchmark for entry in tagged}))
@@ -336,7 +362,7 @@ def _refuse_benchmarks(source: ShardSet | EncodedSet) -> None:
 
 
 def write_toy_world(config: ToyConfig, num_frames: int, height: int, width: int) -> None:
-    """Render and write the toy shards that are absent: train_synthetic, train_real and val below `root`."""
+    """Write the toy shards that are absent: train_synthetic, train_real and val below `root`."""
     splits = (
         ("train_synthetic", config.train_synthetic, "synthetic", config.seed),
         ("train_real", config.train_real, "real", config.seed + REAL_SEED_OFFSET),
@@ -356,7 +382,7 @@ def write_toy_world(config: ToyConfig, num_frames: int, height: int, width: int)
 
 
 def _refuse_other_world(folder: Path, keys: list[str], size: tuple[int, int, int]) -> None:
-    """Old toy shards of another level, seed, count or size would train something else than the config says."""
+    """Raise ConfigError where a folder holds toy shards of another level, seed, count or size."""
     samples = [sample for shard in ShardSet.open(folder).manifest.shards for sample in shard.samples]
     sizes = {(s.num_frames, s.height, s.width) for s in samples}
     if [s.key for s in samples] != keys or sizes != {size}:

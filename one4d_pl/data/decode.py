@@ -1,17 +1,16 @@
 """From a raw clip to a training sample, and the stream that reads positions.
 
 1. `ClipStream[position]` asks the order which clip stands there and reads it from its shard.
-2. A broken clip is named, counted and replaced by a deterministic stand-in, the same on every
-   layout. A process reads it once and remembers it; a run does not: which clip stands where must
-   follow from the shards alone.
+2. A broken clip is named, counted and replaced by a stand-in that is the same for any number of
+   ranks and workers. A process remembers it as broken, a resumed run does not: which clip stands
+   where must follow from the shards alone.
 3. The clip is cut to its first frames and resized, frames and intrinsics together.
 4. Depth becomes a pointmap in camera-0 coordinates, normalised into the VAE's range.
 5. Task, given frames and caption dropout are drawn from (seed, position), never from generator
    state.
 
-An encoded set skips steps 3 and 4: its samples hold latents instead of frames and pointmaps (whose
-pictures are 0 x 0 pixels), and the position chooses which of the K stored draws its sparse frames
-are.
+An encoded set skips steps 3 and 4: its samples hold latents, and frames and pointmaps of 0 x 0
+pixels. There the position chooses which of the K stored draws gives the sparse frames.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ MAX_BROKEN = 20  # broken clips in a row before the stream gives up
 
 
 class NoStandInError(SampleError):
-    """Nothing can stand at a position; one text, see `own_text`."""
+    """No sample can stand at a position; the error has one text, see `own_text`."""
 
     def __init__(self, text: str) -> None:
         Exception.__init__(self, own_text(type(self).__name__, text))
@@ -49,7 +48,10 @@ class NoStandInError(SampleError):
 
 
 def resize_clip(clip: Clip, height: int, width: int) -> Clip:
-    """Cover and centre-crop a clip to height x width: frames antialiased, geometry by nearest pixel; intrinsics too."""
+    """Resize a clip to cover height x width and crop its centre, intrinsics included.
+
+    Frames are antialiased, geometry is taken from the nearest pixel.
+    """
     if clip.frames.shape[1:3] == (height, width):
         return clip
     frames, intrinsics = resize_frames(clip.frames, clip.intrinsics, height, width)
@@ -64,7 +66,7 @@ def resize_clip(clip: Clip, height: int, width: int) -> Clip:
 
 
 def cut_clip(clip: Clip, num_frames: int) -> Clip:
-    """The clip's first `num_frames` frames; ValueError where it has fewer."""
+    """Cut a clip to its first `num_frames` frames; ValueError where it has fewer."""
     if clip.num_frames < num_frames:
         raise ValueError(f"has {clip.num_frames} frames, data.num_frames asks for {num_frames}")
     cut = slice(num_frames)
@@ -89,7 +91,7 @@ class Draw:
 
 
 def draw_training(config: MaskingConfig, caption_dropout: float, num_frames: int, seed: int, position: int) -> Draw:
-    """Unified Masked Conditioning's draw for a position of the training stream (One4D, sec. 4.1)."""
+    """Draw task, given frames and caption dropout for a training position (One4D, sec. 4.1)."""
     task = draw_task(config, derived_numpy_generator(seed, position, "task"))
     given = draw_frame_mask(task, num_frames, derived_numpy_generator(seed, position, "frames"))
     dropped = bool(derived_numpy_generator(seed, position, "caption").random() < caption_dropout)
@@ -97,7 +99,7 @@ def draw_training(config: MaskingConfig, caption_dropout: float, num_frames: int
 
 
 def draw_validation(config: MaskingConfig, num_frames: int, seed: int, position: int) -> Draw:
-    """Fixed draws that walk through the tasks which are trained, so that every task is in a small validation set."""
+    """Draw for a validation position: the trained tasks take turns, so a small set has all."""
     probs = (config.text_prob, config.image_prob, config.sparse_prob, config.video_prob)
     tasks = [task for task, prob in zip(TASKS, probs, strict=True) if prob > 0]
     task = tasks[position % len(tasks)]
@@ -106,7 +108,7 @@ def draw_validation(config: MaskingConfig, num_frames: int, seed: int, position:
 
 
 def make_sample(clip: Clip, position: int, draw: Draw, config: DataConfig, encoded: Encoded | None) -> Sample:
-    """Steps 3 and 4; ValueError tells why a clip cannot be used."""
+    """Cut, resize and normalise a clip (steps 3 and 4); ValueError tells why it cannot be used."""
     clip = resize_clip(cut_clip(clip, config.num_frames), config.height, config.width)
     geometry = normalise_pointmap(
         clip.depth, clip.valid, clip.intrinsics, clip.cam2world, config.far_limit, config.z_offset
@@ -132,7 +134,10 @@ def make_sample(clip: Clip, position: int, draw: Draw, config: DataConfig, encod
 
 
 def make_encoded_sample(key: str, stored: StoredClip, position: int, draw: Draw, seed: int) -> Sample:
-    """A training sample without pictures; a sparse draw becomes one of the stored ones, another in each epoch."""
+    """Make a training sample without pictures.
+
+    A sparse draw becomes a stored one, another in each epoch.
+    """
     given, num_frames = draw.frame_mask, stored.intrinsics.shape[0]
     if draw.task == "sparse":
         given = stored.sparse_masks[derived_seed(seed, position, "stored draw") % len(stored.sparse_masks)]
@@ -162,7 +167,7 @@ class ClipStream(Dataset[Sample]):
     Args:
         sources: opened shard sets, in the order of the mixture.
         caches: one per source; None = encode in the training step, or the source is encoded itself.
-        order: who stands where.
+        order: which sample stands at which position.
         config, masking, caption_dropout, seed: see one4d_pl.config.
         overfit_clips: n > 0 walks over the stream's first n clips only; the draws still change with
             the position.
@@ -184,7 +189,7 @@ class ClipStream(Dataset[Sample]):
         self.sources, self.caches, self.order, self.config = sources, caches, order, config
         self.masking, self.caption_dropout, self.seed = masking, caption_dropout, seed
         self.overfit_clips, self.validation = overfit_clips, validation
-        self._quarantine: dict[tuple[int, int], str] = {}  # (source, index): reason, of this process
+        self._broken: dict[tuple[int, int], str] = {}  # (source, index) -> reason, as seen by this process
 
     def __getitem__(self, position: int) -> Sample:
         draw = self._draw(position)
@@ -194,13 +199,13 @@ class ClipStream(Dataset[Sample]):
         source, cache = self.sources[first.source], self.caches[first.source]  # stand-ins share the source
         for attempt in range(min(MAX_BROKEN, len(source))):
             place = self.order.replacement(clip_position, attempt - 1) if attempt else first
-            reason = self._quarantine.get((place.source, place.index))
+            reason = self._broken.get((place.source, place.index))
             if reason is None:
                 try:
                     return replace(self._read(source, cache, place.index, position, draw), skipped=tuple(skipped))
                 except SampleError as error:
                     log.warning("skipped %s (%s)", error, source.location)
-                    reason = self._quarantine[place.source, place.index] = str(error)
+                    reason = self._broken[place.source, place.index] = str(error)
             skipped.append(reason)
         raise NoStandInError(
             f"{source.location}: position {position}: {len(skipped)} of {len(source)} samples tried, all broken; "
@@ -228,7 +233,10 @@ class ClipStream(Dataset[Sample]):
 
 
 class PaddedStream(Dataset[Sample]):
-    """The first `count` positions of a validation stream; past them it begins anew, and nothing counts."""
+    """The first `count` positions of a validation stream.
+
+    Past them the stream starts again, and its samples are not counted.
+    """
 
     def __init__(self, stream: ClipStream, count: int) -> None:
         self.stream, self.count = stream, count

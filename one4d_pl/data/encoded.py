@@ -1,12 +1,14 @@
-"""Encoded shards: what the frozen encoders say of every clip of a raw set, in a TarSet like the raw clips' own.
+"""Encoded shards: what the frozen encoders make of every clip of a raw set, in a TarSet.
 
-A sample holds the latents of frames and pointmaps (float32: they are the targets), the pointmap's scale, the cameras,
-the embeddings of its caption, of the empty prompt and of frame 0 and, with K sparse draws, the conditioning latents
-of its first frame alone and of K sets of sparse frames (bfloat16: the network reads them rounded anyway). For all
-frames they are the latents, for none zero. Every epoch takes another of the K draws.
+A sample holds the latents of frames and pointmaps (float32, since they are the targets), the
+pointmap's scale, the cameras, and the embeddings of its caption, of the empty prompt and of frame
+0. With K sparse draws it also holds the conditioning latents of its first frame alone and of K sets
+of sparse frames (bfloat16, since the network rounds them anyway). Where all frames are given, these
+are the latents themselves; where none is, zeros. Every epoch takes another of the K draws.
 
-`fit` keeps such a set beside local raw shards, without draws, as its cache; with draws it is a source of its own that
-needs neither frames nor the VAE. Tars, not a file per clip: 34,000 clips are a hundred objects to list and copy.
+`fit` keeps such a set, without draws, as a cache beside local raw shards. With draws it is a source
+of its own that needs neither frames nor the VAE. Tars hold many clips each, so that 34,000 clips
+are a hundred files to list and copy.
 """
 
 from __future__ import annotations
@@ -47,12 +49,12 @@ from one4d_pl.types import Encoded, PointmapScale, Sample
 
 log = logging.getLogger(__name__)
 
-FORMAT = 2  # of an encoded sample; another one is another folder
+FORMAT = 2  # version of an encoded sample; each version gets a folder of its own
 FIELDS = ("latents", "prompt_embeds", "empty_prompt", "scale", "intrinsics", "cam2world", "sparse_masks")
 
 
 class ClipEncoder(Protocol):
-    """How the data room reaches the frozen encoders without importing the models room."""
+    """The frozen encoders as this room sees them: it does not import the models."""
 
     def encode_sample(self, sample: Sample) -> Encoded: ...
 
@@ -62,7 +64,7 @@ class ClipEncoder(Protocol):
 
 
 def encoding_recipe(encoders: str, max_text_tokens: int, config: DataConfig) -> Recipe:
-    """Everything that changes an encoding: the encoders' fingerprint and what shapes their input."""
+    """Collect what changes an encoding: the encoders' fingerprint and the form of their input."""
     return {
         "encoders": encoders,
         "max_text_tokens": max_text_tokens,
@@ -72,18 +74,18 @@ def encoding_recipe(encoders: str, max_text_tokens: int, config: DataConfig) -> 
         "far_limit": config.far_limit,
         "z_offset": config.z_offset,
         "format": FORMAT,
-        # only where distances are bent: the encodings of before there was such a knob stay what they are
+        # only where distances are bent, so that encodings older than the knob stay valid
         **({} if config.pointmap_power == 1 else {"pointmap_power": config.pointmap_power}),
     }
 
 
 def cache_folder(shards: str, recipe: Recipe) -> Path:
-    """Where the encodings of a local shard folder lie: one folder per recipe, so that a stale one is never read."""
+    """Return the folder of a shard folder's encodings: one per recipe, so none is stale."""
     return Path(shards) / "encoded" / hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
 
 
 def raw_digest(shards: ShardSet) -> str:
-    """Identity of a raw set's content."""
+    """Hash the content of a raw set."""
     return hashlib.sha256("".join(shard.sha256 for shard in shards.manifest.shards).encode()).hexdigest()
 
 
@@ -103,7 +105,10 @@ class StoredClip:
     caption: str
 
     def for_draw(self, drop_caption: bool, frame_mask: Tensor) -> Encoded:  # frame_mask [T] bool
-        """What one training sample needs; without a condition where none is stored for these given frames."""
+        """Return what one training sample needs.
+
+        Its condition is None where none is stored for these given frames.
+        """
         condition = None
         if self.conditions is not None:
             first = torch.zeros_like(frame_mask)
@@ -123,16 +128,19 @@ class EncodedSet(TarSet):
 
     @property
     def sparse_draws(self) -> int:
-        """K; 0 = no conditioning latents are stored."""
+        """Return K; 0 = no conditioning latents are stored."""
         return int(self.manifest.recipe["sparse_draws"] or 0)
 
     @cached_property
     def indices(self) -> dict[str, int]:
-        """Where each key stands."""
+        """Map each key to its index."""
         return {entry.key: index for index, entry in enumerate(self.entries)}
 
     def read(self, index: int) -> StoredClip:
-        """One clip's encodings; SampleError for whatever is wrong with them, StoreError where the store fails."""
+        """Read one clip's encodings.
+
+        Raises SampleError for whatever is wrong with them, StoreError if the store fails.
+        """
         shard, entry = self.locate(index)
         try:
             return _unpack(self.fetch(shard, entry), entry.key)
@@ -143,7 +151,7 @@ class EncodedSet(TarSet):
             raise SampleError(entry.key, self.location, f"broken encoding ({one_line(error)}); {remedy}") from error
 
     def read_key(self, key: str) -> StoredClip:
-        """The encodings of a clip of the raw set; SampleError where it has none."""
+        """Read the encodings of a clip of the raw set by its key; SampleError where it has none."""
         if key not in self.indices:
             reason = f"was not encoded (dropped.jsonl there says why); remove {self.location} to try again"
             raise SampleError(key, self.location, reason)
@@ -151,7 +159,7 @@ class EncodedSet(TarSet):
 
 
 def open_set(location: str | Path, reader: RangeReader = PLAIN_READER) -> ShardSet | EncodedSet:
-    """A folder or URL of raw or of encoded shards; ShardSetError as ShardSet.open."""
+    """Open a folder or URL of raw or of encoded shards; ShardSetError as in ShardSet.open."""
     folder = str(location).rstrip("/")
     manifest = read_manifest(folder, (ShardSet.kind, EncodedSet.kind), ShardSet.remedy.format(folder=folder), reader)
     kind = EncodedSet if manifest.kind == EncodedSet.kind else ShardSet
@@ -159,7 +167,7 @@ def open_set(location: str | Path, reader: RangeReader = PLAIN_READER) -> ShardS
 
 
 def trains_on_encoded(config: Config) -> bool:
-    """Whether every source that does not have to be made first holds encoded clips: then no step sees a pixel."""
+    """Tell whether all training sources, but for toy shards not made yet, hold encoded clips."""
     made_by_fit = config.data.toy.folders() if config.data.toy else []
     paths = [source.path for source in config.data.sources if Path(source.path) not in made_by_fit]
     return bool(paths) and all(isinstance(open_set(path), EncodedSet) for path in paths)
@@ -176,10 +184,12 @@ def encode_set(
     world: int = 1,
     on_clip: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Encode what is not encoded yet of this task's share; True once the set is whole.
+    """Encode those clips of this rank's share that are not encoded yet.
 
-    It may be stopped at any moment and goes on where it was; the encoders are opened only if a clip is missing.
-    `on_clip` is called after each clip.
+    Return True once the set is whole.
+
+    It may be stopped at any moment and then goes on where it was; the encoders are opened only if a
+    clip is missing. `on_clip` is called after each clip.
     """
     recipe = {**recipe, "raw": raw_digest(raw), "sparse_draws": sparse_draws}
     if is_finished(folder, EncodedSet.kind, recipe):
@@ -214,11 +224,11 @@ def _encode_clip(
     make_sample: Callable[[int], Sample],
     dropped: list[Dropped],
 ) -> Iterator[tuple[SampleEntry, bytes]]:
-    """The packed encodings of one clip, or nothing and a reason."""
+    """Yield the packed encodings of one clip, or append the reason to `dropped`."""
     entry = raw.locate(index)[1]
     try:
         sample = make_sample(index)
-    except StoreError:  # says nothing about the clip
+    except StoreError:  # the store failed, which says nothing about the clip
         raise
     except ValueError as error:  # a SampleError names the clip already
         log.warning("not encoded: %s: %s", entry.key, error)  # the stream will meet it again, skip and count it
@@ -235,7 +245,7 @@ def _encode_clip(
 
 
 def draw_sparse_masks(key: str, num_frames: int, sparse_draws: int) -> Tensor:  # [K, T] bool
-    """The K sets of sparse frames that are encoded of a clip: drawn as in training, from its key alone."""
+    """Draw the K sets of sparse frames to encode of a clip: as in training, by its key alone."""
     number = zlib.crc32(key.encode())
     generators = [derived_numpy_generator(0, number, f"stored sparse draw {k}") for k in range(sparse_draws)]
     masks = [draw_frame_mask("sparse", num_frames, generator) for generator in generators]
@@ -275,7 +285,7 @@ def _pack(
 
 
 def _check_shapes(tensors: dict[str, Tensor], caption: object) -> None:
-    """ValueError where a field is not as StoredClip says: a set may come from anywhere."""
+    """Raise ValueError where a field is not as StoredClip says: a set may come from anywhere."""
     axes = {"latents": 5, "prompt_embeds": 2, "empty_prompt": 2, "image_embeds": 2, "conditions": 5, "sparse_masks": 2}
     if wrong := [name for name, count in axes.items() if name in tensors and tensors[name].ndim != count]:
         raise ValueError(f"{wrong[0]} is {list(tensors[wrong[0]].shape)}, need {axes[wrong[0]]} axes")

@@ -1,4 +1,4 @@
-"""A file that one process at a time has; the kernel frees the lock of a process that dies."""
+"""A file that one process at a time may hold; the kernel frees the lock of a process that dies."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def locked(path: Path, wait_s: float, poll_s: float) -> Iterator[BinaryIO]:
-    """The file, made if need be, open for reading and appending; TimeoutError where another keeps it for `wait_s`."""
+    """Open a file, made if need be, for reading and appending, and lock it.
+
+    Raises TimeoutError where another process keeps the lock for `wait_s`.
+    """
     with path.open("a+b") as file:
-        patience = time.monotonic() + wait_s
+        deadline = time.monotonic() + wait_s
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 break
             except BlockingIOError:
-                if time.monotonic() > patience:
+                if time.monotonic() > deadline:
                     raise TimeoutError(f"{path} is locked by another process") from None
                 time.sleep(poll_s)
         yield file

@@ -1,15 +1,19 @@
-"""The order of numbered files, the same for every reader: by the number in the name, or refused in one line.
+"""The order of numbered files, the same for every reader: by the number in the name, or refused.
 
-Sorting names as text puts 10 before 2, and frames then belong to other frames' depth and cameras without an error.
+Sorting names as text puts 10 before 2. Frames are then paired with other frames' depth and cameras,
+without an error.
 
 - The number decides, whatever its leading zeros: 2 comes before 10, 0002 before 10.
-- Seconds ("1341846313.592026", as in TUM and Bonn) are one number with its fraction. "0.5" beside "0.25" is refused.
-- Several numbers in a name ("clip_3_frame_12") must all ascend together; those that are the same in all names do not
-  count. Where one ascends while another falls nobody can tell which one counts frames.
-- Two names of the same number (frame_1 beside frame_01), names with and names without a number, and names of
-  different words whose numbers say another order than the words do, are refused.
+- Seconds ("1341846313.592026", as in TUM and Bonn) are one number with its fraction. "0.5" beside
+  "0.25" is refused.
+- Several numbers in a name ("clip_3_frame_12") must all ascend together; those that are the same in
+  all names do not count. Where one ascends while another falls, nobody can tell which one counts
+  frames.
+- Refused as well: two names of the same number (frame_1 beside frame_01), names with a number
+  beside names without, and names of different words whose numbers give another order than the words
+  do.
 - Names without any number are sorted as text.
-Hidden files (".DS_Store", "._0001.png") are no frames.
+- Hidden files (".DS_Store", "._0001.png") are no frames.
 """
 
 from __future__ import annotations
@@ -23,7 +27,8 @@ from pathlib import Path, PurePath
 from one4d_pl.errors import UserError, reading
 
 DECIMAL = r"(?<![0-9.])[0-9]{WHOLE}\.[0-9]+(?![0-9.])"
-# Nine digits are seconds since 1970, from 1973 on: what stands behind the point is a fraction of a second.
+# Nine digits are seconds since 1970, from 1973 on: what stands behind the point is a fraction of a
+# second.
 NUMBER = re.compile(f"({DECIMAL.replace('WHOLE', '9,')}|[0-9]+)")
 ANY_DECIMAL = re.compile(DECIMAL.replace("WHOLE", "1,"))
 
@@ -34,7 +39,7 @@ def by_number(
 ) -> list[str]:
     """Sort names by their numbers; files' suffixes and folders do not count.
 
-    Raises UserError, naming two of them, where the numbers leave a doubt.
+    Raises UserError, naming two of them, where the numbers leave the order in doubt.
     """
     visible = [name for name in names if not PurePath(name).name.startswith(".")]
     parts = {name: _split(PurePath(name).stem) for name in visible}
@@ -54,9 +59,9 @@ def by_number(
 
 
 def numbered_files(folder: Path, suffixes: Sequence[str], prefix: str = "") -> list[Path]:
-    """List the files of a folder that begin and end so (suffixes in lower case), by number.
+    """List a folder's files with this prefix and these (lower-case) suffixes, by number.
 
-    UserError as above, or where the folder cannot be listed.
+    Raises UserError as `by_number` does, or where the folder cannot be listed.
     """
     with reading(folder):
         found = [path for path in folder.iterdir() if path.suffix.lower() in suffixes and path.name.startswith(prefix)]
@@ -70,7 +75,7 @@ def _split(stem: str) -> tuple[tuple[str, ...], list[str]]:
 
 
 def _compare(where: str, before: str, after: str, parts: dict[str, tuple[tuple[str, ...], list[str]]]) -> None:
-    """Raise UserError unless every number of the second name is at least the first's, and one is larger."""
+    """Raise UserError unless no number falls from the first name to the second and one rises."""
     pairs = list(zip(*(map(Fraction, parts[name][1]) for name in (before, after))))
     if all(a == b for a, b in pairs):
         raise _doubt(where, before, after, "have the same number")
@@ -79,7 +84,7 @@ def _compare(where: str, before: str, after: str, parts: dict[str, tuple[tuple[s
 
 
 def _compare_decimals(where: str, order: Sequence[str]) -> None:
-    """Raise UserError where "0.5" and "0.25" may be decimal numbers, or numbers with a point between them."""
+    """Raise UserError where "0.5" and "0.25" may be decimals, or two numbers and a point."""
     decimals = [ANY_DECIMAL.findall(PurePath(name).stem) for name in order]
     for (before, first), (after, second) in itertools.pairwise(zip(order, decimals)):
         if len(first) == len(second) and any(a != b and Fraction(a) >= Fraction(b) for a, b in zip(first, second)):

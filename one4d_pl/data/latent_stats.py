@@ -1,4 +1,4 @@
-"""Mean and deviation per channel of encoded clips: what 4DNeX found to differ between frames and pointmaps."""
+"""Mean and deviation per channel of encoded clips; 4DNeX found the branches to differ."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from one4d_pl.data.encoded import EncodedSet
 
 @dataclass(frozen=True)
 class LatentStats:
-    """Per channel, over all clips and places."""
+    """Mean and standard deviation per channel, over all clips and latent positions."""
 
     rgb_mean: list[float]
     rgb_std: list[float]
@@ -22,9 +22,9 @@ class LatentStats:
 
 
 def latent_statistics(sets: Sequence[EncodedSet], clips: int) -> LatentStats:
-    """Over `clips` evenly spaced clips of every set, at most all; of one set or more."""
+    """Measure `clips` evenly spaced clips of every set, or all where it has fewer."""
     count, measured = 0, 0
-    total = squares = torch.zeros((), device="cpu")  # where the clips lie, whatever the default device is
+    total = squares = torch.zeros((), device="cpu")  # clips are read on the CPU, whatever the default device is
     for encoded in sets:
         for index in spread(len(encoded), clips):
             latents = encoded.read(index).latents.double().flatten(2)  # [2, C, N]
@@ -37,6 +37,6 @@ def latent_statistics(sets: Sequence[EncodedSet], clips: int) -> LatentStats:
 
 
 def spread(length: int, count: int) -> list[int]:
-    """At most `count` evenly spaced indices."""
+    """List at most `count` evenly spaced indices below `length`."""
     count = min(count, length)
     return [round(n * (length - 1) / max(count - 1, 1)) for n in range(count)]

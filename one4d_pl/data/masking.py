@@ -1,4 +1,4 @@
-"""Which frames are given: the task draw of Unified Masked Conditioning (One4D, sec. 3.3 and 4.1)."""
+"""The frames that are given: Unified Masked Conditioning's draw (One4D, sec. 3.3, 4.1)."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from one4d_pl.types import TASKS, Task
 
 
 def draw_task(config: MaskingConfig, generator: np.random.Generator) -> Task:
-    """One of the four tasks with the configured probabilities."""
+    """Draw one of the four tasks with the configured probabilities."""
     bounds = np.cumsum([config.text_prob, config.image_prob, config.sparse_prob, config.video_prob])
-    # uniform numbers alone: numpy may change what choice and permutation make of them, and runs
-    # must resume exactly
+    # from uniform numbers alone: numpy may change how choice and permutation work, and runs must
+    # resume exactly
     drawn = np.searchsorted(bounds / bounds[-1], generator.random(), side="right")
     return TASKS[int(drawn)]
 
 
 def draw_frame_mask(task: Task, num_frames: int, generator: np.random.Generator) -> Tensor:  # [T] bool, 1 = given
-    """Frames given for a task; sparse: 2..T-1 of them, count log-uniform, frame 0 always, the last with p 0.5."""
+    """Draw the frames given for a task.
+
+    Sparse: 2..T-1 of them, their count log-uniform, frame 0 always, the last one with probability
+    0.5.
+    """
     given = torch.zeros(num_frames, dtype=torch.bool)
     if task == "video":
         given[:] = True
@@ -40,7 +44,7 @@ def draw_frame_mask(task: Task, num_frames: int, generator: np.random.Generator)
 
 
 def task_of(frame_mask: Tensor) -> Task:  # [T] bool
-    """The task a set of given frames amounts to."""
+    """Return the task that a set of given frames amounts to."""
     count = int(frame_mask.sum())
     if count == 0:
         return "text"

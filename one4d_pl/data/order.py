@@ -1,14 +1,18 @@
-"""Which sample stands at which position of the training stream: a pure function of (seed, position).
+"""The sample at each position of the training stream: a pure function of (seed, position).
 
-1. The stream of global positions 0, 1, 2 ... is endless and knows neither ranks nor workers nor epochs' ends.
-2. The mixture's weights decide which source has its turn at a position, by a fixed cycle of 1000 turns.
-3. Each source walks its own permutation, a new one per epoch: its shards are permuted, then its samples within
-   consecutive blocks of `block_shards` shards, so reads stay near each other on Lustre and object stores.
+1. The stream of global positions 0, 1, 2 ... is endless and does not depend on ranks, workers or
+   the ends of epochs.
+2. The mixture's weights decide which source has its turn at a position, by a fixed cycle of 1000
+   turns.
+3. Each source walks its own permutation, a new one per epoch: its shards are permuted, then its
+   samples within consecutive blocks of `block_shards` shards, so reads stay near each other on
+   Lustre and object stores.
 4. An optimiser step takes `global_batch` positions; position n goes to rank n mod world.
 5. Every random draw of a sample (task, noise ...) is seeded by (seed, position, purpose).
 
-So resuming is knowing the step, and a change of the world size loses and repeats nothing. Permutations sort the raw
-words of PCG64, which numpy keeps fixed for ever, unlike `Generator.permutation`.
+So the step is all that resuming needs, and another world size loses and repeats nothing.
+Permutations sort the raw words of PCG64, which numpy promises never to change, unlike
+`Generator.permutation`.
 """
 
 from __future__ import annotations
@@ -22,8 +26,8 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-CYCLE = 1000  # turns: weights hold to 0.1 %
-TURN_BLOCK = 10  # turns shuffled among each other, so that no rank is bound to one source
+CYCLE = 1000  # turns, so that weights are kept to 0.1 %
+TURN_BLOCK = 10  # so many turns are shuffled among each other, else a rank might always get the same source
 KEPT = 2  # permutations remembered per source: the one in use and, at a border, the one before
 
 Key = TypeVar("Key")
@@ -32,7 +36,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True)
 class Place:
-    """Where a sample lies: the number of its source, its index in that source's ShardSet, and the source's epoch."""
+    """Where a sample lies: its source's number, its index in that ShardSet, and the epoch."""
 
     source: int
     index: int
@@ -61,7 +65,7 @@ class MixtureOrder:
         self._seed = seed
 
     def locate(self, position: int) -> Place:
-        """The sample at a position of the stream."""
+        """Return the place of the sample at a position of the stream."""
         if position < 0:
             raise ValueError(f"position must be >= 0, got {position}")
         cycle, turn = divmod(position, CYCLE)
@@ -71,9 +75,10 @@ class MixtureOrder:
         return Place(source, self._walks[source].index(epoch, step), epoch)
 
     def replacement(self, position: int, attempt: int) -> Place:
-        """What to read, at attempt 0, 1, ..., when the sample at `position` is broken: others of the same source.
+        """Return the place to read at attempt 0, 1, ... when the sample at `position` is broken.
 
-        The first n-1 attempts name each of the source's n-1 other samples once; the same on every layout.
+        The first n-1 attempts name each of the source's n-1 other samples once, the same for any
+        number of ranks and workers.
         """
         place = self.locate(position)
         others = self._walks[place.source].num_samples - 1
@@ -88,24 +93,24 @@ class MixtureOrder:
 
 
 class EachOnceOrder:
-    """Every sample of every source once, the sources taking turns: the order of a validation set."""
+    """The order of a validation set: every sample of every source once, sources taking turns."""
 
     def __init__(self, sizes: Sequence[int]) -> None:  # samples per source
         self._sizes = sizes
         self._places = [Place(s, i, 0) for i in range(max(sizes)) for s, size in enumerate(sizes) if i < size]
 
     def locate(self, position: int) -> Place:
-        """The sample at a position; IndexError past the last."""
+        """Return the place of the sample at a position; IndexError past the last."""
         return self._places[position]
 
     def replacement(self, position: int, attempt: int) -> Place:
-        """The samples that follow in the same source."""
+        """Return the places of the samples that follow in the same source, one per attempt."""
         place = self._places[position]
         return Place(place.source, (place.index + 1 + attempt) % self._sizes[place.source], 0)
 
 
 class _Walk:
-    """One source's permutation of every epoch."""
+    """The permutations of one source, a new one in each epoch."""
 
     def __init__(self, sizes: Sequence[int], seed: int, source: int, block_shards: int) -> None:
         self._sizes = np.asarray(sizes, dtype=np.int64)
@@ -118,7 +123,7 @@ class _Walk:
         self.num_samples = int(self._sizes.sum())
 
     def index(self, epoch: int, step: int) -> int:
-        """The sample at a step of an epoch."""
+        """Return the index of the sample at a step of an epoch."""
         shards, ends = _remember(self._epochs, epoch, lambda: self._permute_shards(epoch))
         block = int(np.searchsorted(ends, step, side="right"))
         samples = _remember(self._blocks, (epoch, block), lambda: self._permute_block(shards, epoch, block))
@@ -144,7 +149,7 @@ def _remember(memory: dict[Key, Value], key: Key, compute: Callable[[], Value]) 
 
 
 def _cycle_of_turns(weights: Sequence[float], seed: int) -> np.ndarray:  # [CYCLE] int64
-    """The source of each turn: evenly interleaved in proportion to the weights, then shuffled in short blocks."""
+    """Give each turn a source: interleaved by weight, then shuffled in short blocks."""
     relative = np.asarray(weights, dtype=np.float64)
     if not np.isfinite(relative).all() or relative.min() <= 0:
         raise ValueError(f"weights must be finite and > 0, got {list(weights)}; leave a source out instead")
@@ -156,7 +161,7 @@ def _cycle_of_turns(weights: Sequence[float], seed: int) -> np.ndarray:  # [CYCL
     turns = np.empty(CYCLE, dtype=np.int64)
     taken = np.zeros(len(quota))
     for turn in range(CYCLE):
-        turns[turn] = np.argmax(quota * (turn + 1) / CYCLE - taken)  # who is farthest behind
+        turns[turn] = np.argmax(quota * (turn + 1) / CYCLE - taken)  # the source that is farthest behind its quota
         taken[turns[turn]] += 1
     for block, start in enumerate(range(0, CYCLE, TURN_BLOCK)):
         shuffled = start + permutation(TURN_BLOCK, (seed, 0, 0, 2, block))
@@ -165,14 +170,16 @@ def _cycle_of_turns(weights: Sequence[float], seed: int) -> np.ndarray:  # [CYCL
 
 
 def permutation(count: int, entropy: tuple[int, int, int, int, int]) -> np.ndarray:  # [count] int64
-    """A permutation of 0 .. count-1, the same for this entropy on every platform and numpy version."""
-    # five numbers, always: SeedSequence takes missing ones for zeros
+    """Permute 0 .. count-1, the same for this entropy on every platform and numpy version."""
+    # always five numbers, since SeedSequence treats missing ones as zeros
     words = np.random.PCG64(np.random.SeedSequence(entropy)).random_raw(count)
     return np.argsort(words, kind="stable")
 
 
 def rank_positions(step: int, global_batch: int, rank: int, world: int) -> range:
-    """The positions that a rank handles at an optimiser step, in its order; global position n goes to rank n mod world.
+    """Return the positions of a rank at an optimiser step, in order.
+
+    Position n goes to rank n mod world.
 
     Raises ValueError, naming the legal world sizes, where `world` does not divide `global_batch`.
     """
@@ -185,16 +192,19 @@ def rank_positions(step: int, global_batch: int, rank: int, world: int) -> range
 
 
 def derived_seed(seed: int, position: int, purpose: str) -> int:
-    """64 bits that depend on (seed, position, purpose) and on nothing else."""
+    """Derive 64 bits that depend on (seed, position, purpose) and on nothing else."""
     text = f"{seed}/{position}/{purpose}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little")
 
 
 def derived_generator(seed: int, position: int, purpose: str) -> torch.Generator:
-    """The CPU generator for one random draw of one sample, e.g. purpose "noise"; torch keeps 32 bits of its seed."""
+    """Make the CPU generator for one random draw of one sample, e.g. purpose "noise".
+
+    Torch keeps 32 bits of the seed.
+    """
     return torch.Generator().manual_seed(derived_seed(seed, position, purpose))
 
 
 def derived_numpy_generator(seed: int, position: int, purpose: str) -> np.random.Generator:
-    """The numpy twin of `derived_generator` (another stream)."""
+    """Make the numpy counterpart of `derived_generator`; its numbers are others."""
     return np.random.Generator(np.random.PCG64(derived_seed(seed, position, purpose)))

@@ -1,10 +1,12 @@
-"""Byte ranges of local files and of any fsspec URL: each read is bounded in time, and either right or told apart.
+"""Byte ranges of local files and any fsspec URL: each read ends in time, and is right or an error.
 
-1. A read that fails is tried again after growing pauses: a hiccup of a store must not change which samples are seen.
-2. What is wrong with the file itself (missing, too short, the same wrong bytes twice) is a ValueError: the sample is
-   damaged, wherever it is read, and its stand-in is the same on every layout.
-3. What is wrong with the way to it (no answer, refusals, other bytes each time) is a StoreError and ends the run: a
-   stand-in taken by the one rank that met it would leave the others' order, and that of the resumed run.
+1. A read that fails is tried again after growing pauses: a short failure of a store must not change
+   which samples are seen.
+2. A fault of the file itself (missing, too short, the same wrong bytes twice) is a ValueError: the
+   sample is damaged wherever it is read, and every rank takes the same stand-in.
+3. A fault of the way to it (no answer, refusals, other bytes each time) is a StoreError and ends
+   the run: a stand-in taken by the one rank that met the fault would not be in the other ranks'
+   order, nor in that of the resumed run.
 4. Ranges of a remote store are kept in a local cache (read_cache.py) where there is one.
 """
 
@@ -32,24 +34,27 @@ class ShardSetError(UserError):
 
 
 class StoreError(ShardSetError):
-    """A store that does not give what it holds; one text, see `own_text`."""
+    """A store that does not deliver what it holds; the error has one text, see `own_text`."""
 
     def __init__(self, text: str) -> None:
         super().__init__(own_text(type(self).__name__, text))
 
 
 def own_text(name: str, text: str) -> str:
-    """An error's own text: torch rebuilds the error of a worker process from its traceback, which ends with it."""
+    """Cut an error's text out of a traceback that ends with it.
+
+    torch rebuilds the error of a worker process from its traceback.
+    """
     return text.split(f"{name}: ", 1)[-1].rstrip()
 
 
 def one_line(error: Exception) -> str:
-    """The text of an error without line breaks; its type where it has none."""
+    """Return the text of an error without line breaks; its type where it has no text."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_remote(url: str) -> bool:
-    """Whether a folder or fsspec URL lies elsewhere than on a mounted disk."""
+    """Tell whether a folder or fsspec URL lies elsewhere than on a mounted disk."""
     protocol, found, _ = url.partition("://")
     return bool(found) and protocol not in LOCAL_PROTOCOLS
 
@@ -58,8 +63,8 @@ def is_remote(url: str) -> bool:
 class RangeReader:
     """How byte ranges are read; holds no open file, so that workers may fork or pickle it.
 
-    A read ends within 1.5 x the pauses and, with one more pause than there are, 2 x timeout_s each: an attempt that
-    fails is followed by a question for the file's size.
+    With n pauses a read makes n + 1 attempts, and each one that fails may be followed by a question
+    for the file's size. So it ends within 1.5 x the pauses plus 2 (n + 1) x timeout_s.
     """
 
     cache: RangeCache | None = None  # of ranges of remote stores
@@ -67,7 +72,10 @@ class RangeReader:
     pauses_s: tuple[float, ...] = (0.5, 2.0, 8.0)  # before the 2nd, 3rd, ... attempt, each x 0.5 .. 1.5
 
     def read(self, url: str, start: int, end: int, crc32: int) -> bytes:
-        """Bytes [start, end) of a file, checked; ValueError where it does not hold them, StoreError as above."""
+        """Read bytes [start, end) of a file and check them.
+
+        Raises ValueError and StoreError as the module says.
+        """
         if self.cache is None or not is_remote(url):
             return self._read(url, start, end, crc32)
         name = self.cache.name(url, start, end, crc32)
@@ -78,14 +86,17 @@ class RangeReader:
         return content
 
     def read_unchecked(self, url: str, start: int = 0, end: int | None = None) -> bytes:
-        """Bytes [start, end) of a file, fewer where it ends before; FileNotFoundError, or StoreError as above."""
+        """Read bytes [start, end) of a file, fewer where it ends before.
+
+        Raises FileNotFoundError, or StoreError as the module says.
+        """
         trouble = ""
         for answer in self._answers(url, start, end):
             if isinstance(answer, bytes):
                 return answer
             trouble = one_line(answer)
         size = None if end is None else self._file_size(url)
-        if size is not None and size <= start:  # some stores refuse such a range
+        if size is not None and size <= start:  # some stores refuse a range beyond the end
             return b""
         raise self._store_error(url, trouble)
 
@@ -119,12 +130,17 @@ class RangeReader:
         )
 
     def _answers(self, url: str, start: int, end: int | None) -> Iterator[bytes | Exception]:
-        """What the store says, one attempt after the other; FileNotFoundError where it says that there is no file."""
-        # opened per read (fsspec keeps it per process): remote filesystems do not survive a fork
+        """Yield the store's answers, one per attempt.
+
+        Raises FileNotFoundError where it says that there is no file.
+        """
+        # opened for each read, since remote filesystems do not survive a fork; fsspec caches them
+        # per process
         filesystem, path = fsspec.core.url_to_fs(url)
         span = {} if end is None else {"start": start, "end": end}
         for attempt, pause in enumerate((0.0, *self.pauses_s)):
-            # seeded by the place: ranks that wait for one store do not come back all at once
+            # a pause of its own for each range: ranks that wait for one store do not return all at
+            # once
             time.sleep(pause * (0.5 + zlib.crc32(f"{url}/{start}/{attempt}".encode()) / 2**32))
             answer: bytes | Exception
             try:
@@ -138,15 +154,18 @@ class RangeReader:
             yield answer
 
     def _file_size(self, url: str) -> int | None:
-        """The size of a file, where the store tells it."""
+        """Ask for the size of a file; None where the store does not tell it."""
         filesystem, path = fsspec.core.url_to_fs(url)
         try:
             return self._bounded(filesystem, lambda timeout: filesystem.info(path, **timeout))["size"]
-        except Exception:  # as above; the caller has an error to tell already
+        except Exception:  # any type, as above; the caller already has an error to report
             return None
 
     def _bounded(self, filesystem: fsspec.AbstractFileSystem, question: Callable[[dict[str, float]], Answer]) -> Answer:
-        """The answer of a filesystem within the timeout, or TimeoutError; only the asynchronous ones know timeouts."""
+        """Return a filesystem's answer, or TimeoutError after `timeout_s`.
+
+        Only asynchronous ones know timeouts.
+        """
         if filesystem.async_impl:
             return question({"timeout": self.timeout_s})
         return _within(self.timeout_s, lambda: question({}))
@@ -156,7 +175,7 @@ PLAIN_READER = RangeReader()
 
 
 def _fault(content: bytes, size: int, crc32: int) -> str | None:
-    """What is wrong with the bytes of a range."""
+    """Say what is wrong with the bytes of a range; None if nothing is."""
     if len(content) != size:
         what = "the shard is cut short" if len(content) < size else "the server ignores byte ranges"
         return f"got {len(content)} of {size} bytes: {what}"
@@ -166,7 +185,7 @@ def _fault(content: bytes, size: int, crc32: int) -> str | None:
 
 
 def _within(seconds: float, call: Callable[[], Answer]) -> Answer:
-    """The result of a call that knows no timeout itself, such as a read from a mounted disk whose server is gone."""
+    """Run a call that has no timeout of its own, such as a read from a lost server's disk."""
     results: list[Answer] = []
     errors: list[Exception] = []
 

@@ -1,14 +1,17 @@
-"""Sequence folders of the TUM RGB-D benchmark (Sturm et al., 2012) and of Bonn RGB-D Dynamic (Palazzolo et al., 2019).
+"""Sequence folders of TUM RGB-D (Sturm et al., 2012) and Bonn RGB-D (Palazzolo et al., 2019).
 
-A folder holds `rgb/` and `depth/` (pngs whose names are timestamps in seconds), `rgb.txt` and `depth.txt` (lines
-`timestamp file`; without them the file names are taken) and `groundtruth.txt` (lines `timestamp tx ty tz qx qy qz qw`,
-metres). Depth is 16-bit z-depth, 5000 per metre, 0 = no measurement.
+A folder holds `rgb/` and `depth/` (pngs whose names are timestamps in seconds), `rgb.txt` and
+`depth.txt` (lines `timestamp file`; without them the file names are taken) and `groundtruth.txt`
+(lines `timestamp tx ty tz qx qy qz qw`, metres). Depth is 16-bit z-depth, 5000 per metre, 0 = no
+measurement.
 
 - TUM's ground truth is camera to world in OpenCV axes, as it stands.
-- Bonn's is not the camera: cam2world = T_ros · T_gt · T_ros · T_m, with both matrices as the dataset's page publishes
-  them. T_m's 3x3 block is a rotation times 1.0593; the rotation alone is kept here.
-- The published intrinsics count pixel centres at integers (ROS); here they lie at +0.5, so half a pixel is added to the
-  principal point. Lens distortion (none in TUM's freiburg3) is left in the images.
+- Bonn's is the pose of markers: cam2world = T_ros · T_gt · T_ros · T_m, with both matrices as the
+  dataset's page publishes them. T_m's 3x3 block is a rotation times 1.0593; the rotation alone is
+  kept here.
+- The published intrinsics count pixel centres at integers (ROS); here they lie at +0.5, so half a
+  pixel is added to the principal point. Lens distortion (none in TUM's freiburg3) is left in the
+  images.
 
 Nothing is decoded before a frame is asked for it.
 """
@@ -42,7 +45,7 @@ INTRINSICS = {  # fx fy cx cy in pixels, integer centres; TUM's differ by the ca
     "freiburg3": (535.4, 539.2, 320.1, 247.6),
     "bonn": (542.822841, 542.576870, 315.593520, 237.756098),
 }
-# what Pillow raises for a broken png: SyntaxError and others, and for one that claims to be huge
+# raised by Pillow for a broken png, and for one whose header claims a huge size
 UNDECODABLE = (OSError, SyntaxError, struct.error, zlib.error, EOFError, Image.DecompressionBombError)
 BONN_ROS = ((-1.0, 0.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 0.0, 1.0))
 BONN_MARKER = (
@@ -71,7 +74,10 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RGBDFrame:
-    """One image with the depth map and the camera nearest in time; files are read when asked for."""
+    """One image with the depth map and the camera nearest in time.
+
+    Files are read when asked for.
+    """
 
     timestamp: float  # of the image, seconds
     rgb_path: Path
@@ -80,11 +86,11 @@ class RGBDFrame:
 
     @property
     def present(self) -> bool:
-        """Whether both files are on disk."""
+        """Tell whether both files are on disk."""
         return self.rgb_path.is_file() and self.depth_path.is_file()
 
     def read_depth(self) -> Tensor:  # [H, W] float32, metres; nan = no measurement
-        """The depth map; ValueError names a broken or missing file."""
+        """Read the depth map; UserError names a broken or missing file."""
         return read_depth_png(self.depth_path)
 
 
@@ -99,10 +105,13 @@ class RGBDSequence:
 
 
 def open_sequence(root: str | Path) -> RGBDSequence:
-    """List a folder's frames; the folder's name tells the layout and the camera (…freiburg1…, …bonn…).
+    """List a folder's frames.
 
-    Each image is paired with a depth map and with a camera, nearest pairs first, each used once. ValueError names what
-    is missing. Files are not opened, and need not all be there: see `RGBDFrame.present`.
+    The folder's name tells the layout and the camera (…freiburg1…, …bonn…).
+
+    Each image is paired with a depth map and with a camera, nearest pairs first, each used once.
+    UserError names what is missing. Files are not opened, and need not all exist: see
+    `RGBDFrame.present`.
     """
     root = Path(root)
     camera = _camera_of(root.resolve().name, root.absolute().name)  # a link may have a name of its own
@@ -126,7 +135,10 @@ def list_files(
     root: Path,
     kind: str,  # "rgb" or "depth"
 ) -> list[StampedFile]:  # by time
-    """The files that `kind`.txt lists or, without it, the pngs in `kind`/; ValueError where there is neither."""
+    """List the files in `kind`.txt or, without it, the pngs in `kind`/.
+
+    Raises UserError where neither exists.
+    """
     text, folder = root / f"{kind}.txt", root / kind
     if text.is_file():
         rows = _rows(text, 2)
@@ -141,7 +153,10 @@ def list_files(
 
 
 def list_pngs(folder: Path) -> list[StampedFile]:  # by time
-    """The pngs of a folder, named after their seconds, hidden files left out; UserError where two have the same."""
+    """List the pngs of a folder, whose names are seconds, without hidden ones.
+
+    Raises UserError where two names mean the same time.
+    """
     paths = [path for path in folder.glob("*.png") if not path.name.startswith(".")]
     files = sorted((_number(path, 0, path.stem), path) for path in paths)
     for (before, first), (after, second) in itertools.pairwise(files):
@@ -151,7 +166,10 @@ def list_pngs(folder: Path) -> list[StampedFile]:  # by time
 
 
 def read_trajectory(path: Path) -> Trajectory:
-    """Rows `timestamp tx ty tz qx qy qz qw` as they stand; ValueError names the file and line that is broken."""
+    """Read rows `timestamp tx ty tz qx qy qz qw`.
+
+    UserError names the file and line that is broken.
+    """
     if not path.is_file():
         raise UserError(f"{path}: no such file, need TUM's trajectory text")
     rows = _rows(path, 8)
@@ -170,10 +188,11 @@ def associate(
     second: Tensor,  # [M] float64, seconds
     max_difference: float = MAX_DIFFERENCE,  # seconds
 ) -> list[tuple[int, int]]:  # indices into both, by the first
-    """Pair timestamps less than `max_difference` apart, nearest pairs first, each used once (TUM's own rule)."""
+    """Pair timestamps less than `max_difference` apart, nearest first, each used once (as TUM)."""
     order = torch.argsort(second)
     ranked = second[order]
-    # a sum with a time of 1e9 s is rounded to 2e-7 s, a difference of two is exact: search wider, decide by the latter
+    # near 1e9 s, adding to a time rounds to 2e-7 s while differences are exact: search a little
+    # wider, then decide by the difference
     low = torch.searchsorted(ranked, first - 1.01 * max_difference).tolist()
     high = torch.searchsorted(ranked, first + 1.01 * max_difference, right=True).tolist()
     gaps = ((abs(float(first[i] - ranked[k])), i, k) for i in range(len(first)) for k in range(low[i], high[i]))
@@ -188,7 +207,7 @@ def associate(
 
 
 def bonn_cam2world(groundtruth: Tensor) -> Tensor:  # [..., 4, 4] float64 -> [..., 4, 4]
-    """The camera behind Bonn's ground-truth rows: T_ros · T_gt · T_ros · T_m, its 3x3 block made a rotation."""
+    """Turn Bonn's ground truth into cameras: T_ros · T_gt · T_ros · T_m, without T_m's scale."""
     ros, marker = groundtruth.new_tensor(BONN_ROS), groundtruth.new_tensor(BONN_MARKER)
     left, _, right = torch.linalg.svd(marker[:3, :3])
     marker[:3, :3] = left @ right
@@ -196,7 +215,7 @@ def bonn_cam2world(groundtruth: Tensor) -> Tensor:  # [..., 4, 4] float64 -> [..
 
 
 def read_rgb_png(path: Path) -> Tensor:  # [H, W, 3] uint8
-    """A colour png; ValueError names a broken or missing file."""
+    """Read a colour png; UserError names a broken or missing file."""
     return torch.from_numpy(_decode(path, "RGB"))
 
 
@@ -204,7 +223,7 @@ def read_depth_png(
     path: Path,
     per_metre: float = DEPTH_PER_METRE,
 ) -> Tensor:  # [H, W] float32, metres; nan = no measurement
-    """A 16-bit depth png; ValueError names a broken or missing file."""
+    """Read a 16-bit depth png; UserError names a broken or missing file."""
     codes = _decode(path, "I;16").astype(np.float32)
     return torch.from_numpy(np.where(codes == 0, np.float32(np.nan), codes / np.float32(per_metre)))
 
@@ -212,7 +231,7 @@ def read_depth_png(
 def unrounded(
     depth: Tensor,  # [...] float32, metres, of `read_depth_png`
 ) -> Tensor:  # [...] float64
-    """The same depth without float32's rounding: the file's whole numbers over 5000."""
+    """Undo float32's rounding of a depth map: return the file's whole numbers over 5000."""
     return (depth.double() * DEPTH_PER_METRE).round() / DEPTH_PER_METRE
 
 
@@ -227,7 +246,7 @@ def _decode(path: Path, mode: str) -> np.ndarray:
 
 
 def _rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
-    """Line numbers and words of the lines that are neither empty nor comments."""
+    """Read line numbers and words of the lines that are neither empty nor comments."""
     rows = []
     for i, line in enumerate(read_text(path).splitlines(), start=1):
         words = line.split("#")[0].split()
@@ -240,7 +259,10 @@ def _rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
 
 
 def _inside(path: Path, line: int, name: str) -> str:
-    """The name, if it stays below the sequence's folder: a downloaded list must not reach other files."""
+    """Return the name.
+
+    Raises UserError where it leaves the folder: a downloaded list must not reach other files.
+    """
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{path}: line {line}: {name!r} lies outside of the folder")
     return name
@@ -265,6 +287,6 @@ def _camera_of(*names: str) -> str:
 
 
 def camera_intrinsics(camera: str) -> Tensor:  # [3, 3] float32, pixels
-    """The published intrinsics of a key of `INTRINSICS`, moved to pixel centres at +0.5."""
+    """Return the published intrinsics of a key of `INTRINSICS`, moved to pixel centres at +0.5."""
     fx, fy, cx, cy = INTRINSICS[camera]
     return torch.tensor([[fx, 0.0, cx + 0.5], [0.0, fy, cy + 0.5], [0.0, 0.0, 1.0]])

@@ -1,4 +1,4 @@
-"""Raw shards: clips of one source in a TarSet, read and written one clip at a time (clip_codec.py)."""
+"""Raw shards: clips of one source in a TarSet, read and written one by one (clip_codec.py)."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ class ShardSet(TarSet):
     """Random access to the clips of one folder of raw shards."""
 
     def read(self, index: int) -> Clip:
-        """Read and check one clip; SampleError for whatever is wrong with it, StoreError where the store fails."""
+        """Read and check one clip.
+
+        Raises SampleError for whatever is wrong with it, StoreError where the store fails.
+        """
         shard, entry = self.locate(index)
         try:
             return decode_clip(self.fetch(shard, entry), entry.key, (entry.num_frames, entry.height, entry.width))
@@ -41,7 +44,10 @@ class ShardSet(TarSet):
 
 
 def pack_clip(clip: Clip, scene: str = "", benchmark: str = "") -> tuple[SampleEntry, bytes]:
-    """A clip as it will stand in a shard; ValueError, naming its key, where it breaks the schema."""
+    """Pack a clip as it will stand in a shard.
+
+    Raises ValueError, naming its key, where it breaks the schema.
+    """
     validate_clip(clip)
     try:
         content = tar_bytes(clip.key, encode_clip(clip))
@@ -53,10 +59,13 @@ def pack_clip(clip: Clip, scene: str = "", benchmark: str = "") -> tuple[SampleE
 
 
 def write_shards(clips: Iterable[Clip], folder: str | Path, samples_per_shard: int) -> ShardSet:
-    """Write the clips of one source as shards, the manifest last; the same clips give the same bytes.
+    """Write the clips of one source as shards, the manifest last.
 
-    Raises ValueError for a clip that breaks the schema (naming its key) and ShardSetError where `folder` already
-    holds shards or `clips` is empty. Without its manifest a folder is no shard set and may be written again.
+    The same clips give the same bytes.
+
+    Raises ValueError for a clip that breaks the schema (naming its key) and ShardSetError where
+    `folder` already holds shards or `clips` is empty. A folder without a manifest is no shard set
+    and may be written again.
     """
     folder = Path(folder)
     if samples_per_shard < 1:
@@ -73,7 +82,7 @@ def write_shards(clips: Iterable[Clip], folder: str | Path, samples_per_shard: i
     if not shards:
         raise ShardSetError(f"{folder}: not one clip to write")
     for stale in {path.name for path in folder.glob("shard-*.tar")} - {shard.name for shard in shards}:
-        (folder / stale).unlink()  # of a longer run that died before its manifest
+        (folder / stale).unlink()  # left by a longer run that died before its manifest
     (origin,) = origins
     with open_whole(folder / MANIFEST_NAME) as file:
         file.write(Manifest(**asdict(origin), shards=tuple(shards)).to_json().encode())
@@ -81,7 +90,10 @@ def write_shards(clips: Iterable[Clip], folder: str | Path, samples_per_shard: i
 
 
 def _checked(clips: Iterable[Clip], origins: set[Origin]) -> Iterator[Clip]:
-    """The clips, each checked for a key of its own and the source, domain and licence of the others."""
+    """Yield the clips.
+
+    Raises ValueError unless keys are unique and source, domain and licence the same in all.
+    """
     keys: set[str] = set()
     for clip in clips:
         if clip.key in keys:

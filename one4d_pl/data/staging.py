@@ -1,10 +1,12 @@
-"""A tar set in the making, out of units that are finished in any order, by any number of processes and machines.
+"""An unfinished tar set, whose units any processes on any machines finish in any order.
 
-1. A unit is a named part of the work (a trajectory, a clip); its samples, packed, become pieces in `.staging`, and a
-   record, written last, makes the unit finished: a killed process loses the unit it was at, and nothing else.
-2. Whoever calls `assemble` first turns the pieces of finished units, in the units' order, into shards. The order is
-   the plan's, never that of finishing, so the shards' bytes do not depend on who made what, when or how often.
-3. With the last shard the manifest is written, `dropped.jsonl` before it, and `.staging` is removed.
+1. A unit is a named part of the work (a trajectory, a clip). Its packed samples are written as
+   pieces into `.staging`; then a record makes the unit finished. A killed process loses the unit it
+   was working on, and nothing else.
+2. `assemble` turns the pieces of finished units, in the plan's order, into shards; one process does
+   it at a time. So the shards' bytes do not depend on which process made what, when or how often.
+3. After the last shard `dropped.jsonl` and then the manifest are written, and `.staging` is
+   removed.
 """
 
 from __future__ import annotations
@@ -48,7 +50,10 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a set will be made of; two runs go on from each other only with equal plans."""
+    """What a set will be made of.
+
+    A run goes on where another stopped only if their plans are equal.
+    """
 
     units: list[str]
     samples_per_shard: int
@@ -63,7 +68,10 @@ class Plan:
 
 
 def is_finished(folder: Path, kind: str, recipe: Recipe) -> bool:
-    """Whether the set is whole already; ShardSetError where it was made with other settings."""
+    """Tell whether the set is whole already.
+
+    Raises ShardSetError where it was made with other settings.
+    """
     try:
         manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(), (kind,))
     except FileNotFoundError:
@@ -72,12 +80,15 @@ def is_finished(folder: Path, kind: str, recipe: Recipe) -> bool:
         raise ShardSetError(f"{folder}: holds another {MANIFEST_NAME} ({one_line(error)}); choose another") from error
     if differing := changes(manifest.recipe, recipe):
         raise ShardSetError(f"{folder}: already holds shards of other settings: {', '.join(map(str, differing))}")
-    shutil.rmtree(folder / STAGING_NAME, ignore_errors=True)  # of a run that was killed after its manifest
+    shutil.rmtree(folder / STAGING_NAME, ignore_errors=True)  # left by a run that was killed after its manifest
     return True
 
 
 class Staging:
-    """The unfinished set of one folder. Safe to open in many processes at once: every file is written in one rename."""
+    """The unfinished set of one folder.
+
+    Safe to open in many processes: every file appears by one rename.
+    """
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
@@ -96,14 +107,14 @@ class Staging:
             with open_whole(plan_file) as file:
                 file.write(text.encode())
         self._shards: list[ShardEntry] = []
-        self._pieces: list[tuple[Path, SampleEntry]] = []  # of the finished units from the first on, in order
+        self._pieces: list[tuple[Path, SampleEntry]] = []  # in the plan's order, up to the first unfinished unit
         self._keys: set[str] = set()
         self._dropped: list[Dropped] = []
         self._origins: set[Origin] = set()
         self._units_read = 0
 
     def has(self, unit: int) -> bool:
-        """Whether a unit is finished."""
+        """Tell whether a unit is finished."""
         return self._record(unit).is_file()
 
     def write_unit(
@@ -125,15 +136,16 @@ class Staging:
         return len(entries), sum(entry["size"] for entry in entries)
 
     def assemble(self) -> bool:
-        """Make the shards that can be made; True once the set is whole.
+        """Make the shards that can be made; return True once the set is whole.
 
-        Nothing happens while another process assembles. Raises ShardSetError where units do not fit together.
+        Nothing happens while another process assembles. Raises ShardSetError where units do not fit
+        together.
         """
         if (self.folder / MANIFEST_NAME).exists():
             return True
         try:
-            with self._lock() as mine:
-                if mine:
+            with self._lock() as locked:
+                if locked:
                     self._read_records()
                     whole = self._is_whole()
                     self._write_ready_shards(whole)
@@ -154,7 +166,10 @@ class Staging:
         return self.path / f"shard-{shard:06d}.json"
 
     def _read(self, path: Path) -> dict:
-        """A file of the staging folder: written by this module, so only a failing disk makes it something else."""
+        """Read a json file that this module has written.
+
+        Raises ShardSetError where the disk has damaged it.
+        """
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -162,7 +177,10 @@ class Staging:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[bool]:
-        """Whether this process alone assembles now; the kernel frees the lock of a process that dies."""
+        """Yield whether this process holds the lock.
+
+        The kernel frees the lock of a process that dies.
+        """
         with (self.path / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -221,7 +239,7 @@ class Staging:
             shutil.rmtree(self.path)  # so that other settings may be tried
             raise ShardSetError(f"{self.folder}: not one clip to write{why}")
         for stale in {path.name for path in self.folder.glob("shard-*.tar")} - {shard.name for shard in self._shards}:
-            (self.folder / stale).unlink()  # of other settings, whose staging folder was removed
+            (self.folder / stale).unlink()  # made with other settings, whose staging folder was removed
         (origin,) = self._origins
         plan = self.plan
         manifest = Manifest(
@@ -229,7 +247,9 @@ class Staging:
         )
         with open_whole(self.folder / MANIFEST_NAME, self.path) as file:
             file.write(manifest.to_json().encode())
-        shutil.rmtree(self.path, ignore_errors=True)  # units beyond the limit may be under way; see is_finished
+        # errors are ignored: others may still write units beyond the limit; is_finished removes the
+        # rest
+        shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _read_piece(path: Path, entry: SampleEntry) -> bytes:

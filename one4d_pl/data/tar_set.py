@@ -1,9 +1,10 @@
-"""Sets of tars that are read by byte range: the manifest, the reader and the writer that every kind of shard shares.
+"""Sets of tars that are read by byte range: the manifest, reader and writer of every kind of shard.
 
-1. A folder holds `shard-000000.tar` ... and `manifest.json`, written last: without it a folder is no set.
+1. A folder holds `shard-000000.tar` ... and `manifest.json`, written last: without it a folder is
+   no set.
 2. A shard is a plain WebDataset tar; the members of one sample lie side by side.
-3. The manifest lists each sample's byte range and CRC-32, so a reader needs one ranged read per sample, locally or
-   through any fsspec URL, and a flipped byte is always noticed.
+3. The manifest lists each sample's byte range and CRC-32, so a reader needs one ranged read per
+   sample, locally or through any fsspec URL, and a flipped byte is always noticed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ class SampleError(UserError):
     """One broken sample; the rest of its shard set may be fine."""
 
     def __init__(self, key: str, shard: str, reason: str) -> None:
-        super().__init__(key, shard, reason)  # these args let the error travel between processes
+        super().__init__(key, shard, reason)  # pickle rebuilds the error from these args in another process
         self.key, self.shard, self.reason = key, shard, reason
 
     def __str__(self) -> str:
@@ -58,7 +59,7 @@ class SampleEntry:
     num_frames: int
     height: int
     width: int
-    scene: str = ""  # splits never divide one; "" = unknown
+    scene: str = ""  # no split puts clips of one scene on both sides; "" = unknown
     benchmark: str = ""  # the evaluation set that this clip belongs to; `fit` refuses to train on it
 
     def __post_init__(self) -> None:
@@ -88,14 +89,14 @@ class ShardEntry:
 
     @staticmethod
     def from_tree(tree: dict) -> ShardEntry:
-        """The entry that json gave; KeyError, TypeError or ValueError where it is none."""
+        """Build an entry of parsed json; KeyError, TypeError or ValueError where it is none."""
         samples = tuple(SampleEntry(**entry) for entry in tree["samples"])
         return ShardEntry(tree["name"], tree["sha256"], tree["bytes"], samples)
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What all clips of one set have in common."""
+    """The properties that all clips of one set share."""
 
     source: str
     domain: str
@@ -104,7 +105,7 @@ class Origin:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of `manifest.json`: every shard, and what all its clips have in common."""
+    """The contents of `manifest.json`: every shard, and the properties that all its clips share."""
 
     source: str
     domain: str
@@ -115,7 +116,7 @@ class Manifest:
     recipe: Recipe = field(default_factory=dict)  # the settings that made it
 
     def to_json(self) -> str:
-        """The text of the file."""
+        """Write the text of the file."""
         return json.dumps({"version": SCHEMA_VERSION, **asdict(self)}, indent=1) + "\n"
 
     @staticmethod
@@ -142,7 +143,10 @@ class Manifest:
 
 @dataclass(frozen=True)
 class TarSet:
-    """Random access to the samples of one folder; holds no open file, so workers may fork or pickle it."""
+    """Random access to the samples of one folder.
+
+    Holds no open file, so workers may fork or pickle it.
+    """
 
     kind: ClassVar[str] = "raw"
     remedy: ClassVar[str] = "make it with: python -m data_prep.write_shards --source ... --root ... --out {folder}"
@@ -154,13 +158,16 @@ class TarSet:
 
     @classmethod
     def open(cls, location: str | Path, reader: RangeReader = PLAIN_READER) -> Self:
-        """Read the manifest of a folder or fsspec URL; ShardSetError tells how to make a missing or broken one."""
+        """Read the manifest of a folder or fsspec URL.
+
+        ShardSetError tells how to make a missing or broken one.
+        """
         folder = str(location).rstrip("/")
         return cls.of(folder, read_manifest(folder, (cls.kind,), cls.remedy.format(folder=folder), reader), reader)
 
     @classmethod
     def of(cls, folder: str, manifest: Manifest, reader: RangeReader) -> Self:
-        """The set of a manifest that was read."""
+        """Make the set of a manifest that was read."""
         sizes = [len(shard.samples) for shard in manifest.shards]
         return cls(folder, manifest, tuple(itertools.accumulate(sizes[:-1], initial=0)), reader)
 
@@ -169,20 +176,20 @@ class TarSet:
 
     @property
     def samples_per_shard(self) -> list[int]:
-        """The number of samples of each shard, in the manifest's order."""
+        """List the number of samples of each shard, in the manifest's order."""
         return [len(shard.samples) for shard in self.manifest.shards]
 
     @property
     def entries(self) -> list[SampleEntry]:
-        """Every sample's entry, in order."""
+        """List every sample's entry, in order."""
         return [sample for shard in self.manifest.shards for sample in shard.samples]
 
     def key(self, index: int) -> str:
-        """The key of a sample."""
+        """Return the key of a sample."""
         return self.locate(index)[1].key
 
     def locate(self, index: int) -> tuple[ShardEntry, SampleEntry]:
-        """The shard and entry of a sample; IndexError outside the set."""
+        """Return the shard and entry of a sample; IndexError outside the set."""
         if not 0 <= index < len(self):
             raise IndexError(f"{self.location}: sample {index} of {len(self)}")
         number = bisect.bisect_right(self.starts, index) - 1
@@ -190,23 +197,29 @@ class TarSet:
         return shard, shard.samples[index - self.starts[number]]
 
     def fetch(self, shard: ShardEntry, entry: SampleEntry) -> bytes:
-        """The bytes of one sample, checked; ValueError tells what is wrong with them, StoreError with the store."""
+        """Read and check the bytes of one sample.
+
+        Raises ValueError where they are wrong, StoreError if the store fails.
+        """
         return self.reader.read(f"{self.location}/{shard.name}", entry.offset, entry.offset + entry.size, entry.crc32)
 
     def verify(self) -> None:
-        """Compare every shard with the manifest's size and sha256; ShardSetError lists those that differ."""
+        """Compare every shard with the manifest's size and sha256.
+
+        ShardSetError lists those that differ.
+        """
         different = []
         for shard in self.manifest.shards:
             digest, size = hashlib.sha256(), 0
             try:
                 for start in range(0, shard.bytes, VERIFY_CHUNK):
                     end = min(start + VERIFY_CHUNK, shard.bytes)
-                    end += end == shard.bytes  # a byte too many is found as well
+                    end += end == shard.bytes  # one more, to notice a file that is too long
                     chunk = self.reader.read_unchecked(f"{self.location}/{shard.name}", start, end)
                     digest.update(chunk)
                     size += len(chunk)
                     if len(chunk) < VERIFY_CHUNK:
-                        break  # the end, wherever the manifest sees it
+                        break  # the file ends here, whatever the manifest says
             except FileNotFoundError:
                 different.append(f"{shard.name} is missing")
             else:
@@ -217,23 +230,27 @@ class TarSet:
 
 
 def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str, reader: RangeReader) -> Manifest:
-    """The manifest of a folder or fsspec URL; ShardSetError, with the remedy, where it is missing or broken."""
+    """Read the manifest of a folder or fsspec URL.
+
+    Raises ShardSetError, with the remedy, where it is missing or broken.
+    """
     try:
         return Manifest.from_json(reader.read_unchecked(f"{folder}/{MANIFEST_NAME}").decode(), kinds)
     except FileNotFoundError as error:
         raise ShardSetError(f"{folder}: no {MANIFEST_NAME}; {remedy}") from error
     except StoreError:
         raise
-    # not json, or a protocol that fsspec or this machine does not know
+    # not json, or a protocol for which fsspec or a package of it is missing
     except (ValueError, RecursionError, ImportError) as error:
         reason = LFS_HINT if is_lfs_pointer(f"{folder}/{MANIFEST_NAME}") else one_line(error)
         raise ShardSetError(f"{folder}: cannot read {MANIFEST_NAME} ({reason}); {remedy}") from error
 
 
 def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
-    """One sample as it stands in a tar: headers, contents, padding; no end of archive."""
+    """Write one sample as it stands in a tar: headers, contents, padding; no end of archive."""
     buffer = io.BytesIO()
-    # encoder=False: the members are bytes already; owner, mode and time are fixed for equal bytes
+    # encoder=False, since the members are bytes already; fixed owner, mode and time give equal
+    # bytes
     with TarWriter(buffer, user="", group="", mode=0o444, mtime=0, compress=False, encoder=False) as tar:
         tar.write({"__key__": key, **members})
         end = tar.tarstream.offset
@@ -245,7 +262,7 @@ def write_tar(
     samples: Iterable[tuple[SampleEntry, bytes]],  # offsets are set here; the bytes are of `tar_bytes`
     scratch: Path,  # folder of the temporary file, on the filesystem of `path`
 ) -> ShardEntry:
-    """One shard out of finished samples; it appears under its name whole and flushed to disk, or not at all."""
+    """Write one shard of finished samples; it appears whole and flushed to disk, or not at all."""
     entries, offset, digest = [], 0, hashlib.sha256()
     with open_whole(path, scratch) as file:
         for entry, content in samples:

@@ -20,9 +20,8 @@ TORCH_INDEXES = {12: "cu126", 13: "cu130"}
 def driver_mismatch() -> str | None:
     """Say in one line that torch sees no GPU because the NVIDIA driver is older than torch's CUDA.
 
-    Returns None otherwise.
-
-    Also None where no driver is found, or where CUDA_VISIBLE_DEVICES hides the GPUs on purpose.
+    Returns None otherwise; also where no driver is found, or where CUDA_VISIBLE_DEVICES hides the
+    GPUs on purpose.
     """
     if torch.cuda.is_available() or torch.version.cuda is None:
         return None
