@@ -1,8 +1,8 @@
-"""An exponential moving average of the trainables (optim.ema_decay): what is validated, sampled and exported.
+"""An exponential moving average of the trainables, to validate, sample and export.
 
 Each process averages what it holds of every trainable: the whole of it, or at ZeRO stage 3 its
-share. While a validation lasts, averages and weights change places. A checkpoint's adapter is the
-average; the weights that training goes on with lie beside it (training/checkpoint.py).
+share. During a validation, averages and weights are swapped. A checkpoint's adapter is the average;
+the weights that training goes on with lie beside it (training/checkpoint.py).
 """
 
 from __future__ import annotations
@@ -22,13 +22,15 @@ from one4d_pl.training.zero import cut_share, gather_share, local_share, show_sh
 
 
 class WeightAverage(Callback):
-    """Averages after every step that was made. Comes after `StepGuard`, before what saves.
+    """Updates the average after every step that was not skipped.
+
+    In the list of callbacks it comes after `StepGuard` and before the checkpoints.
 
     Args:
-        decay: of the average at a late step; the n-th update uses min(decay, (1 + n) / (10 + n)),
-            so that the start is soon forgotten.
+        decay: decay at late steps; the n-th update uses min(decay, (1 + n) / (10 + n)), so that the
+            start is soon forgotten.
         guard: knows which steps were skipped.
-        resume_from: the checkpoint to go on from; None = begin with the adapter as it is.
+        resume_from: the checkpoint to resume; None = begin with the adapter as it is.
     """
 
     def __init__(self, decay: float, guard: StepGuard, resume_from: Path | None) -> None:
@@ -57,7 +59,7 @@ class WeightAverage(Callback):
         if trainer.global_step == self.step:
             return  # in the middle of an accumulation
         self.step = trainer.global_step
-        if self.guard.vetoed:
+        if self.guard.skips_step:
             return
         made = self.step - self.guard.skipped.total
         decay = min(self.decay, (1 + made) / (10 + made))
@@ -71,8 +73,8 @@ class WeightAverage(Callback):
         self._exchange(trainer)
 
     def _exchange(self, trainer: lightning.Trainer) -> None:
-        """Let averages and weights change places; collective at stage 3."""
-        # Lightning validates in inference mode, whose tensors training could not use afterwards
+        """Swap averages and weights; a collective at stage 3."""
+        # Lightning validates in inference mode; training could not use tensors made in it
         with torch.inference_mode(False), torch.no_grad():
             for parameter, average in self.averages.items():
                 share = local_share(parameter)
@@ -82,6 +84,6 @@ class WeightAverage(Callback):
             show_shares(self.parameters, trainer.optimizers[0])
 
     def whole(self, parameter: Tensor) -> Tensor:
-        """Gather a trainable's whole average, outside of validations; collective where it is sharded."""
+        """Gather a trainable's whole average, outside of validations; a collective if sharded."""
         assert isinstance(parameter, nn.Parameter)
         return gather_share(parameter, self.averages[parameter])

@@ -1,15 +1,16 @@
-"""Checkpoints: an adapter folder plus optimiser state and step; safetensors and json, the same under every strategy.
+"""Checkpoints: an adapter folder plus optimiser state and step, the same under every strategy.
 
-    step-00000100/   rgb/ xyz/ links.safetensors xyz_patch_embedding.safetensors card.json    (models/adapters.py)
+    step-00000100/   rgb/ xyz/ links.safetensors xyz_patch_embedding.safetensors card.json
+                                             the adapter (models/adapters.py)
                      optimizer.safetensors   AdamW's two moments, named by parameter
-                     weights.safetensors     with optim.ema_decay: what is trained on; the adapter is their average
-                     trainer.json            step, config, sha256 of every other file (checkpoint_files.py)
+                     weights.safetensors     with optim.ema_decay; the adapter is their average
+                     trainer.json            step, config, every other file's sha256
 
-Under every strategy whole tensors are gathered to rank 0 (training/zero.py), which writes them
-while training goes on: beside their place, then renamed, so a folder named step-* is whole or
-damaged later, never half-written. So a run can go on with any other strategy and number of
-processes. The position in the data follows from the step (data/order.py) and the learning rate too
-(optim.py).
+Under every strategy whole tensors are gathered to rank 0 (training/zero.py), so a run can be
+resumed with any other strategy and number of processes. Rank 0 writes them while training goes on,
+into a temporary folder that is then renamed: a folder named step-* may be damaged later, but is
+never half-written. The position in the data (data/order.py) and the learning rate (optim.py) follow
+from the step.
 """
 
 from __future__ import annotations
@@ -53,15 +54,14 @@ from one4d_pl.training.step_guard import SkippedSteps, gather
 from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
 from one4d_pl.types import TASKS
 
-VAL_TOTAL = "val/loss/total"  # Lightning's name of what decides on the best
+VAL_TOTAL = "val/loss/total"  # the metric, by Lightning's name, that decides which checkpoints are the best
 COOLDOWN_KEYS = ("optim.cooldown_steps", "train.max_steps")
 
 
 def refuse_other_run(folder: Path, config: Config) -> None:
-    """ConfigError naming the keys, if resuming would continue a different sequence of updates.
+    """Raise ConfigError, naming the keys, if resuming would continue another sequence of updates.
 
-    A knob that the checkpoint does not know is younger than it, and its default is what was done
-    before.
+    A knob that the checkpoint does not hold did not exist then; its default is what was done.
     """
     defaults, ours = flatten(as_dict(Config())), flatten(as_dict(config))
     stored = defaults | flatten(json.loads((folder / STATE).read_text())["config"])
@@ -81,12 +81,12 @@ def refuse_other_run(folder: Path, config: Config) -> None:
 
 
 def read_skipped(folder: Path) -> SkippedSteps:
-    """The steps that were skipped up to a checkpoint; none before they were noted."""
+    """Read how many steps were skipped up to a checkpoint; 0 in checkpoints that do not say."""
     return SkippedSteps(**json.loads((folder / STATE).read_text()).get("skipped_steps", {}))
 
 
 def load_optimizer(folder: Path, module: One4DModule, optimizer: torch.optim.Optimizer, made_steps: int) -> None:
-    """Fill a fresh AdamW with a checkpoint's moments; `made_steps`: those it has made, without the skipped ones."""
+    """Fill a fresh AdamW with a checkpoint's moments; `made_steps` excludes skipped steps."""
     names, parameters = zip(*module.transformer.trainable_parameters(), strict=True)
     with safe_open(folder / "optimizer.safetensors", framework="pt") as file:
         fill_optimizer(
@@ -113,7 +113,7 @@ def take_snapshot(
     datamodule: One4DDataModule,
     average: WeightAverage | None,
 ) -> Snapshot | None:
-    """Collective: copy what is trained to rank 0; None elsewhere."""
+    """Copy what is trained to rank 0, a collective; return None on the other ranks."""
     first = module.global_rank == 0
 
     def keep(whole: Tensor, into: dict[str, Tensor], name: str) -> None:
@@ -135,14 +135,14 @@ def take_snapshot(
             keep(whole_moment(parameter, optimizer, moment), moments, f"{name}.{moment}")
     if not first:
         return None
-    # which reads manifests and some clips: not on every rank
+    # on rank 0 alone, since this reads manifests and some clips
     card = _card(module, step, datamodule.describe_latents(), datamodule.describe_sources())
     state = {"step": step, "skipped_steps": asdict(skipped), "config": as_dict(module.config)}
     return Snapshot(adapters, weights, moments, card, state)
 
 
 def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTransformer) -> None:
-    """Write one checkpoint, atomically; what an earlier, killed writer of the run has left goes."""
+    """Write one checkpoint, atomically; remove what a killed writer of this run has left."""
     discard_leftovers(folder.parent)
     staging = new_staging(folder)
     staging.mkdir(parents=True)
@@ -154,12 +154,12 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTrans
         state = {**snapshot.state, "sha256": hash_files(staging)}
         (staging / STATE).write_text(json.dumps(state, indent=1) + "\n")
         settle(staging)
-        damaged = folder.exists() or folder.is_symlink()  # a sound one is never overwritten
+        damaged = folder.exists() or folder.is_symlink()  # it is: a run never saves a step that it could resume
         if damaged:
             folder.rename(new_staging(folder))
         staging.rename(folder)
     except Exception:  # the system's, or safetensors' own
-        shutil.rmtree(staging, ignore_errors=True)  # a full disk needs the room
+        shutil.rmtree(staging, ignore_errors=True)  # the disk may be full
         raise
     sync(folder.parent)
     if damaged:
@@ -167,29 +167,29 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTrans
 
 
 class BackgroundWriter:
-    """One job at a time in a thread; a failed one is raised at the next call."""
+    """A thread that runs one job at a time; a job's error is raised at the next call."""
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._job: Future[None] | None = None
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Start a job; waits for the one before, so memory holds one snapshot at most."""
+        """Start a job once the one before is done, so that memory holds one snapshot at most."""
         self.wait()
         self._job = self._executor.submit(job)
 
     def wait(self) -> None:
-        """Until the job is done; raises what it raised."""
+        """Wait until the job is done; raise what it raised."""
         job, self._job = self._job, None
         if job is not None:
             job.result()
 
 
 class StepCheckpoint(Callback):
-    """Save every `train.save_every` steps and at the end; keep the newest and the best; on resume load the optimiser.
+    """Saves every `train.save_every` steps and at the end; loads the optimiser on resume.
 
-    The best are those with the lowest validation loss (rgb + flow.xyz_weight * xyz) at their own
-    step.
+    It keeps the newest checkpoints and the best: those with the lowest validation loss
+    (rgb + flow.xyz_weight * xyz) at their own step.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class StepCheckpoint(Callback):
         self.writer = BackgroundWriter()
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        """Every rank has looked for the newest checkpoint by itself: a file system may show it late to some."""
+        """Raise RunFailed where ranks found different newest checkpoints: file systems may lag."""
         steps = gather(trainer.global_step)
         if len(set(steps)) > 1:
             raise RunFailed(
@@ -239,7 +239,10 @@ class StepCheckpoint(Callback):
         self.writer.wait()
 
     def save(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Collective: save the present step, unless it is saved already; returns before the files are written."""
+        """Save the present step unless it is saved already, a collective.
+
+        The files are written in the background after this returns.
+        """
         assert isinstance(module, One4DModule)
         step = trainer.global_step
         if step <= self.saved_step:
@@ -258,7 +261,10 @@ class StepCheckpoint(Callback):
 
 
 def refuse_started_adapter(transformer: CoupledTransformer) -> None:
-    """RuntimeError unless what must be zero before the first step is: a lost zero start trains wrongly in silence."""
+    """Raise RuntimeError unless LoRA B and links are zero, as they must be before the first step.
+
+    Without this check, a run that lost its zero start would silently train from noise.
+    """
     for name, parameter in transformer.trainable_parameters():
         if (".lora_B." in name or name.startswith("links.")) and bool(whole_parameter(parameter).any()):
             raise RuntimeError(f"{name} is not zero before the first step: the strategy lost its initialisation")
@@ -295,6 +301,6 @@ def _card(
 
 
 def _cooldown_start(flat_config: dict[str, object]) -> int:
-    """The first step whose learning rate a cooldown lowers; of checkpoints before there was one: never."""
+    """Return the first step whose learning rate the cooldown lowers; beyond the end without one."""
     cooldown, max_steps = (int(str(flat_config.get(key, 0))) for key in COOLDOWN_KEYS)
     return max_steps - cooldown + 1

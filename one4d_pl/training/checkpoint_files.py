@@ -1,7 +1,10 @@
-"""Which folders of a run are checkpoints, which of them are whole, and which may go; nothing heavier than the config.
+"""A run's checkpoint folders: which are whole, which may be deleted.
 
-Only folders named step-00000100 are checkpoints. Whatever else lies beside them (a copy, a backup, what a file browser
-left) is neither read nor deleted, and files inside them that trainer.json does not list are no damage.
+Imports nothing heavier than the config.
+
+Only folders named step-00000100 are checkpoints. Whatever else lies beside them (a copy, a backup,
+files of a file browser) is neither read nor deleted. Files inside them that trainer.json does not
+list do not count as damage.
 """
 
 from __future__ import annotations
@@ -23,26 +26,28 @@ log = logging.getLogger(__name__)
 SCORES = "validation.json"
 STATE = "trainer.json"
 STEP_FOLDER = re.compile(r"step-(\d{8})")
-STAGED = re.compile(r"\.step-\d{8}(\.[0-9a-f]{8})?\.tmp")  # not finished, or on its way out
+STAGED = re.compile(r"\.step-\d{8}(\.[0-9a-f]{8})?\.tmp")  # being written, or being deleted
 
 
 def checkpoint_folder(run_dir: str, step: int) -> Path:
+    """Return the folder of a step's checkpoint."""
     return Path(run_dir) / "checkpoints" / f"step-{step:08d}"
 
 
 def read_step(folder: Path) -> int:
-    """The optimiser step a checkpoint was taken after."""
+    """Read the optimiser step after which a checkpoint was taken."""
     return int(json.loads((folder / STATE).read_text())["step"])
 
 
 def step_folders(run_dir: str) -> list[Path]:
-    """The checkpoints of a run by the step they hold, oldest first, damaged ones included.
+    """List the checkpoints of a run by the step they hold, oldest first, damaged ones included.
 
-    ConfigError where the folder of checkpoints is there and cannot be read: that is no reason to start at 0.
+    Raises ConfigError where their folder exists but cannot be read: that is no reason to start at
+    0.
     """
     root = Path(run_dir) / "checkpoints"
     try:
-        # a link that leads nowhere is a checkpoint that cannot be read
+        # a dangling link counts: it is a checkpoint that cannot be read
         found = [f for f in root.iterdir() if STEP_FOLDER.fullmatch(f.name) and (f.is_dir() or f.is_symlink())]
     except OSError as error:
         if isinstance(error, FileNotFoundError) and not root.is_symlink():
@@ -54,9 +59,10 @@ def step_folders(run_dir: str) -> list[Path]:
 
 
 def newest_checkpoint(run_dir: str) -> Path | None:
-    """The newest whole checkpoint of a run; damaged ones are named and passed over. None where there is none.
+    """Find the newest whole checkpoint of a run; None where there are no checkpoints.
 
-    ConfigError where there are some and all are damaged: to start at 0 in silence would be the last thing wanted.
+    Damaged ones are named in a warning and passed over. Raises ConfigError where all are damaged,
+    rather than silently starting at 0.
     """
     faults = []
     for folder in reversed(step_folders(run_dir)):
@@ -74,7 +80,7 @@ def newest_checkpoint(run_dir: str) -> Path | None:
 
 
 def refuse_used_folder(run_dir: str) -> None:
-    """ConfigError where a run from step 0 would mix its checkpoints with those of an older one."""
+    """Raise ConfigError where a run from step 0 would mix its checkpoints with an older run's."""
     folders = step_folders(run_dir)
     if folders:
         raise ConfigError(
@@ -84,7 +90,7 @@ def refuse_used_folder(run_dir: str) -> None:
 
 
 def find_fault(folder: Path) -> str | None:
-    """Why a checkpoint cannot be used, or None; files that it does not list are not looked at."""
+    """Say why a checkpoint cannot be used, or None; files that it does not list are ignored."""
     try:
         state = json.loads((folder / STATE).read_text())
         hashes, step, config = state["sha256"], state["step"], state["config"]
@@ -104,15 +110,21 @@ def find_fault(folder: Path) -> str | None:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """The list that `find_fault` compares with: sha256 of every file of a checkpoint being written."""
+    """Hash every file of a checkpoint being written, by sha256.
+
+    `find_fault` compares with these.
+    """
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     return {str(f.relative_to(folder)): _sha256(f) for f in files}
 
 
 def superfluous(run_dir: str, keep_last: int, keep_best: int, saved_step: int) -> list[Path]:
-    """Checkpoints that are neither among the newest nor among the best; one without a score is no best.
+    """List the checkpoints that are neither among the newest nor among the best.
 
-    The one that was just saved is the newest: those of later steps are what resume passed over, and stay as they are.
+    Unscored ones are not the best.
+
+    The one that was just saved counts as the newest. Those of later steps were damaged when the run
+    was resumed, and stay as they are.
     """
     folders = [f for f in step_folders(run_dir) if _step_of(f) <= saved_step]
     scores = read_scores(run_dir)
@@ -122,14 +134,14 @@ def superfluous(run_dir: str, keep_last: int, keep_best: int, saved_step: int) -
 
 
 def new_staging(folder: Path) -> Path:
-    """A name beside a checkpoint's, never used before, for one that is not finished or on its way out."""
+    """Return an unused name beside a checkpoint's, for one that is being written or deleted."""
     return folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; where that fails, a warning, and what is left of it keeps its place.
+    """Delete a checkpoint; where that fails, warn, and give what is left its name back.
 
-    It loses its name first: a process that is killed meanwhile leaves no half of a checkpoint.
+    It is renamed first, so that a process that is killed meanwhile leaves no half of a checkpoint.
     """
     aside = new_staging(folder)
     try:
@@ -141,7 +153,7 @@ def discard(folder: Path) -> None:
 
 
 def discard_leftovers(checkpoints: Path) -> None:
-    """Delete what a killed process has left of writing or deleting; a warning where that fails."""
+    """Delete what a killed process has left of writing or deleting; warn where that fails."""
     for leftover in checkpoints.glob(".step-*.tmp"):
         if STAGED.fullmatch(leftover.name):
             _delete(leftover)
@@ -153,7 +165,7 @@ def write_score(run_dir: str, step: int, loss: float) -> None:
 
 
 def read_scores(run_dir: str) -> dict[str, float]:
-    """Finite validation losses by step; empty where none was noted."""
+    """Read the finite validation losses by step; empty where none was noted."""
     try:
         scores = json.loads((Path(run_dir) / "checkpoints" / SCORES).read_text())
         return {str(step): float(loss) for step, loss in scores.items() if math.isfinite(loss)}
@@ -162,7 +174,10 @@ def read_scores(run_dir: str) -> dict[str, float]:
 
 
 def _step_of(folder: Path) -> int:
-    """What it holds, whatever it is called now; where that cannot be read, what its name says."""
+    """Return the step a folder holds, whatever its name.
+
+    Where that cannot be read, return the step in its name.
+    """
     try:
         return read_step(folder)
     except (OSError, ValueError, KeyError, TypeError):

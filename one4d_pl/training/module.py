@@ -1,4 +1,4 @@
-"""The LightningModule: the loss and `sample()`; what measures, draws or writes is a callback."""
+"""The LightningModule: the loss and `sample()`; measuring, drawing and writing are callbacks."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ WEIGHTS = "weights.safetensors"  # of a checkpoint with optim.ema_decay; trainin
 
 
 class One4DModule(lightning.LightningModule):
-    """Frozen Wan, trainable Decoupled-LoRA-Control adapter, flow matching on both branches (One4D, sec. 3).
+    """Frozen Wan, trainable adapter, flow matching on both branches (One4D, sec. 3).
 
     Args:
         config: the whole run's config.
         adapters: folder to start from (a checkpoint, or train.init_from); None = a fresh adapter.
-        resume: go on with a checkpoint's weights where its adapter is their average
-            (optim.ema_decay).
+        resume: where a checkpoint's adapter is an average (optim.ema_decay), start from the weights
+            beside it.
     """
 
     transformer: CoupledTransformer
@@ -53,11 +53,11 @@ class One4DModule(lightning.LightningModule):
         self._built = False
 
     def configure_model(self) -> None:
-        """Open the base and build the adapter; called by Lightning on every rank, once."""
+        """Open the base and build the adapter, once; Lightning calls this on every rank."""
         if self._built:
             return
-        # Lightning makes the GPU the default device here; what is drawn, read and computed while
-        # building is the CPU's, and each part is told where its weights go
+        # Lightning makes the GPU the default device here. Building draws, reads and computes on the
+        # CPU, and puts each part on its device explicitly.
         with torch.device("cpu"):
             self._build()
         self._built = True
@@ -94,14 +94,17 @@ class One4DModule(lightning.LightningModule):
             log.warning("train.compile: no C++ compiler is found (install g++), so the blocks run as they are, slower")
 
     def _measure_latents(self) -> tuple[list[float], list[float]]:
-        """Mean and deviation of a fresh adapter's xyz latents: rank 0 reads clips for all, its errors end all."""
+        """Measure mean and deviation of xyz latents, [C] each, for a fresh adapter.
+
+        Rank 0 reads clips for all ranks; an error there is raised on every rank.
+        """
         if self._trainer is None:
             raise ConfigError("dlc.standardise_xyz: the latents are measured by a trainer's data; there is none")
         found: LatentStats | str | None = None
         if self.trainer.is_global_zero:
             try:
                 found = datamodule_of(self.trainer).describe_latents()
-            except (OSError, ValueError) as error:  # what shards and stores raise
+            except (OSError, ValueError) as error:  # the errors of shards and stores
                 found = f"dlc.standardise_xyz: {error}"
         found = self.trainer.strategy.broadcast(found)
         if isinstance(found, str):
@@ -116,20 +119,20 @@ class One4DModule(lightning.LightningModule):
 
     @property
     def encoders(self) -> WanEncoders:
-        """The frozen encoders, opened when something is encoded or decoded for the first time; whole in every process.
+        """Return the frozen encoders, opened at the first use; whole in every process.
 
-        They wait in host memory and visit the GPU. Hidden from the strategy in a tuple: under
-        ZeRO-3 an encoder that is sharded would need all processes at every call, but which clips
-        are encoded differs from rank to rank.
+        They stay in host memory and are on the GPU only while they work. The tuple hides them from
+        the strategy: ZeRO-3 would shard them, and a sharded encoder needs all processes at every
+        call, but which clips are encoded differs from rank to rank.
         """
         if not self._encoders:
-            # first used in a validation, where Lightning switches inference mode on
+            # the first use may be in a validation, where Lightning switches inference mode on
             with torch.device("cpu"), torch.inference_mode(False):
                 self._encoders = (WanEncoders.of(self.config.base).wait_on_host(self.device),)
         return self._encoders[0]
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """One micro batch: the loss, and each sample's loss per branch for the callbacks."""
+        """Compute a micro batch's loss, and each sample's loss per branch for the callbacks."""
         purposes = ["sigma", "sigma xyz" if self.config.flow.separate_sigma else "sigma"]
         seed, positions = self.config.train.seed, batch.position.tolist()
         uniform = [
@@ -138,12 +141,12 @@ class One4DModule(lightning.LightningModule):
         sigma = shift_sigma(torch.cat(uniform), self.config.flow.shift).to(self.device)
         rgb, xyz = self.losses(batch, sigma, self.draw_noise(batch, "noise"))
         loss = rgb.mean() + self.config.flow.xyz_weight * xyz.mean()
-        # where it overflows, its gradients may not: let them be NaN too, for training/step_guard.py
+        # the gradients of an infinite loss may be finite: make them NaN, for training/step_guard.py
         loss = loss * torch.where(loss.detach().isfinite(), 1.0, torch.nan)
         return {"loss": loss, "rgb": rgb.detach(), "xyz": xyz.detach()}
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Loss at fixed sigmas, noise and frame masks."""
+        """Add the losses at fixed sigmas, noise and frame masks to the means of both branches."""
         noise = self.draw_noise(batch, "validation noise")
         for sigma in self.config.val.sigmas:
             losses = self.losses(batch, torch.full((2 * len(batch),), sigma, device=self.device), noise)
@@ -151,7 +154,7 @@ class One4DModule(lightning.LightningModule):
                 self.val_loss_of(modality).update(loss[batch.counted])
 
     def val_loss_of(self, modality: str) -> MeanMetric:
-        """The mean validation loss of one branch, over all ranks."""
+        """Return the metric of one branch's mean validation loss, over all ranks."""
         metric = self.val_loss[modality]
         assert isinstance(metric, MeanMetric)
         return metric
@@ -162,7 +165,7 @@ class One4DModule(lightning.LightningModule):
         sigma: Tensor,  # [2B], rgb first; alike unless flow.separate_sigma (One4D, Eq. 3)
         noise: Tensor,  # [2B, C, t, h, w], each branch its own
     ) -> tuple[Tensor, Tensor]:  # rgb [B], xyz [B]
-        """Velocity error of each sample and branch (One4D, Eq. 4)."""
+        """Compute the squared velocity error of each sample and branch (One4D, Eq. 4)."""
         encoded, prompt_embeds, image_embeds = self.encode(batch)
         condition = encode_condition(
             lambda frames: self.encoders.encode(frames),
@@ -177,7 +180,11 @@ class One4DModule(lightning.LightningModule):
         return mse_per_sample(velocity_pred, velocity)
 
     def encode(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Latents [2B, C, t, h, w], prompt embeddings [B, L, D], image tokens [B, N, D]; cached or computed."""
+        """Return a batch's encodings, cached or computed.
+
+        These are latents [2B, C, t, h, w], prompt embeddings [B, L, D] and, where the base has
+        them, image tokens [B, N, D].
+        """
         if batch.encoded is None:
             encoders = self.encoders
             latents = self.transformer.codec.encode_clips(encoders, batch.frames, batch.pointmap)
@@ -191,7 +198,7 @@ class One4DModule(lightning.LightningModule):
         return latents, prompts, torch.where(batch.frame_mask[:, :1, None], torch.stack(images), 0.0)
 
     def draw_noise(self, batch: Batch, purpose: str) -> Tensor:  # [2B, C, t, h, w]
-        """Noise of each sample from (seed, position): the same on every layout and after every resume."""
+        """Draw each sample's noise from (seed, position): the same for any ranks, and on resume."""
         if batch.encoded is not None:  # encoded shards hold no pixels
             shape = tuple(batch.encoded[0].latents.shape)
         else:
@@ -201,7 +208,10 @@ class One4DModule(lightning.LightningModule):
         return torch.stack(noise, dim=1).flatten(0, 1).to(self.device)
 
     def sample(self, batch: Batch, steps: int | None = None) -> GeneratedScene:
-        """Generate the batch's scenes from its given frames and true captions; `steps` other than sampler.steps."""
+        """Generate the batch's scenes from its given frames and true captions.
+
+        `steps` replaces sampler.steps where it is given.
+        """
         config = self.config
         sampler = config.sampler if steps is None else replace(config.sampler, steps=steps)
         pipeline = One4DPipeline(

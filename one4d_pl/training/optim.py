@@ -1,4 +1,4 @@
-"""AdamW with one group per part of the adapter, and a learning rate that is a pure function of the step."""
+"""AdamW with a group per part of the adapter, and a learning rate that follows from the step."""
 
 from __future__ import annotations
 
@@ -10,17 +10,21 @@ from one4d_pl.models.transformer import CoupledTransformer, adapter_part
 
 
 def build_optimizer(transformer: CoupledTransformer, config: OptimConfig) -> torch.optim.AdamW:
-    """Groups lora, links and xyz_patch_embedding, each with its own `base_lr`; empty groups are left out."""
+    """Build AdamW with groups lora, links and xyz_patch_embedding, each with its own `base_lr`.
+
+    Empty groups are left out.
+    """
     width = transformer.base.proj_out.in_features
     parts: dict[str, list[nn.Parameter]] = {"lora": [], "links": [], "xyz_patch_embedding": []}
     for name, parameter in transformer.trainable_parameters():
         parts[adapter_part(name)].append(parameter)
     groups = []
     for part, parameters in parts.items():
-        # Adam on a zero D x D matrix moves its output by lr |x|_1 at step 1: scale the links' lr by the width
+        # at step 1 Adam on a zero D x D matrix moves its output by lr |x|_1, which grows with D: so
+        # scale the links' lr
         lr = config.lr * min(1.0, config.link_lr_width / width) if part == "links" else config.lr
-        # the patch embedding starts as a copy of the base's and its zero-fed channels get no gradient: decay would
-        # only pull both away from the base
+        # no decay: the patch embedding starts as a copy of the base's, and its zero-fed channels
+        # get no gradient, so decay would only pull it away from the base
         decay = 0.0 if part == "xyz_patch_embedding" else config.weight_decay
         if parameters:
             groups.append({"params": parameters, "name": part, "base_lr": lr, "lr": lr, "weight_decay": decay})
@@ -28,13 +32,16 @@ def build_optimizer(transformer: CoupledTransformer, config: OptimConfig) -> tor
 
 
 def lr_share(step: int, max_steps: int, config: OptimConfig) -> float:
-    """Share of the base lr at an optimiser step: linear to 1, constant, then linear towards 0 at max_steps."""
+    """Return the share of the base lr at an optimiser step.
+
+    It rises linearly to 1, stays there, and falls linearly towards 0 at max_steps.
+    """
     warm = (step + 1) / max(1, config.warmup_steps)
     left = (max_steps - step) / max(1, config.cooldown_steps)
     return min(1.0, warm, left)
 
 
 def set_learning_rates(optimizer: torch.optim.Optimizer, step: int, max_steps: int, config: OptimConfig) -> None:
-    """Derived from the step, so that a resumed run needs no scheduler state."""
+    """Set every group's lr by the step alone, so that a resumed run needs no scheduler state."""
     for group in optimizer.param_groups:
         group["lr"] = group["base_lr"] * lr_share(step, max_steps, config)

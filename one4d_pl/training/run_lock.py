@@ -1,4 +1,4 @@
-"""One process at a time trains in a run folder: two would delete each other's checkpoints, or go on from them."""
+"""A lock for one run per folder: two would delete each other's checkpoints or resume them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from one4d_pl.data.file_lock import locked
 log = logging.getLogger(__name__)
 
 LOCK = "fit.lock"
-# a process that was killed holds its files until its memory is gone; a file server frees the locks of a lost node after
-# their lease (NFS: 90 s)
+# how long to wait for a lock: a killed process keeps it until its memory is freed; a file server
+# keeps a lost node's until the lease ends (NFS: 90 s)
 PATIENCE_S, PATIENCE_ELSEWHERE_S = 5.0, 120.0
 POLL_S = 0.2
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # NFS or Lustre without them
@@ -26,9 +26,12 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # NFS o
 
 @contextmanager
 def sole_run(run_dir: str) -> Iterator[None]:
-    """Keep other processes from training in the run folder; for rank 0. The lock dies with the process.
+    """Keep other processes from training in the run folder; for rank 0.
 
-    ConfigError where another one is training there; a warning where the file system knows no locks.
+    The lock ends with the process.
+
+    Raises ConfigError where another one is training there; warns where the file system has no
+    locks.
     """
     path = Path(run_dir) / LOCK
     with ExitStack() as stack:
@@ -52,7 +55,7 @@ def sole_run(run_dir: str) -> Iterator[None]:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[BinaryIO]:
-    """Lock the file; TimeoutError where the process that held it last does not die soon."""
+    """Lock the file; TimeoutError where the process that holds it does not end soon."""
     owner = _owner(path)
     with ExitStack() as stack:
         try:
@@ -66,7 +69,10 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 
 def _owner(path: Path) -> str:
-    """Read what the last process to hold the lock has written into it; empty where nothing can be read."""
+    """Read which process last held the lock, as it wrote into it.
+
+    Returns "" where nothing can be read.
+    """
     try:
         return path.read_text(errors="replace")[:200]
     except OSError:

@@ -1,12 +1,13 @@
-"""A loss or gradient that is not finite costs its optimiser step, nothing else: the weights stay those before.
+"""Optimiser steps with a loss or gradient that is not finite are skipped: no weight changes.
 
-1. One4DModule makes every gradient of a loss that is not finite NaN, so the gradients' norm alone
-   tells.
-2. All ranks share that norm: under single and ddp the gradients are the same everywhere by then,
-   and the ZeRO engine sums its norm over all ranks. So all decide alike and no collective is added.
+1. One4DModule turns every gradient of a loss that is not finite into NaN, so it is enough to look
+   at the gradients' norm.
+2. All ranks have the same norm: under single and ddp the gradients are equal everywhere by then,
+   and the ZeRO engine sums its norm over all ranks. So all ranks decide the same without a
+   collective.
 3. A skipped step changes no weight, no moment and none of AdamW's step counters. The position in
    the data and the learning rate follow the global step, which goes on. Checkpoints note how many
-   were skipped: resume stays exact.
+   steps were skipped, so that resuming stays exact.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ log = logging.getLogger(__name__)
 
 Value = TypeVar("Value")
 
-MOST_IN_A_ROW = 5  # then it is no single bad clip: the run has diverged, or its data are broken
-NAMED = 8  # samples that an error names
+MOST_IN_A_ROW = 5  # so many are not due to one bad clip: the run has diverged, or its data are broken
+MAX_NAMED = 8  # samples that an error names
 
 
 @dataclass
@@ -41,40 +42,42 @@ class SkippedSteps:
     """How many optimiser steps of a run were skipped, over all its starts."""
 
     total: int = 0
-    in_a_row: int = 0  # up to now
+    in_a_row: int = 0  # up to the latest step
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What names the samples of a micro batch, without their tensors."""
+    """The names and losses of a micro batch's samples, without their other tensors."""
 
     keys: tuple[str, ...]
     position: Tensor  # [B]
     losses: Tensor  # [2, B], rgb and xyz
 
     def names(self) -> list[str]:
+        """Return a name for each sample."""
         return [f"{key} (position {at})" for key, at in zip(self.keys, self.position.tolist(), strict=True)]
 
     def not_finite(self) -> list[str]:
+        """Return the names of the samples with a loss that is not finite."""
         finite = self.losses.isfinite().all(0).tolist()
         return [name for name, good in zip(self.names(), finite, strict=True) if not good]
 
 
 class StepGuard(Callback):
-    """Skips steps whose loss or gradient is not finite; logs `train/skipped_steps`, warns with the samples' names.
+    """Skips steps whose loss or gradient is not finite; logs `train/skipped_steps`.
 
-    RunFailed, which names them, on every rank after MOST_IN_A_ROW steps in a row. Comes before what
-    saves.
+    A warning names the samples. After MOST_IN_A_ROW skipped steps in a row, RunFailed names them on
+    every rank. In the list of callbacks it comes before the checkpoints.
     """
 
     def __init__(self, config: TrainConfig) -> None:
         self.config = config
         self.skipped = SkippedSteps()
-        self.vetoed = False
-        # of each micro batch of the step at hand; looked at after a skip only, so that no step
-        # waits for the device
+        self.skips_step = False
+        # the micro batches of the present step; their losses are read only after a skip, so that
+        # other steps do not wait for the device
         self.seen: list[MicroBatch] = []
-        self.suspects: list[str] = []  # this rank's samples whose losses had steps skipped, one after the other
+        self.suspects: list[str] = []  # this rank's samples with bad losses, over the skipped steps in a row
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.step = trainer.global_step
@@ -83,13 +86,13 @@ class StepGuard(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if isinstance(trainer.strategy, ZeroStrategy):
-            return  # the engine looks at its norm, and skips the step itself
+            return  # the engine checks its norm and skips the step itself
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        self.vetoed = not bool(norm.isfinite())
-        if self.vetoed:
+        self.skips_step = not bool(norm.isfinite())
+        if self.skips_step:
             for parameter in parameters:
-                parameter.grad = None  # AdamW leaves these alone, with their moments and counters
+                parameter.grad = None  # AdamW then leaves the parameter, its moments and its counter alone
 
     def on_train_batch_end(
         self,
@@ -106,8 +109,8 @@ class StepGuard(Callback):
             return  # in the middle of an accumulation
         self.step = trainer.global_step
         if isinstance(trainer.strategy, ZeroStrategy):
-            self.vetoed = bool(trainer.strategy.deepspeed_engine.optimizer.overflow)
-        if self.vetoed:
+            self.skips_step = bool(trainer.strategy.deepspeed_engine.optimizer.overflow)
+        if self.skips_step:
             self._note_skip(trainer, module)
         else:
             self.skipped.in_a_row = 0
@@ -129,11 +132,11 @@ class StepGuard(Callback):
         elif trainer.is_global_zero:
             log.warning("step %d is skipped: a gradient, or another rank's loss, is not finite", self.step)
         if self.skipped.in_a_row >= MOST_IN_A_ROW:
-            # where losses are finite and gradients are not, any sample of the last step may have
-            # done it
+            # where losses are finite and gradients are not, any sample of the last step may be the
+            # cause
             samples = [name for seen in self.seen for name in seen.names()]
-            everyones = gather((self.suspects, samples))
-            names = [n for suspects, _ in everyones for n in suspects] or [n for _, all_ in everyones for n in all_]
+            gathered = gather((self.suspects, samples))
+            names = [n for suspects, _ in gathered for n in suspects] or [n for _, all_ in gathered for n in all_]
             raise RunFailed(
                 f"train: {self.skipped.in_a_row} steps in a row, up to {self.step}, had a loss or gradient that is not "
                 f"finite; samples: {_listed(names)}. Leave them out where their data are broken; else lower optim.lr "
@@ -142,7 +145,7 @@ class StepGuard(Callback):
 
 
 def begin_moments(module: One4DModule, optimizer: torch.optim.Optimizer) -> None:
-    """Give AdamW the zeros that it makes in its first step: a checkpoint before that step holds moments too."""
+    """Give AdamW the zero moments of its first step, for checkpoints before that step."""
     parameters = [parameter for _, parameter in module.transformer.trainable_parameters()]
     shapes = [parameter.ds_shape if hasattr(parameter, "ds_shape") else parameter.shape for parameter in parameters]
     fill_optimizer(parameters, optimizer, 0, lambda i, moment: torch.zeros(shapes[i]))
@@ -150,14 +153,14 @@ def begin_moments(module: One4DModule, optimizer: torch.optim.Optimizer) -> None
 
 def _listed(names: list[str]) -> str:
     unique = list(dict.fromkeys(names))
-    more = f" and {len(unique) - NAMED} more" if len(unique) > NAMED else ""
-    return ", ".join(unique[:NAMED]) + more
+    more = f" and {len(unique) - MAX_NAMED} more" if len(unique) > MAX_NAMED else ""
+    return ", ".join(unique[:MAX_NAMED]) + more
 
 
 def gather(mine: Value) -> list[Value]:
     """Collect every rank's value, rank after rank; a collective."""
     if not torch.distributed.is_initialized():
         return [mine]
-    everyone = [mine for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather_object(everyone, mine)
-    return everyone
+    values = [mine for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(values, mine)
+    return values

@@ -22,7 +22,10 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for th
 
 
 def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Trainer:
-    """A Trainer that stops at train.max_steps, validates before the first step and every val.every steps."""
+    """Build a Trainer that stops at train.max_steps.
+
+    It validates before the first step and every val.every steps.
+    """
     train = config.train
     bfloat16 = uses_bfloat16(config, device_of(config))
     return lightning.Trainer(
@@ -30,7 +33,7 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
         strategy=_strategy(config, bfloat16),
         num_nodes=train.num_nodes,
         devices=train.devices,
-        # DeepSpeed's strategy brings its own: training/zero.py
+        # DeepSpeed's strategy has a precision plugin of its own: training/zero.py
         precision=None if train.strategy == "deepspeed" else "bf16-mixed" if bfloat16 else 32,
         max_steps=train.max_steps,
         accumulate_grad_batches=train.accumulation,
@@ -38,11 +41,11 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
         val_check_interval=config.val.every * train.accumulation,
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the curve starts at step 0
-        log_every_n_steps=1,  # our callbacks decide: train.log_every
+        log_every_n_steps=1,  # our callbacks decide when to log: train.log_every
         logger=TensorBoardLogger(config.run_dir, name="tensorboard", version=""),
         callbacks=callbacks,
-        # Lightning's own requeue saves inside a signal handler, where ranks wait for each other at
-        # different places
+        # Lightning's own requeue saves inside a signal handler, where ranks would wait for each
+        # other at different places
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
         enable_checkpointing=False,  # ours: training/checkpoint.py
         enable_progress_bar=False,  # ours: callbacks/throughput.py counts optimiser steps
@@ -52,7 +55,7 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
 
 
 def fast_forward(trainer: lightning.Trainer, step: int, accumulation: int) -> None:
-    """Tell Lightning's counters that `step` optimiser steps are behind it, as its own checkpoints would."""
+    """Set Lightning's counters to `step` finished optimiser steps, as its own checkpoints would."""
     loop = trainer.fit_loop.epoch_loop
     loop._batches_that_stepped = step
     optimizer_step = loop.automatic_optimization.optim_progress.optimizer.step.total
@@ -65,7 +68,7 @@ def fast_forward(trainer: lightning.Trainer, step: int, accumulation: int) -> No
 def limit_threads(config: Config) -> None:
     """Share this machine's cores between its processes: oversubscribed OpenMP is ten times slower.
 
-    OMP_NUM_THREADS, where the user set it, has been obeyed by torch already.
+    Where the user has set OMP_NUM_THREADS, torch has already applied it.
     """
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.train.devices))
@@ -76,8 +79,7 @@ def _strategy(config: Config, bfloat16: bool) -> Strategy:
         return SingleDeviceStrategy(device="cuda:0" if device_of(config).type == "cuda" else "cpu")
     if config.train.strategy == "deepspeed":
         return ZeroStrategy(config.train, bfloat16, COLLECTIVE_TIMEOUT)
-    # every trainable is used in every step whatever the task draw; the base has no buffers that
-    # change
+    # every trainable is used in every step, whatever the task; the base has no buffers that change
     return DDPStrategy(
         find_unused_parameters=False,
         broadcast_buffers=False,

@@ -2,13 +2,13 @@
 
 1. The engine runs in float32 mode: it casts nothing. The frozen base keeps the dtypes it was opened
    in, trainables and optimiser are float32, and bf16-mixed is torch's autocast, as under the other
-   strategies; the engine is told of it.
-2. At stage 3 the base is sharded block by block while it is read (models/weights.py); LoRA and
-   links are built as ordinary tensors and sharded by the engine, values and all. Nothing is ever
-   initialised inside `zero.Init`, where a later `zeros_` would hit an empty tensor and training
-   would start from noise.
-3. Whole tensors of sharded parameters and moments are read and written here alone; checkpoints know
-   no shards.
+   strategies; the engine's config names it.
+2. At stage 3 the base is sharded block by block while it is read (models/weights.py). LoRA and
+   links are built as ordinary tensors, with their values, and then sharded by the engine. Nothing
+   is ever initialised inside `zero.Init`: there a later `zeros_` would act on an empty tensor, and
+   training would start from noise.
+3. Only this module reads and writes whole tensors of sharded parameters and moments; checkpoints
+   hold no shards.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
     class ShardedParameter(nn.Parameter):
-        """A parameter at stage 3: torch's own, to which the engine has added these."""
+        """A parameter at stage 3, with the attributes that the engine adds to torch's own."""
 
         ds_tensor: Tensor  # [n], this process's share
-        ds_numel: int  # of the whole
+        ds_numel: int  # of the whole parameter
         ds_shape: torch.Size
         ds_persist: bool  # kept whole in every process
         ds_status: object  # a ZeroParamStatus
@@ -45,29 +45,32 @@ if TYPE_CHECKING:
         def partition(self, parameters: list[ShardedParameter], has_been_updated: bool) -> None: ...
 
 
-# LoRA matrices (327 thousand parameters at the 14B) stay whole: one gather each would cost more
-# than they weigh
+# LoRA matrices (327 thousand parameters at the 14B) stay whole: gathering each would cost more than
+# the memory is worth
 PERSISTENT_PARAMETERS = 1_000_000
 BUCKET = 200_000_000  # elements of a reduce or prefetch bucket
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step
 
 
 def skip_compilation() -> None:
-    """Call before the engine starts: on a CPU it would compile an operation that inference alone uses."""
+    """Keep the engine from compiling an operation that only inference uses; for a CPU.
+
+    To be called before the engine starts.
+    """
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 class ZeroPrecision(DeepSpeedPrecision):
-    """The engine's own precision is float32; bf16-mixed is an autocast around the steps."""
+    """The engine's own precision, float32; bf16-mixed is an autocast around the steps."""
 
     def __init__(self, bfloat16: bool) -> None:
         super().__init__("32-true")
         self.bfloat16 = bfloat16
 
     def convert_module(self, module: nn.Module) -> nn.Module:
-        return module  # the base may be bfloat16, and stays so
+        return module  # unchanged: the base may be bfloat16
 
     def convert_input(self, batch: Batch) -> Batch:
         return batch  # float32 by construction
@@ -78,8 +81,8 @@ class ZeroPrecision(DeepSpeedPrecision):
     def backward(  # type: ignore[override]
         self, tensor: Tensor, model: lightning.LightningModule, optimizer: object, *args: object, **kwargs: object
     ) -> None:
-        # Lightning has divided the loss by the accumulation already; the engine would divide it
-        # again, unseen by Adam but not by gradient clipping
+        # Lightning has already divided the loss by the accumulation. The engine would divide it
+        # again, which Adam would not notice but gradient clipping would.
         model.trainer.model.backward(tensor, scale_wrt_gas=False)  # type: ignore[union-attr,operator]
 
 
@@ -89,7 +92,7 @@ class ZeroStrategy(DeepSpeedStrategy):
     Args:
         config: stage, offload.
         bfloat16: whether steps run under bfloat16 autocast.
-        timeout: of every collective.
+        timeout: timeout of every collective.
     """
 
     def __init__(self, config: TrainConfig, bfloat16: bool, timeout: timedelta) -> None:
@@ -97,26 +100,26 @@ class ZeroStrategy(DeepSpeedStrategy):
         self._timeout = timeout
 
     def setup_environment(self) -> None:
-        """Lightning's own refuses anything but CUDA."""
+        """Set up the processes, also on a CPU, which Lightning's own method refuses."""
         if isinstance(self.accelerator, CUDAAccelerator):
             super().setup_environment()
             return
         skip_compilation()
-        # the processes on this machine; the engine would else count its NUMA nodes with numactl at
-        # every step, and die where a folder on PATH cannot be read
+        # LOCAL_SIZE is the number of processes on this machine. Without it the engine counts NUMA
+        # nodes with numactl at every step, and fails where a folder on PATH cannot be read.
         os.environ["LOCAL_SIZE"] = str(len(self.parallel_devices or []))
-        # the engine tells devices apart by their index
+        # the engine identifies devices by their index
         self.parallel_devices = [torch.device("cpu", i) for i in range(len(self.parallel_devices or []))]
         DDPStrategy.setup_environment(self)
 
     @contextmanager
     def model_sharded_context(self) -> Iterator[None]:
-        """No `zero.Init` around the module: see the head of this file."""
+        """Enter no `zero.Init` around the module; the module's docstring says why."""
         self._init_config_if_needed()
         yield
 
     def partitioner(self) -> StagePartitioner | None:
-        """What shards the base while it is read; None below stage 3."""
+        """Return the partitioner that shards the base while it is read; None below stage 3."""
         assert isinstance(self.config, dict)
         return StagePartitioner(self.config, self.global_rank == 0) if self.zero_stage_3 else None
 
@@ -127,8 +130,8 @@ class ZeroStrategy(DeepSpeedStrategy):
             BlockKeeper(coordinator).watch(model.transformer.base.blocks)  # type: ignore[union-attr,arg-type]
 
     def _setup_model(self, model: nn.Module) -> nn.Module:  # type: ignore[override]
-        # the engine moves nothing of a model that is sharded already: buffers and metrics would
-        # stay behind, and the module would take itself to be on the CPU
+        # the engine does not move a model that is sharded already: buffers and metrics would stay
+        # on the CPU, and the module would report that as its device
         return model.to(self.root_device)
 
 
@@ -139,53 +142,57 @@ class StagePartitioner:
         self.config, self.reads = config, reads
 
     def partition(self, module: nn.Module) -> None:
-        """Collective; afterwards the module's parameters are placeholders that the engine gathers when needed."""
+        """Shard a module, a collective.
+
+        Its parameters become placeholders, gathered when needed.
+        """
         import deepspeed
 
         deepspeed.zero.Init(module=module, config_dict_or_path=self.config)
 
 
 class BlockKeeper:
-    """Keeps a recomputed block's frozen weights until its backward is done: gathered once for both, not twice.
+    """Keeps a recomputed block's frozen weights for its backward pass: one gather, not two.
 
-    With activation checkpointing a block runs again in the backward pass. The engine frees each
-    weight after that and gathers it a moment later for the gradient, a third of all traffic. At
-    most one block is kept at a time.
+    With activation checkpointing a block runs again in the backward pass. After that the engine
+    would free each weight, only to gather it again a moment later for the gradient: a third of all
+    traffic. At most one block is kept at a time.
     """
 
-    TOKEN = -1  # among the ids of the modules that use a parameter, which are never negative
+    TOKEN = -1  # marks a kept parameter among the ids of modules that use it, which are never negative
 
     def __init__(self, coordinator: PartitionedParameterCoordinator) -> None:
         self._release = coordinator._PartitionedParameterCoordinator__release_param
         self._kept: list[ShardedParameter] = []
 
     def watch(self, blocks: nn.ModuleList) -> None:
+        """Begin to keep the weights of these blocks."""
         for block in blocks:
             block.register_forward_pre_hook(self._on_forward)
 
     def _on_forward(self, block: nn.Module, inputs: tuple[object, ...]) -> None:
         if torch._C._current_graph_task_id() == -1:  # an ordinary forward, not a recomputation
             return
-        if not self._kept:  # the last block's turn ends with the backward pass
-            torch.autograd.Variable._execution_engine.queue_callback(self._let_go)
-        self._let_go()  # blocks are recomputed one after the other
+        if not self._kept:  # the last block is released when the backward pass ends
+            torch.autograd.Variable._execution_engine.queue_callback(self._release_kept)
+        self._release_kept()  # blocks are recomputed one after the other, so the one before is done
         self._kept = [p for p in block.parameters() if _is_stage3(p) and not p.requires_grad and not p.ds_persist]
         for parameter in self._kept:
             parameter.ds_active_sub_modules.add(self.TOKEN)
 
-    def _let_go(self) -> None:
+    def _release_kept(self) -> None:
         kept, self._kept = self._kept, []
         for parameter in kept:
             parameter.ds_active_sub_modules.discard(self.TOKEN)
-            self._release(parameter)  # unless a module uses it
+            self._release(parameter)  # does nothing while a module uses it
 
 
 def engine_config(config: TrainConfig, bfloat16: bool) -> dict[str, object]:
-    """DeepSpeed's config; Lightning adds batch size, accumulation and clipping."""
+    """Make DeepSpeed's config; Lightning adds batch size, accumulation and clipping."""
     zero: dict[str, object] = {
         "stage": config.zero_stage,
         "reduce_bucket_size": BUCKET,
-        "overlap_comm": False,  # gradients are those of the adapter alone: little to hide
+        "overlap_comm": False,  # only the adapter has gradients, so there is little traffic to hide
         "contiguous_gradients": True,
     }
     if config.zero_stage == 3:
@@ -197,19 +204,19 @@ def engine_config(config: TrainConfig, bfloat16: bool) -> dict[str, object]:
     engine: dict[str, object] = {
         "train_micro_batch_size_per_gpu": config.micro_batch_size,
         "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,  # torch's AdamW: the same under every strategy, and no compiler
+        "zero_allow_untested_optimizer": True,  # torch's AdamW, as under every strategy; DeepSpeed's needs a compiler
         "zero_force_ds_cpu_optimizer": False,
     }
     if bfloat16:
-        # On CUDA, and only there, the engine sees our autocast around it and, not told of one,
-        # switches it off inside. The empty list: gradients are reduced in float32, as under the
-        # other strategies.
+        # On CUDA, and only there, the engine notices our autocast around it and, unless its config
+        # names one, switches it off inside. The empty list makes it reduce gradients in float32, as
+        # under the other strategies.
         engine["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return engine
 
 
 def whole_parameter(parameter: nn.Parameter) -> Tensor:
-    """A trainable's whole value under any strategy; collective where it is sharded."""
+    """Return a trainable's whole value under any strategy; a collective if sharded."""
     if _is_stage3(parameter):
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -218,10 +225,10 @@ def whole_parameter(parameter: nn.Parameter) -> Tensor:
 
 
 def link_moments(optimizer: torch.optim.Optimizer) -> None:
-    """Let `whole_moment` find every group's moments; to be called after the optimiser's state came to be.
+    """Let `whole_moment` find every group's moments; to be called once the optimiser has state.
 
-    Below stage 3 the engine links parameters to moments after its first step of the first group,
-    when the later groups have none yet, and never again.
+    Below stage 3 the engine links parameters to moments only once: after its first step of the
+    first group, when the later groups have no moments yet.
     """
     if hasattr(optimizer, "_lazy_init_hp_params_optimizer_state"):
         optimizer._hp_optimizer_states_linked = False  # type: ignore[attr-defined]
@@ -229,7 +236,7 @@ def link_moments(optimizer: torch.optim.Optimizer) -> None:
 
 
 def whole_moment(parameter: nn.Parameter, optimizer: torch.optim.Optimizer, moment: str) -> Tensor:
-    """A trainable's whole optimiser moment under any strategy; collective where it is sharded."""
+    """Return a trainable's whole optimiser moment under any strategy; a collective if sharded."""
     if _is_sharded(parameter):
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -268,15 +275,18 @@ def fill_optimizer(
 
 
 def local_share(parameter: nn.Parameter) -> Tensor:
-    """What this process holds of a trainable, to read and to write: all of it, or at stage 3 a flat share [n]."""
+    """Return this process's part of a trainable, to read and write.
+
+    That is the whole of it, or at stage 3 a flat share [n].
+    """
     return parameter.ds_tensor if _is_stage3(parameter) else parameter.detach()
 
 
 def cut_share(parameter: nn.Parameter, whole: Tensor) -> Tensor:
-    """The part of a trainable-like whole tensor that is at `local_share`'s place."""
+    """Cut from a whole tensor, shaped as the trainable, the part that `local_share` is of it."""
     if not _is_stage3(parameter):
         return whole
-    # the last process's may end in padding
+    # the share of the last process may end in padding
     share = whole.new_zeros(parameter.ds_tensor.numel())
     start = len(share) * torch.distributed.get_rank()
     mine = whole.flatten()[start : start + len(share)]
@@ -285,17 +295,20 @@ def cut_share(parameter: nn.Parameter, whole: Tensor) -> Tensor:
 
 
 def gather_share(parameter: nn.Parameter, share: Tensor) -> Tensor:
-    """Undo `cut_share`; collective where the parameter is sharded."""
+    """Undo `cut_share`; a collective if the parameter is sharded."""
     if not _is_stage3(parameter):
         return share
-    share = share.to(parameter.device)  # offloaded ones lie in host memory
+    share = share.to(parameter.device)  # an offloaded share lies in host memory
     parts = [torch.empty_like(share) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(parts, share)
     return torch.cat(parts)[: parameter.ds_numel].view(parameter.ds_shape)
 
 
 def show_shares(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Let every process compute with shares that were written; collective at stage 3, where some are held whole."""
+    """Make every process compute with shares that were just written.
+
+    This is a collective at stage 3, where some parameters are held whole.
+    """
     sharded = [p for p in parameters if _is_stage3(p)]
     if not sharded:
         return
