@@ -1,4 +1,4 @@
-"""What the pre-flight (commands/preflight.py) looks at: files, versions, GPUs, the run folder; light to import."""
+"""The checks of the pre-flight (commands/preflight.py): files, versions, GPUs, the run folder."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pathlib import Path
 from one4d_pl.config import Config, ConfigError, SourceConfig
 from one4d_pl.training.checkpoint_files import STATE, refuse_used_folder, step_folders
 
-# what computes a step or a file; other packages may differ between nodes
+# packages that compute a step or write a file; others may differ between nodes
 PACKAGES = (
     "torch",
     "lightning",
@@ -31,13 +31,13 @@ PACKAGES = (
     "numpy",
 )
 MOMENTS_AND_WEIGHT = 12  # bytes of a trainable in a checkpoint: float32 weight and AdamW's two moments
-AVERAGE = 4  # and with optim.ema_decay
-SHARED_FOLDER_PATIENCE_S = 10.0  # network filesystems show another node's file late
+AVERAGE = 4  # bytes more with optim.ema_decay
+SHARED_FOLDER_PATIENCE_S = 10.0  # network filesystems may show another node's file late
 
 
 @dataclass(frozen=True)
 class Place:
-    """Which process of the job this is, and where all of them meet."""
+    """Which process of the job this is, and the address where all of them meet."""
 
     rank: int
     world: int
@@ -45,13 +45,16 @@ class Place:
     node: str
     node_index: int
     nodes: int
-    launched: bool  # by srun; otherwise one process that checks its own machine
+    launched: bool  # by srun; otherwise this is one process that checks its own machine
     address: str
     port: int  # 0 = any
 
     @staticmethod
     def from_environment() -> Place:
-        """As srun sets it; ConfigError where it forgot where to meet."""
+        """Read the place from srun's variables.
+
+        Raises ConfigError where the meeting address is missing.
+        """
         env = os.environ
         node = env.get("SLURMD_NODENAME", platform.node())
         if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
@@ -71,12 +74,12 @@ class Report:
 
     node: str
     versions: dict[str, str]
-    base_fingerprint: str = ""  # of the node's first rank
+    base_fingerprint: str = ""  # set by the node's first rank
     faults: list[str] = field(default_factory=list)
 
 
 def check_world(config: Config, place: Place) -> None:
-    """ConfigError if SLURM started other processes than the config counts on."""
+    """Raise ConfigError if SLURM started another number of processes than the config needs."""
     train = config.train
     if place.launched and (place.world, place.nodes) != (train.world_size, train.num_nodes):
         raise ConfigError(
@@ -86,7 +89,7 @@ def check_world(config: Config, place: Place) -> None:
 
 
 def refuse_absent_deepspeed(config: Config) -> None:
-    """ConfigError if the run asks for DeepSpeed and it is not installed."""
+    """Raise ConfigError if the run asks for DeepSpeed and it is not installed."""
     if config.train.strategy == "deepspeed" and find_spec("deepspeed") is None:
         raise ConfigError(
             f"train.strategy: deepspeed is not installed on this {platform.system()} (one4d_pl requires it on Linux "
@@ -95,7 +98,7 @@ def refuse_absent_deepspeed(config: Config) -> None:
 
 
 def look(config: Config, place: Place, probe: Path) -> Report:
-    """What this rank sees; files are looked at once per node."""
+    """Run this rank's checks; files are checked once per node."""
     report = Report(place.node, _versions())
     checks: list[Callable[[], None]] = [lambda: _check_gpus(config)]
     if place.local_rank == 0:
@@ -115,7 +118,7 @@ def look(config: Config, place: Place, probe: Path) -> Report:
 
 
 def faults_of(reports: list[Report]) -> list[str]:
-    """A line per fault, with the nodes that found it."""
+    """Write a line per fault, with the nodes that found it."""
     nodes: dict[str, list[str]] = {}
     for report in reports:
         for fault in report.faults:
@@ -125,7 +128,7 @@ def faults_of(reports: list[Report]) -> list[str]:
 
 
 def differences(reports: list[Report]) -> list[str]:
-    """A line per package, and one for the base, that is not the same on all nodes."""
+    """Write a line per package, and one for the base, that is not the same on all nodes."""
     faults = []
     for name in reports[0].versions:
         found = _grouped([(report.versions[name], report.node) for report in reports])
@@ -140,7 +143,7 @@ def differences(reports: list[Report]) -> list[str]:
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of one checkpoint, from the adapter's shape on the meta device."""
+    """Compute the size of one checkpoint, from the adapter's shape on the meta device."""
     import torch
     from diffusers import WanTransformer3DModel
 
@@ -155,7 +158,7 @@ def checkpoint_bytes(config: Config) -> int:
 
 
 def run_faults(config: Config) -> list[str]:
-    """What is wrong with the run folder: another run's checkpoints, or no room for ours."""
+    """List what is wrong with the run folder: another run's checkpoints, or no room for ours."""
     try:
         folders = [f for f in step_folders(config.run_dir) if (f / STATE).is_file()]
         if folders and config.train.resume:
@@ -167,7 +170,7 @@ def run_faults(config: Config) -> list[str]:
     except (ConfigError, KeyError) as error:
         return [str(error)]
     one = checkpoint_bytes(config)
-    count = config.train.keep_last + config.train.keep_best + 1  # one is written before the oldest goes
+    count = config.train.keep_last + config.train.keep_best + 1  # a new one is written before the oldest is deleted
     needed = count * one
     held = sum(file.stat().st_size for folder in folders for file in folder.rglob("*") if file.is_file())
     free = shutil.disk_usage(config.run_dir).free
@@ -180,9 +183,9 @@ def run_faults(config: Config) -> list[str]:
 
 
 def _check_shared(probe: Path) -> None:
-    until = time.monotonic() + SHARED_FOLDER_PATIENCE_S
+    deadline = time.monotonic() + SHARED_FOLDER_PATIENCE_S
     while not probe.exists():
-        if time.monotonic() > until:
+        if time.monotonic() > deadline:
             raise ConfigError(f"run_dir: {probe.parent} is not the folder that rank 0 sees; put it on shared storage")
         time.sleep(0.2)
 
@@ -222,7 +225,7 @@ def _check_shared_memory(config: Config) -> None:
 
 
 def refuse_too_large(config: Config, gpu: str, gpu_bytes: int) -> None:
-    """ConfigError if the planner says that a training step does not fit the GPU."""
+    """Raise ConfigError if, by the planner, a training step does not fit the GPU."""
     from one4d_pl.costs.flops import TransformerShape
     from one4d_pl.costs.memory import batch_of, layout_of, step_memory
     from one4d_pl.data.encoded import trains_on_encoded
@@ -243,7 +246,7 @@ def refuse_too_large(config: Config, gpu: str, gpu_bytes: int) -> None:
 
 
 def _read_base(config: Config, report: Report) -> None:
-    """Every file that the base needs by its own indices, then its fingerprint."""
+    """Check that the base has every file that its own indices name, then note its fingerprint."""
     from one4d_pl.models.base_files import fingerprint, lacking, resolve_base
 
     if missing := lacking(resolve_base(config.base.path)):
@@ -252,7 +255,7 @@ def _read_base(config: Config, report: Report) -> None:
 
 
 def _read_sample(config: Config, source: SourceConfig, place: Place) -> None:
-    """One sample, another one on every node."""
+    """Read one sample of a source, another one on every node."""
     from one4d_pl.data.encoded import open_set
 
     made_by_fit = config.data.toy.folders() if config.data.toy else []
@@ -275,7 +278,7 @@ def _check_caches(config: Config) -> None:
 
 
 def _versions() -> dict[str, str]:
-    """Versions of what must be the same everywhere, this package's own source included."""
+    """Read the versions that must be the same on all nodes, this package's own source included."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):
@@ -288,7 +291,7 @@ def _versions() -> dict[str, str]:
 
 
 def _grouped(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """Value -> nodes, the most common first."""
+    """Group (value, node) pairs as value -> nodes, the most common value first."""
     groups: dict[str, list[str]] = {}
     for value, node in pairs:
         if node not in groups.setdefault(value, []):

@@ -1,4 +1,4 @@
-"""The marker that asks for a requeue, and the count of starts without progress; nothing heavier than the config."""
+"""The marker that asks for a requeue, and the count of starts without progress; quick to import."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ MARKER, STARTS = "PREEMPTED", "restarts.json"
 
 
 def write_marker(run_dir: str, step: int, number: int) -> None:
-    """Ask the batch script for a requeue: the run stopped after `step` because of a signal; rank 0 only."""
+    """Ask the batch script for a requeue: signal `number` stopped the run after `step`.
+
+    Only rank 0 does this.
+    """
     content = {"step": step, "signal": signal.Signals(number).name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_json(Path(run_dir) / MARKER, content)
 
@@ -22,7 +25,8 @@ def write_marker(run_dir: str, step: int, number: int) -> None:
 def begin_start(run_dir: str, max_restarts: int) -> None:
     """Remove the marker and count this start; rank 0 only, once per start.
 
-    Raises ConfigError after more than `max_restarts` restarts in a row that left no new checkpoint; 0 = never.
+    Raises ConfigError after more than `max_restarts` restarts in a row without a new checkpoint; 0
+    = no limit.
     """
     folder = Path(run_dir)
     (folder / MARKER).unlink(missing_ok=True)
@@ -37,14 +41,14 @@ def begin_start(run_dir: str, max_restarts: int) -> None:
 
 
 def note_end(run_dir: str, reason: str) -> None:
-    """How this start ended, for the message of a later refusal."""
+    """Note how this start ended, for the message of a later refusal."""
     starts, _ = _read_starts(Path(run_dir))
     if starts:
         write_json(Path(run_dir) / STARTS, {"starts": starts, "last_end": reason})
 
 
 def forget_starts(run_dir: str) -> None:
-    """There was progress, or nobody is to blame: count anew."""
+    """Reset the count of starts, after progress or an end that says nothing about the run."""
     (Path(run_dir) / STARTS).unlink(missing_ok=True)
 
 

@@ -1,12 +1,15 @@
-"""Signals remembered from the first moment on, and how a process of a run ends; nothing heavier than the stdlib.
+"""Signals, remembered from the start of a process, and how a process of a run ends.
 
-A signal only sets a flag (Stop.number). callbacks/survival.py lets all ranks agree on it at a step boundary, saves,
-leaves a marker (preemption.py) and ends the run; saving inside a signal handler deadlocks, since the ranks are at
-different places.
+Imports only the stdlib.
 
-Exit codes of `fit`: 0 done, 1 a failure, 2 a mistake of the user, 75 preempted (saved, marker left: start it again),
-76 hung (watchdog.py), 130 interrupted from the keyboard (saved if training had begun, no marker). Only rank 0 exits
-with 75 or 130, the others with 0: launchers kill every process as soon as one of them fails.
+A signal only sets a flag (Stop.number). survival.py lets all ranks agree on it at a step boundary,
+saves a checkpoint, leaves a marker (restarts.py) and ends the run. Saving inside a signal handler
+would deadlock, since the ranks are at different places.
+
+Exit codes of `fit`: 0 done, 1 a failure, 2 a mistake of the user, 75 preempted (saved, marker left:
+start it again), 76 hung (watchdog.py), 130 interrupted from the keyboard (saved if training had
+begun, no marker). Only rank 0 exits with 75 or 130, the others with 0: launchers kill every process
+as soon as one of them fails.
 """
 
 from __future__ import annotations
@@ -35,29 +38,33 @@ PARENT_POLL_S = 1.0
 
 
 class Stop:
-    """Which signal asked this process to stop; one object per process, made before the heavy imports.
+    """The signal that asked this process to stop.
 
-    The signals are blocked in every thread and fetched by one that waits for them. So nothing is interrupted, handlers
-    that libraries install later are never called, and processes that are started (loader workers, other ranks) inherit
-    the block: a signal to the whole job does not kill them, one that comes while they start waits for their own Stop.
+    One object per process, made before the heavy imports.
+
+    The signals are blocked in every thread, and one thread waits for them. So nothing is
+    interrupted, and handlers that libraries install later are never called. Processes that are
+    started (loader workers, other ranks) inherit the block: a signal to the whole job does not kill
+    them, and one that comes while they start waits for their own Stop.
     """
 
     def __init__(self) -> None:
-        self.number = 0  # 0: none; a termination outranks an interrupt from the keyboard
-        self.training = False  # whether there is something to save
+        self.number = 0  # 0 = none; a termination takes precedence over an interrupt from the keyboard
+        self.training = False  # True once there is something to save
         self._interrupts = 0
 
     def watch(self) -> None:
         """Begin to remember SIGUSR1, SIGTERM and SIGINT; to be called first, in the main thread."""
         watched = {signal.SIGUSR1, signal.SIGTERM}
-        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # ignored: a shell's background job
+        if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # a shell's background job ignores it
             watched.add(signal.SIGINT)
             interrupts.prepare()
         signal.pthread_sigmask(signal.SIG_BLOCK, watched)
         threading.Thread(target=self._wait, args=(watched,), daemon=True, name="signals").start()
-        # multiprocessing starts this helper with the first loader worker, and unblocks two signals as it does
+        # multiprocessing would start its resource tracker with the first loader worker, and unblock
+        # SIGINT and SIGTERM for that moment: start it now, with a handler, and block them again
         signal.signal(signal.SIGTERM, lambda number, frame: self._remember(number))
-        # it frees what workers share when this process leaves at once (end_process), which is no news to anybody
+        # the tracker frees what workers share after end_process, and need not warn about that
         sys.warnoptions.append("ignore:resource_tracker:UserWarning")
         resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, watched)
@@ -75,9 +82,10 @@ class Stop:
         self.number = max(self.number, number)
 
     def _interrupt(self) -> None:
-        """From the keyboard: after the step at hand, then at once (a KeyboardInterrupt), then by force.
+        """Handle Ctrl-C: stop after the present step; a second one stops at once, a third by force.
 
-        Before training there is nothing to save: at once, as every other command (interrupts.py).
+        Before training there is nothing to save, and the first one ends the process as in every
+        other command (interrupts.py).
         """
         if not self.training:
             interrupts.end()
@@ -89,18 +97,19 @@ class Stop:
             os._exit(INTERRUPTED)
 
 
-STOP = Stop()  # of this process; `fit` watches it
+STOP = Stop()  # this process's; `fit` calls its `watch`
 
 
 def exit_code(number: int) -> int:
-    """Of a run that a signal made stop."""
+    """Return the exit code of a run that a signal has stopped."""
     return INTERRUPTED if number == signal.SIGINT else PREEMPTED
 
 
 def early_rank(devices: int) -> int:
-    """This process's rank in the run, as its launcher put it into the environment; `devices` per node."""
+    """Read this process's rank from its launcher's variables; `devices` is the number per node."""
     launcher = os.environ.get(LAUNCHER_VARIABLE)
-    if launcher is None or int(launcher) == os.getpid():  # else a rank that rank 0 started, with rank 0's environment
+    # a rank that rank 0 has started has rank 0's environment, and so another process's RANK
+    if launcher is None or int(launcher) == os.getpid():
         for name in ("RANK", "SLURM_PROCID"):
             if name in os.environ:
                 return int(os.environ[name])
@@ -108,7 +117,7 @@ def early_rank(devices: int) -> int:
 
 
 def die_with_launcher() -> None:
-    """Ranks that rank 0 starts as its children end when it ends, however it ends; others are left alone."""
+    """End this process when rank 0 ends, however it ends, if rank 0 has started it as its child."""
     launcher = os.environ.get(LAUNCHER_VARIABLE)
     if launcher is None or "LOCAL_RANK" not in os.environ:
         os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
@@ -117,27 +126,30 @@ def die_with_launcher() -> None:
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:
-    """Let this process get a signal when its parent ends, however that ends; exits at once where it is gone already."""
+    """Send this process a signal when its parent ends, however it ends.
+
+    Exit at once if it is gone already.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     else:
         threading.Thread(target=_watch_parent, args=(parent, number), daemon=True, name="follow-parent").start()
-    if os.getppid() != parent:  # it was gone before prctl
+    if os.getppid() != parent:  # it ended before prctl
         os._exit(1)
 
 
 def _watch_parent(parent: int, number: signal.Signals) -> None:
-    """For systems whose kernel does not tell: a process whose parent is gone gets another one."""
+    """Send the signal when the parent is gone, for systems whose kernel does not do so."""
     while os.getppid() == parent:
         time.sleep(PARENT_POLL_S)
     os.kill(os.getpid(), number)
 
 
 def end_process(main: Callable[[], int]) -> NoReturn:
-    """Run a door and leave with its exit code, without waiting for anyone.
+    """Run a command's `main` and exit with its code, without waiting for other processes.
 
-    Python would terminate loader workers by SIGTERM and wait for them, who have it blocked (Stop); they end by
-    themselves when this process is gone (data/worker.py).
+    Python would send loader workers SIGTERM, which they have blocked (Stop), and wait for them.
+    They end by themselves when this process is gone (data/worker.py).
     """
     code = 1
     try:

@@ -1,4 +1,4 @@
-"""What lets a run survive: all ranks obey a signal together, and a hang is noticed."""
+"""Callbacks that let a run survive: all ranks stop together at a signal, and a hang is noticed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 
 class Preempted(Exception):
-    """Raised on every rank at the same place, once what is needed to go on has been saved."""
+    """Raised on every rank at the same place, once everything is saved that resuming needs."""
 
     def __init__(self, step: int, number: int) -> None:
         super().__init__(f"{signal.Signals(number).name} after step {step}")
@@ -29,10 +29,11 @@ class Preempted(Exception):
 
 
 class Preemption(Callback):
-    """At every step boundary: has any rank got a signal? Then save, leave the marker, and end the run on every rank.
+    """Ends the run on every rank when any rank got a signal, after a checkpoint and the marker.
 
-    Asked too where start-up and validation allow it, since they can take longer than the warning of a scheduler. Comes
-    after every callback that has something to do at a step.
+    It checks at every step boundary, and also during start-up and after validations, since these
+    can take longer than a scheduler's warning. It comes after every callback that has something to
+    do at a step.
     """
 
     def __init__(self, config: Config, stop: Stop, checkpoint: StepCheckpoint) -> None:
@@ -41,13 +42,13 @@ class Preemption(Callback):
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
         self.step = self.start_step = trainer.global_step
         self.progressed = self.stop.training = False
-        self._obey(trainer, module)  # before the base is opened, minutes at the paper's scale
+        self._stop_if_asked(trainer, module)  # before the base is opened, which takes minutes at the paper's scale
 
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self._obey(trainer, module)
+        self._stop_if_asked(trainer, module)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self._obey(trainer, module)
+        self._stop_if_asked(trainer, module)
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.stop.training = True
@@ -63,20 +64,24 @@ class Preemption(Callback):
         if trainer.global_step == self.step:
             return  # in the middle of an accumulation
         self.step = trainer.global_step
-        if self.step < trainer.max_steps:  # else it ends anyway
-            self._obey(trainer, module)
+        if self.step < trainer.max_steps:  # else the run ends anyway
+            self._stop_if_asked(trainer, module)
         if trainer.is_global_zero and not self.progressed:
             self._note_progress()
 
     def _note_progress(self) -> None:
-        """A new checkpoint is on the disk (they are written in the background): restarts count anew."""
+        """Reset the count of restarts once a new checkpoint is on the disk.
+
+        Checkpoints are written in the background, so it may not be there yet.
+        """
         saved_step = self.checkpoint.saved_step
         self.progressed = saved_step > self.start_step and checkpoint_folder(self.config.run_dir, saved_step).is_dir()
         if self.progressed:
             forget_starts(self.config.run_dir)
 
-    def _obey(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        number = _agreed(trainer, self.stop.number)
+    def _stop_if_asked(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        """Save, leave the marker and raise Preempted if any rank got a signal; a collective."""
+        number = _largest_signal(trainer, self.stop.number)
         if not number:
             return
         step = trainer.global_step
@@ -88,12 +93,12 @@ class Preemption(Callback):
                 self._note_progress()
             if number != signal.SIGINT:
                 write_marker(self.config.run_dir, step, number)
-        trainer.strategy.barrier("preempted")  # nobody leaves before the marker is there
+        trainer.strategy.barrier("preempted")  # no rank leaves before the marker is written
         raise Preempted(step, number)
 
 
-def _agreed(trainer: lightning.Trainer, number: int) -> int:
-    """The largest signal number that any rank has got; a collective."""
+def _largest_signal(trainer: lightning.Trainer, number: int) -> int:
+    """Return the largest signal number that any rank has got; a collective."""
     if trainer.world_size == 1:
         return number
     largest = torch.tensor(number, device=trainer.strategy.root_device)
@@ -102,7 +107,10 @@ def _agreed(trainer: lightning.Trainer, number: int) -> int:
 
 
 class Heartbeat(Callback):
-    """Runs the hang watchdog from the first sign of life on: a clip encoded ahead, a pass through the transformer."""
+    """Runs the hang watchdog from the first progress on.
+
+    Progress is a clip that was encoded ahead, or a pass through the transformer.
+    """
 
     watchdog: HangWatchdog | None = None
 
@@ -110,7 +118,7 @@ class Heartbeat(Callback):
         self.run_dir, self.rank, self.timeout_s = config.run_dir, rank, 60 * config.train.hang_minutes
 
     def beat(self) -> None:
-        """Something moved."""
+        """Note that the run has made progress; the first call starts the watchdog."""
         if self.watchdog is None and self.timeout_s:
             self.watchdog = HangWatchdog(self.run_dir, self.rank, self.timeout_s)
             self.watchdog.start()
@@ -123,7 +131,8 @@ class Heartbeat(Callback):
     def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         assert isinstance(module, One4DModule)
         self.beat()
-        # training, validation and every callback that samples pass here, and nothing else does
+        # training, validation and every callback that samples call the transformer, and nothing
+        # else does
         module.transformer.register_forward_hook(lambda *arguments: self.beat())
 
     def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""What every rank writes down: its log file, and the stacks of its threads when nothing moves any more."""
+"""Every rank's log file, and the watchdog that writes its threads' stacks when a run hangs."""
 
 from __future__ import annotations
 
@@ -16,17 +16,21 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 HUNG = 76  # exit code of a process that the watchdog ended
-LINGER_S = 15.0  # every rank is to write its stacks before the launcher kills all because one has left
+LINGER_S = 15.0  # lets every rank write its stacks before the first exit makes the launcher kill all
 FORMAT = "%(asctime)s %(message)s"
 
 
 def rank_log_file(run_dir: str, rank: int) -> Path:
+    """Return a rank's log file."""
     return Path(run_dir) / "logs" / f"rank-{rank:04d}.log"
 
 
 @contextmanager
 def rank_log(run_dir: str, rank: int) -> Iterator[None]:
-    """Inside, all that is logged goes to this rank's file; to stderr rank 0 says everything, others warnings only."""
+    """Write all logs of this section to the rank's file, too.
+
+    On stderr rank 0 shows everything, the others only warnings.
+    """
     file = rank_log_file(run_dir, rank)
     file.parent.mkdir(parents=True, exist_ok=True)
     to_stderr = logging.StreamHandler()
@@ -44,9 +48,12 @@ def rank_log(run_dir: str, rank: int) -> Iterator[None]:
 
 
 class HangWatchdog(threading.Thread):
-    """Ends the process with code 76, its stacks in the rank's log, once `beat` was not called for `timeout_s`.
+    """Ends the process with code 76 once `beat` was not called for `timeout_s`.
 
-    A thread, not a signal handler: Python runs handlers in the main thread, which hangs.
+    Its stacks go to the rank's log.
+
+    This is a thread, not a signal handler, since Python runs handlers in the main thread, which
+    hangs.
     """
 
     def __init__(self, run_dir: str, rank: int, timeout_s: float) -> None:
@@ -56,11 +63,11 @@ class HangWatchdog(threading.Thread):
         self.stopped = threading.Event()
 
     def beat(self) -> None:
-        """Something moved."""
+        """Note that the run has made progress."""
         self.last = time.monotonic()
 
     def stop(self) -> None:
-        """The run is over, how long its last bits take is nobody's concern."""
+        """End the watch: the run is over, and its last work may take any time."""
         self.stopped.set()
 
     def run(self) -> None:
@@ -75,11 +82,11 @@ class HangWatchdog(threading.Thread):
             os._exit(HUNG)
 
     def _write_stacks(self) -> None:
-        said = f"rank {self.rank}: nothing has moved for {self.timeout_s / 60:g} minutes (train.hang_minutes)"
-        print(f"error: {said}; the stacks of its threads are in {self.file}", file=sys.stderr, flush=True)
+        message = f"rank {self.rank}: nothing has moved for {self.timeout_s / 60:g} minutes (train.hang_minutes)"
+        print(f"error: {message}; the stacks of its threads are in {self.file}", file=sys.stderr, flush=True)
         self.file.parent.mkdir(parents=True, exist_ok=True)
         with self.file.open("a", encoding="utf-8") as stream:
-            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {said}; every thread's stack:\n")
+            stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}; every thread's stack:\n")
             stream.flush()
             faulthandler.dump_traceback(stream, all_threads=True)
 
