@@ -1,4 +1,4 @@
-"""How good is the geometry of scenes sampled while training?"""
+"""Errors of the geometry of scenes that are sampled while training."""
 
 from __future__ import annotations
 
@@ -29,24 +29,27 @@ CAMERA_KEYS = (
 
 
 class GeometryEval(Callback):
-    """Logs how good the geometry of every rank's sampled scenes is, as means over their clips.
+    """Logs errors of the geometry of all ranks' sampled scenes, as means over their clips.
 
     - `val/pointmap/*`, all tasks and each alone: after one scale and shift per clip.
-    - `val/depth_true_cameras/*`: depth read from the aligned pointmap with the *true* cameras, which judges the
-      geometry, not the cameras recovered from it.
-    - `val/depth/*`: depth recovered from the pointmap alone, after an exact L1 scale and shift per clip.
-    - `val/camera/*`: cameras recovered from the pointmap alone, after Sim(3), in the unit of the true cameras. A true
-      or recovered camera that stands still or moves on a line is in the plain means and counted in `degenerate`; the
-      `_regular` means leave it out, as published protocols do. So that a standing camera does not look good,
-      `total_rotation` stands beside, and `path_length_ratio` (recovered / true) in the unit of the aligned pointmap:
-      Sim(3) would blow up the jitter of a standing camera to the length of the true path.
+    - `val/depth_true_cameras/*`: depth read from the aligned pointmap with the *true* cameras,
+      which measures the geometry alone, not the cameras recovered from it.
+    - `val/depth/*`: depth recovered from the pointmap alone, after an exact L1 scale and shift per
+      clip.
+    - `val/camera/*`: cameras recovered from the pointmap alone, after Sim(3), in the unit of the
+      true cameras. A true or recovered camera that stands still or moves on a line is in the plain
+      means and counted in `degenerate`; the `_regular` means leave it out, as published protocols
+      do. A recovered camera that stands still must not look good: `total_rotation` shows it, and
+      `path_length_ratio` (recovered / true), which is taken in the unit of the aligned pointmap
+      because Sim(3) would scale such a camera's jitter up to the length of the true path.
     """
 
     def __init__(self, samples: SceneSamples) -> None:
         self.samples = samples
 
     def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        # every task on every rank, whatever scenes it got: computing a metric is a collective
+        # every rank has the metrics of every task, whatever scenes it got: computing one is a
+        # collective
         self.pointmap: dict[str, PointmapError] = {t: PointmapError("scale_shift") for t in ("all", *TASKS)}
         self.depth_true_cameras = VideoDepthError("none")
         self.depth = VideoDepthError("scale_shift")
@@ -56,9 +59,9 @@ class GeometryEval(Callback):
     def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         if not self.samples.due:
             return
-        several = (self.depth_true_cameras, self.depth, self.camera, *self.pointmap.values())
-        for metric in (*several, self.path_length, self.path_length_target):
-            metric.to(module.device)  # NCCL cannot reduce what lies on the CPU
+        errors = (self.depth_true_cameras, self.depth, self.camera, *self.pointmap.values())
+        for metric in (*errors, self.path_length, self.path_length_target):
+            metric.to(module.device)  # NCCL cannot reduce tensors on the CPU
         for batch, scene in self.samples.scenes:
             self._update(batch, scene)
         metrics = self._compute()
@@ -66,9 +69,9 @@ class GeometryEval(Callback):
             logger.log_metrics(metrics, trainer.global_step)
         if trainer.is_global_zero:
             shown = ("val/pointmap/rel_error", "val/depth/abs_rel", "val/camera/ate")
-            said = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
-            lines = f"; {metrics['val/camera/degenerate']:.0f} cameras stand still or move on a line"
-            log.info("step %d: %s%s", trainer.global_step, said, lines if metrics["val/camera/degenerate"] else "")
+            values = ", ".join(f"{name} {metrics[name]:.4f}" for name in shown if name in metrics)
+            note = f"; {metrics['val/camera/degenerate']:.0f} cameras stand still or move on a line"
+            log.info("step %d: %s%s", trainer.global_step, values, note if metrics["val/camera/degenerate"] else "")
 
     def _update(self, batch: Batch, scene: GeneratedScene) -> None:
         preds = scene.pointmap.movedim(1, -1)  # [B, T, H, W, 3]
@@ -78,7 +81,7 @@ class GeometryEval(Callback):
 
     def _update_clip(
         self,
-        preds: Tensor,  # [T, H, W, 3], the cube
+        preds: Tensor,  # [T, H, W, 3], normalised
         target: Tensor,  # [T, H, W, 3], camera-0 coordinates, float64
         valid: Tensor,  # [T, H, W] bool
         moving: Tensor,  # [T, H, W] bool
@@ -100,7 +103,7 @@ class GeometryEval(Callback):
         self.path_length_target.update(path_length(cam2world))
 
     def _compute(self) -> dict[str, float]:
-        """Every value over all ranks, under its key."""
+        """Compute every value over all ranks, by its key."""
         metrics = {f"val/depth_true_cameras/{k}": v for k, v in _finite(self.depth_true_cameras).items()}
         metrics |= {f"val/depth/{k}": v for k, v in _finite(self.depth).items()}
         camera = _finite(self.camera)
@@ -114,25 +117,26 @@ class GeometryEval(Callback):
         return metrics
 
 
-def recover_without_truth(pointmap: Tensor) -> RecoveredScene:  # [T, H, W, 3], the cube
-    """Cameras and depth of a generated pointmap, on the CPU, from nothing that a user would not have either.
+def recover_without_truth(pointmap: Tensor) -> RecoveredScene:  # [T, H, W, 3], normalised
+    """Recover cameras and depth of a generated pointmap, on the CPU, from what a user would have.
 
-    Sky is what the pointmap itself says is sky, and one focal length is shared by all frames: the model does not say
-    whether a camera zooms, so a clip that does (many of the toy world's) scores worse than its pointmap deserves.
+    Sky is what the pointmap itself marks as sky. All frames share one focal length, since the model
+    does not say whether a camera zooms: a clip that does (many of the toy world's) scores worse
+    than its pointmap deserves.
     """
     points = pointmap.cpu()
     return recover_scene(points, ~is_sky(points))
 
 
 def _finite(metric: Metric) -> dict[str, float]:
-    """Compute over all ranks and start anew; a value without any clip behind it is left out."""
+    """Compute over all ranks and reset; values to which no clip contributed are left out."""
     values = {name: float(value) for name, value in metric.compute().items()}
     metric.reset()
     return {name: value for name, value in values.items() if torch.tensor(value).isfinite()}
 
 
 def _total(metric: SumMetric) -> float:
-    """The sum over all ranks; starts anew."""
+    """Compute the sum over all ranks and reset it."""
     value = float(metric.compute())
     metric.reset()
     return value

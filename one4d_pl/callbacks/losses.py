@@ -18,14 +18,15 @@ from one4d_pl.types import MODALITIES, TASKS, Batch
 
 log = logging.getLogger(__name__)
 
-LINK_RATIO_WARNING = 0.5  # a link that adds half of what is there overrides the base instead of steering it
+LINK_RATIO_WARNING = 0.5  # a link that adds half the hidden state's norm overrides the base instead of steering it
 
 
 class LossCurves(Callback):
-    """Logs `train/{loss,loss_<task>}/{rgb,xyz}`, `train/grad_norm/*`, `train/link_ratio/*` and `val/loss/{rgb,xyz}`.
+    """Logs losses per branch and task, gradient norms, link ratios and validation losses.
 
-    Training losses are means over the samples of all ranks since the last logged step, those that
-    are finite.
+    The names are `train/{loss,loss_<task>}/{rgb,xyz}`, `train/grad_norm/*`, `train/link_ratio/*`
+    and `val/loss/{rgb,xyz}`. Training losses are means over the finite losses of all ranks' samples
+    since the last logged step.
     """
 
     def __init__(self, config: TrainConfig) -> None:
@@ -43,7 +44,8 @@ class LossCurves(Callback):
     def on_before_optimizer_step(
         self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        # ZeRO leaves no whole gradients here; the engine knows their common norm after the step
+        # under ZeRO no process has whole gradients here; the engine knows their total norm after
+        # the step
         if (trainer.global_step + 1) % self.config.log_every or isinstance(trainer.strategy, ZeroStrategy):
             return
         metrics = {
@@ -66,14 +68,14 @@ class LossCurves(Callback):
         tasks = torch.tensor([TASKS.index(task) for task in batch.tasks])
         for i, modality in enumerate(MODALITIES):
             losses = outputs[modality].double().cpu()
-            finite = losses.isfinite()  # the others cost their step: training/step_guard.py
+            finite = losses.isfinite()  # training/step_guard.py skips the steps of the others
             self.sums[0, i].index_add_(0, tasks, losses.where(finite, 0))
             self.sums[1, i].index_add_(0, tasks, finite.double())
             module.log(modality, losses.mean().float(), prog_bar=True, logger=False)
         if trainer.global_step == self.step or trainer.global_step % self.config.log_every:
             return
         self.step = trainer.global_step
-        # a copy: on one process reduce() hands back its argument
+        # a copy, since with one process reduce() returns its argument itself
         sums, counts = trainer.strategy.reduce(self.sums.clone().to(module.device), reduce_op="sum").cpu()
         self.sums.zero_()
         self.latest = {m: (sums[i].sum() / counts[i].sum()).item() for i, m in enumerate(MODALITIES)}
@@ -113,4 +115,4 @@ class LossCurves(Callback):
 def _log(trainer: lightning.Trainer, metrics: dict[str, float], step: int) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step)
-        logger.save()  # flush: what a checkpoint goes on from must not be missing in the curves of a killed run
+        logger.save()  # flush, so that a killed run's curves reach as far as its checkpoint

@@ -1,4 +1,4 @@
-"""Scenes sampled from the validation clips while training, once for every callback that measures or draws them."""
+"""Scenes sampled while training, shared by the callbacks that measure or draw them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from one4d_pl.types import Batch
 
 
 class SceneSamples(Callback):
-    """Samples `eval.clips` scenes, split over the ranks, at the first validation after every `eval.every` steps.
+    """Samples `eval.clips` scenes at the first validation after every `eval.every` steps.
 
-    Every rank samples equally often, for under ZeRO-3 a forward pass is a collective; what is one too many is dropped.
+    They are split over the ranks. Every rank samples equally often, since under ZeRO-3 a forward
+    pass is a collective; surplus scenes are dropped.
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -40,7 +41,7 @@ class SceneSamples(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         assert isinstance(module, One4DModule)
-        # validation batches hold one clip; the loader gives clip rank, rank + world, ... to this rank
+        # a validation batch holds one clip; this rank has clips rank, rank + world, ...
         first = batch_idx * trainer.world_size
         if not self.due or first >= self.config.clips:
             return

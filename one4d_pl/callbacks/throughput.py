@@ -1,4 +1,4 @@
-"""Where a run's time goes: seconds per optimiser step, the share spent waiting for data, the share of the peak."""
+"""A run's use of time: seconds per step, waiting for data, the share of the peak FLOP/s."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ GIB = 2**30
 
 
 class Throughput(Callback):
-    """Logs `train/time/{step_s,data_wait,samples_per_s}` and counts skipped samples as `data/skipped`.
+    """Logs `train/time/{step_s,data_wait,samples_per_s}` and `data/skipped`, a count.
 
-    Times are means over the steps since the last logged one, without validation; data_wait is a share.
+    Times are means over the steps since the last logged one, without validation; data_wait is a
+    share.
     """
 
     def __init__(self, config: TrainConfig, max_skip_share: float) -> None:
@@ -46,7 +47,7 @@ class Throughput(Callback):
     ) -> None:
         self.samples += len(batch)
         self.skipped += len(batch.skipped)
-        # the first two batches of a run are too few to judge a share by
+        # with up to two broken samples there are too few to compare a share
         if self.skipped > max(2, self.max_skip_share * self.samples):
             raise ConfigError(
                 f"data.max_skip_share: {self.skipped} of the first {self.samples} samples of this process were broken, "
@@ -83,21 +84,21 @@ class Throughput(Callback):
                 logger.log_metrics(self.latest, self.step)
 
     def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self.step_began = time.perf_counter()  # validation is no step
+        self.step_began = time.perf_counter()  # a step's time does not include validation
 
 
 def _waited(trainer: lightning.Trainer) -> float:
-    """Seconds that training has spent in fetching batches, and in nothing else, since the run began."""
+    """Return the seconds that training has waited for batches since the run began."""
     assert isinstance(trainer.train_dataloader, TimedLoader)
     return trainer.train_dataloader.waited_s
 
 
 class StepLine(Callback):
-    """One line per `train.log_every` steps from rank 0: losses, time, throughput, use of the hardware, memory.
+    """Writes a line per `train.log_every` steps from rank 0: losses, time, hardware, memory.
 
-    Logs `train/flops/{tflops,mfu,hfu}` of one process and `train/memory/gib`, its peak; operations where costs/flops.py
-    counts them, MFU and HFU where it knows the device's peak too. Comes after LossCurves and Throughput, whose numbers
-    it shows.
+    It also logs `train/flops/{tflops,mfu,hfu}` and `train/memory/gib`, the peak, of one process:
+    operations where costs/flops.py can count them, MFU and HFU where it knows the device's peak
+    too. It comes after LossCurves and Throughput, whose numbers it shows.
     """
 
     def __init__(self, config: Config, losses: LossCurves, throughput: Throughput) -> None:
@@ -132,7 +133,7 @@ class StepLine(Callback):
         metrics = self._metrics(self.throughput.latest["train/time/step_s"])
         for logger in trainer.loggers:
             logger.log_metrics(metrics, self.step)
-        with tqdm.external_write_mode():  # above the bar, not through it
+        with tqdm.external_write_mode():  # writes above the progress bar, not into it
             shown = self.throughput.latest | metrics
             log.info("%s", step_line(self.step, self.config.train.max_steps, self.losses.latest, shown))
 
@@ -140,7 +141,7 @@ class StepLine(Callback):
         if self.on_gpu:
             memory = torch.cuda.max_memory_allocated()
         else:
-            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts it in KiB
+            memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux reports KiB
         metrics = {"train/memory/gib": memory / GIB}
         if self.flops is not None:
             metrics["train/flops/tflops"] = self.flops.model / step_s / 1e12
@@ -151,7 +152,7 @@ class StepLine(Callback):
 
 
 def step_line(step: int, max_steps: int, losses: dict[str, float], metrics: dict[str, float]) -> str:
-    """What a person reads of one logged step."""
+    """Write the line of one logged step."""
     parts = [f"step {step}/{max_steps}", *(f"{name} {loss:.4f}" for name, loss in losses.items())]
     parts.append(f"{metrics['train/time/step_s']:.3g} s/step")
     parts.append(f"{metrics['train/time/samples_per_s']:.3g} samples/s")
@@ -165,7 +166,7 @@ def step_line(step: int, max_steps: int, losses: dict[str, float], metrics: dict
 
 
 class StepBar(Callback):
-    """A progress bar over optimiser steps, with an ETA; rank 0 only, and only where somebody watches."""
+    """A progress bar over optimiser steps, with an ETA; on rank 0 only, and only in a terminal."""
 
     bar: tqdm | None = None
 
@@ -200,4 +201,4 @@ class StepBar(Callback):
         self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
     ) -> None:
         if self.bar is not None:
-            self.bar.close()  # the error's line must not be glued to the bar
+            self.bar.close()  # so that the error gets a line of its own

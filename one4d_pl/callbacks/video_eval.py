@@ -1,4 +1,4 @@
-"""How far are generated videos from true ones, as a set and frame by frame? Measured on a cadence of its own."""
+"""The distance of generated videos from true ones, as a set and frame by frame."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ from one4d_pl.types import Batch, Sample, Task
 
 log = logging.getLogger(__name__)
 
-FEWEST = 2  # videos: one has no covariance
+MIN_VIDEOS = 2  # one video has no covariance
 
 
 class VideoEval(Callback):
-    """Logs `val/video/fvd` where eval.i3d names an I3D file, `val/video/fd_vae` (the base's own VAE) where not.
+    """Logs `val/video/fvd` where eval.i3d names a file, else `val/video/fd_vae`, by the base's VAE.
 
-    Beside it, of the frames that were not given: `val/video/psnr`, and `val/video/st_lpips` where
-    its extra is there. Every clip is generated from its first frame and caption, whatever task
-    validation draws for it: a video of which more is given would be judged by what it was shown.
-    More clips are needed than a validation has, so these are the first eval.video_clips of the
-    validation sources (all, if they hold fewer), split over the ranks.
+    It also logs `val/video/psnr` of the frames that were not given, and `val/video/st_lpips` where
+    its extra is installed. Every clip is generated from its first frame and caption, whatever task
+    validation draws for it: with more frames given, the measure would be of given frames. A
+    validation has too few clips, so these are the first eval.video_clips of the validation sources
+    (all, if they hold fewer), split over the ranks.
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -60,56 +60,59 @@ class VideoEval(Callback):
         if not self.cadence.due(trainer.global_step):
             return
         features = self.i3d or VaeFeatures(module.encoders.encode, module.encoders.latent_channels)
-        metric = FrechetVideoDistance(features).to(module.device)  # anew: between two evaluations it holds no memory
+        metric = FrechetVideoDistance(features).to(module.device)  # a new one each time, so that none is kept in memory
         clips = _clips(trainer, self.config.video_clips)
         assert isinstance(clips.dataset, PaddedStream)
         count = clips.dataset.count
-        if count < FEWEST:
+        if count < MIN_VIDEOS:
             raise ConfigError(
-                f"eval.video_every: a Fréchet distance needs {FEWEST} validation clips, data.val_sources hold {count}; "
-                "add some or set eval.video_every=0"
+                f"eval.video_every: a Fréchet distance needs {MIN_VIDEOS} validation clips, data.val_sources hold "
+                f"{count}; add some or set eval.video_every=0"
             )
-        nearness = Nearness(module.device)
+        scores = HiddenFrameScores(module.device)
         for batch in clips:
-            shown = image_to_video(batch.to(module.device))
-            scene = module.sample(shown, self.config.steps)
-            for frames, real in ((shown.frames, True), (scene.frames, False)):
-                if shown.counted.all():
+            target = image_to_video(batch.to(module.device))
+            scene = module.sample(target, self.config.steps)
+            for frames, real in ((target.frames, True), (scene.frames, False)):
+                if target.counted.all():
                     metric.update(frames, real=real)
                 else:
-                    features(frames)  # for nothing: every rank makes the same calls, see SceneSamples
-            if shown.counted.all():
-                nearness.update(scene.frames, shown.frames, shown.frame_mask)
+                    features(frames)  # the result is dropped: every rank makes the same calls, see SceneSamples
+            if target.counted.all():
+                scores.update(scene.frames, target.frames, target.frame_mask)
         name, distance = f"val/video/{metric.name}", float(metric.compute())
-        metrics = {name: distance, **{f"val/video/{k}": v for k, v in nearness.compute().items()}}
+        metrics = {name: distance, **{f"val/video/{k}": v for k, v in scores.compute().items()}}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, trainer.global_step)
         if trainer.is_global_zero:
             log.info("step %d: %s %.4f over %d videos", trainer.global_step, name, distance, count)
 
 
-class Nearness:
-    """How near hidden frames come to the true ones, as means over the clips of all ranks."""
+class HiddenFrameScores:
+    """PSNR and ST-LPIPS of the frames that were not given, as means over the clips of all ranks."""
 
     def __init__(self, device: torch.device) -> None:
         self.means = {name: MeanMetric().to(device) for name in ("psnr", "st_lpips")}
         for mean in self.means.values():
-            mean.update(0.0, weight=0.0)  # computing is a collective: a rank without clips takes part too
+            mean.update(0.0, weight=0.0)  # computing is a collective, in which ranks without clips take part, too
 
     def update(self, preds: Tensor, target: Tensor, given: Tensor) -> None:  # [B, 3, T, H, W] x 2, [B, T]
-        """Add clips; what cannot be measured of them (one frame, no extra `st_lpips`) enters no mean."""
+        """Add clips.
+
+        A score that cannot be measured (one frame, no extra `st_lpips`) is left out.
+        """
         for name, measure in (("psnr", decibels), ("st_lpips", st_lpips)):
             if (hidden := measure(preds, target, given).get("hidden")) is not None:
                 self.means[name].update(hidden, weight=len(preds))
 
     def compute(self) -> dict[str, float]:
-        """The means over all ranks; one that nothing was added to is left out."""
+        """Compute the means over all ranks; one without any clip is left out."""
         values = {name: float(mean.compute()) for name, mean in self.means.items()}
         return {name: value for name, value in values.items() if not math.isnan(value)}
 
 
 def image_to_video(batch: Batch) -> Batch:
-    """The same clips with their first frame given and no other."""
+    """Return the same clips with their first frame given and no other."""
     first = torch.zeros_like(batch.frame_mask)
     first[:, 0] = True
     task: Task = "image"
@@ -117,7 +120,7 @@ def image_to_video(batch: Batch) -> Batch:
 
 
 def _clips(trainer: lightning.Trainer, count: int) -> DataLoader[Sample]:
-    """This rank's share of the first `count` validation clips, one per batch: the loader of a longer validation."""
+    """Return the loader of this rank's share of the first `count` validation clips."""
     longer = copy.copy(datamodule_of(trainer))
     longer.config = replace(longer.config, val=replace(longer.config.val, clips=count))
     return longer.val_dataloader()

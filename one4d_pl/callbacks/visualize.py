@@ -1,6 +1,9 @@
-"""Pictures where people would look: a panel per task (given | generated | pointmap colours | distance), and its points.
+"""Pictures in TensorBoard: a panel per task, and its points.
 
-The points need open3d (the extra of that name) here, and in the TensorBoard that shows them, under its tab "Open3D".
+A panel shows given frames | generated frames | pointmap colours | distance.
+
+The points need open3d (the extra of that name) here and where TensorBoard runs, which shows them in
+its tab "Open3D".
 """
 
 from __future__ import annotations
@@ -22,12 +25,12 @@ from one4d_pl.scene.panels import scene_panel, to_bytes
 
 log = logging.getLogger("one4d_pl")
 
-POINTS = 20_000  # of a cloud in TensorBoard, evenly thinned
+POINTS = 20_000  # at most, of a cloud in TensorBoard; larger ones are thinned evenly
 UPRIGHT = (1.0, -1.0, -1.0)  # open3d looks along -z with y up
 
 
 class Visualize(Callback):
-    """Writes `val/scene/<task>` panels and `val/points/<task>` clouds of rank 0's sampled scenes to TensorBoard."""
+    """Writes rank 0's sampled scenes to TensorBoard, `val/scene/<task>` and `val/points/<task>`."""
 
     def __init__(self, samples: SceneSamples) -> None:
         self.samples = samples
@@ -54,7 +57,10 @@ def scene_points(
     frames: Tensor,  # [3, T, H, W] in [-1, 1]
     pointmap: Tensor,  # [3, T, H, W], normalised
 ) -> dict[str, Tensor]:  # vertex_positions [1, N, 3], vertex_colors [1, N, 3] uint8
-    """The points of all frames but the sky, in open3d's axes; where all is sky, the first camera's centre alone."""
+    """Return the points of all frames but the sky, in open3d's axes.
+
+    Where all is sky, this is the first camera's centre alone.
+    """
     points, colours = pointmap.movedim(0, -1).float().cpu(), to_bytes((frames.movedim(0, -1) + 1) / 2)
     surface = ~is_sky(points)
     points, colours = points[surface], colours[surface]
@@ -69,12 +75,12 @@ def scene_points(
 
 @cache
 def has_open3d_plugin() -> bool:
-    """Whether open3d is installed and works; importing its plugin gives TensorBoard's writer `add_3d`."""
+    """Tell whether open3d works; importing its plugin adds `add_3d` to TensorBoard's writer."""
     if importlib.util.find_spec("open3d") is None:
         return False
     try:
         importlib.import_module("open3d.visualization.tensorboard_plugin.summary")
-    except (ImportError, OSError) as error:  # OSError: its shared libraries
+    except (ImportError, OSError) as error:  # OSError: a shared library that it needs is missing
         log.warning("no point clouds in TensorBoard: open3d cannot be imported (%s)", error)
         return False
     return True
