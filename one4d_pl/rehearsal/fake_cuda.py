@@ -1,9 +1,8 @@
-"""A CUDA device that is not there, for fake tensors under a CPU build of torch.
+"""A pretended CUDA device, for fake tensors under a CPU build of torch.
 
-1. `load_device` builds fake_cuda.cpp and loads it; before torch is imported, for torch looks its
-   hooks up once.
-2. `pretend` lets Python's side of torch believe in the device too, for as long as a rehearsal
-   lasts.
+1. `load_device` builds fake_cuda.cpp and loads it. This comes before torch is imported, since torch
+   looks up its hooks only once.
+2. `pretend` makes torch's Python side report the device, too, while a rehearsal lasts.
 
 Nothing is ever computed: tensors have a device, a dtype and a shape, and no bytes.
 """
@@ -39,13 +38,16 @@ NAME = "a GPU that is not there"
 
 
 def load_device() -> None:
-    """Register the device with torch's C++ side; ConfigError where that cannot be done, and what would help."""
+    """Register the device with torch's C++ side.
+
+    ConfigError says why that fails and what would help.
+    """
     if "torch" in sys.modules:
         raise RuntimeError("load_device: torch is imported already, and has looked for its CUDA hooks")
     root = _torch_folder()
     version = re.search(r"^cuda[^=]*= *(.*)$", (root / "version.py").read_text(), re.MULTILINE)
     if version is not None and version[1] != "None":
-        return  # a CUDA build brings its own device; `pretend` asks whether there is a GPU behind it
+        return  # a CUDA build has its own device; `pretend` checks that there is a GPU
     if shutil.which(COMPILER) is None:
         raise ConfigError(f"rehearse: no {COMPILER} here, and a CPU build of torch needs it for a device to pretend")
     with tempfile.TemporaryDirectory() as folder:
@@ -70,10 +72,10 @@ def _torch_folder() -> Path:
 
 @contextmanager
 def pretend(watch: Watch) -> Iterator[torch.device]:
-    """Enter fake tensors and a `torch.cuda` that says there is one device; yield the device.
+    """Enter fake tensors and a `torch.cuda` that reports one device; yield the device.
 
     Args:
-        watch: its `peak` is what torch.cuda.max_memory_allocated tells.
+        watch: its `peak` is what torch.cuda.max_memory_allocated returns.
 
     Raises ConfigError under a CUDA build of torch without a GPU: its own device cannot be replaced.
     """
@@ -94,9 +96,9 @@ def pretend(watch: Watch) -> Iterator[torch.device]:
             for name, value in _python_side(watch).items():
                 stack.enter_context(patch.object(torch.cuda, name, value))
             stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))
-            # torch.tensor(..., device="cuda") is made on the CPU and moved as a fake one
+            # makes torch.tensor(..., device="cuda") on the CPU and then moves it as a fake tensor
             stack.enter_context(patch.object(fake_tensor.FakeTensorMode, "avoid_device_init", True))
-        # without bytes nothing can be pinned
+        # tensors without bytes cannot be pinned
         stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
         stack.enter_context(patch.object(torch.nn.Module, "_apply", _apply))
         stack.enter_context(patch.object(torch.nn.functional, "scaled_dot_product_attention", kernels.attend))
@@ -111,7 +113,7 @@ def pretend(watch: Watch) -> Iterator[torch.device]:
 
 
 def _python_side(watch: Watch) -> dict[str, object]:
-    """List torch.cuda's answers; its own functions ask a C++ module that a CPU build does not have."""
+    """List replacements of torch.cuda's functions, whose C++ module a CPU build lacks."""
     properties = SimpleNamespace(name=NAME, total_memory=2**62, major=9, minor=0, multi_processor_count=132)
 
     def nothing(*args: object, **kwargs: object) -> None:
@@ -136,7 +138,7 @@ def _python_side(watch: Watch) -> dict[str, object]:
 
 
 def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> torch.nn.Module:
-    """Replace Module._apply, which swaps parameters in place; fake tensors refuse that, so a moved one is a new one."""
+    """Replace Module._apply, which changes parameters in place: fake ones have to be made anew."""
     import torch
 
     for child in self.children() if recurse else ():
@@ -152,7 +154,7 @@ def _apply(self: torch.nn.Module, fn: Callable[[Tensor], Tensor], recurse: bool 
 
 
 def _data_property() -> property:
-    """Replace Tensor.data, of which a fake tensor takes the bytes but not the device."""
+    """Replace Tensor.data: assigning to a fake tensor's changes its bytes, but not its device."""
     import torch
 
     plain = torch.Tensor.data
@@ -166,7 +168,7 @@ def _data_property() -> property:
 
 @contextmanager
 def _empty_weights(include_buffers: bool) -> Iterator[None]:
-    """Replace accelerate's init_empty_weights, which takes a fake parameter for one that is empty already."""
+    """Replace accelerate's init_empty_weights, which mistakes fake parameters for empty ones."""
     import torch
     from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -184,7 +186,7 @@ def _empty_weights(include_buffers: bool) -> Iterator[None]:
 
 
 def _open_header(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tensor]]:
-    """Replace models/weights.py's `_open` for a skeleton's file: shapes, and tensors without bytes."""
+    """Replace models/weights.py's `_open`: a skeleton has shapes, but no bytes."""
     import torch
 
     from one4d_pl.models.base_files import safetensors_header
@@ -194,7 +196,7 @@ def _open_header(path: Path) -> tuple[dict[str, list[int]], Callable[[str], Tens
 
 
 def _deepcopy(self: Tensor, memo: dict[int, Tensor]) -> Tensor:
-    """Replace Tensor.__deepcopy__, which copies a storage; a fake tensor has none."""
+    """Replace Tensor.__deepcopy__, which copies the storage that a fake tensor does not have."""
     import torch
 
     if id(self) not in memo:

@@ -1,4 +1,4 @@
-"""The kernels that a GPU would choose, for fake tensors: a CPU build of torch chooses others, with other memory."""
+"""The kernels that a GPU would choose, for fake tensors: a CPU's need other amounts of memory."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 aten = torch.ops.aten
-FLASH_WIDTH = 256  # channels of a head: flash attention takes no more
+FLASH_WIDTH = 256  # channels of a head that flash attention takes at most
 
 
 def attend(
@@ -19,7 +19,10 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Replace scaled_dot_product_attention: flash for half precision without a mask, else efficient."""
+    """Replace scaled_dot_product_attention by flash in half precision without mask, else efficient.
+
+    Flash and efficient attention are torch's kernels of these names.
+    """
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
@@ -46,7 +49,7 @@ def rms_norm(
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
-    """Replace rms_norm: one kernel on CUDA, where input and weight are of one type."""
+    """Replace rms_norm, which is one kernel on CUDA if input and weight are of one dtype."""
     if torch.is_autocast_enabled("cuda"):
         hidden, weight = hidden.float(), None if weight is None else weight.float()
     if weight is None or weight.dtype != hidden.dtype:
@@ -55,7 +58,7 @@ def rms_norm(
 
 
 class _FusedNorm(torch.autograd.Function):
-    """Reads its input once; keeps it and a number per row for the backward pass. Weights are frozen here."""
+    """An RMS norm with frozen weights; reads its input once, and saves it and a number per row."""
 
     @staticmethod
     def forward(ctx: torch.autograd.function.FunctionCtx, hidden: Tensor, weight: Tensor) -> Tensor:

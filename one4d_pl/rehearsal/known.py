@@ -1,6 +1,7 @@
-"""Values of small tensors among fake ones, so that control flow that depends on them is the real run's.
+"""Real values of small fake tensors, so that control flow which depends on them is the real run's.
 
-Masks, positions, sigmas and lengths are computed twice: as fake tensors on their device, and for real on the CPU.
+Masks, positions, sigmas and lengths are computed twice: as fake tensors on their device, and for
+real on the CPU.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 SMALL = 4096  # elements
 aten = torch.ops.aten
-UNKNOWN = {torch.bool: True}  # what a large tensor's element is taken for; other types: 1
+UNKNOWN = {torch.bool: True}  # the assumed element of a tensor whose value is not known; 1 for other dtypes
 
 
 class Known:
@@ -25,7 +26,7 @@ class Known:
         self._twins = WeakTensorKeyDictionary()
 
     def twin(self, tensor: Tensor) -> Tensor | None:
-        """Give the real value on the CPU, None where it is not known."""
+        """Return the real value on the CPU; None where it is not known."""
         if not isinstance(tensor, FakeTensor):
             return tensor if tensor.numel() <= SMALL and tensor.device.type == "cpu" else None
         return self._twins.get(tensor)
@@ -37,7 +38,7 @@ class Known:
         kwargs: Mapping[str, object],
         made: list[Tensor],
     ) -> None:
-        """Compute what an operation has made, where it is small and everything it read is known."""
+        """Compute an operation's results for real if they are small and its inputs known."""
         if not made or any(tensor.numel() > SMALL for tensor in made) or "one4d_rehearsal" in str(func):
             return
         if any(isinstance(leaf, Tensor) and self.twin(leaf) is None for leaf in tree_leaves((args, kwargs))):
@@ -50,20 +51,23 @@ class Known:
                 self._twins[fake] = value
 
     def item(self, tensor: Tensor) -> object:
-        """Give the tensor's only element."""
+        """Return the tensor's only element."""
         value = self.twin(tensor)
         with unset_fake_temporarily():
             return UNKNOWN.get(tensor.dtype, 1) if value is None else value.item()
 
     def indices(self, mask: Tensor) -> list[Tensor]:
-        """Find where a mask is true, one index per dimension; everywhere, where that is not known."""
+        """Find where a mask is true, one index per dimension.
+
+        A mask that is not known counts as true.
+        """
         found = self._found(mask)
         with unset_fake_temporarily():
             columns = found.unbind(1)
         return [self._fake(index, mask.device) for index in columns]
 
     def nonzero(self, tensor: Tensor) -> Tensor:
-        """Give aten.nonzero's result."""
+        """Return aten.nonzero's result."""
         return self._fake(self._found(tensor), tensor.device)
 
     def _found(self, tensor: Tensor) -> Tensor:
@@ -85,7 +89,7 @@ class Known:
         return False if name == "pin_memory" else tree_map(self._real, value)
 
     def _forget(self, func: Callable[..., object], args: tuple[object, ...]) -> None:
-        """Forget a tensor that is overwritten with something unknown."""
+        """Forget the value of a tensor that is overwritten with something unknown."""
         schema = getattr(func, "_schema", None)
         if schema is not None and schema.is_mutable and args and isinstance(args[0], Tensor):
             self._twins.pop(args[0], None)

@@ -1,12 +1,12 @@
-"""A training run and a sampled scene on a GPU that is not there: the project's own code, tensors without bytes.
+"""A training run and a sampled scene on a pretended GPU, with the project's own code.
 
 1. A skeleton of the base is written and opened by the run's own loader.
-2. Lightning's own Trainer fits the run's own module for one optimiser step, AdamW's moments and the
-   gradients of an accumulation being there already: a step's largest moment.
+2. Lightning's own Trainer fits the run's own module for one optimiser step. AdamW's moments and the
+   gradients of an accumulation exist already, so this is the peak of a step's memory.
 3. The run's own sampler makes a scene in a few steps.
 
-Several processes are rehearsed as one of them that holds everything; what their strategy shares is
-the planner's.
+A run of several processes is rehearsed as a single process that holds everything; the planner
+computes what their strategy shares out.
 """
 
 from __future__ import annotations
@@ -40,55 +40,57 @@ from one4d_pl.training.strategy import build_trainer
 from one4d_pl.training.zero import fill_optimizer
 from one4d_pl.types import Batch, Encoded, PointmapScale, Sample, collate
 
-SAMPLER_STEPS = 2  # all are alike
-AFTER = "after"  # Lightning hands the model back on the CPU
-NOT_SHOWN = ("moments", AFTER)  # what is no part of a run
+SAMPLER_STEPS = 2  # enough, since all are alike
+AFTER = "after"  # the phase in which Lightning moves the model back to the CPU
+NOT_SHOWN = ("moments", AFTER)  # phases that are no part of a run
 STEP = ("encoding", "forward", "backward", "optimizer")  # the phases of a training step
 PROMPT = "a red cube on a table"
 
 
 class Fault(Exception):
-    """What a GPU would have refused: one line with the module and the place."""
+    """An error that a GPU would have raised: one line with the module and the place."""
 
 
 @dataclass(frozen=True)
 class Rehearsal:
-    """What was seen."""
+    """The measurements of a rehearsal."""
 
-    base: str  # where the sizes come from
+    base: str  # where the sizes come from, in words
     blocks: int
     phases: dict[str, Phase]
-    at_peak: Counter[str]  # bytes of what was alive at the training step's peak, by what made it
+    at_peak: Counter[str]  # bytes that were alive at the training step's peak, by the operation that made them
     tensors: dict[str, str]  # part of the model -> devices, dtypes and sizes of its tensors, in words
-    planned: Memory  # of the same process, by costs/memory.py
+    planned: Memory  # the planner's numbers for the same process (costs/memory.py)
 
     @property
     def step_peak(self) -> int:
-        """Bytes of tensors at the training step's largest moment."""
+        """Return the bytes of tensors at the training step's peak."""
         return max(self.phases[name].peak for name in STEP if name in self.phases)
 
     @property
     def traffic(self) -> float:
-        """Bytes that one block reads and writes in a training step."""
+        """Return the bytes that one block reads and writes in a training step."""
         return sum(self.phases[name].block_bytes for name in ("forward", "backward")) / self.blocks
 
     @property
     def elementwise(self) -> float:
-        """Those of it that are outside of products and attention."""
+        """Return the part of `traffic` outside of matrix products and attention."""
         return sum(self.phases[name].block_elementwise for name in ("forward", "backward")) / self.blocks
 
     @property
     def operations(self) -> Counter[str]:
-        """Bytes of all blocks' traffic in a training step, by operation."""
+        """Return the bytes of all blocks' traffic in a training step, by operation."""
         return self.phases["forward"].by_operation + self.phases["backward"].by_operation
 
 
 def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
-    """Rehearse a run; raises Fault, or ConfigError where the config cannot be rehearsed.
+    """Rehearse a run.
+
+    Raises Fault where a GPU would fail, ConfigError where the config cannot be rehearsed.
 
     Args:
-        config: of the run; nothing of it need be there, neither weights nor data.
-        blocks: of the transformer; None = all.
+        config: the run's config; neither weights nor data need exist.
+        blocks: how many of the transformer's blocks; None = all.
     """
     with TemporaryDirectory() as folder:
         origin = write_skeleton(Path(folder) / "base", config.base.path, blocks)
@@ -101,7 +103,7 @@ def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
 
 
 def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
-    """Change the config to one process that holds everything and compiles nothing, on the skeleton in `folder`/base."""
+    """Change a config to one process without compiler, on the skeleton in `folder`."""
     settings = transformer_config(folder / "base")
     layers, dlc = int(str(settings["num_layers"])), config.dlc
     if blocks is not None:
@@ -123,23 +125,24 @@ def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
 
 @contextmanager
 def rehearsing(config: Config) -> Iterator[Watch]:
-    """Enter fake tensors that are watched; an error inside becomes a Fault."""
+    """Enter fake tensors that are watched; errors inside become Faults."""
     shape = TransformerShape.of(transformer_config(Path(config.base.path)), replace(config.dlc, coupling="decoupled"))
     t, h, w = batch_of(config, 0).latent_grid
     tokens = t * h * w // (shape.patch[0] * shape.patch[1] * shape.patch[2])
     watch = Watch(2 * config.train.micro_batch_size * tokens * shape.width)
-    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)  # a trace of what we tell in a line
+    # it would log a traceback of what a Fault says in one line
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     with pretend(watch), watch.watching():
         try:
             yield watch
         except ConfigError:
             raise
-        except Exception as error:  # whatever would have ended the run
+        except Exception as error:  # any error would have ended the run
             raise Fault(describe_fault(error, watch.failed_in)) from error
 
 
 def describe_fault(error: Exception, where: str) -> str:
-    """Name the module, the place and the first line of an error."""
+    """Write module, place and first line of an error."""
     places = [place_of(frame.filename, frame.lineno or 0) for frame in traceback.extract_tb(error.__traceback__)]
     place = next((place for place in reversed(places) if place is not None), "outside of the package")
     message = (str(error).strip().splitlines() or [""])[0]
@@ -168,12 +171,12 @@ def sample(trainer: lightning.Trainer, module: One4DModule, watch: Watch) -> Non
 
 
 class Watching(Callback):
-    """Tells the watch what the Trainer is at, and makes the step's largest moment.
+    """Tells the watch which phase the Trainer is in, and makes the step the largest of a run.
 
     Args:
-        watch: to be told.
+        watch: the watch.
         at_end: called after the step, while the model is on its device.
-        largest: as in the middle of a run: AdamW has its moments, an accumulation its gradients.
+        largest: as in the middle of a run, AdamW has its moments and an accumulation its gradients.
     """
 
     def __init__(
@@ -211,7 +214,7 @@ class Watching(Callback):
 
     def on_before_backward(self, trainer: lightning.Trainer, module: lightning.LightningModule, loss: Tensor) -> None:
         assert isinstance(module, One4DModule)
-        self._accumulate(module)  # again: the Trainer takes this micro batch for a step's first one and drops them
+        self._accumulate(module)  # again, since the Trainer has dropped the gradients as before a step's first batch
         self.watch.begin("backward")
 
     def on_before_optimizer_step(
@@ -250,14 +253,14 @@ class Watching(Callback):
         self.watch.begin("forward")
 
     def _accumulate(self, module: One4DModule) -> None:
-        """Make the gradients of the micro batch before, where it is a step's largest moment."""
+        """Make the gradients of an earlier micro batch, where `largest` asks for them."""
         if self.largest:
             for _, parameter in module.transformer.trainable_parameters():
                 parameter.grad = torch.zeros_like(parameter)
 
 
 class FakeClips(lightning.LightningDataModule):
-    """What the run's datamodule gives, without bytes."""
+    """The run's data module with clips that have no bytes."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -284,7 +287,10 @@ class FakeClips(lightning.LightningDataModule):
 
 
 def fake_sample(config: Config, given: list[int], encoded: bool = False, position: int = 0) -> Sample:
-    """Make a clip of the config's size; where some frames are given and not all, they are encoded once more."""
+    """Make a clip of the config's size.
+
+    If some but not all frames are given, the step encodes them.
+    """
     data = config.data
     frames, size = data.num_frames, (data.num_frames, data.height, data.width)
     frame_mask = torch.zeros(frames, dtype=torch.bool)
@@ -323,7 +329,7 @@ def _fake_encoded(config: Config, data: DataConfig) -> Encoded:
 
 
 def planned_memory(config: Config) -> Memory:
-    """Ask the planner about the process that was rehearsed."""
+    """Compute the planner's memory of the process that was rehearsed."""
     folder = Path(config.base.path)
     shape = TransformerShape.of(transformer_config(folder), config.dlc)
     layout = layout_of(config, *encoder_sizes(folder))

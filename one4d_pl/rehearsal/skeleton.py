@@ -1,7 +1,8 @@
-"""A base without weights: a folder in diffusers' layout that the project's own loader opens, of any size, on no disk.
+"""A base without weights, of any size: a folder that the project's own loader opens.
 
-Its safetensors files have true headers and no bytes behind them (sparse files), so that fake
-tensors, which read nothing, come from where real ones would.
+It is in diffusers' layout. Its safetensors files have true headers and no bytes behind them: they
+are sparse and take no room on the disk. Fake tensors read nothing, so they can be opened as real
+ones would be.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ CLIP_VIT_H = {
 
 
 def write_skeleton(folder: Path, base_path: str, blocks: int | None) -> str:
-    """Write the skeleton of the base at `base_path` into a new folder; return in words where its sizes come from.
+    """Write the skeleton of the base at `base_path` into a new folder.
+
+    Return in words where its sizes come from.
 
     Args:
-        folder: to be filled.
+        folder: the folder to fill.
         base_path: base.path; where nothing lies there, its name tells which release it would be.
-        blocks: fewer than it has; None = all of them.
+        blocks: how many blocks to keep; None = all.
     """
     source, settings, origin = sizes_of(base_path)
     settings = {**settings, "num_layers": settings["num_layers"] if blocks is None else blocks}
@@ -62,7 +65,7 @@ def write_skeleton(folder: Path, base_path: str, blocks: int | None) -> str:
     if source is not None:
         shutil.copytree(tokenizer_folder(source), folder / "tokenizer")
     else:
-        ByT5Tokenizer().save_pretrained(folder / "tokenizer")  # one that needs no file
+        ByT5Tokenizer().save_pretrained(folder / "tokenizer")  # it needs no vocabulary file
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     (folder / DIFFUSERS_MARK).write_text("{}\n")
     return origin
@@ -77,7 +80,7 @@ def _write(folder: Path, model: WanTransformer3DModel | AutoencoderKLWan | PreTr
     folder.mkdir(parents=True)
     header, end = {}, 0
     for name, parameter in model.named_parameters():
-        if name == "encoder.embed_tokens.weight":  # UMT5's input embedding is the shared one, and files hold it once
+        if name == "encoder.embed_tokens.weight":  # UMT5's input embedding is the shared one, which files hold once
             continue
         size = BF16 * math.prod(parameter.shape)
         header[name] = {"dtype": "BF16", "shape": list(parameter.shape), "data_offsets": [end, end + size]}

@@ -1,4 +1,4 @@
-"""What happens to tensors in a rehearsal: live bytes, traffic, waits for the GPU, and what CUDA would refuse."""
+"""The record of a rehearsal: live bytes, traffic, waits for the GPU, errors of CUDA."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from one4d_pl.rehearsal.known import Known
 
 aten = torch.ops.aten
 PACKAGE = Path(__file__).parents[1]
-DOORS = (PACKAGE, PACKAGE / "commands", Path(__file__).parent)
+COMMANDS = (PACKAGE, PACKAGE / "commands", Path(__file__).parent)  # folders of commands and of the rehearsal itself
 WAITS = (aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.masked_select.default)
-# parts of the names of operations that are no elementwise work
+# an operation whose name holds one of these does no elementwise work
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "convolution", "_scaled_dot_product")
 
 
 @dataclass
 class Phase:
-    """What one phase of a step did."""
+    """The record of one phase of a step."""
 
     peak: int = 0  # bytes alive on the GPU
     block_bytes: int = 0  # read and written by operations within the blocks
@@ -45,10 +45,10 @@ class Phase:
 
 
 class Watch(TorchDispatchMode):
-    """Sees every operation of a rehearsal; `begin` says what is going on.
+    """A mode that sees every operation of a rehearsal; `begin` names the phase that it counts for.
 
     Args:
-        wide: elements from which on a float32 result within the blocks is noted: tokens x width.
+        wide: float32 results within the blocks are noted from so many elements on: tokens x width.
     """
 
     def __init__(self, wide: int = sys.maxsize) -> None:
@@ -75,7 +75,7 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def watching(self) -> Iterator[None]:
-        """See every operation and module inside."""
+        """Watch every operation and module call of this section."""
         handles = [
             module_hooks.register_module_forward_pre_hook(self._enter),
             module_hooks.register_module_forward_hook(self._leave, always_call=True),
@@ -88,7 +88,7 @@ class Watch(TorchDispatchMode):
                 handle.remove()
 
     def name(self, root: nn.Module, part: str) -> None:
-        """Name modules by their paths below `root` from here on, and what its parameters hold by the part's name."""
+        """Name modules by their paths below `root`, and its parameters' memory by the part."""
         self._names |= {id(module): name for name, module in root.named_modules()}
         for parameter in root.parameters():
             key = _key(parameter)
@@ -98,7 +98,7 @@ class Watch(TorchDispatchMode):
 
     @property
     def where(self) -> str:
-        """The innermost known module at work; empty outside of all."""
+        """Return the name of the innermost named module that is running; "" where none is."""
         return next((self._names[id(m)] for m in reversed(self._stack) if id(m) in self._names), "")
 
     def __torch_dispatch__(
@@ -110,7 +110,7 @@ class Watch(TorchDispatchMode):
     ) -> object:
         kwargs = dict(kwargs or {})
         if is_composite(func):
-            with self:  # inference mode hands over composites whole: their parts are to be seen
+            with self:  # inference mode passes composite operations whole: watch their parts instead
                 return func.decompose(*args, **kwargs)
         read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         if func in WAITS and any(tensor.is_cuda for tensor in read):
@@ -125,14 +125,14 @@ class Watch(TorchDispatchMode):
             made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
             refuse_generator(func, kwargs.get("generator"), made)
         except Exception:
-            self.failed_in = self.where  # hooks will have left the module when the error arrives
+            self.failed_in = self.where  # noted here: hooks leave the module before the error is caught
             raise
         self.known.follow(func, args, kwargs, made)
         self._count(func, read, made)
         return result
 
     def _without_masks(self, func: OpOverload, args: tuple[object, ...]) -> tuple[object, ...]:
-        """Put indices in the place of a mask, whose count of true elements a fake tensor does not know."""
+        """Replace masks by indices: fake tensors do not know how many elements are true."""
         if func not in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
             return args
         indices: list[object] = []
@@ -201,12 +201,13 @@ class Watch(TorchDispatchMode):
     def _leave(self, module: nn.Module, inputs: object, result: object) -> None:
         if result is not None:
             self.failed_in = ""
-        elif not self.failed_in:  # left by an error, of a check that comes before any operation
+        elif not self.failed_in:  # an error of a check that came before any operation
             self.failed_in = self.where
         if self._stack:
             self._stack.pop()
         if _is_block(module):
-            self._in_blocks = torch._C._current_graph_task_id() != -1  # recomputed: its backward pass follows
+            # a recomputed block: its backward pass follows
+            self._in_blocks = torch._C._current_graph_task_id() != -1
             if isinstance(result, Tensor) and result.requires_grad:
                 result.register_hook(self._backward_begins)
 
@@ -215,7 +216,7 @@ class Watch(TorchDispatchMode):
 
 
 def refuse_generator(func: OpOverload, generator: object, made: list[Tensor]) -> None:
-    """Refuse a generator of another device, as CUDA's kernels do."""
+    """Raise RuntimeError for a generator of another device, as CUDA's kernels do."""
     if not isinstance(generator, torch.Generator):
         return
     for tensor in made:
@@ -227,7 +228,10 @@ def refuse_generator(func: OpOverload, generator: object, made: list[Tensor]) ->
 
 
 def place() -> str:
-    """Find the innermost line of this package (the rehearsal itself apart) at work, as `models/lora.py:93`."""
+    """Find the innermost running line of this package, as `models/lora.py:93`.
+
+    Lines of the rehearsal itself do not count.
+    """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if (found := place_of(frame.f_code.co_filename, frame.f_lineno)) is not None:
@@ -237,16 +241,19 @@ def place() -> str:
 
 
 def place_of(file: str, line: int) -> str | None:
-    """Write a line of this package as `models/lora.py:93`; None for others and for the rehearsal."""
+    """Write a line of this package as `models/lora.py:93`.
+
+    Returns None for others and for the rehearsal's.
+    """
     path = Path(file)
-    if PACKAGE not in path.parents or path.parent in DOORS or path.name == "signals.py":
-        return None  # doors and what calls them
+    if PACKAGE not in path.parents or path.parent in COMMANDS or path.name == "signals.py":
+        return None  # commands and their callers
     return f"{path.relative_to(PACKAGE)}:{line}"
 
 
 @cache
 def is_composite(func: OpOverload) -> bool:
-    """Tell whether an operation is nothing but others."""
+    """Tell whether an operation is made of others."""
     return func.namespace == "aten" and func._can_decompose()
 
 
@@ -255,7 +262,7 @@ def _key(tensor: Tensor) -> int:
 
 
 def _bytes(tensor: Tensor) -> int:
-    """Count what reading the tensor moves: an expanded one is read once."""
+    """Count the bytes that reading a tensor moves; an expanded one is read once."""
     return min(tensor.numel() * tensor.element_size(), tensor.untyped_storage().nbytes())
 
 
