@@ -205,5 +205,5 @@ def test_an_average_lies_where_the_weights_lie():
 
 def test_encoders_visit_before_the_step_and_cost_only_where_they_are_larger_than_it():
     """They never lie beside a block's activations; on the host they lie whole."""
-    assert plan() == plan(visitor_bytes=0.0, vae_base_dim=0)
-    assert plan(visitor_bytes=40e9) > plan() + 10e9
+    assert plan() == plan(largest_encoder_bytes=0.0, vae_base_dim=0)
+    assert plan(largest_encoder_bytes=40e9) > plan() + 10e9

@@ -1,8 +1,9 @@
-"""What a training step costs: floating-point operations of the One4D transformer, in closed form from its shape.
+"""Floating-point operations of a training step, in closed form from the transformer's shape.
 
-Counted are matrix products (a multiplication and an addition are two operations), as everybody does: linears, LoRAs,
-links, attention scores and values, the patch embedding. Not counted: norms, softmax, elementwise work, the optimiser,
-and the frozen VAE and text encoders, whose latents and embeddings may come from a cache.
+As is usual, only matrix products count (a multiplication and an addition are two operations):
+linears, LoRAs, links, attention scores and values, the patch embedding. Not counted are norms,
+softmax, elementwise work, the optimiser, and the frozen VAE and text encoders, whose latents and
+embeddings may come from a cache.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from dataclasses import dataclass
 
 from one4d_pl.config import ConfigError, DLCConfig
 
-# Dense bf16 tensor-core peaks in TFLOP/s, from the vendor's data sheets (without sparsity), by words of the device's
-# name; the first row whose words all occur wins.
+# Dense bf16 tensor-core peaks in TFLOP/s, from the vendor's data sheets (without sparsity), by
+# words of the device's name; the first row whose words all occur wins.
 PEAK_TFLOPS = (
     (("B200",), 2250.0),
     (("GH200",), 989.0),
@@ -45,15 +46,18 @@ class TransformerShape:
     patch: tuple[int, int, int]  # t, h, w
     freq_dim: int
     text_dim: int
-    image_dim: int | None  # None: no image tokens
+    image_dim: int | None  # None = no image tokens
     rank: int
     num_links: int
-    link_ways: int  # products of each: 2, or 1 from frames to pointmaps alone
+    link_ways: int  # matrix products of a link: 2, or 1 where it goes from frames to pointmaps only
     xyz_patch_embedding: bool
 
     @staticmethod
     def of(wan: Mapping[str, object], dlc: DLCConfig) -> TransformerShape:
-        """From the transformer's config.json (diffusers) and the adapter's config; ConfigError names a missing key."""
+        """Read the transformer's config.json (diffusers) and the adapter's config.
+
+        ConfigError names missing keys.
+        """
 
         def number(name: str) -> int:
             value = wan.get(name)
@@ -85,7 +89,7 @@ class TransformerShape:
 
 @dataclass(frozen=True)
 class BatchShape:
-    """One forward pass of one process."""
+    """The sizes of one forward pass of one process."""
 
     clips: int  # B; the transformer sees 2B samples, rgb and xyz
     latent_grid: tuple[int, int, int]  # t, h, w of the latents
@@ -98,17 +102,17 @@ class Flops:
     """Operations of forward and backward passes, of one process."""
 
     forward: float
-    backward: float  # the gradients that LoRA training needs: none of frozen weights, none upstream of the adapter
-    recompute: float  # what activation checkpointing (blocks, links) and flash attention (scores) do a second time
+    backward: float  # the gradients that LoRA training needs: none of frozen weights, none before the adapter
+    recompute: float  # done a second time by activation checkpointing (blocks, links) and flash attention (scores)
 
     @property
     def model(self) -> float:
-        """What the method needs: the numerator of MFU."""
+        """Return the operations that the method needs: the numerator of MFU."""
         return self.forward + self.backward
 
     @property
     def hardware(self) -> float:
-        """What is executed: the numerator of HFU."""
+        """Return the operations that are executed: the numerator of HFU."""
         return self.model + self.recompute
 
     def __mul__(self, passes: int) -> Flops:
@@ -116,14 +120,15 @@ class Flops:
 
 
 def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: str, flash: bool) -> Flops:
-    """One forward and backward pass.
+    """Count the operations of one forward and backward pass.
 
     Args:
-        shape: of the transformer.
-        batch: of the pass.
-        checkpointing: none; full: every block is computed a second time in the backward pass; selective: all of it but
-            self-attention, whose result is kept (where `flash`).
-        flash: attention runs in fused kernels, which recompute the scores in the backward pass (they do on GPUs).
+        shape: the transformer's shape.
+        batch: the pass's shape.
+        checkpointing: none; full = every block is computed a second time in the backward pass;
+            selective = all of it but self-attention, whose result is kept (where `flash`).
+        flash: attention runs in fused kernels, as on GPUs, which recompute the scores in the
+            backward pass.
     """
     samples, width = 2 * batch.clips, shape.width
     tokens = _tokens(shape, batch)
@@ -134,11 +139,11 @@ def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: st
     one_way = shape.num_links * samples * tokens * width * width
     links = shape.link_ways * one_way
     blocks = shape.num_layers * block_forward + links
-    again = blocks - one_way  # torch stops once it has what the backward pass reads: before a link's last product
+    again = blocks - one_way  # torch does not recompute a link's last product, which the backward pass never reads
     backward = shape.num_layers * block_backward + 2 * links + head  # the head is frozen: input gradient alone
     if shape.xyz_patch_embedding:
         backward += embed  # its weight gradient; nothing trainable lies before
-    else:  # then nothing before the first self-attention's output either: its q, k, v have no input gradient
+    else:  # nothing trainable lies before the first block, so its q, k and v have no input gradient
         backward -= 3 * 2 * samples * tokens * width * (width + shape.rank)
     if checkpointing == "selective" and flash:
         again -= shape.num_layers * 2 * 2 * samples * tokens * tokens * width  # scores and values
@@ -148,7 +153,10 @@ def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: st
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """The device's dense peak in FLOP/s, None where unknown (another device, or float32 arithmetic)."""
+    """Return the device's dense bf16 peak in FLOP/s.
+
+    Returns None for unknown devices and float32 arithmetic.
+    """
     if precision != "bf16-mixed":
         return None
     words = device_name.lower()
@@ -158,13 +166,16 @@ def peak_flops(device_name: str, precision: str) -> float | None:
 
 
 def _tokens(shape: TransformerShape, batch: BatchShape) -> int:
-    """Of one sample."""
+    """Count the tokens of one sample."""
     t, h, w = (size // patch for size, patch in zip(batch.latent_grid, shape.patch, strict=True))
     return t * h * w
 
 
 def _condition(shape: TransformerShape, batch: BatchShape) -> int:
-    """Embedders of time, text and image: frozen, and upstream of everything that is trained."""
+    """Count the operations of the frozen embedders of time, text and image.
+
+    They need no backward pass.
+    """
     samples, width = 2 * batch.clips, shape.width
     time = shape.freq_dim * width + width * width + width * 6 * width
     text = batch.text_tokens * (shape.text_dim * width + width * width)
@@ -175,7 +186,10 @@ def _condition(shape: TransformerShape, batch: BatchShape) -> int:
 
 
 def _block(shape: TransformerShape, batch: BatchShape) -> tuple[int, int, int]:
-    """Forward, backward (all inputs but the context's with a gradient) and one attention score product, of a block."""
+    """Count a block's operations: forward, backward, and one product of attention scores.
+
+    Every input has a gradient but the context.
+    """
     samples, width, rank = 2 * batch.clips, shape.width, shape.rank
     tokens = _tokens(shape, batch)
     context = batch.text_tokens + (batch.image_tokens if shape.image_dim is not None else 0)
@@ -186,7 +200,8 @@ def _block(shape: TransformerShape, batch: BatchShape) -> tuple[int, int, int]:
         lora = rank * (inputs + outputs)
         forward += 2 * samples * rows * (inputs * outputs + lora)
         backward += 2 * samples * rows * (inputs * outputs + 2 * lora)
-    # keys and values of text and image tokens, which have no gradient: of A its weight's, of B both
+    # keys and values of text and image tokens, which have no gradient: A needs its weight's
+    # gradient alone, B both
     forward += 2 * 2 * samples * context * (width * width + 2 * rank * width)
     backward += 2 * 2 * samples * context * (rank * width + 2 * rank * width)
     scores = 2 * samples * tokens * (tokens + context) * width  # over all heads; values take as many
@@ -194,5 +209,5 @@ def _block(shape: TransformerShape, batch: BatchShape) -> tuple[int, int, int]:
 
 
 def _has_word(text: str, words: str) -> bool:
-    """Whether `words` occur in `text`, not as part of a longer word ("L4" is not in "NVIDIA L40S")."""
+    """Tell whether `words` occur in `text` as whole words ("L4" is not in "NVIDIA L40S")."""
     return f" {words} " in f" {text.replace('-', ' ')} "
