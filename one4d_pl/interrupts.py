@@ -191,9 +191,9 @@ def _end_children() -> None:
     children = multiprocessing.active_children()
     for child in children:
         child.terminate()
-    patience = time.monotonic() + CHILDREN_S
+    deadline = time.monotonic() + CHILDREN_S
     for child in children:
-        child.join(max(0.0, patience - time.monotonic()))
+        child.join(max(0.0, deadline - time.monotonic()))
         child.kill()
     _bounded(lambda: util._run_finalizers(0))
 
