@@ -1,11 +1,9 @@
 """The user's error: a command answers it with one line and exit code 2.
 
-A bug of ours stays a traceback.
-
-Files and file systems raise errors of many types: the system's, each format's, each library's.
-`reading` and `writing` are the one place that turns them into a UserError which names the file.
-They stand around the code that opens and parses a file, or writes one, and around nothing else: a
-bug of ours inside them would be blamed on the file.
+A bug of ours stays a traceback. Files and file systems raise errors of many types: the system's,
+each format's, each library's. `reading` and `writing` are the one place that turns them into a
+UserError which names the file. They stand around the code that opens and parses a file, or writes
+one, and around nothing else: a bug of ours inside them would be blamed on the file.
 """
 
 from __future__ import annotations

@@ -48,10 +48,9 @@ def temporary(path: Path, folder: Path | None = None) -> Iterator[Path]:
 def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """Yield the name to write under.
 
-    At the end move the file to `path`, whose folder is made if need be.
-
-    With `folder` (on the same file system) the file lies there until then; FileNotFoundError where
-    one of the two folders is absent.
+    At the end move the file to `path`, whose folder is made if need be. With `folder` (on the same
+    file system) the file lies there until then; FileNotFoundError where one of the two folders is
+    absent.
     """
     if folder is None:
         with writing(path):
@@ -102,11 +101,10 @@ def whole_folder(path: Path) -> Iterator[Path]:
 def replaced_folder(path: Path, names: Collection[str] | None = None, last: str = "") -> Iterator[Path]:
     """Yield a folder to fill.
 
-    At the end its contents replace those of `path`, the file `last` after the others.
-
-    `names` (default: all) are the contents that are replaced; what else lies in `path` stays.
-    `path` itself stays, so it may be a mount point or a link. The old contents are untouched until
-    the new ones are whole; after an error a folder that was not there before is not there either.
+    At the end its contents replace those of `path`, the file `last` after the others. `names`
+    (default: all) are the contents that are replaced; what else lies in `path` stays. `path` itself
+    stays, so it may be a mount point or a link. The old contents are untouched until the new ones
+    are whole; after an error a folder that was not there before is not there either.
     """
     with writing(path):
         absent = not path.exists()

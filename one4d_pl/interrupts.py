@@ -1,9 +1,8 @@
 """Ctrl-C: the process ends at once with exit code 130.
 
-No traceback, no child, no half-written file.
-
-A KeyboardInterrupt would have to pass through imports, C extensions and other people's `except:`,
-which swallow it, print it or turn it into another error. So SIGINT raises nothing:
+It leaves no traceback, no child and no half-written file. A KeyboardInterrupt would have to pass
+through imports, C extensions and other people's `except:`, which swallow it, print it or turn it
+into another error. So SIGINT raises nothing:
 
 1. `watch` blocks it in the main thread; later threads and processes inherit that. Ctrl-C goes to
    every process of a terminal, and children would print a traceback each.

@@ -1,9 +1,7 @@
 """Pictures in TensorBoard: a panel per task, and its points.
 
-A panel shows given frames | generated frames | pointmap colours | distance.
-
-The points need open3d (the extra of that name) here and where TensorBoard runs, which shows them in
-its tab "Open3D".
+A panel shows given frames | generated frames | pointmap colours | distance. The points need open3d
+(the extra of that name) here and where TensorBoard runs, which shows them in its tab "Open3D".
 """
 
 from __future__ import annotations

@@ -1,10 +1,8 @@
 """Signals, remembered from the start of a process, and how a process of a run ends.
 
-Imports only the stdlib.
-
-A signal only sets a flag (Stop.number). survival.py lets all ranks agree on it at a step boundary,
-saves a checkpoint, leaves a marker (restarts.py) and ends the run. Saving inside a signal handler
-would deadlock, since the ranks are at different places.
+Imports only the stdlib. A signal only sets a flag (Stop.number). survival.py lets all ranks agree
+on it at a step boundary, saves a checkpoint, leaves a marker (restarts.py) and ends the run. Saving
+inside a signal handler would deadlock, since the ranks are at different places.
 
 Exit codes of `fit`: 0 done, 1 a failure, 2 a mistake of the user, 75 preempted (saved, marker left:
 start it again), 76 hung (watchdog.py), 130 interrupted from the keyboard (saved if training had
@@ -40,12 +38,11 @@ PARENT_POLL_S = 1.0
 class Stop:
     """The signal that asked this process to stop.
 
-    One object per process, made before the heavy imports.
-
-    The signals are blocked in every thread, and one thread waits for them. So nothing is
-    interrupted, and handlers that libraries install later are never called. Processes that are
-    started (loader workers, other ranks) inherit the block: a signal to the whole job does not kill
-    them, and one that comes while they start waits for their own Stop.
+    One object per process, made before the heavy imports. The signals are blocked in every thread,
+    and one thread waits for them. So nothing is interrupted, and handlers that libraries install
+    later are never called. Processes that are started (loader workers, other ranks) inherit the
+    block: a signal to the whole job does not kill them, and one that comes while they start waits
+    for their own Stop.
     """
 
     def __init__(self) -> None:

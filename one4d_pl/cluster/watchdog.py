@@ -50,10 +50,8 @@ def rank_log(run_dir: str, rank: int) -> Iterator[None]:
 class HangWatchdog(threading.Thread):
     """Ends the process with code 76 once `beat` was not called for `timeout_s`.
 
-    Its stacks go to the rank's log.
-
-    This is a thread, not a signal handler, since Python runs handlers in the main thread, which
-    hangs.
+    Its stacks go to the rank's log. This is a thread, not a signal handler, since Python runs
+    handlers in the main thread, which hangs.
     """
 
     def __init__(self, run_dir: str, rank: int, timeout_s: float) -> None:

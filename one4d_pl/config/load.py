@@ -1,4 +1,4 @@
-"""yaml files that merge left to right, then `a.b=c`, into a typed Config.
+"""From yaml files that merge left to right, then `a.b=c`, to a typed Config.
 
 No other module imports omegaconf.
 """
@@ -25,11 +25,9 @@ if TYPE_CHECKING:
 def load_config(paths: list[str], overrides: list[str]) -> Config:
     """Merge yaml files (each after its `include`s), then `a.b=c` overrides, into a typed Config.
 
-    Later values win.
-
-    A file that another one includes from a folder below it (scale/tiny.yaml, data/toy.yaml) is that
-    folder's default: it is left out where `paths` name another file of the same folder, so that no
-    scale has to undo another.
+    Later values win. A file that another one includes from a folder below it (scale/tiny.yaml,
+    data/toy.yaml) is that folder's default: it is left out where `paths` name another file of the
+    same folder, so that no scale has to undo another.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException

@@ -186,10 +186,8 @@ def encode_set(
 ) -> bool:
     """Encode those clips of this rank's share that are not encoded yet.
 
-    Return True once the set is whole.
-
-    It may be stopped at any moment and then goes on where it was; the encoders are opened only if a
-    clip is missing. `on_clip` is called after each clip.
+    Returns True once the set is whole. It may be stopped at any moment and then goes on where it
+    was; the encoders are opened only if a clip is missing. `on_clip` is called after each clip.
     """
     recipe = {**recipe, "raw": raw_digest(raw), "sparse_draws": sparse_draws}
     if is_finished(folder, EncodedSet.kind, recipe):

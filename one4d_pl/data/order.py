@@ -200,7 +200,7 @@ def derived_seed(seed: int, position: int, purpose: str) -> int:
 def derived_generator(seed: int, position: int, purpose: str) -> torch.Generator:
     """Make the CPU generator for one random draw of one sample, e.g. purpose "noise".
 
-    Torch keeps 32 bits of the seed.
+    The generator keeps 32 bits of the seed.
     """
     return torch.Generator().manual_seed(derived_seed(seed, position, purpose))
 

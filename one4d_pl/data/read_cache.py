@@ -88,7 +88,7 @@ class RangeCache:
     def _make_room(self, ledger: BinaryIO, needed: int) -> None:
         """Enter `needed` more bytes into the ledger, after an eviction where they do not fit.
 
-        The lock is held.
+        The caller holds the lock.
         """
         ledger.seek(0)
         text = ledger.read()

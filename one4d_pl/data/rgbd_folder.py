@@ -107,11 +107,9 @@ class RGBDSequence:
 def open_sequence(root: str | Path) -> RGBDSequence:
     """List a folder's frames.
 
-    The folder's name tells the layout and the camera (…freiburg1…, …bonn…).
-
-    Each image is paired with a depth map and with a camera, nearest pairs first, each used once.
-    UserError names what is missing. Files are not opened, and need not all exist: see
-    `RGBDFrame.present`.
+    The folder's name tells the layout and the camera (…freiburg1…, …bonn…). Each image is paired
+    with a depth map and with a camera, nearest pairs first, each used once. UserError names what is
+    missing. Files are not opened, and need not all exist: see `RGBDFrame.present`.
     """
     root = Path(root)
     camera = _camera_of(root.resolve().name, root.absolute().name)  # a link may have a name of its own

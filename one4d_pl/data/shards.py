@@ -61,11 +61,9 @@ def pack_clip(clip: Clip, scene: str = "", benchmark: str = "") -> tuple[SampleE
 def write_shards(clips: Iterable[Clip], folder: str | Path, samples_per_shard: int) -> ShardSet:
     """Write the clips of one source as shards, the manifest last.
 
-    The same clips give the same bytes.
-
-    Raises ValueError for a clip that breaks the schema (naming its key) and ShardSetError where
-    `folder` already holds shards or `clips` is empty. A folder without a manifest is no shard set
-    and may be written again.
+    The same clips give the same bytes. Raises ValueError for a clip that breaks the schema (naming
+    its key) and ShardSetError where `folder` already holds shards or `clips` is empty. A folder
+    without a manifest is no shard set and may be written again.
     """
     folder = Path(folder)
     if samples_per_shard < 1:

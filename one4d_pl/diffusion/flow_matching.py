@@ -1,6 +1,6 @@
-"""Flow matching in Wan's sign and timestep (One4D, Eq. 1-4.
+"""Flow matching in Wan's sign and timestep (One4D, Eq. 1-4).
 
-Sigma = 1 - t, velocity = -v of the paper).
+With the paper's t and v: sigma = 1 - t, velocity = -v.
 """
 
 from __future__ import annotations

@@ -13,11 +13,9 @@ from torch import Tensor
 def sampling_sigmas(steps: int) -> np.ndarray:  # [steps]
     """Return the sigma at which each step begins, before the shift: from 1 down by 1 / steps.
 
-    The last ends at 0.
-
-    This is Wan's schedule (`get_sampling_sigmas` of its repository). Diffusers' default for Euler
-    ends at its smallest training sigma, close to 0, and then steps to 0, which wastes one call of
-    the model.
+    The last step ends at 0. This is Wan's schedule (`get_sampling_sigmas` of its repository).
+    Diffusers' default for Euler ends at its smallest training sigma, close to 0, and then steps to
+    0, which wastes one call of the model.
     """
     return np.linspace(1, 0, steps + 1)[:steps]
 

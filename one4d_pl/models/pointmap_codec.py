@@ -13,10 +13,8 @@ from one4d_pl.models.wan import WanEncoders
 class PointmapCodec(nn.Module):
     """Turns normalised pointmaps into the network's latents and back.
 
-    Its settings are in the adapter's card.
-
-    Encoded shards hold latents from before `standardise`, since its statistics are measured on
-    them.
+    Its settings are in the adapter's card. Encoded shards hold latents from before `standardise`,
+    since its statistics are measured on them.
 
     Args:
         power: power of `geometry.pointmap.bend`, by which the VAE sees distances

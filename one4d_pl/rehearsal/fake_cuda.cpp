@@ -1,7 +1,7 @@
-// A CUDA device for the CPU build of torch, which computes nothing: enough for fake tensors and autograd to believe in.
+// A pretended CUDA device for the CPU build of torch. It computes nothing; fake tensors and autograd need no more.
 //
-// Autograd asks the device guard which streams a node ran on and how many devices there are; kernels' meta functions
-// ask the hooks whether CUDA is there. Everything happens on one stream, so there is nothing to wait for.
+// Autograd asks the device guard for a node's stream and for the number of devices; kernels' meta functions ask the
+// hooks whether CUDA is available. Everything happens on one stream, so there is nothing to wait for.
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 

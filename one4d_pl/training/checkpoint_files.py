@@ -1,10 +1,8 @@
 """A run's checkpoint folders: which are whole, which may be deleted.
 
-Imports nothing heavier than the config.
-
-Only folders named step-00000100 are checkpoints. Whatever else lies beside them (a copy, a backup,
-files of a file browser) is neither read nor deleted. Files inside them that trainer.json does not
-list do not count as damage.
+Imports nothing heavier than the config. Only folders named step-00000100 are checkpoints. Whatever
+else lies beside them (a copy, a backup, files of a file browser) is neither read nor deleted. Files
+inside them that trainer.json does not list do not count as damage.
 """
 
 from __future__ import annotations
@@ -121,10 +119,8 @@ def hash_files(folder: Path) -> dict[str, str]:
 def superfluous(run_dir: str, keep_last: int, keep_best: int, saved_step: int) -> list[Path]:
     """List the checkpoints that are neither among the newest nor among the best.
 
-    Unscored ones are not the best.
-
-    The one that was just saved counts as the newest. Those of later steps were damaged when the run
-    was resumed, and stay as they are.
+    Unscored ones are not the best. The one that was just saved counts as the newest. Those of later
+    steps were damaged when the run was resumed, and stay as they are.
     """
     folders = [f for f in step_folders(run_dir) if _step_of(f) <= saved_step]
     scores = read_scores(run_dir)

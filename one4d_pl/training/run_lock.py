@@ -28,10 +28,8 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)  # NFS o
 def sole_run(run_dir: str) -> Iterator[None]:
     """Keep other processes from training in the run folder; for rank 0.
 
-    The lock ends with the process.
-
-    Raises ConfigError where another one is training there; warns where the file system has no
-    locks.
+    The lock ends with the process. Raises ConfigError where another one is training there; warns
+    where the file system has no locks.
     """
     path = Path(run_dir) / LOCK
     with ExitStack() as stack:
