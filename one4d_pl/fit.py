@@ -7,7 +7,7 @@ from one4d_pl.errors import RunFailed, UserError
 from one4d_pl.files import check_folder, write_text
 from one4d_pl.interrupts import INTERRUPTED, at_interrupt
 
-if __name__ == "__main__":  # before the other imports: a signal during them is to be remembered
+if __name__ == "__main__":  # before the other imports, so that a signal during them is remembered
     STOP.watch()
     die_with_launcher()
 
@@ -76,7 +76,7 @@ def _fit_counted(config: Config, rank: int) -> int:
         with at_interrupt(forget):
             code = fit(config, STOP)
         reason = f"exit code {code}" if code else ""
-    except (KeyboardInterrupt, SystemExit):  # SystemExit: Lightning's, after a KeyboardInterrupt
+    except (KeyboardInterrupt, SystemExit):  # Lightning raises SystemExit after a KeyboardInterrupt
         forget()  # a person stopped it: the restart limit is for runs that nobody watches
         return INTERRUPTED
     except RunFailed as failure:  # every rank raises the same: one line is enough

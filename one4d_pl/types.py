@@ -91,7 +91,7 @@ class Sample:
     caption: str  # the true caption, whatever was dropped
     drop_caption: bool  # train this sample on the empty prompt
     encoded: Encoded | None  # cached; None = encode in the step
-    skipped: tuple[str, ...]  # "shard: sample key: reason" of broken samples that this one stands in for
+    skipped: tuple[str, ...]  # "shard: sample key: reason" of broken samples that this one replaces
     counted: bool = True  # False: a validation clip shown again, so that every rank takes equally many steps
 
 

@@ -8,7 +8,7 @@ from one4d_pl.config.checks import ConfigError, check, knob
 
 SOLVERS = ("euler", "unipc")
 NATIVE_ATTENTION = ("native", "_native_cudnn", "_native_flash", "_native_efficient")  # torch's fused kernels
-ATTENTION = (*NATIVE_ATTENTION, "_native_math", "flash", "_flash_3")  # diffusers' names; the last two are own packages
+ATTENTION = (*NATIVE_ATTENTION, "_native_math", "flash", "_flash_3")  # diffusers' names; the last two need packages
 MAX_SCENE_FRAMES = 10_000  # of one scene; a typing mistake must not fill the disk
 EMBEDDED_BASE = "embedded"  # the base.path of the tiny Wan inside the package
 
@@ -59,7 +59,7 @@ class DLCConfig:
     # xyz gets a trainable copy of the patch embedding; our guess, which makes the paper's 935.7 M
     # parameters exact
     xyz_patch_embedding: bool = True
-    # rgb_to_xyz: frames steer pointmaps and are left alone by them
+    # rgb_to_xyz: frames steer pointmaps, but pointmaps do not steer frames
     link_direction: str = knob("both", one_of=("both", "rgb_to_xyz"))
     # give xyz latents mean 0 and deviation 1 per channel, measured on some clips of each source;
     # 4DNeX (arXiv 2508.13154) found theirs to differ from frames'; not in the paper
@@ -97,7 +97,7 @@ class MaskingConfig:
 class FlowConfig:
     """Flow matching in Wan's sign (One4D, Eq. 1-4): sigma 1 = noise, velocity = noise - latents."""
 
-    # sigma' = k sigma / (1 + (k - 1) sigma); from here, never from the base's scheduler file
+    # sigma' = k sigma / (1 + (k - 1) sigma); set here, never read from the base's scheduler file
     shift: float = knob(1.0, above=0)
     xyz_weight: float = knob(1.0, low=0)  # loss = rgb + xyz_weight * xyz, each a mean
     caption_dropout: float = knob(0.1, low=0, high=1)  # one draw for both branches
@@ -129,7 +129,7 @@ class SamplerConfig:
     """How a trained model is sampled; the sigma shift is flow.shift."""
 
     steps: int = knob(50, low=1)  # One4D, sec. 4.1
-    solver: str = knob("euler", one_of=SOLVERS)  # unipc, Wan's own: of higher order, for few steps
+    solver: str = knob("euler", one_of=SOLVERS)  # unipc, Wan's own solver, has a higher order: for few steps
     guidance: GuidanceConfig = field(default_factory=GuidanceConfig)
     guidance_xyz: GuidanceConfig | None = None  # None = as rgb
 

@@ -214,7 +214,7 @@ class EvalConfig:
 
     every: int = knob(500, low=0)  # optimiser steps; rounded up to the next validation
     clips: int = knob(8, low=1)  # of the validation set, over all ranks; the tasks take turns
-    steps: int = knob(20, low=1)  # of the sampler: a look, not the final quality
+    steps: int = knob(20, low=1)  # of the sampler; enough for a look, not for the final quality
     video_every: int = knob(2000, low=0)  # optimiser steps between Fréchet distances; rounded up as `every`
     # of the validation set, over all ranks; as few as the VAE's 48 features would bias the distance
     video_clips: int = knob(64, low=2)

@@ -194,7 +194,7 @@ def encode_set(
         return True
     keys = [entry.key for entry in raw.entries]
     staging = Staging(folder, Plan(keys, max(raw.samples_per_shard), None, EncodedSet.kind, raw.manifest.split, recipe))
-    if is_finished(folder, EncodedSet.kind, recipe):  # by another process, a moment ago
+    if is_finished(folder, EncodedSet.kind, recipe):  # another process has just finished it
         return True
     todo = [i for i in range(len(keys)) if i % world == rank and not staging.has(i)]
     if todo:

@@ -27,8 +27,8 @@ from pathlib import Path, PurePath
 from one4d_pl.errors import UserError, reading
 
 DECIMAL = r"(?<![0-9.])[0-9]{WHOLE}\.[0-9]+(?![0-9.])"
-# Nine digits are seconds since 1970, from 1973 on: what stands behind the point is a fraction of a
-# second.
+# Nine digits or more before a point are seconds since 1970 (from 1973 on), and what follows the
+# point is a fraction of a second.
 NUMBER = re.compile(f"({DECIMAL.replace('WHOLE', '9,')}|[0-9]+)")
 ANY_DECIMAL = re.compile(DECIMAL.replace("WHOLE", "1,"))
 

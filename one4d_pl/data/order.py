@@ -28,7 +28,7 @@ import torch
 
 CYCLE = 1000  # turns, so that weights are kept to 0.1 %
 TURN_BLOCK = 10  # so many turns are shuffled among each other, else a rank might always get the same source
-KEPT = 2  # permutations remembered per source: the one in use and, at a border, the one before
+KEPT = 2  # permutations remembered per source: the present one and, at a border, the one before
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")

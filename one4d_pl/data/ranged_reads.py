@@ -195,7 +195,7 @@ def _within(seconds: float, call: Callable[[], Answer]) -> Answer:
         except Exception as error:
             errors.append(error)
 
-    thread = threading.Thread(target=run, daemon=True)  # one that hangs for ever must not keep the process alive
+    thread = threading.Thread(target=run, daemon=True)  # a thread that hangs must not keep the process alive
     thread.start()
     thread.join(seconds)
     if errors:

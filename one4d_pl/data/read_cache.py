@@ -76,7 +76,7 @@ class RangeCache:
                     return  # another process was faster
                 self._make_room(ledger, len(content))
                 unfinished = path.with_suffix(UNFINISHED)
-                unfinished.write_bytes(content)  # not flushed to disk: what a power cut tears has a wrong CRC-32
+                unfinished.write_bytes(content)  # not flushed: a power cut leaves a wrong CRC-32
                 unfinished.replace(path)
         except OSError as error:
             _warn(self.folder, str(error))

@@ -48,7 +48,7 @@ class TensorHeader(TypedDict):
 
     dtype: str
     shape: list[int]
-    data_offsets: list[int]  # begin and end, bytes behind the header
+    data_offsets: list[int]  # begin and end, in bytes after the header
 
 
 def resolve_base(path: str) -> Path:

@@ -23,7 +23,7 @@ class ConcatTransformer(CoupledTransformer):
     B starts at zero.
     """
 
-    joined_dim: int  # of the output, along which frames come first
+    joined_dim: int  # axis of the output along which frames come first
 
     def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int, pointmap_power: float = 1.0) -> None:
         super().__init__(base, config, pointmap_power)

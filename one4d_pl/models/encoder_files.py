@@ -33,7 +33,8 @@ from one4d_pl.models.weights import TensorFiles, stream
 
 T = TypeVar("T")
 CPU = torch.device("cpu")
-WAN_VAE_RESIDUAL_BLOCKS = 2  # per level, and AutoencoderKLWan's other defaults: latents' statistics among them
+# per level; Wan 2.1's, as are AutoencoderKLWan's other defaults, latents' statistics among them
+WAN_VAE_RESIDUAL_BLOCKS = 2
 CLIP_HEAD = 80  # channels of an attention head of ViT-H/14
 EMBEDDINGS = "encoder.embed_tokens.weight"
 CLIP_PREFIX = "vision_model."  # every name begins with it in some releases of transformers

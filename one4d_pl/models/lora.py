@@ -26,7 +26,7 @@ class BranchLinear(nn.Module):
         self.base = base.requires_grad_(False)
         self.scale = scale  # alpha / rank
         device = base.weight.device
-        # float32 whatever the base's dtype: the trainables are their own master weights
+        # float32, whatever the base's dtype, so that training needs no separate master weights
         self.lora_A = nn.ModuleDict(
             {m: nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=torch.float32) for m in MODALITIES}
         ).to_empty(device=device)

@@ -58,7 +58,7 @@ class Watch(TorchDispatchMode):
         self.now = self.peak = 0
         self.phases: dict[str, Phase] = {}
         self.phase, self.current = "", Phase()
-        self.failed_in = ""  # the module that an error ended
+        self.failed_in = ""  # the module in which an error was raised
         self.at_peak: dict[int, tuple[int, str]] = {}
         self._alive: dict[int, tuple[int, str]] = {}
         self._gone: dict[int, weakref.ref[object]] = {}

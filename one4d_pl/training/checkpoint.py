@@ -99,7 +99,7 @@ class Snapshot:
     """Everything a checkpoint holds, on the CPU."""
 
     adapters: dict[str, dict[str, Tensor]]  # file -> name -> value
-    weights: dict[str, Tensor]  # where the adapter is an average
+    weights: dict[str, Tensor]  # only where the adapter is their average
     moments: dict[str, Tensor]
     card: AdapterCard
     state: dict[str, object]  # of trainer.json
@@ -158,7 +158,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, transformer: CoupledTrans
         if damaged:
             folder.rename(new_staging(folder))
         staging.rename(folder)
-    except Exception:  # the system's, or safetensors' own
+    except Exception:  # an error of the system, or of safetensors
         shutil.rmtree(staging, ignore_errors=True)  # the disk may be full
         raise
     sync(folder.parent)

@@ -47,8 +47,8 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
         # Lightning's own requeue saves inside a signal handler, where ranks would wait for each
         # other at different places
         plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
-        enable_checkpointing=False,  # ours: training/checkpoint.py
-        enable_progress_bar=False,  # ours: callbacks/throughput.py counts optimiser steps
+        enable_checkpointing=False,  # training/checkpoint.py does this
+        enable_progress_bar=False,  # callbacks/throughput.py has one that counts optimiser steps
         enable_model_summary=False,
         use_distributed_sampler=False,  # Lightning would shuffle our ordered stream a second time
     )
