@@ -1,8 +1,10 @@
-"""Closed-form least-squares alignment of point sets, named by what is free: scale, scale and shift, or a similarity.
+"""Closed-form least-squares alignment of point sets, named by what is free.
 
-All minimise sum_i w_i |s R p_i + t - q_i|² with one set of parameters per leading index and s >= 0 (a mirrored scene is
-not an aligned one). Squared errors let far points count most: for a relative error pass weights such as 1 / depth².
-Rows of weight zero are ignored even if they hold nan. Points are flattened by the caller: a clip is [T·H·W, 3].
+`align_scale` fits a scale, `align_scale_shift` a scale and a shift, `align_sim3` a similarity.
+All minimise sum_i w_i |s R p_i + t - q_i|² with one set of parameters per leading index and s >= 0
+(a mirrored scene is not an aligned one). Squared errors let far points count most: for a relative
+error pass weights such as 1 / depth². Rows of weight zero are ignored even if they hold nan.
+The caller flattens the points: a clip is [T·H·W, 3].
 """
 
 from __future__ import annotations
@@ -17,7 +19,10 @@ from one4d_pl.geometry.se3 import matrix_product, rotate
 
 @dataclass(frozen=True)
 class Similarity:
-    """The map x -> scale · rotation · x + translation; what an alignment leaves fixed is the identity."""
+    """The map x -> scale · rotation · x + translation.
+
+    What an alignment does not fit is the identity.
+    """
 
     scale: Tensor  # [...]
     rotation: Tensor  # [..., 3, 3]
@@ -34,7 +39,10 @@ def align_scale(
     target: Tensor,  # [..., N, 3]
     valid: Tensor,  # [..., N] bool, or weights >= 0
 ) -> Similarity:
-    """The least-squares scale s = sum w p·q / sum w p·p, cut at 0; no weight on a non-zero point raises ValueError."""
+    """Fit the least-squares scale s = sum w p·q / sum w p·p, at least 0.
+
+    ValueError where no point away from the origin has weight.
+    """
     preds, target, weights = _clean(preds, target, valid)
     scale = _scale(preds, target, weights, "align_scale: no valid prediction away from the origin")
     return Similarity(scale, _identity(preds), torch.zeros_like(preds[..., 0, :]))
@@ -45,11 +53,14 @@ def align_scale_shift(
     target: Tensor,  # [..., N, 3]
     valid: Tensor,  # [..., N] bool, or weights >= 0
 ) -> Similarity:
-    """The least-squares scale (cut at 0) and 3-D shift; fewer than two distinct valid points raise ValueError."""
+    """Fit the least-squares scale (at least 0) and 3-D shift.
+
+    ValueError for fewer than two distinct valid points.
+    """
     preds, target, weights = _clean(preds, target, valid)
     preds_mean, target_mean = _mean(preds, weights), _mean(target, weights)
     centred, target_centred = preds - preds_mean[..., None, :], target - target_mean[..., None, :]
-    # Equal points leave a spread of rounding errors after centring: that is no spread.
+    # Equal points keep rounding errors after centring, which must not pass for a spread.
     size = preds.abs().amax((-2, -1), keepdim=True)
     centred = torch.where(centred.abs() <= 8 * torch.finfo(preds.dtype).eps * size, 0, centred)
     scale = _scale(centred, target_centred, weights, "align_scale_shift: fewer than two distinct valid points")
@@ -61,7 +72,10 @@ def align_sim3(
     target: Tensor,  # [..., N, 3]
     valid: Tensor,  # [..., N] bool, or weights >= 0
 ) -> Similarity:
-    """The least-squares similarity (Umeyama 1991, weighted), never a reflection; collinear points raise ValueError."""
+    """Fit the least-squares similarity (Umeyama 1991, weighted), never a reflection.
+
+    ValueError for fewer than three or collinear valid points.
+    """
     preds, target, weights = _clean(preds, target, valid)
     # 1. Means and variance of the source (Umeyama 1991, eqs. 34-36).
     preds_mean, target_mean = _mean(preds, weights), _mean(target, weights)
@@ -70,11 +84,11 @@ def align_sim3(
     # 2. Covariance of target and source (eq. 38), column by column: no matmul, see se3.py.
     columns = [(weights[..., None] * target_centred * centred[..., j, None]).sum(-2) for j in range(3)]
     covariance = torch.stack(columns, dim=-1)  # [..., 3, 3]
-    # 3. Its singular value decomposition; below rank 2 the rotation is not determined (text before eq. 39).
+    # 3. Its SVD; below rank 2 the rotation is not determined (text before eq. 39).
     left, singular, right_t = torch.linalg.svd(covariance)
     if not bool((singular[..., 1] > 10 * torch.finfo(preds.dtype).eps * singular[..., 0]).all()):
         raise ValueError("align_sim3: valid points are fewer than three or collinear, the rotation is not determined")
-    # 4. Rotation, with the weakest axis flipped where the best fit is a reflection (eqs. 39, 40, 43).
+    # 4. Rotation; the weakest axis is flipped where the best fit is a reflection (eqs. 39, 40, 43).
     signs = torch.ones_like(singular)
     signs[..., 2] = (torch.linalg.det(left) * torch.linalg.det(right_t)).sign()
     rotation = matrix_product(left * signs[..., None, :], right_t)

@@ -1,9 +1,9 @@
-"""Pinhole cameras: lift, project, change of frame, and the one way frames and geometry maps are resized.
+"""Pinhole cameras: lift, project, change of frame, and the resizing of frames and geometry maps.
 
-OpenCV axes (x right, y down, z forward), pixel centres at +0.5, depth is z. Intrinsics have no skew.
-Resizing covers the target with one scale for both axes (square pixels stay square), then crops the centre at whole
-pixels. Frames and geometry maps follow the same `ResizeCropPlan`: position (u, v) of the result shows position
-((u + left) / scale, (v + top) / scale) of the source.
+OpenCV axes (x right, y down, z forward), pixel centres at +0.5, depth is z. Intrinsics have no
+skew. Resizing covers the target with one scale for both axes (square pixels stay square), then
+crops the centre at whole pixels. Frames and geometry maps follow the same `ResizeCropPlan`:
+position (u, v) of the result shows position ((u + left) / scale, (v + top) / scale) of the source.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ def pixel_grid(
     width: int,
     like: Tensor,  # gives dtype and device
 ) -> tuple[Tensor, Tensor]:  # u [H, W], v [H, W]
-    """Coordinates of all pixel centres, in pixels: the top left one is (0.5, 0.5)."""
+    """Return the coordinates of all pixel centres, in pixels: the top left one is (0.5, 0.5)."""
     u = torch.arange(width, dtype=like.dtype, device=like.device) + 0.5
     v = torch.arange(height, dtype=like.dtype, device=like.device) + 0.5
     return u.expand(height, width), v[:, None].expand(height, width)
 
 
 def split_intrinsics(intrinsics: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # [..., 3, 3] -> [..., 1, 1] each
-    """Focal lengths and principal point (fx, fy, cx, cy) in pixels, shaped to broadcast over an image."""
+    """Return fx, fy, cx, cy in pixels, shaped to broadcast over an image."""
     matrix = intrinsics[..., None, None]
     return matrix[..., 0, 0, :, :], matrix[..., 1, 1, :, :], matrix[..., 0, 2, :, :], matrix[..., 1, 2, :, :]
 
@@ -40,7 +40,7 @@ def camera_rays(
     width: int,
     intrinsics: Tensor,  # [..., 3, 3], pixels
 ) -> Tensor:  # [..., H, W, 3], camera frame
-    """The direction K⁻¹ (u, v, 1) of every pixel centre, with z = 1 (not unit length)."""
+    """Return the direction K⁻¹ (u, v, 1) of every pixel centre, with z = 1 (not unit length)."""
     u, v = pixel_grid(height, width, intrinsics)  # [H, W] each
     fx, fy, cx, cy = split_intrinsics(intrinsics)  # [..., 1, 1] each
     x, y = (u - cx) / fx, (v - cy) / fy
@@ -59,7 +59,10 @@ def project(
     points: Tensor,  # [..., H, W, 3], camera frame; N loose points are [..., 1, N, 3]
     intrinsics: Tensor,  # [..., 3, 3], pixels
 ) -> tuple[Tensor, Tensor]:  # pixels [..., H, W, 2] as (u, v); depth [..., H, W]
-    """Pixel coordinates and z-depth of camera-frame points; pixels mean nothing where depth <= 0."""
+    """Project camera-frame points to pixels and z-depth.
+
+    The pixels are undefined where depth <= 0.
+    """
     fx, fy, cx, cy = split_intrinsics(intrinsics)  # [..., 1, 1] each
     x, y, depth = points.unbind(-1)
     return torch.stack([fx * x / depth + cx, fy * y / depth + cy], dim=-1), depth
@@ -88,7 +91,10 @@ def resize_intrinsics(
     from_size: tuple[float, float],  # height, width
     to_size: tuple[float, float],  # height, width
 ) -> Tensor:  # [..., 3, 3], pixels of the resized image
-    """Intrinsics of the image stretched from one size to another; with centres at +0.5 there is no half-pixel shift."""
+    """Return the intrinsics of the image stretched from one size to another.
+
+    With pixel centres at +0.5 there is no half-pixel shift.
+    """
     factors = intrinsics.new_tensor([to_size[1] / from_size[1], to_size[0] / from_size[0], 1.0])
     return intrinsics * factors[:, None]
 
@@ -98,7 +104,7 @@ def crop_intrinsics(
     top: int,
     left: int,
 ) -> Tensor:  # [..., 3, 3], pixels of the cropped image
-    """Intrinsics of the image after `top` rows and `left` columns were cut off."""
+    """Return the intrinsics of the image after `top` rows and `left` columns were cut off."""
     shift = intrinsics.new_zeros(3, 3)
     shift[0, 2], shift[1, 2] = left, top
     return intrinsics - shift
@@ -106,7 +112,7 @@ def crop_intrinsics(
 
 @dataclass(frozen=True)
 class ResizeCropPlan:
-    """Scale an image by `scale`, then cut `height` x `width` whole pixels from row `top` and column `left`."""
+    """Scale by `scale`, then keep `height` x `width` pixels from row `top` and column `left`."""
 
     scale: float  # target pixels per source pixel, the same for both axes
     top: int
@@ -116,7 +122,10 @@ class ResizeCropPlan:
 
 
 def resize_crop_plan(from_height: int, from_width: int, height: int, width: int) -> ResizeCropPlan:
-    """The smallest scale that covers height x width, and the centre crop; sizes below one pixel raise ValueError."""
+    """Find the smallest scale that covers height x width, and the centre crop.
+
+    ValueError where a side is below one pixel.
+    """
     if min(from_height, from_width, height, width) < 1:
         raise ValueError(f"cannot resize {from_height}x{from_width} to {height}x{width}: every side must be at least 1")
     scale = max(height / from_height, width / from_width)
@@ -133,7 +142,10 @@ def resize_frames(
     height: int,
     width: int,
 ) -> tuple[Tensor, Tensor]:  # [T, height, width, 3] uint8; [..., 3, 3] of the new frames
-    """Cover, centre-crop and antialias (bicubic) the frames, and return the intrinsics that belong to the result."""
+    """Scale the frames (bicubic, antialiased) to cover the target and crop the centre.
+
+    Returns the intrinsics of the result too. ValueError unless the frames are uint8.
+    """
     if frames.dtype != torch.uint8:
         raise ValueError(f"frames: {frames.dtype}, need uint8 (bicubic overshoot is cut only there)")
     from_height, from_width = frames.shape[1:3]
@@ -155,16 +167,18 @@ def resize_nearest_valid(
     height: int,
     width: int,
 ) -> Tensor:  # [..., height, width], same dtype
-    """Cover and centre-crop maps as `resize_frames` does, each target pixel taking the source pixel that it falls into.
+    """Scale and crop maps as `resize_frames` does, each pixel from the nearest source pixel.
 
-    Values are never mixed: a bilinear depth invents flying points at edges and spreads nan and inf. The price is that
-    a depth was measured on a ray up to half a source pixel (per axis) off the ray of its target pixel: where depth has
-    the gradient g per source pixel its error is at most |g_u| / 2 + |g_v| / 2, and nil on a fronto-parallel plane.
+    Values are never mixed: a bilinear depth invents flying points at edges and spreads nan and inf.
+    The price is that a depth was measured on a ray up to half a source pixel (per axis) off the ray
+    of its target pixel: where depth has the gradient g per source pixel its error is at most
+    |g_u| / 2 + |g_v| / 2, and zero on a fronto-parallel plane.
     """
     from_height, from_width = maps.shape[-2:]
     plan = resize_crop_plan(from_height, from_width, height, width)
     rows = (torch.arange(height, dtype=torch.float64, device=maps.device) + plan.top + 0.5) / plan.scale
     columns = (torch.arange(width, dtype=torch.float64, device=maps.device) + plan.left + 0.5) / plan.scale
-    nearest_row = rows.long().clamp(max=from_height - 1)  # the nearest centre is that of the pixel around the point
+    # the pixel around a point is also the one with the nearest centre
+    nearest_row = rows.long().clamp(max=from_height - 1)
     nearest_column = columns.long().clamp(max=from_width - 1)
     return maps[..., nearest_row[:, None], nearest_column]

@@ -1,17 +1,20 @@
-"""Pointmaps in camera-0 coordinates and their normalisation into the cube that the video VAE can hold.
+"""Pointmaps in camera-0 coordinates and their normalisation into the cube that the VAE can hold.
 
-One similarity per clip, x -> (x - (0, 0, offset)) / scale: one scale for all frames and axes (anything else would
-destroy camera motion or shape) and, by a switch, an offset along z. The cube from the inside out, in max|x|:
+Each clip has one similarity, x -> (x - (0, 0, offset)) / scale: one scale for all frames and axes
+(anything else would destroy camera motion or shape) and, if asked for, an offset along z.
+The cube from the inside out, in max|x|:
     <= 0.80  every camera centre, so that every ray leaves the cube through its surface
     <= 0.90  geometry; what lies beyond is moved along its ray onto 0.90 and flagged not valid
-    =  0.97  sky, on its ray, flagged not valid; anything above 0.935 is told as sky after decoding
+    =  0.97  sky, on its ray, flagged not valid; anything above 0.935 is read as sky after decoding
 The scale is the smallest that holds the clip's valid points, their extents cut at the reach
     min(1.25 x 98th percentile, far_limit x median) of their distances, max|x| from camera 0:
-a compact scene keeps every point, a few flying points cannot stretch the cube, and a VAE error e costs at most
-e · far_limit / 0.90 of the median distance. Only the camera path can enlarge the cube further.
+a compact scene keeps every point, a few flying points cannot stretch the cube, and a VAE error e
+costs at most e · far_limit / 0.90 of the median distance. Only the camera path can enlarge the cube
+further.
 
-Linear maps make that error large for near points. `bend` moves every point along its ray from camera 0 so that
-distances r become r ** power, for the VAE's eyes alone: everything else sees the cube as it is.
+For near points that error is large relative to their distance. `bend` moves every point along its
+ray from camera 0 so that distances r become r ** power. Only the VAE sees the bent cube; everything
+else sees the cube as it is.
 """
 
 from __future__ import annotations
@@ -25,7 +28,7 @@ from one4d_pl.geometry.camera import camera_rays, to_camera
 from one4d_pl.geometry.se3 import rebase_to_first, rotate, split_se3
 from one4d_pl.types import PointmapScale
 
-CENTRE_EXTENT = 0.80  # camera centres: 0.10 of room lets a ray that looks outwards still end off its camera
+CENTRE_EXTENT = 0.80  # of camera centres: a ray that looks outwards still has 0.10 to go
 GEOMETRY_EXTENT = 0.90
 SKY_EXTENT = 0.97  # the Wan VAE clamps at 1, so nothing may sit there
 SKY_THRESHOLD = 0.935  # half-way between geometry and sky
@@ -47,7 +50,10 @@ def depth_to_pointmap(
     intrinsics: Tensor,  # [..., T, 3, 3], pixels
     cam2world: Tensor,  # [..., T, 4, 4], any world, unit of depth
 ) -> Tensor:  # [..., T, H, W, 3], camera-0 coordinates, unit of depth
-    """X_i(u, v) = R_iᵀ D_i K_i⁻¹ (u, v, 1)ᵀ + o_i (One4D, Eq. 11), world = camera 0; not finite where depth is not."""
+    """Lift depth maps into camera 0: X_i(u, v) = R_iᵀ D_i K_i⁻¹ (u, v, 1)ᵀ + o_i (One4D, Eq. 11).
+
+    A point is not finite where its depth is not.
+    """
     centres, directions = _rays_from_camera_0(depth.shape[-2], depth.shape[-1], intrinsics, cam2world)
     return centres[..., None, None, :] + depth[..., None] * directions
 
@@ -56,7 +62,7 @@ def pointmap_to_depth(
     points: Tensor,  # [..., T, H, W, 3], camera-0 coordinates, not normalised
     cam2world: Tensor,  # [..., T, 4, 4], any world, unit of points
 ) -> Tensor:  # [..., T, H, W], z-depth in each frame's own camera
-    """The depth maps of a pointmap under known cameras; the inverse of `depth_to_pointmap`."""
+    """Return the depth maps of a pointmap under known cameras: `depth_to_pointmap` undone."""
     return to_camera(points, rebase_to_first(cam2world))[..., 2]
 
 
@@ -77,7 +83,7 @@ def denormalise(
 
 
 def is_sky(points: Tensor) -> Tensor:  # [..., H, W, 3], the cube -> [..., H, W] bool
-    """Whether a normalised, possibly decoded, point is a sky code rather than geometry: max|x| > 0.935."""
+    """Tell which points of the cube, decoded ones too, stand for sky: max|x| > 0.935."""
     return points.abs().amax(-1) > SKY_THRESHOLD
 
 
@@ -85,7 +91,10 @@ def bend(
     points: Tensor,  # [..., H, W, 3], the cube without an offset: camera 0 is its centre
     power: float,  # in (0, 1]; 1 = as they are
 ) -> Tensor:  # [..., H, W, 3], the bent cube: geometry stays within max|x| <= 0.90, sky where it is
-    """Distances r from camera 0 become 0.90 (r / 0.90) ** power, on their rays: near points get more of the cube."""
+    """Move points along their rays from camera 0: distances r become 0.90 (r / 0.90) ** power.
+
+    Near points get more of the cube.
+    """
     if power == 1:
         return points
     return torch.where(is_sky(points)[..., None], points, _raise_distances(points, power))
@@ -95,7 +104,10 @@ def unbend(
     points: Tensor,  # [..., H, W, 3], the bent cube, possibly decoded
     power: float,  # of `bend`
 ) -> Tensor:  # [..., H, W, 3], the cube
-    """Undo `bend`. Geometry that a decoder put beyond 0.90 comes to lie there: outside it would read as sky."""
+    """Undo `bend`.
+
+    Geometry that a decoder put beyond 0.90 is moved onto 0.90: further out it would read as sky.
+    """
     if power == 1:
         return points
     straight = _raise_distances(points, 1 / power)
@@ -104,9 +116,9 @@ def unbend(
     return torch.where(is_sky(points)[..., None], points, straight)
 
 
-def _raise_distances(points: Tensor, power: float) -> Tensor:
+def _raise_distances(points: Tensor, power: float) -> Tensor:  # [..., 3] -> [..., 3]
     distance = torch.linalg.vector_norm(points, dim=-1, keepdim=True)
-    # camera 0 itself has no ray; no surface lies there
+    # a point at camera 0 has no ray to move along; the limit keeps it finite
     return points * (distance / GEOMETRY_EXTENT).clamp_min(1e-6) ** (power - 1)
 
 
@@ -116,12 +128,12 @@ def normalise_pointmap(
     intrinsics: Tensor,  # [T, 3, 3], pixels
     cam2world: Tensor,  # [T, 4, 4], any world, unit of depth
     far_limit: float,  # farthest geometry kept, in median distances from camera 0; > 1
-    z_offset: bool,  # whether the cube's centre may leave camera 0 along z, which nearly halves the scale
+    z_offset: bool,  # let the cube's centre leave camera 0 along z, which nearly halves the scale
 ) -> NormalisedPointmap:
     """Lift a clip to camera-0 coordinates and fit it into the cube (see the module's docstring).
 
-    Pixels that are neither valid nor sky take the depth of the nearest valid pixel of their frame. A clip without a
-    valid point, or with far_limit <= 1, raises ValueError.
+    Pixels that are neither valid nor sky take the depth of the nearest valid pixel of their frame.
+    ValueError for a clip without a valid point, or far_limit <= 1.
     """
     if not far_limit > 1:
         raise ValueError(f"far_limit: {far_limit}, need > 1 (in median distances from camera 0)")
@@ -148,9 +160,10 @@ def infill_depth(
     depth: Tensor,  # [T, H, W]
     valid: Tensor,  # [T, H, W] bool
 ) -> Tensor:  # [T, H, W], finite
-    """Replace every depth that is not valid by that of the nearest valid pixel of its frame (city-block distance).
+    """Replace every depth that is not valid by that of the nearest valid pixel of its frame.
 
-    A frame without any takes the median of the clip's valid depths.
+    Nearest by city-block distance. A frame without a valid pixel takes the median of the clip's
+    valid depths.
     """
     filled = depth.clone()
     empty = ~valid.flatten(1).any(1)  # [T]
@@ -161,7 +174,10 @@ def infill_depth(
 
 
 def _nearest_valid_index(valid: Tensor) -> Tensor:  # [H, W] bool, any set -> [H, W] int64 into the flattened image
-    """City-block distance splits into a row pass and a column pass, so four running extrema find the nearest pixel."""
+    """Find every pixel's nearest valid pixel by city-block distance.
+
+    That distance splits into a pass over rows and one over columns, of two running extrema each.
+    """
     height, width = valid.shape
     far = height + width  # no distance in the image is larger
     columns = torch.arange(width, device=valid.device).expand(height, width)
@@ -172,7 +188,8 @@ def _nearest_valid_index(valid: Tensor) -> Tensor:  # [H, W] bool, any set -> [H
     to_left, to_right = columns - left, right - columns
     source_column = torch.where(to_left <= to_right, left, right)
     in_row = torch.minimum(to_left, to_right)
-    # 2. In each column the row where distance along the row + distance to that row is least, from above and from below.
+    # 2. In each column the row with the least distance along that row + distance to that row,
+    #    searched from above and from below.
     above, above_row = (in_row - rows).cummin(0)
     below, below_row = (in_row + rows).flip(0).cummin(0)
     below, below_row = below.flip(0), height - 1 - below_row.flip(0)
@@ -186,7 +203,7 @@ def _rays_from_camera_0(
     intrinsics: Tensor,  # [..., T, 3, 3]
     cam2world: Tensor,  # [..., T, 4, 4]
 ) -> tuple[Tensor, Tensor]:  # centres [..., T, 3], directions [..., T, H, W, 3]
-    """Camera centres and pixel rays (one unit of z-depth long) in camera-0 coordinates."""
+    """Return camera centres and pixel rays (one unit of z-depth long) in camera-0 coordinates."""
     rotation, centres = split_se3(rebase_to_first(cam2world))
     return centres, rotate(rotation[..., None, None, :, :], camera_rays(height, width, intrinsics))
 
@@ -197,7 +214,10 @@ def _fit_scale(
     far_limit: float,
     z_offset: bool,
 ) -> PointmapScale:
-    """The smallest cube that holds the points up to the robust reach within 0.90 and all camera centres within 0.80."""
+    """Find the smallest cube that holds the points and the camera centres.
+
+    Points up to the reach lie within 0.90, all camera centres within 0.80 (module's docstring).
+    """
     distance = points.abs().amax(-1)  # [N]
     # By nearest rank: torch.quantile refuses more than 16 M values, which is one long clip.
     percentile = distance.kthvalue(max(1, round(PERCENTILE * len(distance)))).values
@@ -209,11 +229,11 @@ def _fit_scale(
     needed = [side / GEOMETRY_EXTENT, centre_side / CENTRE_EXTENT]
     faces_ahead = [(ahead, GEOMETRY_EXTENT), (centre_ahead, CENTRE_EXTENT)]
     faces_behind = [(behind, GEOMETRY_EXTENT), (centre_behind, CENTRE_EXTENT)]
-    if z_offset:  # only the sum of an extent ahead and one behind is bound: 2 x 2 pairs
+    if z_offset:  # only the sum of an extent ahead and one behind limits the scale: 2 x 2 pairs
         needed += [(a + b) / (room + room_b) for a, room in faces_ahead for b, room_b in faces_behind]
     else:
         needed += [extent / room for extent, room in faces_ahead + faces_behind]
-    # A few roundings of slack: the farthest point must land inside 0.90, not a bit beside it.
+    # Some slack for rounding: the farthest point must land inside 0.90, not just outside.
     scale = torch.stack(needed).amax() * (1 + 8 * torch.finfo(points.dtype).eps)
     offset = torch.zeros_like(scale)
     if z_offset:  # the middle of the offsets that this scale allows
@@ -230,12 +250,12 @@ def _leave_cube(
     directions: Tensor,  # [M, 3], not zero
     extent: Tensor,  # [M], half-size of the cube
 ) -> Tensor:  # [M, 3], max|x| exactly extent
-    """The point where each ray leaves the cube (slab method)."""
+    """Return the point where each ray leaves the cube (slab method)."""
     face = directions.sign() * extent[:, None]  # [M, 3], the face that each axis runs towards
     steps = torch.where(directions == 0, torch.inf, (face - origins) / directions)
     nearest = steps.amin(-1, keepdim=True)
     hit = torch.minimum(torch.maximum(origins + nearest * directions, -extent[:, None]), extent[:, None])
-    return torch.where(steps == nearest, face, hit)  # rounding must not leave the face
+    return torch.where(steps == nearest, face, hit)  # exactly on the face, whatever the rounding
 
 
 def _offset_vector(scale: PointmapScale) -> Tensor:  # [...] -> [..., 1, 1, 1, 3]

@@ -1,7 +1,8 @@
-"""Rotations and rigid transforms: quaternions, so(3), inverse, composition, cameras relative to the first one.
+"""Rotations and rigid transforms: quaternions, so(3), inverses, products, relative cameras.
 
-A transform is named by its direction: `a2b` takes coordinates in a to coordinates in b. Small products are written as
-sums of elementwise products, not as matmul: under bf16 autocast or TF32 a matmul would silently keep 8 to 10 bits.
+A transform is named by its direction: `a2b` takes coordinates in a to coordinates in b. Small
+products are written as sums of elementwise products, not as matmul: under bf16 autocast or TF32 a
+matmul would silently keep 8 to 10 bits.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ def rotate(
     rotation: Tensor,  # [..., 3, 3]
     vectors: Tensor,  # [..., 3], leading dims broadcast
 ) -> Tensor:  # [..., 3]
-    """Multiply every vector by its matrix, in the dtype of the input whatever the autocast state."""
+    """Multiply every vector by its matrix, in the input's dtype whatever the autocast state."""
     x, y, z = vectors[..., 0:1], vectors[..., 1:2], vectors[..., 2:3]
     return x * rotation[..., 0] + y * rotation[..., 1] + z * rotation[..., 2]
 
@@ -23,7 +24,7 @@ def matrix_product(
     left: Tensor,  # [..., 3, 3]
     right: Tensor,  # [..., 3, 3]
 ) -> Tensor:  # [..., 3, 3]
-    """The product left · right, in the dtype of the input whatever the autocast state."""
+    """Multiply left · right, in the input's dtype whatever the autocast state."""
     return rotate(left[..., None, :, :], right.mT).mT
 
 
@@ -31,7 +32,7 @@ def se3_matrix(
     rotation: Tensor,  # [..., 3, 3]
     translation: Tensor,  # [..., 3]
 ) -> Tensor:  # [..., 4, 4]
-    """Put a rotation and a translation into one homogeneous matrix whose last row is exactly (0, 0, 0, 1)."""
+    """Join a rotation and a translation; the last row is exactly (0, 0, 0, 1)."""
     top = torch.cat([rotation, translation[..., None]], dim=-1)  # [..., 3, 4]
     bottom = torch.zeros_like(top[..., :1, :])
     bottom[..., 3] = 1
@@ -39,12 +40,12 @@ def se3_matrix(
 
 
 def split_se3(transform: Tensor) -> tuple[Tensor, Tensor]:  # [..., 4, 4] -> [..., 3, 3], [..., 3]
-    """The rotation and the translation of a rigid transform."""
+    """Return the rotation and the translation of a rigid transform."""
     return transform[..., :3, :3], transform[..., :3, 3]
 
 
 def invert_se3(a2b: Tensor) -> Tensor:  # [..., 4, 4] -> [..., 4, 4]
-    """The inverse b2a of a rigid transform (cam2world <-> world2cam), by transposing its rotation."""
+    """Invert a rigid transform to b2a (cam2world <-> world2cam), by transposing its rotation."""
     rotation, translation = split_se3(a2b)
     return se3_matrix(rotation.mT, -rotate(rotation.mT, translation))
 
@@ -53,20 +54,27 @@ def relative_se3(
     reference2world: Tensor,  # [..., 4, 4]
     other2world: Tensor,  # [..., 4, 4], leading dims broadcast
 ) -> Tensor:  # [..., 4, 4], other2reference
-    """The rigid transform other2reference = reference2world⁻¹ · other2world, without loss far from the origin."""
+    """Return other2reference = reference2world⁻¹ · other2world.
+
+    Precision does not suffer far from the origin.
+    """
     (reference_rotation, reference_centre), (rotation, centre) = split_se3(reference2world), split_se3(other2world)
-    # Centres are subtracted before they are rotated: two cameras a metre apart may be 100 km from the origin.
+    # Centres are subtracted before they are rotated: two cameras a metre apart may be 100 km from
+    # the origin.
     offset = rotate(reference_rotation.mT, centre - reference_centre)
     return se3_matrix(matrix_product(reference_rotation.mT, rotation), offset)
 
 
 def rebase_to_first(cam2world: Tensor) -> Tensor:  # [..., T, 4, 4] -> [..., T, 4, 4]
-    """Cameras in the coordinates of camera 0, which becomes the world (frame 0 becomes the identity)."""
+    """Express the cameras in camera 0, which becomes the world (frame 0 becomes the identity)."""
     return relative_se3(cam2world[..., :1, :, :], cam2world)
 
 
 def xyzw_to_matrix(quaternion: Tensor) -> Tensor:  # [..., 4] -> [..., 3, 3]
-    """Rotation of a quaternion in (x, y, z, w) order, of any non-zero length; a zero quaternion raises ValueError."""
+    """Convert a quaternion in (x, y, z, w) order, of any length but zero, to a rotation.
+
+    ValueError for a zero or nan quaternion.
+    """
     norm = torch.linalg.vector_norm(quaternion, dim=-1, keepdim=True)
     if not bool((norm > 0).all()):
         raise ValueError("quaternion: zero or nan length, no rotation; drop the row or mark its camera as missing")
@@ -80,14 +88,15 @@ def xyzw_to_matrix(quaternion: Tensor) -> Tensor:  # [..., 4] -> [..., 3, 3]
 
 
 def wxyz_to_matrix(quaternion: Tensor) -> Tensor:  # [..., 4] -> [..., 3, 3]
-    """Rotation of a quaternion in (w, x, y, z) order, of any non-zero length; a zero quaternion raises ValueError."""
+    """Convert a quaternion in (w, x, y, z) order to a rotation; see `xyzw_to_matrix`."""
     return xyzw_to_matrix(quaternion.roll(-1, dims=-1))
 
 
 def matrix_to_xyzw(rotation: Tensor) -> Tensor:  # [..., 3, 3] -> [..., 4]
-    """Unit quaternion in (x, y, z, w) order with w >= 0, accurate at every angle."""
+    """Convert a rotation to a unit quaternion (x, y, z, w), w >= 0; accurate at every angle."""
     (m00, m01, m02), (m10, m11, m12), (m20, m21, m22) = (row.unbind(-1) for row in rotation.unbind(-2))
-    # Row i is 4·q_i·(x, y, z, w). The row of the largest component is never near zero: its length is a safe divisor.
+    # Row i is 4·q_i·(x, y, z, w). The row of the largest component is never near zero, so its
+    # length is a safe divisor.
     rows = [
         [1 + m00 - m11 - m22, m01 + m10, m02 + m20, m21 - m12],
         [m01 + m10, 1 - m00 + m11 - m22, m12 + m21, m02 - m20],
@@ -101,12 +110,12 @@ def matrix_to_xyzw(rotation: Tensor) -> Tensor:  # [..., 3, 3] -> [..., 4]
 
 
 def matrix_to_wxyz(rotation: Tensor) -> Tensor:  # [..., 3, 3] -> [..., 4]
-    """Unit quaternion in (w, x, y, z) order with w >= 0, accurate at every angle."""
+    """Convert a rotation to a unit quaternion (w, x, y, z), w >= 0; accurate at every angle."""
     return matrix_to_xyzw(rotation).roll(1, dims=-1)
 
 
 def so3_exp(rotation_vector: Tensor) -> Tensor:  # [..., 3], radians -> [..., 3, 3]
-    """Rodrigues' formula: the rotation about the vector by its length, smooth through zero."""
+    """Rotate about the vector by its length (Rodrigues' formula), smooth through zero."""
     squared = rotation_vector.square().sum(-1)[..., None, None]
     small = squared < torch.finfo(rotation_vector.dtype).eps
     angle = torch.where(small, 1, squared).sqrt()  # the unused branch must stay finite for the gradient
@@ -120,7 +129,10 @@ def so3_exp(rotation_vector: Tensor) -> Tensor:  # [..., 3], radians -> [..., 3,
 
 
 def so3_log(rotation: Tensor) -> Tensor:  # [..., 3, 3] -> [..., 3], radians
-    """Rotation vector of length <= pi, accurate near 0 and near pi (at exactly pi the axis may have either sign)."""
+    """Return the rotation vector of length <= pi, accurate near 0 and near pi.
+
+    At exactly pi the axis may have either sign.
+    """
     quaternion = matrix_to_xyzw(rotation)
     axis, cosine = quaternion[..., :3], quaternion[..., 3:]
     squared = axis.square().sum(-1, keepdim=True)
@@ -135,7 +147,10 @@ def geodesic_angle(
     preds: Tensor,  # [..., 3, 3]
     target: Tensor,  # [..., 3, 3]
 ) -> Tensor:  # [...], radians in [0, pi]
-    """Angle of the rotation between two rotations, accurate near 0 and near pi, where arccos of the trace is not."""
+    """Return the angle between two rotations.
+
+    Accurate near 0 and near pi, where arccos of the trace is not.
+    """
     quaternion = matrix_to_xyzw(matrix_product(preds.mT, target))
     return 2 * torch.atan2(torch.linalg.vector_norm(quaternion[..., :3], dim=-1), quaternion[..., 3])
 
@@ -144,7 +159,7 @@ def is_rotation(
     rotation: Tensor,  # [..., 3, 3]
     tolerance: float = 1e-4,  # largest |RᵀR - I|; files store five to six digits
 ) -> Tensor:  # [...] bool
-    """Whether a matrix is orthonormal and right-handed; nan is not."""
+    """Tell whether a matrix is orthonormal and right-handed; a matrix with nan is not."""
     identity = torch.eye(3, dtype=rotation.dtype, device=rotation.device)
     error = (matrix_product(rotation.mT, rotation) - identity).abs().amax((-2, -1))
     return (error <= tolerance) & (torch.linalg.det(rotation) > 0)
