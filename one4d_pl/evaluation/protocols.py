@@ -21,7 +21,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from one4d_pl.metrics.depth import Alignment
-from one4d_pl.metrics.published_fits import ADAM, LOWEST_SCALE
+from one4d_pl.metrics.published_fits import ADAM, MIN_SCALE
 
 FAR = 70.0  # metres
 EXACT: tuple[Alignment, ...] = ("scale", "scale_shift")
@@ -41,7 +41,7 @@ class Protocol:
     @property
     def lowest_scale(self) -> float | None:
         """Where the alignment holds the scale; None = nothing does."""
-        return LOWEST_SCALE if self.alignment == "scale_cut3r" else 0.0 if self.alignment in EXACT else None
+        return MIN_SCALE if self.alignment == "scale_cut3r" else 0.0 if self.alignment in EXACT else None
 
     @property
     def needs_metres(self) -> bool:

@@ -1,13 +1,15 @@
-"""Camera trajectories against ground truth: ATE, RPE and relative pose AUC, and how much a camera moves at all.
+"""Camera trajectories against ground truth: ATE, RPE, relative pose AUC, and how far they go.
 
-ATE and RPE are those of evo with Sim(3) alignment over all frames (`evo_ape -as`, `evo_rpe -as -d 1 -u f` with all
-pairs): root mean squares. RPE does not depend on the rotation and translation of the alignment, only on its scale.
+ATE and RPE are those of evo with Sim(3) alignment over all frames (`evo_ape -as`, `evo_rpe -as -d 1
+-u f` with all pairs): root mean squares. RPE does not depend on the rotation and translation of the
+alignment, only on its scale.
 
-A camera that stands still, or moves on a line, leaves the rotation of the alignment open; evo refuses and published
-protocols then drop the sequence. Here the best similarity's errors are given all the same (they are unique), the
-sequence is flagged `degenerate`, and path length and total rotation stand beside: a standing camera must not look good.
-Nor one that only trembles: Sim(3) scales its jitter to whatever fits best, so its path may be of any length, but its
-ATE is hardly below `ate_standing`.
+A camera that stands still, or moves on a line, does not determine the rotation of the alignment;
+evo refuses it, and published protocols then drop the sequence. Here the errors of the best
+similarity are reported all the same (they are unique) and the sequence is flagged `degenerate`.
+Path length and total rotation are reported too, so that a standing camera does not look good.
+Nor does one that only trembles: Sim(3) scales its jitter to whatever fits best, so its path may
+have any length, but its ATE is hardly below `ate_standing`.
 """
 
 from __future__ import annotations
@@ -49,7 +51,10 @@ def camera_errors(
     target: Tensor,  # [T, 4, 4] cam2world
     valid: Tensor,  # [T] bool; other rows are left out, as if never recorded
 ) -> CameraErrors:
-    """Compare two trajectories in float64; fewer than two valid cameras or a valid one not finite raise ValueError."""
+    """Compare two trajectories in float64.
+
+    ValueError for fewer than two valid cameras, or a valid one that is not finite.
+    """
     preds, target = preds[valid].double(), target[valid].double()
     if len(preds) < 2:
         raise ValueError(f"camera_errors: {len(preds)} valid cameras, need at least 2")
@@ -76,17 +81,21 @@ def absolute_error(
     preds: Tensor,  # [T, 3] camera centres, float64
     target: Tensor,  # [T, 3] camera centres, float64
 ) -> tuple[Tensor, Tensor, Tensor]:  # RMSE, scale, degenerate
-    """The RMSE after the best similarity, that similarity's scale, and whether its rotation is not determined."""
+    """Align two paths by the best similarity.
+
+    Returns the RMSE, the scale, and whether evo would refuse: the rotation is not determined.
+    """
     centred, target_centred = preds - preds.mean(0), target - target.mean(0)
     covariance = (target_centred[:, :, None] * centred[:, None, :]).mean(0)  # [3, 3]
     singular = torch.linalg.svdvals(covariance)
     eps = torch.finfo(torch.float64).eps
-    refused = singular[1] <= eps  # evo's rule, absolute: whom the published protocols drop
+    refused = singular[1] <= eps  # evo's absolute rule: what published protocols drop
     if bool(singular[1] > 100 * eps * singular[0]):  # well above the rank test of align_sim3
         everywhere = torch.ones_like(preds[:, 0], dtype=torch.bool)
         fit = align_sim3(preds, target, everywhere)
         return (fit.apply(preds) - target).square().sum(-1).mean().sqrt(), fit.scale, refused
-    # Rank below 2: every best rotation leaves the same residual (Umeyama 1991, eq. 33), no need to choose one.
+    # Rank below 2: every best rotation leaves the same residual (Umeyama 1991, eq. 33), so none
+    # has to be chosen.
     variance = centred.square().sum(-1).mean()
     scale = singular[0] / variance if bool(variance > 0) else torch.zeros_like(variance)
     squared = target_centred.square().sum(-1).mean() - scale * singular[0]
@@ -94,12 +103,12 @@ def absolute_error(
 
 
 def path_length(cam2world: Tensor) -> Tensor:  # [..., T, 4, 4] -> [...], its unit
-    """The length of the camera's path."""
+    """Return the length of the camera's path."""
     return torch.linalg.vector_norm(cam2world[..., 1:, :3, 3] - cam2world[..., :-1, :3, 3], dim=-1).sum(-1)
 
 
 def total_rotation(cam2world: Tensor) -> Tensor:  # [..., T, 4, 4] -> [...], degrees
-    """The sum of the angles by which the camera turns from frame to frame."""
+    """Sum the angles by which the camera turns from frame to frame."""
     return geodesic_angle(cam2world[..., :-1, :3, :3], cam2world[..., 1:, :3, :3]).rad2deg().sum(-1)
 
 
@@ -108,12 +117,13 @@ def relative_pose_auc(
     target: Tensor,  # [T, 4, 4] cam2world
     limit: float,  # degrees
 ) -> Tensor:  # scalar in [0, 1]
-    """Area under the recall curve of relative pose errors from 0 to `limit` degrees, over all pairs of frames i < j.
+    """Return the area under the recall curve of relative pose errors from 0 to `limit` degrees.
 
-    The error of a pair is the larger of the angle between the relative rotations and the angle between the directions
-    of the relative translations (no alignment, scale plays no part), so the area is mean(max(0, 1 - error / limit)):
-    exact, not binned to degrees. Where the true cameras do not move apart only the rotation counts; where they do and
-    the predicted ones do not, the direction is as wrong as can be (180).
+    Over all pairs of frames i < j. The error of a pair is the larger of two angles: that between
+    the relative rotations, and that between the directions of the relative translations (without
+    alignment, whatever the scale). The area is mean(max(0, 1 - error / limit)), exact and not
+    binned to degrees. Where the true cameras do not move apart, only the rotation counts; where
+    they do and the predicted ones do not, the direction is as wrong as it can be (180 degrees).
     """
     preds_far, target_far = NO_BASELINE * path_length(preds), NO_BASELINE * path_length(target)
     score = torch.zeros_like(preds_far)
@@ -130,9 +140,10 @@ def relative_pose_auc(
 
 
 class CameraError(Metric):
-    """Unweighted means over sequences of `CameraErrors`: over all, and over those that evo can align (`..._regular`).
+    """Unweighted means of `CameraErrors` over all sequences.
 
-    A sequence with fewer than two valid cameras enters no mean but is counted in `unscored`. nan before any sequence.
+    And over those that evo can align (`..._regular`). A sequence with fewer than two valid cameras
+    enters no mean and is counted in `unscored`. nan before any sequence.
     """
 
     higher_is_better, full_state_update = False, False
@@ -161,7 +172,7 @@ class CameraError(Metric):
         self.degenerate += degenerate
 
     def compute(self) -> dict[str, Tensor]:
-        """Both means of every error, and the counts of sequences, degenerate and unscored ones."""
+        """Return both means of every error, and the counts: sequences, degenerate, unscored."""
         means = dict(zip(ERROR_NAMES, self.totals / self.sequences))
         regular = self.regular_totals / (self.sequences - self.degenerate)
         means |= {f"{name}_regular": value for name, value in zip(ERROR_NAMES, regular)}

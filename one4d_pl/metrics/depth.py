@@ -1,13 +1,19 @@
-"""Video depth against ground truth by the field's protocols: AbsRel, SqRel, RMSE, log RMSE and δ < 1.25^k.
+"""Video depth against ground truth by the field's protocols.
+
+Errors are AbsRel, SqRel, RMSE, log RMSE and δ < 1.25^k.
 
 1. Scored are the pixels with 0 < target < max_depth, whatever was predicted there.
-2. One alignment per sequence, in depth (not disparity), named by what is free; the fit may use fewer pixels.
-3. The aligned prediction may be cut from above (post_clip), never from below: a depth <= 0 counts as 1e-5 in the two
-   logarithmic errors, and its share is reported. A prediction that is not finite counts as 0: no answer is no excuse.
-4. Each error is a mean over the pixels of its sequence; sequences are averaged with their pixel count as weight.
+2. One alignment per sequence, in depth (not disparity), named by what is free; the fit may use
+   fewer of these pixels.
+3. The aligned prediction may be cut from above (post_clip), never from below. A depth <= 0 counts
+   as 1e-5 in the logarithmic and ratio errors, and the share of such depths is reported. A
+   prediction that is not finite counts as 0: a missing answer must not improve the mean.
+4. Each error is a mean over the pixels of its sequence; sequences are averaged with their pixel
+   count as weight.
 
-The L1 fits are exact (a convex, piecewise linear problem). Published code is content with less, so that its result
-depends on the unit of the prediction and on rounding; its fits are in `published_fits`, to match printed numbers.
+The L1 fits are exact (a convex, piecewise linear problem). Published code stops earlier, so its
+result depends on the unit of the prediction and on rounding. Its fits are in `published_fits`, to
+match printed numbers.
 """
 
 from __future__ import annotations
@@ -24,9 +30,9 @@ from one4d_pl.metrics.published_fits import ADAM, adam_scale_shift, weiszfeld_sc
 
 Alignment = Literal["none", "median", "scale", "scale_shift", "scale_cut3r", "scale_shift_monst3r", "scale_shift_geo4d"]
 
-LOWEST = 1e-5  # what a depth counts as in a ratio or a logarithm, at least
+MIN_DEPTH = 1e-5  # smallest depth in a ratio or a logarithm
 CHUNK = 1 << 20  # pixels lifted to float64 at a time
-COARSE = 1 << 16  # points of the first guess of an exact fit
+SAMPLE_POINTS = 1 << 16  # points that the first guess of an exact fit uses
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,10 @@ def align_depth(
 ) -> ScaleShift:
     """Fit target ≈ scale · preds + shift over the valid pixels of a sequence.
 
-    none: 1 and 0. median: ratio of the (lower) medians. scale, scale_shift: the least sum of absolute errors. All of
-    these keep the scale >= 0. The others are `published_fits`, in the precision of preds and target. Where nothing can
-    be fitted (no valid pixel with a finite prediction) the result is the identity.
+    none: 1 and 0. median: ratio of the (lower) medians. scale, scale_shift: the least sum of
+    absolute errors. All of these keep the scale >= 0. The others are `published_fits`, in the
+    precision of preds and target. Where nothing can be fitted (no valid pixel with a finite
+    prediction) the result is the identity. ValueError for an unknown alignment.
     """
     usable = valid & preds.isfinite() & target.isfinite()
     points, depths = preds[usable], target[usable]  # [N]
@@ -96,7 +103,7 @@ def depth_errors(
     target: Tensor,  # [...], > 0 where valid
     valid: Tensor,  # [...] bool
 ) -> DepthErrors:
-    """All errors over the valid pixels of one sequence, summed in float64."""
+    """Measure all errors over the valid pixels of one sequence, summed in float64."""
     identity = align_depth(preds, target, valid, "none")
     return _mean_errors(preds[valid], target[valid], identity, post_clip=None)
 
@@ -114,14 +121,17 @@ def score_depth(
     scored = valid & target.isfinite() & (target > 0)
     if max_depth is not None:
         scored &= target < max_depth
-    points, depths = preds[scored], target[scored]  # [N]: one sequence is the most that is held
+    points, depths = preds[scored], target[scored]  # [N]
     everywhere = torch.ones_like(points, dtype=torch.bool)
     fit = align_depth(points, depths, everywhere if fit_valid is None else fit_valid[scored], alignment)
     return _mean_errors(points, depths, fit, post_clip)
 
 
 class VideoDepthError(Metric):
-    """Mean over sequences, weighted by scored pixels, of every error of `score_depth`; nan before any pixel."""
+    """Mean over sequences of every error of `score_depth`, weighted by scored pixels.
+
+    nan before any pixel.
+    """
 
     higher_is_better, full_state_update = False, False
     totals: Tensor
@@ -141,7 +151,7 @@ class VideoDepthError(Metric):
         self.num_valid += num_valid
 
     def compute(self) -> dict[str, Tensor]:
-        """One scalar per field of `DepthErrors` but the count."""
+        """Return one scalar per field of `DepthErrors` but the count."""
         return dict(zip(ERROR_NAMES, self.totals / self.num_valid))
 
 
@@ -151,14 +161,17 @@ def _mean_errors(
     fit: ScaleShift,
     post_clip: float | None,
 ) -> DepthErrors:
-    """Steps 2 and 3 of the module's docstring and the means of step 4, piece by piece in float64."""
+    """Apply the fit and average the errors (steps 2 to 4 of the module's docstring).
+
+    Chunk by chunk in float64.
+    """
     totals = torch.zeros(len(ERROR_NAMES), dtype=torch.float64, device=preds.device)
     for p, g in zip(preds.split(CHUNK), target.split(CHUNK)):
         p, g = p.double(), g.double()
         p = torch.where(p.isfinite(), fit.apply(p), 0)
         if post_clip is not None:
             p = p.clamp(max=post_clip)
-        error, positive = p - g, p.clamp(min=LOWEST)
+        error, positive = p - g, p.clamp(min=MIN_DEPTH)
         ratio = torch.maximum(positive / g, g / positive)
         within = [(ratio < 1.25**k).double() for k in (1, 2, 3)]
         squared, squared_log = error.square(), (positive.log() - g.log()).square()
@@ -171,10 +184,11 @@ def _mean_errors(
 
 @dataclass
 class _Residuals:
-    """min over t of sum |g - s p - t| as a function of s, over the points whose sign is still open.
+    """min over t of sum |g - s p - t|, a function of s, over points whose sign is not known yet.
 
-    Once s is known to lie in a bracket, a point on the same side of the line for every s in it adds a constant to the
-    derivative and is dropped: after a few steps almost none are left, whatever N was.
+    Once s is known to lie in a bracket, a point on the same side of the line for every s in it adds
+    a constant to the derivative and is dropped: after a few steps almost none are left, whatever N
+    was.
     """
 
     points: Tensor  # [N] float64
@@ -185,13 +199,16 @@ class _Residuals:
     moment: float = 0.0  # sum of sign · p over the dropped points
 
     def shift(self, scale: float) -> float:
-        """The best t at this scale: the lower median of the residuals."""
-        return self._lowest(self.depths - scale * self.points)
+        """Return the best t at this scale: the lower median of the residuals."""
+        return self._best_shift(self.depths - scale * self.points)
 
     def derivative(self, scale: float) -> float:
-        """A subgradient at this scale; points on the line share the sign that makes the one in t vanish."""
+        """Return a subgradient in s at this scale.
+
+        Points on the line share the sign for which the subgradient in t vanishes.
+        """
         residuals = self.depths - scale * self.points
-        sign = (residuals - self._lowest(residuals)).sign()
+        sign = (residuals - self._best_shift(residuals)).sign()
         moment = self.moment + float((sign * self.points).sum())
         if self.free_shift:
             on_line = sign == 0
@@ -203,27 +220,28 @@ class _Residuals:
         """Drop the points that stay on one side of the line for every scale in [low, high]."""
         first, last = self.depths - low * self.points, self.depths - high * self.points
         lower, upper = torch.minimum(first, last), torch.maximum(first, last)
-        below, above = upper < self._lowest(lower), lower > self._lowest(upper)
+        below, above = upper < self._best_shift(lower), lower > self._best_shift(upper)
         self.moment += float(self.points[above].sum() - self.points[below].sum())
         self.excess += int(above.sum()) - int(below.sum())
         self.rank -= int(below.sum())
-        left = ~(below | above)
-        self.points, self.depths = self.points[left], self.depths[left]
+        undecided = ~(below | above)
+        self.points, self.depths = self.points[undecided], self.depths[undecided]
 
-    def _lowest(self, residuals: Tensor) -> float:
+    def _best_shift(self, residuals: Tensor) -> float:
         return float(residuals.kthvalue(self.rank).values) if self.free_shift else 0.0
 
 
 def _fit_l1(points: Tensor, depths: Tensor, free_shift: bool) -> tuple[float, float]:  # [N] each, N > 0
-    """The (s, t) of least sum |g - s p - t| with s >= 0, to the last bits of float64.
+    """Find the (s, t) of least sum |g - s p - t| with s >= 0, to the last bits of float64.
 
-    Many points: the fit of a regular sample, then a box around it. Inside the box most residuals cannot change sign and
-    become constants of the derivative; the rest is a small problem that equals the large one there. If its minimum lies
-    inside the box, it is the minimum of the whole (the sum is convex); if not, the box was too small.
+    With many points a regular sample is fitted first, and a box is put around its (s, t). Inside
+    the box most residuals cannot change sign and become constants of the derivative; the rest is a
+    small problem that equals the large one there. If its minimum lies inside the box, it is the
+    minimum of the whole (the sum is convex); if not, the box was too small and grows.
     """
-    step = max(1, len(points) // COARSE)
+    step = max(1, len(points) // SAMPLE_POINTS)
     sample, sample_depths = points[::step].double(), depths[::step].double()
-    centre = float(sample.median()) if free_shift else 0.0  # centred points let the median residual move least
+    centre = float(sample.median()) if free_shift else 0.0  # centring decouples shift from scale
     middle = float(sample_depths.median()) if free_shift else 0.0
     sample = sample - centre
     size = float(sample.abs().mean()) or 1.0
@@ -231,14 +249,15 @@ def _fit_l1(points: Tensor, depths: Tensor, free_shift: bool) -> tuple[float, fl
     residuals = _Residuals(sample, sample_depths, free_shift, rank=(len(sample) + 1) // 2)
     scale, shift = _minimise(residuals, guess=spread / size)
     if step > 1:
-        rounding = 1e-15 * (float(sample_depths.abs().mean()) or 1.0)  # a perfect sample still needs a box to grow
+        # a sample that fits perfectly still needs a box larger than nothing
+        rounding = 1e-15 * (float(sample_depths.abs().mean()) or 1.0)
         spread = max(float((sample_depths - scale * sample - shift).abs().mean()), rounding)
         width = 8 / len(sample) ** 0.5  # some eight standard errors of the sample's fit
         guess, guess_shift, inside = scale, shift, False
         while not inside:
             box = (width * spread / size, width * spread if free_shift else 0.0)
             width *= 8
-            residuals = _undecided(points, depths, centre, (guess, guess_shift), box, free_shift)
+            residuals = _restrict_to_box(points, depths, centre, (guess, guess_shift), box, free_shift)
             if free_shift and not 1 <= residuals.rank <= len(residuals.points):
                 continue  # no line of the box has half of the points below
             scale, shift = _minimise(residuals, guess, box[0])
@@ -246,7 +265,7 @@ def _fit_l1(points: Tensor, depths: Tensor, free_shift: bool) -> tuple[float, fl
     return scale, shift - scale * centre
 
 
-def _undecided(
+def _restrict_to_box(
     points: Tensor,  # [N]
     depths: Tensor,  # [N]
     centre: float,
@@ -254,7 +273,10 @@ def _undecided(
     box: tuple[float, float],  # half-widths in scale and shift
     free_shift: bool,
 ) -> _Residuals:
-    """The points whose residual may vanish for some line in the box; the others are summed up, piece by piece."""
+    """Keep the points whose residual may change sign within the box; sum up the others.
+
+    Chunk by chunk, in float64.
+    """
     kept_points, kept_depths = [], []
     num_below = num_above = 0
     moment = 0.0
@@ -264,16 +286,19 @@ def _undecided(
         above, below = residuals > reach, residuals < -reach
         num_above, num_below = num_above + int(above.sum()), num_below + int(below.sum())
         moment += float(p[above].sum() - p[below].sum())
-        left = ~(above | below)
-        kept_points.append(p[left])
-        kept_depths.append(g[left])
+        undecided = ~(above | below)
+        kept_points.append(p[undecided])
+        kept_depths.append(g[undecided])
     rank = (len(points) + 1) // 2 - num_below
     excess = num_above - num_below
     return _Residuals(torch.cat(kept_points), torch.cat(kept_depths), free_shift, rank, excess, moment)
 
 
 def _minimise(residuals: _Residuals, guess: float, reach: float = math.inf) -> tuple[float, float]:
-    """The scale >= 0, within `reach` of the guess, where the derivative changes its sign, and the shift there."""
+    """Find the scale where the derivative changes its sign, and the shift there.
+
+    The scale is >= 0 and within `reach` of the guess.
+    """
     lowest, highest = max(0.0, guess - reach), guess + reach
     low = high = guess
     width = 0.01 * guess or 1.0

@@ -1,8 +1,9 @@
-"""Perceptual distance of frames: shift-tolerant LPIPS (Ghildyal & Liu, ECCV 2022), under the name st_lpips.
+"""Perceptual distance of frames: shift-tolerant LPIPS, under the name st_lpips.
 
-The calibrated AlexNet weights (BSD 2-Clause) come from the package `stlpips-pytorch`, the extra `st_lpips`. Of that
-package only the weight file is read: its code asks for what training needs. A value of st_lpips is no LPIPS: both
-grow with what people see as different, on scales of their own.
+The method is that of Ghildyal & Liu (ECCV 2022). The calibrated AlexNet weights (BSD 2-Clause) come
+from the package `stlpips-pytorch`, the extra `st_lpips`. Only that package's weight file is read,
+because its code imports what only training needs. Values of st_lpips are not comparable with LPIPS:
+both grow with what people see as different, each on its own scale.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from torch.nn.functional import conv2d, max_pool2d, pad, relu
 from one4d_pl.errors import reading
 
 PACKAGE, WEIGHTS = "stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth"
-SMALLEST = 21  # pixels of a side; below, a reflected border is wider than what it borders
+MIN_SIDE = 21  # pixels a side; in smaller frames the reflected border is wider than the features
 FRAMES_AT_ONCE = 4  # the first layer has 64 channels at full resolution
-# name in the file, padding, whether the layer before is pooled
+# name in the file, padding, whether the input is max-pooled
 LAYERS = (
     ("slice1.0", 2, False), ("slice2.5", 2, True), ("slice3.9", 1, True), ("slice4.11", 1, False),
     ("slice5.13", 1, False),
@@ -32,10 +33,10 @@ log = logging.getLogger(__name__)
 
 
 class STLPIPS(nn.Module):
-    """Distance of two pictures in the features of an AlexNet without aliasing: every stride follows a blur."""
+    """Distance of two pictures in the features of an AlexNet that blurs before every stride."""
 
     def __init__(self, weights: Mapping[str, Tensor]) -> None:
-        """`weights` by their names in the package's file; a missing one raises KeyError."""
+        """Take `weights` by their names in the package's file; KeyError where one is missing."""
         super().__init__()
         for name in ("shift", "scale"):
             self.register_buffer(name, weights[f"scaling_layer.{name}"])  # [1, 3, 1, 1]
@@ -46,13 +47,16 @@ class STLPIPS(nn.Module):
 
     @staticmethod
     def open(path: Path) -> STLPIPS:
-        """Read the package's weight file, as tensors alone."""
+        """Read the package's weight file; nothing but tensors is loaded."""
         with reading(path, f"the weights of {PACKAGE}"):
             return STLPIPS(torch.load(path, map_location="cpu", weights_only=True)).eval()
 
     @torch.no_grad()
     def forward(self, preds: Tensor, target: Tensor) -> Tensor:  # [N, 3, H, W] x 2 in [-1, 1] -> [N]
-        """Mean over the picture of the calibrated squared distance of unit features, summed over the layers."""
+        """Return the distance: the calibrated squared difference of unit features.
+
+        It is averaged over the picture and summed over the layers.
+        """
         total = preds.new_zeros(len(preds), dtype=torch.float32)
         for number, (ours, truth) in enumerate(zip(self._features(preds), self._features(target), strict=True)):
             squared = (_unit(ours) - _unit(truth)).square()
@@ -76,12 +80,13 @@ def st_lpips(
     target: Tensor,  # [N, 3, T, H, W] in [-1, 1]
     given: Tensor,  # [N, T] bool, 1 = the model was shown this frame
 ) -> dict[str, float]:
-    """Mean over clips of the distance of given and of hidden frames.
+    """Average over clips the distance of given and of hidden frames.
 
-    {}, said once, without the extra `st_lpips` or for frames that are too small.
+    Returns {"given", "hidden"}, each where there are such frames; {}, logged once, without the
+    extra `st_lpips` or for frames that are too small.
     """
-    if min(preds.shape[-2:]) < SMALLEST:
-        _say_left_out(f"frames need {SMALLEST} pixels a side")
+    if min(preds.shape[-2:]) < MIN_SIDE:
+        _log_left_out(f"frames need {MIN_SIDE} pixels a side")
         return {}
     if (network := open_st_lpips()) is None:
         return {}
@@ -96,27 +101,27 @@ def st_lpips(
 
 
 def open_st_lpips() -> STLPIPS | None:
-    """The network with the package's weights; None, said once, where the extra is absent."""
-    package = importlib.util.find_spec(PACKAGE)  # finds it without running its code
+    """Open the network with the package's weights; None, logged once, without the extra."""
+    package = importlib.util.find_spec(PACKAGE)  # does not run its code
     if package is None or package.origin is None:
-        _say_left_out("it needs the extra of that name, `pip install 'one4d_pl[st_lpips]'`")
+        _log_left_out("it needs the extra of that name, `pip install 'one4d_pl[st_lpips]'`")
         return None
     return STLPIPS.open(Path(package.origin).parent / WEIGHTS)
 
 
 def frame_distances(network: STLPIPS, preds: Tensor, target: Tensor) -> Tensor:  # [3, T, H, W] x 2 -> [T]
-    """The distance of every frame of one video."""
+    """Measure the distance of every frame of one video."""
     pairs = zip(preds.movedim(0, 1).split(FRAMES_AT_ONCE), target.movedim(0, 1).split(FRAMES_AT_ONCE), strict=True)
     return torch.cat([network(ours, truth) for ours, truth in pairs])
 
 
 @functools.cache
-def _say_left_out(reason: str) -> None:
+def _log_left_out(reason: str) -> None:
     log.info("st_lpips is left out: %s", reason)
 
 
 def _halve(hidden: Tensor) -> Tensor:  # [N, C, H, W] -> [N, C, H', W']
-    """Blur by (1, 2, 1) / 4 each way and take every second pixel; borders are reflected two pixels wide."""
+    """Blur by (1, 2, 1) / 4 each way, borders reflected by two pixels; take every second pixel."""
     line = hidden.new_tensor([0.25, 0.5, 0.25])
     kernel = (line[:, None] * line).expand(hidden.shape[1], 1, 3, 3)
     return conv2d(pad(hidden, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=hidden.shape[1])

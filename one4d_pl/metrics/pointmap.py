@@ -1,10 +1,11 @@
 """Pointmaps against ground truth in camera-0 coordinates: relative point error, inlier share.
 
-The relative error of a point is |p - g| / |g|: its error after the alignment over the true point's distance from
-camera 0, the origin of the pointmap's world. That is what a decoder error costs (it is uniform in the cube, hence worst
-for near points), it does not change with the unit of the clip, and 1 is what a prediction of nothing but the origin
-gets. A moving camera may see points where camera 0 stood, so distances count as at least a tenth of the clip's median.
-The alignment minimises the squares of the same relative errors. A prediction that is not finite has error 1.
+The relative error of a point is |p - g| / |g|: its error after the alignment over the true point's
+distance from camera 0, the origin of the pointmap's world. It weighs a decoder's error, which is
+uniform in the cube, most where it hurts most: at near points. It does not change with the unit of
+the clip, and a prediction of nothing but the origin gets 1. A moving camera may see points where
+camera 0 stood, so distances count as at least a tenth of the clip's median. The alignment minimises
+the squares of the same relative errors. A prediction that is not finite has error 1.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from one4d_pl.geometry.alignment import Similarity, align_scale, align_scale_shi
 Alignment = Literal["scale", "scale_shift", "sim3"]
 
 ALIGN = {"scale": align_scale, "scale_shift": align_scale_shift, "sim3": align_sim3}
-INLIER = 0.25  # relative error of an inlier, below
-NEAREST = 0.1  # times the median distance: what a distance counts as, at least
-SAME_POINT = 0.05  # relative distance of two frames' true points that show the same place: about a pixel at 48 x 64
+INLIER = 0.25  # an inlier has a smaller relative error
+MIN_DISTANCE = 0.1  # times the median distance: the least that a distance counts as
 
 
 @dataclass(frozen=True)
 class PointmapErrors:
-    """Means over the points of one clip, all and moving ones alone; 0 where there is no point."""
+    """Means over the points of one clip, and over its moving points alone; 0 without a point."""
 
     rel_error: Tensor
     inliers: Tensor  # share with relative error < 0.25
@@ -36,7 +36,7 @@ class PointmapErrors:
     inliers_moving: Tensor
     num_valid: Tensor
     num_moving: Tensor
-    collapsed: Tensor  # bool: the prediction is one point or one line, and less than asked for could be aligned
+    collapsed: Tensor  # bool: one point or one line, too little for the alignment that was asked for
 
 
 def align_pointmap(
@@ -45,10 +45,11 @@ def align_pointmap(
     valid: Tensor,  # [...] bool, at least one
     alignment: Alignment,
 ) -> tuple[Similarity, bool]:
-    """The similarity of least squared relative error over the valid finite points, and whether preds are collapsed.
+    """Fit the similarity of least squared relative error over the valid finite points.
 
-    A prediction without extent takes the best that is left: sim3 falls back to scale_shift (a line), that to the mean
-    of the target (one point), scale to 0 (the origin).
+    Returns it, and whether the prediction is collapsed. Such a prediction takes the best fit that
+    it allows: sim3 falls back to scale_shift (a line), scale_shift to the mean of the target (one
+    point), scale to 0 (the origin). ValueError for an unknown alignment.
     """
     if alignment not in ALIGN:
         raise ValueError(f"pointmap alignment {alignment!r}, need one of {list(ALIGN)}")
@@ -60,7 +61,7 @@ def align_pointmap(
             break
         try:
             return ALIGN[attempt](points, truth, weights), attempt != alignment
-        except ValueError:  # documented in geometry/alignment.py: no extent, nothing to solve for
+        except ValueError:  # of geometry/alignment.py: the points do not determine this fit
             continue
     zero = distance.new_zeros(())
     centre = (weights[:, None] * truth).sum(0) / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
@@ -75,7 +76,7 @@ def pointmap_errors(
     moving: Tensor | None,  # [T, H, W] bool; None = unknown, nothing is reported as moving
     alignment: Alignment,
 ) -> PointmapErrors:
-    """Align one clip on all its valid points and measure them, and the moving ones alone."""
+    """Align one clip on all its valid points; measure all of them, and the moving ones alone."""
     empty = torch.zeros((), dtype=torch.float64, device=preds.device)
     valid = valid & target.isfinite().all(-1)
     count = valid.sum()
@@ -100,7 +101,10 @@ def pointmap_errors(
 
 
 class PointmapError(Metric):
-    """Means over clips of `pointmap_errors`, the moving part over clips that show motion; nan before any clip."""
+    """Means over clips of `pointmap_errors`; nan before any clip.
+
+    Errors of moving points are averaged over the clips that show motion.
+    """
 
     higher_is_better, full_state_update = False, False
     totals: Tensor
@@ -118,7 +122,7 @@ class PointmapError(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, preds: Tensor, target: Tensor, valid: Tensor, moving: Tensor | None = None) -> None:
-        """Add clips: [B, T, H, W, 3] twice, [B, T, H, W] bool twice."""
+        """Add clips: preds and target [B, T, H, W, 3], valid and moving [B, T, H, W] bool."""
         for i in range(len(preds)):
             clip_moving = None if moving is None else moving[i]
             errors = pointmap_errors(preds[i], target[i], valid[i], clip_moving, self.alignment)
@@ -129,7 +133,10 @@ class PointmapError(Metric):
             self.collapsed += errors.collapsed
 
     def compute(self) -> dict[str, Tensor]:
-        """rel_error and inliers, both again on moving points alone, and the share of collapsed predictions."""
+        """Return rel_error and inliers, both over all points and over moving ones.
+
+        And the share of clips whose prediction is collapsed.
+        """
         rel_error, inliers = self.totals / self.clips
         rel_error_moving, inliers_moving = self.moving_totals / self.moving_clips
         return {
@@ -142,6 +149,6 @@ class PointmapError(Metric):
 
 
 def _distances(target: Tensor, valid: Tensor) -> Tensor:  # [..., 3], [...] -> [...]
-    """Distance of every point from camera 0, at least a tenth of the median over the valid points."""
+    """Return every point's distance from camera 0, at least a tenth of the valid points' median."""
     distance = torch.linalg.vector_norm(target, dim=-1)
-    return distance.clamp(min=NEAREST * float(distance[valid].median()))
+    return distance.clamp(min=MIN_DISTANCE * float(distance[valid].median()))

@@ -1,16 +1,18 @@
-"""Depth alignments as published code computes them: its start, its steps, its precision, its early stop.
+"""Depth alignments as published code computes them: start, steps, precision and early stop.
 
-Adam        MonST3R and Geo4D. It minimises sum |s p + t - g| from the ratio of medians and shift 0, and stops once the
-            sum changes by less than 1e-6 from one step to the next. In float32 that happens: from 16 on, two sums
-            differ by more or not at all, and Adam gets slow enough for equal ones long before it reaches the minimum.
-Weiszfeld   CUT3R. Ten reweighted least squares for one scale, which ends near the exact L1 fit and not at it.
+Adam        MonST3R and Geo4D. It minimises sum |s p + t - g| from the ratio of medians and shift 0,
+            and stops once the sum changes by less than 1e-6 from one step to the next. Float32 sums
+            above 16 differ by more than that or not at all, and Adam becomes slow enough to repeat
+            a sum long before it reaches the minimum.
+Weiszfeld   CUT3R. Ten reweighted least squares for one scale, which end near the exact L1 fit.
 
-Precision is part of the protocol, so it is the arguments': Sintel's truth is float32, Bonn's float64 in MonST3R and
-CUT3R and float32 in Geo4D, predictions are float32 in all. Sums are torch's own over all points, in their order, by
-one thread: on a CPU the results are those of plain autograd code to the last bit, however many processes score. They
-are no more portable than that. Where Adam stops hangs on how a sum is rounded, so another vector width, more threads
-or a GPU may end elsewhere: sums in float64, rounded to float32, moved AbsRel by 0.1 % in the median of twelve Geo4D
-fits, by 1.2 % at worst.
+Precision is part of the protocol and follows the arguments: Sintel's truth is float32, Bonn's is
+float64 in MonST3R and CUT3R and float32 in Geo4D, predictions are float32 in all. Sums are torch's
+own, over all points in their order, by one thread: on a CPU the results equal those of plain
+autograd code to the last bit, however many processes score. They are no more portable than that.
+Where Adam stops depends on how a sum is rounded, so another vector width, more threads or a GPU may
+end elsewhere: sums in float64, rounded to float32, moved AbsRel by 0.1 % in the median of twelve
+Geo4D fits, by 1.2 % at worst.
 """
 
 from __future__ import annotations
@@ -26,16 +28,16 @@ ADAM = {  # learning rate and most steps
     "scale_shift_monst3r": (1e-4, 1000),
     "scale_shift_geo4d": (1e-2, 5000),
 }
-STOP = 1e-6  # change of the sum of absolute errors, unit of the target
+STOP_CHANGE = 1e-6  # least change of the sum of absolute errors that goes on, unit of the target
 WEISZFELD_STEPS = 10
 WEISZFELD_EPSILON = 1e-8  # added to a residual, unit of the target
-LOWEST_SCALE = 1e-3  # of the Weiszfeld fit
-PIECE = 1 << 17  # points whose temporaries stay in the cache
+MIN_SCALE = 1e-3  # the Weiszfeld fit gives no smaller one
+CHUNK = 1 << 17  # points at a time: their temporaries fit into the CPU's cache
 
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Add up in the order of one thread; torch's sums over many points depend on the number of threads."""
+    """Run with one thread within: torch's sums over many points depend on the number of threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -51,18 +53,18 @@ def adam_scale_shift(
     lr: float,
     steps: int,
 ) -> tuple[float, float]:
-    """Scale and shift by Adam, which may stop early. The scale may be negative: nothing holds it."""
-    free = points.new_tensor([_ratio(depths.median(), points.median()), 0.0])
-    optimizer = torch.optim.Adam([free], lr=lr)
-    total = _AbsoluteErrors(points, depths)
+    """Fit scale and shift by Adam, which may stop early; nothing keeps the scale positive."""
+    scale_shift = points.new_tensor([_ratio(depths.median(), points.median()), 0.0])
+    optimizer = torch.optim.Adam([scale_shift], lr=lr)
+    absolute_errors = _AbsoluteErrors(points, depths)
     previous = math.nan
     for _ in range(steps):
-        loss, free.grad = total.at(free)
+        loss, scale_shift.grad = absolute_errors.evaluate(scale_shift)
         optimizer.step()
-        if abs(previous - loss) < STOP:  # as published: after the step
+        if abs(previous - loss) < STOP_CHANGE:  # as published: after the step
             break
         previous = loss
-    return float(free[0]), float(free[1])
+    return float(scale_shift[0]), float(scale_shift[1])
 
 
 @_one_thread()
@@ -70,35 +72,35 @@ def weiszfeld_scale(
     points: Tensor,  # [N] finite, N > 0
     depths: Tensor,  # [N]
 ) -> float:
-    """One scale by ten Weiszfeld steps from the ratio of means, at least 1e-3."""
+    """Fit one scale by ten Weiszfeld steps from the ratio of means; at least 1e-3."""
     scale = depths.nanmean() / points.nanmean()
     for _ in range(WEISZFELD_STEPS):
         weights = (scale * points - depths).abs_().add_(WEISZFELD_EPSILON).reciprocal_()
         scale = (weights * points).mul_(depths).sum() / weights.mul_(points.square()).sum()
     value = float(scale)
-    return max(value, LOWEST_SCALE) if math.isfinite(value) else LOWEST_SCALE  # no depth but 0: any scale will do
+    return max(value, MIN_SCALE) if math.isfinite(value) else MIN_SCALE  # all depths are 0
 
 
 class _AbsoluteErrors:
-    """The sum of |s p + t - g| and its gradient, in two buffers that every step uses again."""
+    """The sum of |s p + t - g| and its gradient, in two buffers that every step reuses."""
 
     def __init__(self, points: Tensor, depths: Tensor) -> None:
         self.errors = torch.empty_like(points, dtype=torch.promote_types(points.dtype, depths.dtype))  # [N]
         self.signed = torch.empty_like(points)  # [N], sign · p
-        self.pieces = list(zip(*(each.split(PIECE) for each in (points, depths, self.errors, self.signed))))
+        self.chunks = list(zip(*(each.split(CHUNK) for each in (points, depths, self.errors, self.signed))))
 
-    def at(self, free: Tensor) -> tuple[float, Tensor]:  # [2], scale and shift -> sum, [2]
-        """Sum and gradient, rounded wherever plain autograd code rounds."""
-        scale, shift = free.tolist()
+    def evaluate(self, scale_shift: Tensor) -> tuple[float, Tensor]:  # [2], scale and shift -> sum, [2]
+        """Return sum and gradient, rounded wherever plain autograd code rounds."""
+        scale, shift = scale_shift.tolist()
         sign_sum = 0.0  # whole numbers: exact in any order
-        for points, depths, errors, signed in self.pieces:
+        for points, depths, errors, signed in self.chunks:
             torch.mul(points, scale, out=signed).add_(shift)
             torch.sub(signed, depths, out=errors)
-            signed.copy_(errors).sign_()  # a difference of depths is no float32 zero unless it is zero
+            signed.copy_(errors).sign_()  # rounding to float32 makes no difference of depths zero
             errors.abs_()
             sign_sum += float(signed.sum())
             signed.mul_(points)
-        return float(self.errors.sum()), free.new_tensor([float(self.signed.sum()), sign_sum])
+        return float(self.errors.sum()), scale_shift.new_tensor([float(self.signed.sum()), sign_sum])
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> float:

@@ -1,8 +1,9 @@
 """Fréchet distance between sets of videos, under a name that says whose features it compares.
 
-`fvd` is the distance of the field's I3D features, which come from a local TorchScript file; `fd_vae` that of pooled
-latents of a video VAE, at hand wherever the base model is, and not comparable with any published number. Both are
-torchmetrics' FrechetInceptionDistance: running sums in float64, reduced over ranks.
+`fvd` is the distance of I3D features as published FVD numbers use them, from a local TorchScript
+file. `fd_vae` is that of pooled latents of a video VAE: it needs nothing but the base model, and is
+not comparable with any published number. Both are torchmetrics' FrechetInceptionDistance: running
+sums in float64, reduced over ranks.
 """
 
 from __future__ import annotations
@@ -20,16 +21,18 @@ from one4d_pl.errors import UserError, reading
 
 I3D_SIZE = 224  # pixels
 I3D_FEATURES = 400
-I3D_CALL = {"rescale": False, "resize": False, "return_features": True}  # frames come ready; logits before the softmax
-I3D_MIN_FRAMES = 10  # below, its temporal strides leave nothing to pool
+# frames come scaled and resized; the features are the logits before the softmax
+I3D_CALL = {"rescale": False, "resize": False, "return_features": True}
+I3D_MIN_FRAMES = 10  # with fewer, the temporal strides leave nothing to pool
 
 
 class I3DFeatures(nn.Module):
-    """Kinetics-400 logits of an I3D network in TorchScript, the features of FVD (Unterthiner et al. 2018).
+    """Kinetics-400 logits of an I3D network, the features of FVD (Unterthiner et al. 2018).
 
-    The file is the converted original that public FVD code shares (`i3d_torchscript.pt`): called with videos
-    [B, 3, T, 224, 224] in [-1, 1] and rescale=False, resize=False, return_features=True, it returns [B, 400].
-    Frames are brought to 224 pixels as that code does it, to the pixel: tests/metrics/test_fvd.py states its values.
+    The file is the converted original that public FVD code shares (`i3d_torchscript.pt`): called
+    with videos [B, 3, T, 224, 224] in [-1, 1] and rescale=False, resize=False,
+    return_features=True, it returns [B, 400]. Frames are brought to 224 pixels exactly as that code
+    does it: tests/metrics/test_fvd.py states its values.
     """
 
     name = "fvd"
@@ -47,7 +50,10 @@ class I3DFeatures(nn.Module):
             raise UserError(f"{path}: takes {sorted(taken)}, need I3D that takes {', '.join(I3D_CALL)}")
 
     def forward(self, videos: Tensor) -> Tensor:  # [B, 3, T, H, W] in [-1, 1] -> [B, 400] float64
-        """Scale the short side to 224, cut the centre square (nothing is squashed) and run the network."""
+        """Scale the short side to 224, cut the centre square and run the network.
+
+        UserError for fewer than 10 frames, or features of another shape.
+        """
         if videos.shape[2] < I3D_MIN_FRAMES:
             raise UserError(f"fvd: {videos.shape[2]} frames, I3D needs at least {I3D_MIN_FRAMES}")
         with torch.no_grad():
@@ -58,15 +64,15 @@ class I3DFeatures(nn.Module):
 
 
 class VaeFeatures(nn.Module):
-    """Pooled latents of a video VAE: per channel the mean, the spread, and the mean change from frame to frame.
+    """Pooled latents of a video VAE: per channel the mean, the spread, the mean change per frame.
 
-    The mean alone would not see a blurred video, nor both of them a frozen one.
+    The mean alone would not notice a blurred video, mean and spread not a frozen one.
     """
 
     name = "fd_vae"
 
     def __init__(self, encode: Callable[[Tensor], Tensor], num_channels: int) -> None:
-        """`encode` takes videos [B, 3, T, H, W] in [-1, 1] to posterior modes [B, C, t, h, w]."""
+        """Take `encode`: videos [B, 3, T, H, W] in [-1, 1] to posterior modes [B, C, t, h, w]."""
         super().__init__()
         self.encode = encode
         self.num_features = 3 * num_channels
@@ -81,20 +87,25 @@ class VaeFeatures(nn.Module):
 
 
 class FrechetVideoDistance(FrechetInceptionDistance):
-    """torchmetrics' Fréchet distance on video features, in float64 on every rank; `name` says which it is.
+    """torchmetrics' Fréchet distance on video features, in float64; `name` is that of the features.
 
-    update(videos, real) takes [B, 3, T, H, W] in [-1, 1]. With no more videos than features a covariance is singular
-    and the distance biased upwards: compute() warns, and such numbers compare only at equal counts.
+    update(videos, real) takes [B, 3, T, H, W] in [-1, 1]. With no more videos than features a
+    covariance is singular and the distance biased upwards: compute() warns, and such numbers
+    compare only at equal counts.
     """
 
     def __init__(self, features: I3DFeatures | VaeFeatures) -> None:
         super().__init__(feature=features)
         self.name = features.name
         self.num_features = features.num_features
-        self.orig_dtype = torch.float64  # the base class learns it in update(), which a rank without videos never sees
+        # the base class sets it in update(), which a rank without videos never calls
+        self.orig_dtype = torch.float64
 
     def compute(self) -> Tensor:
-        """The squared distance (float64); fewer than two videos on either side raise RuntimeError."""
+        """Return the squared distance (float64).
+
+        RuntimeError for fewer than two videos on a side.
+        """
         fewest = int(min(self.real_features_num_samples, self.fake_features_num_samples))
         if fewest <= self.num_features:
             rank_zero_warn(
@@ -110,7 +121,7 @@ def _square(videos: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, 3, T, 224, 224]
     # the long side is rounded up, as in public FVD code: 320 x 576 becomes 224 x 404, not 403
     size = (I3D_SIZE, math.ceil(width * scale)) if height < width else (math.ceil(height * scale), I3D_SIZE)
     frames = videos.transpose(1, 2).flatten(0, 1)  # [B·T, 3, H, W]
-    # not antialiased: public FVD code is not, and a distance is only worth something if others compute the same
+    # not antialiased, as in public FVD code: distances compare only if computed alike
     frames = nn.functional.interpolate(frames, size=size, mode="bilinear", align_corners=False)
     top, left = (size[0] - I3D_SIZE) // 2, (size[1] - I3D_SIZE) // 2
     frames = frames[..., top : top + I3D_SIZE, left : left + I3D_SIZE]

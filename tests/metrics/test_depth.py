@@ -118,10 +118,10 @@ def test_many_points_get_the_same_fit_as_without_a_sample(alignment, kind, monke
         preds = torch.full_like(preds, 0.3)
     elif kind == "misled":
         target[::23] = 40  # every point of the sample, none of the others
-    monkeypatch.setattr(depth, "COARSE", 256)
+    monkeypatch.setattr(depth, "SAMPLE_POINTS", 256)
     assert 6001 // 256 == 23
     sampled = align_depth(preds, target, everywhere(preds), alignment)
-    monkeypatch.setattr(depth, "COARSE", 1 << 20)
+    monkeypatch.setattr(depth, "SAMPLE_POINTS", 1 << 20)
     direct = align_depth(preds, target, everywhere(preds), alignment)
     expected = cost(preds, target, float(direct.scale), float(direct.shift))
     actual = cost(preds, target, float(sampled.scale), float(sampled.shift))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from one4d_pl.errors import UserError
 from one4d_pl.metrics import perceptual
-from one4d_pl.metrics.perceptual import LAYERS, PACKAGE, SMALLEST, STLPIPS, frame_distances, open_st_lpips, st_lpips
+from one4d_pl.metrics.perceptual import LAYERS, MIN_SIDE, PACKAGE, STLPIPS, frame_distances, open_st_lpips, st_lpips
 
 INSTALLED = importlib.util.find_spec(PACKAGE) is not None
 SHAPES = ((64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3))
@@ -72,7 +72,7 @@ def test_it_is_a_distance_that_grows_and_takes_any_number_of_frames(network):
 
 
 def test_the_smallest_frames_are_measured(network):
-    side = torch.zeros(1, 3, SMALLEST, SMALLEST)
+    side = torch.zeros(1, 3, MIN_SIDE, MIN_SIDE)
     assert float(network(side, side + 1)) > 0
     with pytest.raises(RuntimeError, match=r"[Pp]adding"):
         network(side[..., 1:], side[..., 1:])
@@ -80,7 +80,7 @@ def test_the_smallest_frames_are_measured(network):
 
 def test_what_is_left_out_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    perceptual._say_left_out.cache_clear()
+    perceptual._log_left_out.cache_clear()
     frames, given = torch.zeros(1, 3, 2, 32, 32), torch.tensor([[True, False]])
     with caplog.at_level(logging.INFO):
         assert st_lpips(frames, frames, given) == st_lpips(frames, frames, given) == {}

@@ -50,8 +50,8 @@ def test_adam_equals_autograd_to_the_bit_whatever_the_pieces(name, factor, dtype
     preds, target = noisy_copy(26, factor)
     points, depths = preds.flatten(), target.flatten().to(dtype)
     expected = by_autograd(points, depths, *ADAM[name])
-    for piece in (published_fits.PIECE, 700):
-        monkeypatch.setattr(published_fits, "PIECE", piece)
+    for piece in (published_fits.CHUNK, 700):
+        monkeypatch.setattr(published_fits, "CHUNK", piece)
         assert adam_scale_shift(points, depths, *ADAM[name]) == expected[:2]
 
 
