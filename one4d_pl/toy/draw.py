@@ -1,7 +1,8 @@
 """Drawing toy scenes: a seed becomes a room or courtyard, things in it, and a camera path.
 
-What a clip must look like (depth range, sky, moving share, focal, path length) is drawn first and then met by redrawing
-until a coarse preview agrees; so the spread of difficulty is decided here and not left to chance.
+What a clip must look like (depth range, sky, moving share, focal length, path length) is drawn
+first. Then scenes are drawn until a coarse preview meets it, so that the spread of difficulty is
+decided here and not left to chance.
 """
 
 from __future__ import annotations
@@ -14,10 +15,21 @@ from numpy.typing import NDArray
 
 from one4d_pl.toy.levels import GROUND_COLOURS, LEVELS, PATTERNS, THING_COLOURS, WALL_COLOURS, Level
 from one4d_pl.toy.render import FIRST_SOLID, SKY, Floats, Room, Texture, pixel_rays, trace
-from one4d_pl.toy.things import DIRECTIONS, CameraPath, Scene, Thing, moving_codes, reach, solids_at, turn, views_at
+from one4d_pl.toy.things import (
+    DIRECTIONS,
+    CameraPath,
+    Scene,
+    Thing,
+    bounding_sphere,
+    moving_codes,
+    solids_at,
+    views_at,
+    yaw_rotation,
+)
 from one4d_pl.types import DOMAINS
 
-SWEEP_SECONDS = 4 / 3  # one camera sweep; the targets are promised for clips of this length (17 frames at 12 fps)
+# one camera sweep; the targets hold for clips of this length (17 frames at 12 fps)
+SWEEP_SECONDS = 4 / 3
 _PREVIEW_TIMES = np.array([0.0, 0.5, 1.0]) * SWEEP_SECONDS
 _PREVIEW_SIZE = (16, 24)
 _ATTEMPTS = 16
@@ -55,7 +67,7 @@ def _draw_targets(rng: np.random.Generator, level: Level) -> Targets:
 def _draw_texture(
     rng: np.random.Generator, colour: tuple[float, ...], pattern: str, unit: float, far: float, level: Level
 ) -> Texture:
-    """A pattern whose main wavelength is `unit`, over finer and coarser mottling up to wavelength `far`."""
+    """Draw a pattern of main wavelength `unit` over mottling of wavelengths up to `far`."""
     shade = rng.uniform(0.5, 0.66)
     shade += (1 - level.contrast) * (1 - shade)
     colours = np.stack([np.array(colour) * shade, np.clip(np.array(colour) * 1.08, 0, 1)]) ** 2
@@ -71,7 +83,7 @@ def _draw_texture(
         turned = rng.uniform(0, math.pi)
         first = np.array([math.cos(turned), 0.25, math.sin(turned)]) * 2 * math.pi / unit
         second = np.array([-math.sin(turned), 0.25, math.cos(turned)]) * 2 * math.pi / unit
-        # sin a sin b is the half difference of cos(a - b) and cos(a + b): soft checks from two waves
+        # sin a sin b = (cos(a - b) - cos(a + b)) / 2: two waves make soft checks
         main = first[None] if pattern == "striped" else np.stack([first - second, first + second]) / math.sqrt(2)
         waves = np.concatenate([main, waves])
         amplitudes = np.concatenate(
@@ -81,7 +93,7 @@ def _draw_texture(
 
 
 def _draw_path(rng: np.random.Generator, targets: Targets, near: float, median: float) -> CameraPath:
-    """A path whose bottom ray meets the ground at depth `near`."""
+    """Draw a path along which the picture's bottom row sees the ground at depth `near`."""
     half_view = _half_view(targets.focal)
     pitch = half_view * (rng.uniform(0.0, 0.4) if targets.sky else rng.uniform(0.1, 0.75))
     height = max(0.25, near * math.sin(pitch + half_view) / math.cos(half_view))
@@ -105,17 +117,20 @@ def _draw_path(rng: np.random.Generator, targets: Targets, near: float, median: 
 def _draw_room(
     rng: np.random.Generator, level: Level, targets: Targets, path: CameraPath, near: float, far: float
 ) -> tuple[Room, str, str]:
-    """A box about the camera path whose far wall is about `far` away, and the names of its floor and walls."""
-    where = views_at(path, np.linspace(0, 2 * math.pi / path.rate, 32), *_PREVIEW_SIZE).cam2world[:, :3, 3]
+    """Draw a box around the camera path whose far wall is about `far` away.
+
+    Returns it with the names of its floor and walls.
+    """
+    camera_at = views_at(path, np.linspace(0, 2 * math.pi / path.rate, 32), *_PREVIEW_SIZE).cam2world[:, :3, 3]
     margin = max(0.8, 0.1 * far)
-    lower = np.minimum(path.start - far * rng.uniform([0.5, 0.0, 0.2], [1.0, 0.0, 0.4]), where.min(0) - margin)
-    upper = np.maximum(path.start + far * rng.uniform([0.5, 0.0, 0.8], [1.0, 0.0, 1.0]), where.max(0) + margin)
+    lower = np.minimum(path.start - far * rng.uniform([0.5, 0.0, 0.2], [1.0, 0.0, 0.4]), camera_at.min(0) - margin)
+    upper = np.maximum(path.start + far * rng.uniform([0.5, 0.0, 0.8], [1.0, 0.0, 1.0]), camera_at.max(0) + margin)
     half_view = _half_view(path.focal)
-    if targets.sky:  # the wall's top is in view
+    if targets.sky:  # the wall ends within the view
         wall = max(0.3, far * math.tan(rng.uniform(0.1, 0.5) * (half_view - path.pitch)))
     else:
         wall = max(margin, far * math.tan(half_view) * rng.uniform(0.5, 1.3))
-    lower[1], upper[1] = where[:, 1].min() - wall, 0.0
+    lower[1], upper[1] = camera_at[:, 1].min() - wall, 0.0
     ground, walls = str(rng.choice(list(GROUND_COLOURS))), str(rng.choice(list(WALL_COLOURS)))
     patterns = rng.choice(PATTERNS, 2)
     light = np.array([rng.uniform(-0.7, 0.7), -1.0, rng.uniform(-0.9, 0.3)])
@@ -139,9 +154,9 @@ def _draw_room(
 
 
 def _draw_thing(
-    rng: np.random.Generator, noun: str, motion: str, colour: str, half_width: float, where: Floats
+    rng: np.random.Generator, noun: str, motion: str, colour: str, half_width: float, anchor: Floats
 ) -> Thing:
-    """A thing on the ground at `where` [3] that is about 2 * half_width wide, not yet painted."""
+    """Draw a thing on the ground at `anchor` [3], about 2 * half_width wide, not yet painted."""
     proportions = {
         "box": rng.uniform(0.6, 1.2, 3),
         "ball": np.ones(3),
@@ -158,7 +173,7 @@ def _draw_thing(
         texture=_UNPAINTED,
         accent=_UNPAINTED,
         size=size,
-        anchor=where,
+        anchor=anchor,
         heading=rng.uniform(-math.pi, math.pi),
         amplitude=half_width * rng.uniform(0.7, 1.6),
         rate=rng.uniform(2.2, 4.5),
@@ -167,7 +182,10 @@ def _draw_thing(
 
 
 def _paint(rng: np.random.Generator, thing: Thing, level: Level) -> Thing:
-    """The thing with textures in proportion to its width; limbs and head are between its colour and skin."""
+    """Give the thing textures in proportion to its width.
+
+    A figure's limbs and head have a colour between its own and skin.
+    """
     colour, width = THING_COLOURS[thing.colour], float(thing.size[0])
     accent = tuple(0.45 * c + 0.55 * skin for c, skin in zip(colour, (0.85, 0.68, 0.52), strict=True))
     return replace(
@@ -180,43 +198,49 @@ def _paint(rng: np.random.Generator, thing: Thing, level: Level) -> Thing:
 def _draw_things(
     rng: np.random.Generator, level: Level, targets: Targets, room: Room, path: CameraPath, near: float, far: float
 ) -> list[Thing]:
-    """Unpainted things ahead of the camera that touch neither each other, nor the room, nor the camera's way."""
+    """Draw unpainted things ahead of the camera.
+
+    They touch neither each other, nor the room, nor the camera's path.
+    """
     count, movers = rng.integers(*level.things[targets.lively]), rng.integers(*level.movers[targets.lively])
     colours = rng.permutation(list(THING_COLOURS))
     times = np.linspace(0, 2 * math.pi / path.rate, 32)
     camera_at = views_at(path, times, *_PREVIEW_SIZE).cam2world[:, :3, 3]
     middle = views_at(path, _PREVIEW_TIMES[1:2], *_PREVIEW_SIZE).cam2world[0]
-    heading = turn(np.array([math.atan2(middle[0, 2], middle[2, 2])]))[0]
+    heading = yaw_rotation(np.array([math.atan2(middle[0, 2], middle[2, 2])]))[0]
     things: list[Thing] = []
-    taken: list[tuple[Floats, float]] = []
+    occupied: list[tuple[Floats, float]] = []
     for number in range(count):
         noun = str(rng.choice(level.first_nouns if number == 0 else level.nouns))
         motion = str(rng.choice(level.motions[noun])) if number < movers or noun == "figure" else "stands still"
         for _ in range(30):
             ahead = _log_uniform(rng, 1.25 * near, max(0.8 * far, 2 * near))
-            if number < movers:  # nearer, where they count
+            if number < movers:  # nearer: a mover must cover enough pixels
                 ahead = min(ahead, _log_uniform(rng, 1.25 * near, max(0.8 * far, 2 * near)))
             half_field = ahead * 0.5 / targets.focal
             share = rng.uniform(*(level.mover_shares if targets.lively and number < movers else level.other_shares))
             offset = np.array([rng.uniform(-0.85, 0.85) * half_field, 0.0, ahead])
-            where = (middle[:3, 3] + heading @ offset) * [1.0, 0.0, 1.0]
-            thing = _draw_thing(rng, noun, motion, str(colours[number]), share * half_field, where)
-            centre, radius = reach(thing)
+            anchor = (middle[:3, 3] + heading @ offset) * [1.0, 0.0, 1.0]
+            thing = _draw_thing(rng, noun, motion, str(colours[number]), share * half_field, anchor)
+            centre, radius = bounding_sphere(thing)
             if (
                 np.linalg.norm(camera_at - centre, axis=-1).min() > radius + _CLEARANCE
-                and all(np.linalg.norm(centre - other) > radius + extent for other, extent in taken)
+                and all(np.linalg.norm(centre - other) > radius + extent for other, extent in occupied)
                 and (centre - radius > room.lower)[[0, 2]].all()
                 and (centre + radius < room.upper)[[0, 2]].all()
                 and (room.open_sky or centre[1] - radius > room.lower[1])
             ):
                 things.append(thing)
-                taken.append((centre, radius))
+                occupied.append((centre, radius))
                 break
     return things
 
 
 def _draw_scene(rng: np.random.Generator, level: Level, targets: Targets, gain: float, median: float) -> Scene:
-    """A scene whose far wall is scaled by `gain`, for an expected median depth in units of the nearest ground's."""
+    """Draw a scene whose far wall is `gain` times as far as the targets ask for.
+
+    `median` is the median depth to expect, as a multiple of the nearest ground's depth.
+    """
     near = _log_uniform(rng, 0.6, max(0.7, min(2.5, 30 / targets.depth_ratio)))
     path = _draw_path(rng, targets, near, near * median)
     near = -path.start[1] * math.cos(_half_view(path.focal)) / math.sin(path.pitch + _half_view(path.focal))
@@ -226,12 +250,12 @@ def _draw_scene(rng: np.random.Generator, level: Level, targets: Targets, gain: 
 
 
 def _half_view(focal: float) -> float:
-    """Half the vertical field of view (rad) of the preview's picture."""
+    """Return half the vertical field of view (rad) of the preview's picture."""
     return math.atan(0.5 * _PREVIEW_SIZE[0] / _PREVIEW_SIZE[1] / focal)
 
 
 def _preview(scene: Scene) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
-    """Depth, code and whether it moves, [3, P] each, at a few times and a coarse size."""
+    """Trace the scene coarsely at three times: depth, code and whether it moves, [3, P] each."""
     views = views_at(scene.path, _PREVIEW_TIMES, *_PREVIEW_SIZE)
     v, u = (axis.reshape(1, -1) + 0.5 for axis in np.mgrid[: _PREVIEW_SIZE[0], : _PREVIEW_SIZE[1]])
     solids = [solid for thing in scene.things for solid in solids_at(thing, _PREVIEW_TIMES)]
@@ -240,7 +264,10 @@ def _preview(scene: Scene) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]
 
 
 def build_scene(seed: int, domain: str, level_name: str = "hard") -> Scene:
-    """The scene of a seed; every level and domain has its own scenes."""
+    """Build the scene of a seed; every level and domain has its own scenes.
+
+    ValueError for an unknown level or domain, or a negative seed.
+    """
     if level_name not in LEVELS:
         raise ValueError(f"toy world: unknown level {level_name!r}, use one of {tuple(LEVELS)}")
     if domain not in DOMAINS:
@@ -259,7 +286,7 @@ def build_scene(seed: int, domain: str, level_name: str = "hard") -> Scene:
         low, middle, high = np.quantile(finite, [0.02, 0.5, 0.98])
         sky = (code == SKY).mean(-1)
         largest = max(np.bincount(frame).max() / len(frame) for frame in code)
-        misses = [  # each is 0 when met and about 1 when clearly missed
+        misses = [  # each is 0 when the target is met and about 1 when it is clearly missed
             max(0.0, abs(math.log(high / low / targets.depth_ratio)) - 0.12) * 4,
             max(0.0, abs(math.log(scene.path.span / middle / targets.path_ratio)) - 0.3) * 2,
             max(0.0, 0.13 - float(moving.mean())) * 15 if targets.lively else 0.0,

@@ -1,15 +1,16 @@
 """How hard the toy world is, and what a caption can name in it.
 
-`hard` holds what real video holds: a depth range of up to 50, wide and long lenses, zooms, things in the air. Cameras
-and evaluation are tried on it. `clear` is what a tiny model learns in an hour on one core: a narrow depth range, one
-lens, a few large things on the ground, and air between them that pales what is far. Both are exact.
+`hard` has what real video has: a depth range of up to 50, wide and long lenses, zooms, things in
+the air. Camera recovery and evaluation are tested on it. `clear` is what a tiny model learns in an
+hour on one core: a narrow depth range, one lens, a few large things on the ground, and air that
+makes far things paler. Both have exact ground truth.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# display colours; those of things keep apart from those of the room, so that a caption can name them
+# display colours; things differ clearly from the room, so that a caption can name them
 THING_COLOURS = {
     "red": (0.86, 0.20, 0.18),
     "orange": (0.96, 0.55, 0.14),
@@ -50,23 +51,26 @@ MOTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Level:
-    """What a scene of this level is drawn from; shares are of the picture's half width at the thing's distance."""
+    """What a scene of this level is drawn from.
+
+    Shares are of the picture's half width at the thing's distance.
+    """
 
     depth_ratios: tuple[float, float]  # p98 / p2 of finite depth
     focals: tuple[float, float]  # in units of the longer side
-    zooms: tuple[float, ...]  # focal at the end of a sweep over that at its start
-    # (quiet, lively) ranges, from .. below; in a lively clip at least 13 % of the pixels move
+    zooms: tuple[float, ...]  # focal length at the end of a sweep over that at its start
+    # ranges [from, below) of quiet and lively clips; in lively ones at least 13 % of pixels move
     things: tuple[tuple[int, int], tuple[int, int]]
     movers: tuple[tuple[int, int], tuple[int, int]]
     mover_shares: tuple[float, float]  # half width of a mover of a lively clip
     other_shares: tuple[float, float]
-    first_nouns: tuple[str, ...]  # of the first thing; the others' follow
+    first_nouns: tuple[str, ...]  # of the first thing; `nouns` are those of the others
     nouns: tuple[str, ...]
     motions: dict[str, tuple[str, ...]]
-    min_solids: int  # that are seen
+    min_solids: int  # solids in view, at least
     contrast: float  # of a texture's two colours, 1 = strong
-    crispness: float  # of stripes and checks; as much less is mottled
-    gloss: float  # of things: a highlight, and a shade where they stand; 0 = matt
+    crispness: float  # of stripes and checks; the mottling is weaker by the same factor
+    gloss: float  # of things: a highlight, and darker near the ground; 0 = matt
     air: float  # optical depth of the air between the camera and the far wall; 0 = none
 
 
