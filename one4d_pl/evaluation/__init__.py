@@ -1,1 +1,1 @@
-"""Benchmarks, named protocols, stored predictions of any model, and tables laid out as the paper's."""
+"""Benchmarks, named protocols, stored predictions of any model, tables laid out as One4D's."""

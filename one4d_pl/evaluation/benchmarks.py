@@ -1,13 +1,15 @@
-"""What is scored: MPI Sintel, Bonn, TUM-dynamics and a fixed procedural split, opened from their original folders.
+"""What is scored: MPI Sintel, Bonn, TUM-dynamics and toy scenes, in their original folders.
 
-sintel  training/{final,depth,camdata_left}/<sequence>: depth of 23 sequences (1064 frames), cameras of 14 (643 frames)
-bonn    rgbd_bonn_<sequence>: depth of 5 sequences, rgb and depth each sorted by name, entries [30:140], paired by rank;
-        its cameras are associated by time and never scored: the published preparation pairs them with nothing
-tum     rgbd_dataset_freiburg3_<sequence>: cameras of 8 sequences; images and ground truth paired by time, every third
-        pair, the first 90 of those ("tum_30": the first 30, One4D's count)
-toy     synthetic scenes of `data.toy_world`, seeds 3000000 .. 3000015, 9 frames of 48x64: depth and cameras
+sintel  training/{final,depth,camdata_left}/<sequence>: depth of 23 sequences (1064 frames), cameras
+        of 14 (643 frames)
+bonn    rgbd_bonn_<sequence>: depth of 5 sequences, rgb and depth each sorted by name, entries
+        [30:140], paired by position; its cameras are associated by time and never scored, because
+        the published preparation pairs them with no frame
+tum     rgbd_dataset_freiburg3_<sequence>: cameras of 8 sequences; images and ground truth paired by
+        time, every third pair, the first 90 of those ("tum_30": the first 30, One4D's count)
+toy     scenes of `one4d_pl.toy`, seeds 3000000 .. 3000015, 9 frames of 48x64: depth and cameras
 
-A sequence reads its files when it is asked, so one sequence is all that need be in memory.
+A sequence reads its files only when asked, so no more than one sequence has to be in memory.
 """
 
 from __future__ import annotations
@@ -52,10 +54,10 @@ TUM = tuple(f"{who}_{motion}" for who in ("sitting", "walking") for motion in ("
 TUM_STRIDE = 3
 TUM_FRAMES = {"tum": 90, "tum_30": 30}
 TOY_SEEDS = range(3_000_000, 3_000_016)  # training uses seeds below
-TOY_SHAPE = (9, 48, 64)  # the embedded base's own
+TOY_SHAPE = (9, 48, 64)  # what the tiny base in the package was trained on
 NAMES = ("toy", "sintel", "bonn", "tum", "tum_30")
 
-GET = {
+DOWNLOAD_HINTS = {
     "sintel": "get MPI Sintel's complete training set and its depth and camera archive, and unpack both into one "
     "folder that holds training/{final,depth,camdata_left}",
     "bonn": "get Bonn RGB-D Dynamic's sequences " + ", ".join(BONN) + " and unpack them side by side",
@@ -75,29 +77,29 @@ class EvalSequence(ABC):
 
     @property
     def zooms(self) -> bool:
-        """Whether the focal length changes within the video, so that every frame needs its own."""
+        """Tell whether the focal length changes within the video."""
         return False
 
     def caption(self) -> str:
-        """What the model is told; real benchmarks have no text."""
+        """Return the prompt for the model; real benchmarks have none."""
         return ""
 
     @abstractmethod
     def read_frames(self) -> Tensor:  # [T, H, W, 3] uint8
-        """The images."""
+        """Read the images."""
 
     @abstractmethod
     def read_depth(self) -> Tensor:  # [T, H, W] float32
-        """True z-depth; not finite or <= 0 = unknown."""
+        """Read the true z-depth; not finite or <= 0 = unknown."""
 
     @abstractmethod
     def read_cameras(self) -> tuple[Tensor, Tensor]:  # intrinsics [T, 3, 3] float64, cam2world [T, 4, 4] float64
-        """True cameras: OpenCV axes, pixels with centres at +0.5."""
+        """Read the true cameras: OpenCV axes, pixels with centres at +0.5."""
 
     @property
     @abstractmethod
     def timestamps(self) -> Tensor:  # [T] float64
-        """Of the ground truth, as the benchmark counts time."""
+        """Return the times of the ground truth, as the benchmark counts them."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class ToySequence(EvalSequence):
     seed: int
 
     def clip(self) -> Clip:
-        """The scene, a pure function of the seed."""
+        """Render the scene, a pure function of the seed."""
         return _render(self.seed, TOY_SHAPE)
 
     @property
@@ -185,9 +187,10 @@ class ToySequence(EvalSequence):
 
 
 def open_benchmark(name: str, root: Path | None, only: tuple[str, ...] = ()) -> list[EvalSequence]:
-    """The sequences of a benchmark, all or those named in `only`, checked to be complete before anything is read.
+    """Open the sequences of a benchmark, all or those named in `only`.
 
-    UserError says in one line what is missing.
+    They are checked to be complete before anything is read; UserError says in one line what is
+    missing.
     """
     if name not in NAMES:
         raise UserError(f"benchmark {name!r}, need one of {', '.join(NAMES)}")
@@ -196,16 +199,16 @@ def open_benchmark(name: str, root: Path | None, only: tuple[str, ...] = ()) -> 
         raise UserError(f"{name}: no sequence {unknown[0]}; it has {', '.join(listed)}")
     wanted = [sequence for sequence in listed if not only or sequence in only]
     if name == "toy":
-        return [_toy(sequence) for sequence in wanted]
+        return [_open_toy(sequence) for sequence in wanted]
     family = name.split("_")[0]
     if root is None or not root.is_dir():
-        raise UserError(f"{name}: no folder at {root}; {GET[family]}, then say where with --root")
-    opened = {"sintel": _sintel, "bonn": _bonn, "tum": lambda r, s: _tum(r, s, TUM_FRAMES[name])}[family]
+        raise UserError(f"{name}: no folder at {root}; {DOWNLOAD_HINTS[family]}, then say where with --root")
+    opened = {"sintel": _open_sintel, "bonn": _open_bonn, "tum": lambda r, s: _open_tum(r, s, TUM_FRAMES[name])}[family]
     return [opened(root, sequence) for sequence in wanted]
 
 
 def sequence_names(name: str) -> list[str]:
-    """All sequences of a benchmark, in the order of its tables."""
+    """List all sequences of a benchmark, in the order of its tables."""
     if name == "sintel":
         return sorted(SINTEL_CAMERAS + SINTEL_DEPTH_ONLY)
     if name == "bonn":
@@ -213,17 +216,17 @@ def sequence_names(name: str) -> list[str]:
     return [f"toy_{seed}" for seed in TOY_SEEDS] if name == "toy" else list(TUM)
 
 
-@lru_cache(maxsize=1)  # frames, depth and cameras of one scene are asked for one after the other
+@lru_cache(maxsize=1)  # frames, depth and cameras of a scene are read one after the other
 def _render(seed: int, shape: tuple[int, int, int]) -> Clip:
     return render_clip(seed, *shape)
 
 
-def _toy(sequence: str) -> ToySequence:
+def _open_toy(sequence: str) -> ToySequence:
     seed = int(sequence.removeprefix("toy_"))
     return ToySequence(sequence, TOY_SHAPE[0], ("depth", "cameras"), FPS, seed)
 
 
-def _sintel(root: Path, sequence: str) -> SintelSequence:
+def _open_sintel(root: Path, sequence: str) -> SintelSequence:
     training = root / "training" if (root / "training").is_dir() else root
     count = SINTEL_FRAMES.get(sequence, 50)
     scores = ("depth", "cameras") if sequence in SINTEL_CAMERAS else ("depth",)
@@ -231,18 +234,18 @@ def _sintel(root: Path, sequence: str) -> SintelSequence:
         folder = training / kind / sequence
         found = len(numbered_files(folder, (f".{suffix}",), "frame_")) if folder.is_dir() else 0
         if found != count:
-            raise UserError(f"sintel: {found} .{suffix} files in {folder}, need {count}; {GET['sintel']}")
+            raise UserError(f"sintel: {found} .{suffix} files in {folder}, need {count}; {DOWNLOAD_HINTS['sintel']}")
     return SintelSequence(sequence, count, scores, 24.0, training)
 
 
-def _bonn(root: Path, sequence: str) -> RGBDFolderSequence:
-    folder = _folder(root, f"rgbd_bonn_{sequence}", "bonn")
-    images, depths = (_pngs(folder, kind)[BONN_SLICE] for kind in ("rgb", "depth"))
+def _open_bonn(root: Path, sequence: str) -> RGBDFolderSequence:
+    folder = _sequence_folder(root, f"rgbd_bonn_{sequence}", "bonn")
+    images, depths = (_list_folder_pngs(folder, kind)[BONN_SLICE] for kind in ("rgb", "depth"))
     count = BONN_SLICE.stop - BONN_SLICE.start
     if len(images) != count or len(depths) != count:
         raise UserError(
             f"bonn: {folder} gives {len(images)} images and {len(depths)} depth maps at [30:140], need {count} of "
-            f"each; {GET['bonn']}"
+            f"each; {DOWNLOAD_HINTS['bonn']}"
         )
     trajectory = read_trajectory(folder / "groundtruth.txt")
     times = torch.tensor([image.timestamp for image in images], dtype=torch.float64)
@@ -254,15 +257,15 @@ def _bonn(root: Path, sequence: str) -> RGBDFolderSequence:
     return RGBDFolderSequence(sequence, count, ("depth",), 30.0, tuple(images), tuple(depths), "bonn", cam2world, times)
 
 
-def _tum(root: Path, sequence: str, count: int) -> RGBDFolderSequence:
-    folder = _folder(root, f"rgbd_dataset_freiburg3_{sequence}", "tum")
+def _open_tum(root: Path, sequence: str, count: int) -> RGBDFolderSequence:
+    folder = _sequence_folder(root, f"rgbd_dataset_freiburg3_{sequence}", "tum")
     images, trajectory = list_files(folder, "rgb"), read_trajectory(folder / "groundtruth.txt")
     times = torch.tensor([image.timestamp for image in images], dtype=torch.float64)
     pairs = associate(times, trajectory.timestamps)[::TUM_STRIDE][:count]
     absent = [images[i].path for i, _ in pairs if not images[i].path.is_file()]
     if len(pairs) != count or absent:
         missing = f"no {absent[0]}" if absent else f"{len(pairs)} images at stride {TUM_STRIDE} have a camera"
-        raise UserError(f"tum: {folder}: {missing}, need {count} images; {GET['tum']}")
+        raise UserError(f"tum: {folder}: {missing}, need {count} images; {DOWNLOAD_HINTS['tum']}")
     depths = list_files(folder, "depth")
     depth_of = dict(associate(times, torch.tensor([d.timestamp for d in depths], dtype=torch.float64)))
     rows = torch.tensor([row for _, row in pairs])
@@ -279,14 +282,17 @@ def _tum(root: Path, sequence: str, count: int) -> RGBDFolderSequence:
     )
 
 
-def _folder(root: Path, name: str, benchmark: str) -> Path:
-    """The sequence's folder below root, also inside the archive's own top folder."""
+def _sequence_folder(root: Path, name: str, benchmark: str) -> Path:
+    """Find the sequence's folder below root, or inside the archive's own top folder."""
     for folder in (root / name, *sorted(root.glob(f"*/{name}"))):
         if (folder / "groundtruth.txt").is_file():
             return folder
-    raise UserError(f"{benchmark}: no {name}/groundtruth.txt under {root}; {GET[benchmark]}")
+    raise UserError(f"{benchmark}: no {name}/groundtruth.txt under {root}; {DOWNLOAD_HINTS[benchmark]}")
 
 
-def _pngs(folder: Path, kind: str) -> list[StampedFile]:
-    """What lies in the folder, by time, whatever its text file lists: the published preparation sorts file names."""
+def _list_folder_pngs(folder: Path, kind: str) -> list[StampedFile]:
+    """List the folder's pngs by time.
+
+    Its text file is not read: the published preparation sorts file names.
+    """
     return list_pngs(folder / kind) if (folder / kind).is_dir() else []

@@ -1,16 +1,17 @@
-"""Does an adapter do what One4D is for? Every task on held-out clips, between what knows nothing and the VAE's ceiling.
+"""Measure every task of an adapter on held-out clips, from trivial rows to the VAE's ceiling.
 
 Rows are `PointmapErrors` after one scale and shift per clip, means over the clips:
 
-- below: `constant` (every point alike), `mean_pointmap` (of the training clips), `first_frame` (the prediction's own
-  frame 0 repeated: a scene that does not move);
-- the adapter: `video`, `sparse`, `image`; and two that must fail, `video_other_clip` (another clip's frames and caption
-  as the condition) and `video_no_links` (the control links zeroed: pointmaps cannot follow the frames);
-- above: `ceiling`, the true pointmaps through the VAE and back.
+- trivial rows: `constant` (all points alike), `mean_pointmap` (of the training clips),
+  `first_frame` (the prediction's own frame 0 repeated: a scene that does not move);
+- the adapter: `video`, `sparse`, `image`; and two that must do badly, `video_other_clip` (frames
+  and caption of another clip as the condition) and `video_no_links` (the control links zeroed, so
+  that pointmaps cannot follow the frames);
+- `ceiling`, the true pointmaps through the VAE and back.
 
-Frames are measured in dB against the true ones, given and hidden apart, beside the VAE's round trip and the base's own
-inpainting. Depth and cameras are recovered from the pointmaps of `video`, `image` and `text` and of the ceiling; text
-to 4D is asked for its caption's colours.
+Frames are measured in dB against the true ones, given and hidden ones separately, beside the VAE's
+round trip and the base's own inpainting. Depth and cameras are recovered from the pointmaps of
+`video`, `image` and `text` and of the ceiling. Text to 4D is searched for its caption's colours.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from one4d_pl.data.masking import draw_frame_mask
 from one4d_pl.data.order import derived_generator, derived_numpy_generator
 from one4d_pl.evaluation.recovered import geometry_errors, recover_scenes, self_consistency
 from one4d_pl.evaluation.toy_clips import HeldOut
-from one4d_pl.evaluation.toy_colours import colours_found
+from one4d_pl.evaluation.toy_colours import caption_colours
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.metrics.pointmap import pointmap_errors
@@ -37,7 +38,7 @@ from one4d_pl.types import TASKS, Sample, Task, collate
 BATCH = 8  # clips that are sampled together
 TASKS_WITH_TRUTH: tuple[Task, ...] = ("video", "sparse", "image")
 TASKS_WITH_HIDDEN: tuple[Task, ...] = ("sparse", "image")
-GENERATED: tuple[Task, ...] = ("image", "text")
+TASKS_WITHOUT_TRUTH: tuple[Task, ...] = ("image", "text")
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,8 @@ class FitQuality:
     pointmaps: dict[str, dict[str, float]]  # row -> rel_error, inliers, rel_error_moving, inliers_moving
     frames_db: dict[str, dict[str, float]]  # row -> given, hidden; where there are any
     geometry: dict[str, dict[str, float]]  # row -> abs_rel, ate_share: video and the ceiling
-    consistency: dict[Task, dict[str, float]]  # of the tasks that have no truth, image and text
-    colours: dict[str, dict[str, float]]  # row -> `colours_found`: text and the true frames
+    consistency: dict[Task, dict[str, float]]  # of the tasks without ground truth, image and text
+    colours: dict[str, dict[str, float]]  # row -> `caption_colours`: text and the true frames
     scenes: dict[Task, GeneratedScene]  # [N, ...] each, for the pictures
     masks: dict[Task, Tensor]  # [N, T] bool
 
@@ -60,12 +61,13 @@ def measure_fit(
     seed: int,
     on_clip: Callable[[int], None] = lambda count: None,
 ) -> FitQuality:
-    """Sample every task on the held-out clips and measure; the same arguments give the same numbers.
+    """Sample every task on the held-out clips and measure it; deterministic in its arguments.
 
     Args:
         pipeline: base plus adapter.
         base: the same base without one.
-        held_out: clips with their true frames, pointmaps and cameras, and what the training clips are like.
+        held_out: clips with their true frames, pointmaps and cameras, and statistics of the
+            training clips.
         on_clip: called with the number of clips just sampled; `sampled_clips` in all.
     """
     clips, recovery = held_out.clips, held_out.recovery
@@ -104,10 +106,10 @@ def measure_fit(
             task: self_consistency(
                 scenes[task].frames, recover_scenes(scenes[task].pointmap, recovery), clips, held_out.camera_path
             )
-            for task in GENERATED
+            for task in TASKS_WITHOUT_TRUTH
         },
         colours={
-            name: colours_found(frames, list(batch.captions))
+            name: caption_colours(frames, list(batch.captions))
             for name, frames in (("text", scenes["text"].frames), ("truth", batch.frames))
         },
         scenes=scenes,
@@ -116,18 +118,18 @@ def measure_fit(
 
 
 def sampled_clips(clips: int) -> int:
-    """How many clips `measure_fit` samples for `clips` held-out ones."""
+    """Return the number of clips that `measure_fit` samples for `clips` held-out ones."""
     return clips * (len(TASKS) + len(TASKS_WITH_HIDDEN) + 2)
 
 
 class ClipSampler:
-    """Samples all clips in batches, each clip's noise from (seed, its number)."""
+    """A sampler of all clips in batches; each clip's noise comes from (seed, its number)."""
 
     def __init__(self, clips: list[Sample], seed: int, on_clip: Callable[[int], None]) -> None:
         self.clips, self.seed, self.on_clip = clips, seed, on_clip
 
     def __call__(self, pipeline: One4DPipeline, masks: Tensor, shift: int = 0) -> GeneratedScene:
-        """Scenes of every clip; `shift` takes frames and caption of the clip so many places on."""
+        """Sample a scene for every clip, conditioned on the clip `shift` places further on."""
         scenes = []
         for start in range(0, len(self.clips), BATCH):
             numbers = list(range(start, min(start + BATCH, len(self.clips))))
@@ -143,7 +145,11 @@ class ClipSampler:
 
 
 class links_zeroed:
-    """Within: the control links add nothing; of `block.rgb_to_xyz.weight` and so on, those of a pattern's names."""
+    """A context in which control links add nothing.
+
+    `pattern` chooses among the names of their weights (`block.rgb_to_xyz.weight` and so on);
+    ConfigError where none matches.
+    """
 
     def __init__(self, pipeline: One4DPipeline, pattern: str = "*") -> None:
         named = dict(pipeline.transformer.links.named_parameters())
@@ -168,7 +174,7 @@ def task_masks(task: Task, count: int, num_frames: int, seed: int) -> Tensor:  #
 
 @torch.no_grad()
 def round_trip(pipeline: One4DPipeline, clips: list[Sample]) -> GeneratedScene:
-    """The true frames and pointmaps through the VAE and back."""
+    """Send the true frames and pointmaps through the VAE and back."""
     encoders, codec = pipeline.encoders, pipeline.transformer.codec
     batches = [collate(clips[i : i + BATCH]) for i in range(0, len(clips), BATCH)]
     return GeneratedScene(
@@ -178,7 +184,7 @@ def round_trip(pipeline: One4DPipeline, clips: list[Sample]) -> GeneratedScene:
 
 
 def mean_errors(preds: Tensor, clips: list[Sample]) -> dict[str, float]:  # preds [N, 3, T, H, W]
-    """Means over clips; over those that show motion where only moving pixels count."""
+    """Average the errors over clips; those of moving points over the clips that show motion."""
     errors = []
     for points, clip in zip(preds, clips, strict=True):
         target = denormalise(clip.pointmap.movedim(0, -1), clip.scale).double()
@@ -193,7 +199,10 @@ def mean_errors(preds: Tensor, clips: list[Sample]) -> dict[str, float]:  # pred
 
 
 def decibels(preds: Tensor, target: Tensor, given: Tensor) -> dict[str, float]:
-    """Mean over clips of the PSNR of given and of hidden frames; [N, 3, T, H, W] x 2 in [-1, 1], [N, T]."""
+    """Average PSNR over clips, of given and of hidden frames.
+
+    Shapes are [N, 3, T, H, W] in [-1, 1] twice and [N, T].
+    """
     found: dict[str, list[Tensor]] = {"given": [], "hidden": []}
     for ours, truth, shown in zip(preds, target, given, strict=True):
         for name, frames in (("given", shown), ("hidden", ~shown)):

@@ -1,9 +1,11 @@
 """MPI Sintel's binary files (little-endian, each begins with the float32 tag 202021.25).
 
 .dpt  tag, int32 width, int32 height, float32 z-depth [height, width]
-.cam  tag, float64 intrinsics [3, 3], float64 world-to-camera [3, 4] (OpenCV axes): x = intrinsics · [R | t] · X
+.cam  tag, float64 intrinsics [3, 3], float64 world-to-camera [3, 4] (OpenCV axes), so that
+      x = intrinsics · [R | t] · X
 
-Its pixel centres are integers (the principal point of 1024x436 is 511.5, 217.5); here they lie at +0.5.
+Sintel's pixel centres are integers (the principal point of 1024x436 is 511.5, 217.5); here they lie
+at +0.5.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ CAM_BYTES = 4 + 8 * (9 + 12)
 
 
 def read_dpt(path: Path) -> Tensor:  # [H, W] float32
-    """A depth map; ValueError names a file that is none."""
+    """Read a depth map; UserError names a file that is none."""
     content = _content(path)
     if len(content) < 12:
         raise UserError(f"{path}: {len(content)} bytes, a .dpt begins with 12")
@@ -34,7 +36,7 @@ def read_dpt(path: Path) -> Tensor:  # [H, W] float32
 
 
 def read_cam(path: Path) -> tuple[Tensor, Tensor]:  # intrinsics [3, 3] float64, cam2world [4, 4] float64
-    """Intrinsics in pixels (centres at +0.5) and the camera; ValueError names a file that is none."""
+    """Read intrinsics in pixels (centres at +0.5) and the camera; UserError names a bad file."""
     content = _content(path)
     if len(content) != CAM_BYTES:
         raise UserError(f"{path}: {len(content)} bytes, a .cam has {CAM_BYTES}")

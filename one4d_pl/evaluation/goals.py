@@ -1,7 +1,8 @@
-"""What adapters of the toy world's `clear` level should reach, each number beside its target: met, or short of it.
+"""Targets for adapters of the toy world's `clear` level, and which of them are met.
 
-The world itself has a target too: where the mean pointmap of the training clips is nearly right already, following the
-frames proves nothing. Other levels are measured against the same targets, but these are not made for them.
+The world itself has a target too: where the mean pointmap of the training clips is nearly right
+already, a good prediction proves nothing. Other levels are measured against the same targets,
+though these were not set for them.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from one4d_pl.evaluation.fit_quality import FitQuality
 
 @dataclass(frozen=True)
 class Goal:
-    """One number, and between which bounds it should lie."""
+    """One number and the bounds between which it should lie."""
 
     about: str  # "world" or a task
     what: str
@@ -26,21 +27,21 @@ class Goal:
 
     @property
     def verdict(self) -> str:
-        """met | short | not measured."""
+        """Return "met", "short" or "not measured"."""
         if math.isnan(self.value):
             return "not measured"
         return "met" if self.low <= self.value <= self.high else "short"
 
     @property
     def target(self) -> str:
-        """The bounds in words."""
+        """Return the bounds in words."""
         if self.low > -math.inf and self.high < math.inf:
             return f"{self._print(self.low)} - {self._print(self.high)}"
         return f">= {self._print(self.low)}" if self.high == math.inf else f"<= {self._print(self.high)}"
 
     @property
     def printed(self) -> str:
-        """The value with its unit."""
+        """Return the value with its unit."""
         return self._print(self.value)
 
     def _print(self, value: float) -> str:
@@ -52,7 +53,7 @@ class Goal:
 
 
 def goals(quality: FitQuality) -> list[Goal]:
-    """Every goal with its number."""
+    """List every goal with its number."""
     error = {name: row["rel_error"] for name, row in quality.pointmaps.items()}
     moving = {name: row["rel_error_moving"] for name, row in quality.pointmaps.items()}
     return [
@@ -114,7 +115,7 @@ def _text_goal(colours: dict[str, dict[str, float]]) -> Goal:
 
 
 def goal_table(found: list[Goal], clips: int, level: str) -> str:
-    """The goals as aligned text, and how many are met."""
+    """Print the goals as aligned text, and how many are met."""
     apart = "" if level == "clear" else f"; these clips are of {level}"
     rows = [(goal.about, goal.what, goal.printed, goal.target, goal.verdict, goal.beside) for goal in found]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

@@ -21,13 +21,13 @@ from one4d_pl.scene.predictions import Prediction
 COLUMNS = 5  # frames of a strip, evenly spaced, first and last among them
 WIDTH = 240  # pixels of one picture
 UNKNOWN = (0.5, 0.5, 0.5)
-MAX_ERROR = 0.5  # relative; the last row's darkest colour
+MAX_ERROR = 0.5  # relative error of the darkest colour
 SIZE, MARGIN = 480, 30  # pixels of the path's picture
 TRUTH, PREDICTED = (40, 110, 200), (215, 80, 30)
 
 
 def save_pictures(folder: Path, sequence: EvalSequence, prediction: Prediction, score: SequenceScore) -> None:
-    """Write <sequence>_depth.png and <sequence>_path.png, each where it has been scored."""
+    """Write <sequence>_depth.png and <sequence>_path.png, each where it was scored."""
     if prediction.depth is not None and score.fit is not None:
         _save(depth_strip(sequence, prediction, score.fit), folder / f"{sequence.name}_depth.png")
     if prediction.cam2world is not None and score.cameras is not None:
@@ -35,7 +35,10 @@ def save_pictures(folder: Path, sequence: EvalSequence, prediction: Prediction, 
 
 
 def depth_strip(sequence: EvalSequence, prediction: Prediction, fit: tuple[float, float]) -> Image.Image:
-    """Rows: frames, true depth, aligned prediction, relative error (light = small); columns: frames in time."""
+    """Draw frames, true depth, aligned prediction and relative error (light = small), one row each.
+
+    Columns are frames in time.
+    """
     chosen = torch.linspace(0, sequence.num_frames - 1, min(COLUMNS, sequence.num_frames)).round().long()
     frames, true = sequence.read_frames()[chosen].float() / 255, sequence.read_depth()[chosen]
     assert prediction.depth is not None
@@ -60,12 +63,15 @@ def depth_strip(sequence: EvalSequence, prediction: Prediction, fit: tuple[float
 
 
 def path_plot(cam2world: Tensor, target: Tensor) -> Image.Image:  # [T, 4, 4] x 2
-    """Both camera paths in the two directions in which the true one extends most, after the best similarity."""
+    """Draw both camera paths after the best similarity.
+
+    The picture's axes are the two directions in which the true path extends most.
+    """
     centres, true = cam2world[:, :3, 3].double(), target[:, :3, 3].double()
     try:
         fit = align_sim3(centres, true, torch.ones(len(true), dtype=torch.bool))
         aligned = fit.apply(centres)
-    except ValueError:  # a path on a line or at one place has no best rotation
+    except ValueError:  # a path on a line or at one place does not determine a rotation
         aligned = centres - centres.mean(0) + true.mean(0)
     axes = torch.linalg.svd(true - true.mean(0), full_matrices=True).Vh[:2]
     flat, flat_true = (aligned - true.mean(0)) @ axes.mT, (true - true.mean(0)) @ axes.mT

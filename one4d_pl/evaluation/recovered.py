@@ -1,4 +1,4 @@
-"""Depth and cameras recovered from pointmaps: against the truth, and against the frames that they come with."""
+"""Depth and cameras recovered from pointmaps, measured against the truth and against the frames."""
 
 from __future__ import annotations
 
@@ -16,13 +16,16 @@ SEEN_TWICE = 0.1  # relative depth difference below which two frames show the sa
 
 
 def recover_scenes(pointmaps: Tensor, options: RecoverOptions) -> list[RecoveredScene]:  # [N, 3, T, H, W]
-    """Recover cameras and depth of every clip, from what is not sky in it."""
+    """Recover cameras and depth of every clip from its points that are not sky."""
     points = [pointmap.movedim(0, -1) for pointmap in pointmaps]
     return [recover_scene(clip, ~is_sky(clip), options) for clip in points]
 
 
 def geometry_errors(recovered: list[RecoveredScene], clips: list[Sample]) -> dict[str, float]:
-    """AbsRel of depth, scale and shift fitted per clip, and ATE as a share of the true path; means over the clips."""
+    """Average AbsRel and ATE over the clips.
+
+    Depth is fitted by scale and shift per clip; ATE is a share of the true path's length.
+    """
     abs_rel, ate_share = [], []
     for scene, clip in zip(recovered, clips, strict=True):
         target = pointmap_to_depth(denormalise(clip.pointmap.movedim(0, -1), clip.scale), clip.cam2world)
@@ -39,9 +42,10 @@ def self_consistency(
     clips: list[Sample],
     train_path: float,  # median camera path of the training clips, in median distances
 ) -> dict[str, float]:
-    """Generated scenes have no truth: does the camera move, and do their own frames agree with their own geometry?
+    """Measure generated scenes, which have no truth, against themselves.
 
-    Medians over the clips. A scene without geometry has no path, one that shows nothing twice an infinite error.
+    Does the camera move, and do the frames agree with the geometry? Medians over the clips. A scene
+    without geometry counts as a path of 0, one that shows nothing twice as an infinite error.
     """
     paths, ours, true = [], [], []
     for video, scene, clip in zip(videos, recovered, clips, strict=True):
@@ -64,7 +68,10 @@ def self_consistency(
 
 
 def camera_path(cam2world: Tensor, points: Tensor, valid: Tensor) -> Tensor:
-    """Length of a camera path [T, 4, 4] in median distances of the clip's valid points [T, H, W, 3] from camera 0."""
+    """Return the length of a camera path [T, 4, 4], in median distances.
+
+    The median is over the distances of the clip's valid points [T, H, W, 3] from camera 0.
+    """
     distance = points[valid].norm(dim=-1).median() if bool(valid.any()) else points.new_tensor(float("nan"))
     return path_length(cam2world).double() / distance.double()
 
@@ -76,11 +83,12 @@ def photometric_error(
     cam2world: Tensor,  # [T, 4, 4] float64, world and unit of the points
     valid: Tensor,  # [T, H, W] bool
 ) -> Tensor:
-    """Median colour difference (of a range of 2) between frame 0's points and where they fall in each later frame.
+    """Return the median colour difference between frame 0's points and the same points later.
 
-    Over pixels whose point the later frame shows too: its own depth there agrees within `SEEN_TWICE`. A median, because
-    moving things, a minority, break the premise that the world stands still; from frame 0, because between neighbours
-    a camera that stands would do nearly as well. nan where nothing is seen twice.
+    Colours range over 2. Only points that the later frame shows too are compared: its own depth
+    there agrees within `SEEN_TWICE`. The median ignores moving things, a minority, which break the
+    premise that the world stands still. All frames are compared with frame 0, because between
+    neighbours a standing camera would do nearly as well. nan where nothing is seen twice.
     """
     height, width = points.shape[1:3]
     own_depth = to_camera(points.double(), cam2world)[..., 2]
@@ -92,7 +100,7 @@ def photometric_error(
         column, row = torch.where(inside, column, 0).long(), torch.where(inside, row, 0).long()
         there = own_depth[t][row, column]
         seen = inside & valid[t][row, column] & ((there - depth).abs() < SEEN_TWICE * depth)
-        # bilinear at the exact position: half a pixel of rounding would drown what is measured
+        # bilinear at the exact position: an error of half a pixel would hide what is measured
         grid = torch.stack([2 * pixels[..., 0] / width - 1, 2 * pixels[..., 1] / height - 1], -1)[None].float()
         sampled = torch.nn.functional.grid_sample(
             frames[t].movedim(-1, 0)[None].float(), grid.nan_to_num(2), align_corners=False

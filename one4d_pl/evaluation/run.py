@@ -1,4 +1,4 @@
-"""The whole evaluation: predictions of every row, their scores, the report."""
+"""A whole evaluation: predictions of every row, their scores, the report."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Request:
     out: Path
     protocol: Protocol
     sequences: tuple[str, ...] = ()  # none = all
-    predictions: Path | None = None  # someone's, instead of a model
+    predictions: Path | None = None  # stored ones of any method, instead of a model
     rows: tuple[str, ...] = ("model", "ceiling")
     shape: Shape = "no_squash"
     one_pass: bool = True
@@ -57,7 +57,7 @@ class Request:
     pictures: bool = True
 
     def options(self, config: Config) -> PredictOptions:
-        """How the model is shown the benchmark."""
+        """Return how the model is shown the benchmark."""
         data = config.data
         return PredictOptions(
             data.height,
@@ -74,7 +74,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class _Stored:
+class _StoredRow:
     """One row's predictions on disk."""
 
     label: str
@@ -83,14 +83,14 @@ class _Stored:
 
 
 def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]) -> str:
-    """Predict (unless predictions are given), score, write the report; returns the table.
+    """Predict (unless predictions are given), score, write the report; return the table.
 
     UserError says in one line what is missing or broken.
     """
     sequences = open_benchmark(request.bench, request.root, request.sequences)
     if request.predictions is not None:
-        sequences = _predicted_set(request, sequences)
-        stored = [_Stored(request.predictions.name, request.predictions, {"predictions": str(request.predictions)})]
+        sequences = _select_sequences(request, sequences)
+        stored = [_StoredRow(request.predictions.name, request.predictions, {"predictions": str(request.predictions)})]
     else:
         assert config is not None
         stored = _predict(request, config, adapters, sequences)
@@ -100,14 +100,15 @@ def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]
         score = score_benchmark(request.bench, sequences, row.folder, request.protocol, request.processes, bar)
         rows.append(Row(row.label, score, row.settings))
         if request.pictures:
-            _draw(request.out / "pictures" / row.folder.name, sequences, row.folder, score.sequences)
+            _draw_pictures(request.out / "pictures" / row.folder.name, sequences, row.folder, score.sequences)
     return write_report(request.out, rows, len(sequence_names(request.bench)), request.sweep)
 
 
-def _predicted_set(request: Request, sequences: list[EvalSequence]) -> list[EvalSequence]:
-    """All sequences, or those that score cameras, where just these are predicted: Sintel's cameras are of 14 of its 23.
+def _select_sequences(request: Request, sequences: list[EvalSequence]) -> list[EvalSequence]:
+    """Return all sequences, or those that score cameras where exactly these are predicted.
 
-    Any other set has to be named with --sequences.
+    Sintel has cameras for 14 of its 23 sequences. Any other subset has to be named with
+    --sequences.
     """
     assert request.predictions is not None
     with_cameras = [s for s in sequences if "cameras" in s.scores]
@@ -118,51 +119,53 @@ def _predicted_set(request: Request, sequences: list[EvalSequence]) -> list[Eval
 
 def _predict(
     request: Request, config: Config, adapters: tuple[Path, ...], sequences: list[EvalSequence]
-) -> list[_Stored]:
+) -> list[_StoredRow]:
     device = device_of(config)
     encoder, options = None, request.options(config)
     stored = []
     for folder in adapters:
         pipeline = One4DPipeline.open(config, folder, device)
         card = pipeline.card
-        assert card is not None  # of the folder
+        assert card is not None  # an adapter's folder has one
         encoder = FrozenClipEncoder(pipeline.encoders, pipeline.transformer.codec)
-        model = _describe(config, folder, card)
-        for label, variant, shown in _variants(request, pipeline, options, card.step):
-            settings = model | {"sampler": asdict(variant.config), "options": asdict(shown)}
+        model = _model_settings(config, folder, card)
+        for label, variant, row_options in _variants(request, pipeline, options, card.step):
+            settings = model | {"sampler": asdict(variant.config), "options": asdict(row_options)}
             settings |= {
-                "given": {str(n): sparse_indices(n, shown.sparsity) for n in {s.num_frames for s in sequences}}
+                "given": {str(n): sparse_indices(n, row_options.sparsity) for n in {s.num_frames for s in sequences}}
             }
-            row = _Stored(label, request.out / "predictions" / label.replace(" ", "_"), settings)
+            row = _StoredRow(label, request.out / "predictions" / label.replace(" ", "_"), settings)
 
             def predict(
                 sequence: EvalSequence,
                 target: Path,
                 variant: One4DPipeline = variant,
-                shown: PredictOptions = shown,
+                row_options: PredictOptions = row_options,
             ) -> None:
-                predict_sequence(variant, sequence, shown, target)
+                predict_sequence(variant, sequence, row_options, target)
 
             _fill_folder(row, sequences, predict)
             stored.append(row)
     if "ceiling" in request.rows and request.sweep is None:
         encoder = encoder or FrozenClipEncoder.of(config, device)
-        for label, used in (("ceiling with VAE", encoder), ("ceiling without VAE", None)):
-            settings = _describe(config, None, None) | {"options": asdict(options)}
-            if used is not None and used.codec.power != 1:
-                settings["pointmap_power"] = used.codec.power
-            row = _Stored(label, request.out / "predictions" / label.replace(" ", "_"), settings)
+        for label, encoder_used in (("ceiling with VAE", encoder), ("ceiling without VAE", None)):
+            settings = _model_settings(config, None, None) | {"options": asdict(options)}
+            if encoder_used is not None and encoder_used.codec.power != 1:
+                settings["pointmap_power"] = encoder_used.codec.power
+            row = _StoredRow(label, request.out / "predictions" / label.replace(" ", "_"), settings)
 
-            def repeat(sequence: EvalSequence, target: Path, used: FrozenClipEncoder | None = used) -> None:
-                ceiling_sequence(used, sequence, options, target)
+            def predict_ceiling(
+                sequence: EvalSequence, target: Path, encoder_used: FrozenClipEncoder | None = encoder_used
+            ) -> None:
+                ceiling_sequence(encoder_used, sequence, options, target)
 
-            _fill_folder(row, sequences, repeat)
+            _fill_folder(row, sequences, predict_ceiling)
             stored.append(row)
     return stored
 
 
-def _describe(config: Config, adapters: Path | None, card: AdapterCard | None) -> dict[str, object]:
-    """Name what must be equal for stored predictions to be of the same model."""
+def _model_settings(config: Config, adapters: Path | None, card: AdapterCard | None) -> dict[str, object]:
+    """Collect the settings that stored predictions of the same model share."""
     model: dict[str, object] = {"base": config.base.path, "base_fingerprint": fingerprint(config.base.path)}
     if card is not None:
         model |= {"adapters": str(adapters), "step": card.step, "shift": card.shift}
@@ -173,7 +176,7 @@ def _describe(config: Config, adapters: Path | None, card: AdapterCard | None) -
 def _variants(
     request: Request, pipeline: One4DPipeline, options: PredictOptions, step: int
 ) -> Iterable[tuple[str, One4DPipeline, PredictOptions]]:
-    """The rows of one adapter: itself, or one per swept value."""
+    """Yield the rows of one adapter: itself, or one per swept value."""
     if request.sweep is None:
         yield "model", pipeline, options
     elif request.sweep == "checkpoint":
@@ -189,8 +192,8 @@ def _variants(
                 yield label, pipeline.with_settings(steps=int(value)), options
 
 
-def _fill_folder(row: _Stored, sequences: list[EvalSequence], predict: Callable[[EvalSequence, Path], None]) -> None:
-    """Predict what is not stored yet; a folder of other settings is refused."""
+def _fill_folder(row: _StoredRow, sequences: list[EvalSequence], predict: Callable[[EvalSequence, Path], None]) -> None:
+    """Predict what is not stored yet; ConfigError for a folder of other settings."""
     path, text = row.folder / "settings.json", json.dumps(row.settings, indent=1, sort_keys=True) + "\n"
     if path.is_file():
         stored = read_json(path)
@@ -207,7 +210,9 @@ def _fill_folder(row: _Stored, sequences: list[EvalSequence], predict: Callable[
         predict(sequence, row.folder / sequence.name)
 
 
-def _draw(folder: Path, sequences: list[EvalSequence], stored: Path, scores: tuple[SequenceScore, ...]) -> None:
+def _draw_pictures(
+    folder: Path, sequences: list[EvalSequence], stored: Path, scores: tuple[SequenceScore, ...]
+) -> None:
     for sequence, score in zip(tqdm(sequences, desc="drawing", unit="sequence"), scores):
         path = find_prediction(stored, sequence.name)
         assert path is not None

@@ -1,4 +1,4 @@
-"""What is varied in the paper's Tables 5 and 6, and which frames a sparse video keeps."""
+"""The values swept in One4D's Tables 5 and 6, and which frames a sparse video keeps."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ SWEEPS: dict[str, tuple[float, ...]] = {
 
 
 def sparse_indices(num_frames: int, share: float) -> list[int]:
-    """The frames that are given: max(2, round(share · F)) of them, evenly spaced, first and last kept.
+    """List the given frames: max(2, round(share · F)) of them, evenly spaced.
 
-    The paper publishes no list; it keeps the first and last frame and evenly spaced ones between (protocol: halves
-    round to even). ValueError unless 0 < share <= 1.
+    The paper publishes no list; it keeps the first and last frame and evenly spaced ones between.
+    Halves round to even. ValueError unless 0 < share <= 1.
     """
     if not 0 < share <= 1:
         raise ValueError(f"sparsity: {share}, need a share of frames above 0 and at most 1")

@@ -1,6 +1,7 @@
-"""What an evaluation leaves behind: results.json, sequences.csv, table.md laid out as the paper's tables.
+"""What an evaluation writes: results.json, sequences.csv, and table.md laid out as One4D's tables.
 
-Published rows (One4D, Tables 3-6) stand beside ours wherever the benchmark has them; every row names its protocol.
+Published rows (One4D, Tables 3-6) stand beside ours wherever the benchmark has them; every row
+names its protocol.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from one4d_pl.files import write_text
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
 
-STANDS = 0.9  # of a standing camera's ATE: who is not clearly below has not found the path
+STANDING = 0.9  # of a standing camera's ATE: a prediction above it has not found the path
 # One4D, Tables 3 and 4: AbsRel and delta < 1.25 in percent; ATE, RPE-T, RPE-R
 PUBLISHED_DEPTH = {
     "sintel": {
@@ -86,9 +87,10 @@ class Row:
 
 
 def write_report(out: Path, rows: list[Row], total: int, sweep: str | None = None) -> str:
-    """Write results.json, sequences.csv and table.md below `out`; returns the table's text.
+    """Write results.json, sequences.csv and table.md below `out`; return the table's text.
 
-    `total` is the number of sequences of the whole benchmark; `sweep` says what the rows' labels are values of.
+    `total` is the number of sequences of the whole benchmark; `sweep` says what the rows' labels
+    are values of.
     """
     table = markdown(rows, total, sweep)
     write_text(out / "results.json", json.dumps([_as_dict(row) for row in rows], indent=1, allow_nan=False) + "\n")
@@ -98,7 +100,7 @@ def write_report(out: Path, rows: list[Row], total: int, sweep: str | None = Non
 
 
 def markdown(rows: list[Row], total: int, sweep: str | None) -> str:
-    """The tables as text: depth and cameras, published rows first."""
+    """Print the tables, of depth and of cameras, published rows first."""
     benchmark, protocol = rows[0].score.benchmark, rows[0].score.protocol
     scored = len(rows[0].score.sequences)
     part = "" if scored == total else f" (**{scored} of its {total} sequences**: {_comparable(rows[0].score)})"
@@ -114,10 +116,10 @@ def markdown(rows: list[Row], total: int, sweep: str | None) -> str:
         if row.score.degenerate:
             names = ", ".join(row.score.degenerate)
             lines.append(f"- {row.label}: degenerate camera paths, left out of the protocol's own mean: {names}")
-        standing = [s.name for s in row.score.sequences if _stands(s)]
+        standing = [s.name for s in row.score.sequences if _stands_still(s)]
         if standing:
             lines.append(
-                f"- {row.label}: cameras no better than standing ones (ATE at least {100 * STANDS:.0f} % of theirs; "
+                f"- {row.label}: cameras no better than standing ones (ATE at least {100 * STANDING:.0f} % of theirs; "
                 f"the length of their path says nothing): {', '.join(standing)}"
             )
         noted = [f"{s.name} ({'; '.join(s.notes)})" for s in row.score.sequences if s.notes]
@@ -127,14 +129,14 @@ def markdown(rows: list[Row], total: int, sweep: str | None) -> str:
 
 
 def _comparable(score: BenchmarkScore) -> str:
-    """What may be compared with published means where not all sequences were scored."""
+    """Say what compares with published means where not all sequences were scored."""
     if score.benchmark == "sintel" and {s.name for s in score.sequences} == set(SINTEL_CAMERAS):
         return "for cameras the published set; depth is not comparable with published means"
     return "not comparable with published means"
 
 
 def sequences_csv(rows: list[Row]) -> str:
-    """One line per row, sequence and part of its frames."""
+    """Print one line per row, sequence and part of its frames."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = ["row", "protocol", "sequence", "frames", "part", "pixels", *DEPTH_ERRORS, "fit_scale", "fit_shift"]
@@ -220,14 +222,14 @@ def _camera_table(rows: list[Row], benchmark: str) -> list[str]:
     return [*lines, ""]
 
 
-def _stands(sequence: SequenceScore) -> bool:
-    """Whether the cameras follow the true path no better than one that does not move at all, itself a flag."""
+def _stands_still(sequence: SequenceScore) -> bool:
+    """Tell whether the cameras follow the true path no better than a camera that stands still."""
     errors = sequence.cameras
-    return errors is not None and not sequence.degenerate and errors["ate"] >= STANDS * errors["ate_standing"]
+    return errors is not None and not sequence.degenerate and errors["ate"] >= STANDING * errors["ate_standing"]
 
 
 def _number(value: float) -> str:
-    """Three decimals as the paper; what would read 0.000 keeps two digits."""
+    """Print three decimals as the paper does; what would read 0.000 keeps two digits."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.1e}"
 
 

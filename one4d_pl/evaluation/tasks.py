@@ -1,4 +1,4 @@
-"""Every task of an adapter on held-out clips of its own toy world: measured, beside its goals, and written down."""
+"""Every task of an adapter measured on held-out clips of its toy world, with its goals."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ class TaskReport:
 
 
 def evaluate_tasks(config: Config, adapters: Path, clips: int, out: Path) -> TaskReport:
-    """Sample every task on `clips` held-out clips, measure, and leave OUT/metrics.json and OUT/tables.txt.
+    """Sample and measure every task on `clips` held-out clips; write metrics.json and tables.txt.
 
-    The same numbers every time. ConfigError where the adapter is not of the config's base, or the config has no toy
-    world.
+    The numbers are the same every time. ConfigError where the adapter is not of the config's base,
+    or the config has no toy world.
     """
     began = time.process_time()
     pipeline, base = One4DPipeline.open(config, adapters), One4DPipeline.open(config, None)
     held_out = HeldOut.render(config, clips)
     with tqdm(total=sampled_clips(clips), desc="sampling 4D scenes", unit="clip") as bar:
         quality = measure_fit(pipeline, base, held_out, SEED, bar.update)
-    assert config.data.toy is not None  # HeldOut.render looked
+    assert config.data.toy is not None  # HeldOut.render has checked
     found = goals(quality)
     text = f"{tables(quality, clips)}\n\n{goal_table(found, clips, config.data.toy.level)}\n"
     metrics = {
@@ -62,7 +62,7 @@ def evaluate_tasks(config: Config, adapters: Path, clips: int, out: Path) -> Tas
 
 
 def tables(quality: FitQuality, clips: int) -> str:
-    """Pointmaps against the truth, frames against the truth, generated scenes against themselves."""
+    """Print pointmaps and frames against the truth, and generated scenes against themselves."""
     lines = [
         f"Pointmaps of {clips} held-out clips, after one scale and shift per clip:",
         f"  {'':18} {'rel. error':>10} {'inliers':>8} {'moving':>8}",
@@ -79,7 +79,7 @@ def tables(quality: FitQuality, clips: int) -> str:
 
 
 def _finite(tree: object) -> object:
-    """The same tree with null for what json cannot hold."""
+    """Replace numbers that json cannot hold by null."""
     if isinstance(tree, dict):
         return {name: _finite(value) for name, value in tree.items()}
     if isinstance(tree, list):

@@ -1,4 +1,4 @@
-"""Clips of the toy world as training sees them, straight from the renderer."""
+"""Clips of the toy world in the form that training sees, straight from the renderer."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from one4d_pl.toy.levels import LEVELS
 from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Sample
 
-TRAINING_CLIPS = 256  # behind the mean pointmap and the median camera path
+TRAINING_CLIPS = 256  # for the mean pointmap and the median camera path
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class HeldOut:
 
 
 def render_samples(config: Config, seeds: range, what: str) -> list[Sample]:
-    """One clip per seed, every frame given; `what` names the progress bar."""
+    """Render one clip per seed, every frame given; `what` names the progress bar."""
     data, level = config.data, config.data.toy.level if config.data.toy else "hard"
     draw = Draw("video", torch.ones(data.num_frames, dtype=torch.bool), drop_caption=False)
     return [

@@ -1,8 +1,8 @@
 """Generated videos in the names, folder and frame rate that the VBench tool reads.
 
-VBench and VBench-I2V look for `<prompt>-<index>.mp4`, index 0 .. 4, all in one folder; prompts are VBench's own, to the
-letter. dynamic_degree samples frames by the rate in the file's header, so it must be true. H.264, crf 10, 4:2:0, as the
-tool's own sampling example.
+VBench and VBench-I2V look for `<prompt>-<index>.mp4`, index 0 .. 4, all in one folder; prompts are
+exactly VBench's own. dynamic_degree samples frames by the rate in the file's header, so that rate
+must be true. H.264, crf 10, 4:2:0, as the tool's own sampling example.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ MAX_NAME = 255  # bytes of a file name
 
 @dataclass(frozen=True)
 class VBenchPrompt:
-    """One entry of vbench2_i2v_full_info.json: what is generated from what."""
+    """One entry of vbench2_i2v_full_info.json: a prompt and its image."""
 
     prompt: str
     image: Path  # crop/<ratio>/<image_name>
 
 
 def video_name(prompt: str, index: int) -> str:
-    """The file name VBench asks for; ValueError where a file system could not hold it."""
+    """Return the file name VBench asks for; ValueError where no file system could hold it."""
     name = f"{prompt}-{index}.mp4"
     if not prompt.strip() or "/" in prompt or "\0" in prompt or len(name.encode()) > MAX_NAME:
         raise ValueError(f"prompt {prompt!r}: empty, with a slash, or too long for a file name")
@@ -43,7 +43,10 @@ def video_name(prompt: str, index: int) -> str:
 
 
 def read_i2v_prompts(info: object, images: Path, dimensions: tuple[str, ...]) -> list[VBenchPrompt]:
-    """The entries of VBench-I2V's list (parsed json) that some dimension needs; ValueError where it is another list."""
+    """Select the entries of VBench-I2V's list (parsed json) that some dimension needs.
+
+    ValueError where it is another list.
+    """
     if not isinstance(info, list) or not all(
         isinstance(e, dict) and {"prompt_en", "image_name", "dimension"} <= e.keys() for e in info
     ):
@@ -61,7 +64,7 @@ def generate_videos(
     fps: float,
     progress: Callable[[Iterable[VBenchPrompt]], Iterable[VBenchPrompt]] = iter,
 ) -> None:
-    """Image to 4D for every prompt, five samples each; videos that are there already are kept."""
+    """Generate five videos per prompt from its image; those that are there already are kept."""
     encoders = pipeline.encoders
     for entry in progress(prompts):
         picture = load_image(entry.image)[None]
@@ -87,7 +90,7 @@ def write_video(
     frames: Tensor,  # [3, T, H, W] in [-1, 1]; an odd last row or column is cut
     fps: float,
 ) -> Path:
-    """Write one video under its VBench name."""
+    """Write one video under its VBench name; return its path."""
     path = folder / video_name(prompt, index)
     height, width = frames.shape[2] // 2 * 2, frames.shape[3] // 2 * 2  # 4:2:0 needs even sides
     pixels = to_bytes((frames[:, :, :height, :width].permute(1, 2, 3, 0) + 1) / 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from one4d_pl.evaluation.toy_colours import HUED, colours_found, found_colours, named_things
+from one4d_pl.evaluation.toy_colours import CHROMATIC, caption_colours, named_things, visible_colours
 from one4d_pl.toy.levels import THING_COLOURS, WALL_COLOURS
 from one4d_pl.toy.render import AIR
 from one4d_pl.toy.world import render_clip
@@ -28,21 +28,21 @@ def painted(*spots: tuple[tuple[float, ...], float], light: float = 1.0, left: f
     return (2 * seen.sqrt() - 1).movedim(-1, 0)
 
 
-@pytest.mark.parametrize("name", HUED)
+@pytest.mark.parametrize("name", CHROMATIC)
 @pytest.mark.parametrize(("light", "left"), [(1.0, 1.0), (0.5, 1.0), (1.0, 0.4), (0.6, 0.5)])
 def test_a_painted_colour_is_told_in_any_light_and_through_air(name, light, left):
-    assert found_colours(painted((THING_COLOURS[name], 0.03), light=light, left=left)) == {name}
+    assert visible_colours(painted((THING_COLOURS[name], 0.03), light=light, left=left)) == {name}
 
 
 def test_a_speck_is_not_enough_and_greys_have_no_colour():
-    assert found_colours(painted((THING_COLOURS["red"], 0.0025))) == set()
+    assert visible_colours(painted((THING_COLOURS["red"], 0.0025))) == set()
     for colour in (GREY, WALL_COLOURS["pale grey"]):
-        assert found_colours(painted((colour, 0.5))) == set()
+        assert visible_colours(painted((colour, 0.5))) == set()
 
 
 def test_two_colours_are_two():
     spots = [(THING_COLOURS[name], 0.05) for name in ("blue", "yellow")]
-    assert found_colours(painted(*spots)) == {"blue", "yellow"}
+    assert visible_colours(painted(*spots)) == {"blue", "yellow"}
 
 
 def test_the_things_of_a_caption_are_told_from_its_place():
@@ -57,11 +57,11 @@ def test_the_things_of_a_caption_are_told_from_its_place():
 def test_shares_count_every_colour_of_every_caption():
     frames = torch.stack([painted((THING_COLOURS["red"], 0.1)), painted((THING_COLOURS["blue"], 0.1))])
     captions = ["A red ball and a green box.", "A blue egg and a red post."]
-    found = colours_found(frames, captions)
+    found = caption_colours(frames, captions)
     # red of red, green; blue of blue, red. Of the other caption's: red of blue, red; none of red, green
     assert found == {"clips": 2, "named": 0.5, "other": 0.25, "other_alone": 0.0}
     crowded = "A red ball, a green ball, a blue ball and a pink ball."
-    left_out = colours_found(frames, [crowded, captions[1]])
+    left_out = caption_colours(frames, [crowded, captions[1]])
     assert left_out["clips"] == 1 and math.isnan(left_out["named"])
 
 
@@ -69,8 +69,8 @@ def test_true_frames_show_what_their_caption_names_far_more_often_than_what_othe
     clips = [render_clip(seed, 5, 48, 64, level="clear") for seed in range(5_000_000, 5_000_032)]
     frames = torch.stack([clip.frames.movedim(-1, 0).float() / 127.5 - 1 for clip in clips])
     captions = [clip.caption for clip in clips]
-    true = colours_found(frames, captions)
+    true = caption_colours(frames, captions)
     assert true["clips"] == 32 and true["named"] > 0.85
     assert true["named"] > 2.4 * true["other"] and true["other_alone"] < 0.2
-    mixed = colours_found(frames.roll(1, 0), captions)  # frames that know nothing of their caption
+    mixed = caption_colours(frames.roll(1, 0), captions)  # frames that know nothing of their caption
     assert mixed["named"] < 1.6 * mixed["other"]
