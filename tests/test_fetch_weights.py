@@ -158,4 +158,4 @@ def test_every_base_of_a_scale_is_known_and_no_torch_is_imported(tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env={"PYTHONPATH": str(REPO)}
     )
     assert done.stdout.endswith("[]\n"), done.stderr
-    assert fetch_weights.named("a/b").patterns
+    assert fetch_weights.find_base("a/b").patterns

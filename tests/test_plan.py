@@ -15,7 +15,7 @@ import torch
 
 from one4d_pl.cluster import readiness
 from one4d_pl.cluster.readiness import refuse_too_large
-from one4d_pl.commands.plan import main, plan, told
+from one4d_pl.commands.plan import main, plan, plan_text
 from one4d_pl.config import ConfigError, load_config
 from one4d_pl.costs.memory import step_memory
 from one4d_pl.models.base_files import ENCODER_PARAMETERS, ORIGINAL_MARK, encoder_sizes
@@ -29,7 +29,7 @@ NODES = [*PAPER, str(REPO / "configs/scale/nodes_8x8.yaml")]
 def test_the_plan_of_eight_nodes_says_all_that_it_promises(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     run = plan(load_config(NODES, []), 64, "H200", 0.5)
-    text = told(run)
+    text = plan_text(run)
     parts = ["weights", "optimizer", "gradients", "checkpoints", "activations", "allowance"]
     said = ["685.0 LoRA / 250.7 control / 935.7", "18018 tokens", "legal: 64, 128, 192, 256", "fits H200"]
     for words in said + parts:
@@ -126,5 +126,5 @@ def test_the_8x8_preset_fits_80_gb(tmp_path, monkeypatch):
     """Raw shards or encoded ones: the encoders visit before the step."""
     monkeypatch.chdir(tmp_path)
     for gpu in ("H100", "A100-80GB", "H200"):
-        assert f"fits {gpu}" in told(plan(load_config(NODES, []), 64, gpu, 0.5))
-    assert "DOES NOT FIT A100-40GB" in told(plan(load_config(NODES, []), 64, "A100-40GB", 0.5))
+        assert f"fits {gpu}" in plan_text(plan(load_config(NODES, []), 64, gpu, 0.5))
+    assert "DOES NOT FIT A100-40GB" in plan_text(plan(load_config(NODES, []), 64, "A100-40GB", 0.5))

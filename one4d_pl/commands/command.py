@@ -1,4 +1,7 @@
-"""The way in and out of every command: parse, run, exit code. The user's error is one line, an interrupt none."""
+"""What all commands share: parse the arguments, run, return an exit code.
+
+A user's error is printed as one line, an interrupt as nothing.
+"""
 
 from __future__ import annotations
 
@@ -14,21 +17,25 @@ from one4d_pl import interrupts
 from one4d_pl.errors import FILE_SYSTEM, UserError
 
 USER_ERROR = 2
-PIPE_CLOSED = 141  # 128 + SIGPIPE: the reader (`| head`) has what it wanted
+PIPE_CLOSED = 141  # 128 + SIGPIPE: the reader (`| head`) needs no more
 
 
 @dataclass(frozen=True)
 class Command:
-    """One command: what it is called, which arguments it takes, and what it does with them."""
+    """One command: its name, its arguments, and what it does with them."""
 
     name: str  # as a user starts it
     description: str
     add_arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], int | None]  # the exit code, None = 0
-    end: Callable[[Callable[[], int]], NoReturn] = lambda work: sys.exit(work())  # the process, with that exit code
+    # ends the process with the exit code of the work it is given
+    end: Callable[[Callable[[], int]], NoReturn] = lambda work: sys.exit(work())
 
     def __call__(self, arguments: Sequence[str]) -> int:
-        """Parse and run; return the exit code. SystemExit(2) of argparse where the arguments do not parse."""
+        """Parse and run; return the exit code.
+
+        argparse raises SystemExit(2) for arguments that do not parse.
+        """
         parser = argparse.ArgumentParser(
             prog=self.name,
             description=self.description,
@@ -39,13 +46,16 @@ class Command:
         return exit_code(lambda: self.run(args))
 
     def run_process(self) -> NoReturn:
-        """Live the whole life of a process."""
+        """Run as the only command of this process, from its arguments to its exit."""
         interrupts.watch()
         self.end(lambda: self(sys.argv[1:]))
 
 
 def exit_code(work: Callable[[], int | None]) -> int:
-    """Return what `work` does, 2 after the line of a UserError, 130 after an interrupt; a bug stays a traceback."""
+    """Run `work` and return its exit code.
+
+    2 after a UserError, printed as one line; 130 after an interrupt. A bug stays a traceback.
+    """
     try:
         code = work() or 0
         sys.stdout.flush()
@@ -56,7 +66,7 @@ def exit_code(work: Callable[[], int | None]) -> int:
         return interrupts.INTERRUPTED
     except BrokenPipeError:
         if not any([_is_closed(sys.stdout), _is_closed(sys.stderr)]):
-            raise  # a socket's
+            raise  # some socket's, not the output's
         return PIPE_CLOSED
     except OSError as error:
         if error.errno not in FILE_SYSTEM:
@@ -67,10 +77,13 @@ def exit_code(work: Callable[[], int | None]) -> int:
 
 
 def _is_closed(stream: TextIO) -> bool:
-    """Tell whether nobody reads a pipe any more; from then on what is still buffered goes nowhere."""
+    """Tell whether a pipe has no reader any more.
+
+    If so, what is still buffered is discarded, so that flushing it at exit cannot fail.
+    """
     try:
         descriptor = stream.fileno()
-    except (OSError, ValueError):  # not of the system: pytest's
+    except (OSError, ValueError):  # no file of the system, but pytest's capture
         return False
     poll = select.poll()
     poll.register(descriptor, 0)

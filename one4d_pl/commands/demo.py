@@ -28,12 +28,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("one4d_pl")
 
-SHOWN = 3  # scenes of each task that are drawn
+SHOWN = 3  # clips of each task that are drawn
 ANIMATED: tuple[Task, ...] = ("video", "image", "text")
 ANIMATION_WIDTH = 320  # pixels of a column
 ANIMATION_BYTES = 2_000_000
 ZOOM = 4  # pixels of a picture per pixel of the model
-FPS = 6.0  # half the toy world's speed: nine frames are short
+FPS = 6.0  # half the toy world's speed, because nine frames are short
 ROWS = ["given", "generated frames", "generated pointmap", "distance", "true distance"]
 
 
@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def demo(config: Config, adapters: Path, clips: int, animated: int, out: Path) -> None:
-    """Sample every task on held-out clips, measure, draw."""
+    """Sample every task on held-out clips, measure and draw them."""
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
     began = time.monotonic()
 
@@ -68,7 +68,7 @@ def demo(config: Config, adapters: Path, clips: int, animated: int, out: Path) -
 
     report = evaluate_tasks(config, adapters, clips, out)
     quality, shown = report.quality, report.held_out.clips[:SHOWN]
-    _draw(quality.scenes, quality.masks, shown, report.held_out.recovery, out)
+    _draw_scenes(quality.scenes, quality.masks, shown, report.held_out.recovery, out)
     _animate(quality.scenes, animated, report.held_out, out / "animation.webp")
     write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))
     print(f"\n{report.text}")
@@ -79,14 +79,14 @@ def demo(config: Config, adapters: Path, clips: int, animated: int, out: Path) -
     print(f"All numbers: {out}/metrics.json; of more clips: make eval. Took {(time.monotonic() - began) / 60:.1f} min.")
 
 
-def _draw(
+def _draw_scenes(
     scenes: dict[Task, GeneratedScene],
     masks: dict[Task, Tensor],
     shown: list[Sample],
     recovery: RecoverOptions,
     out: Path,
 ) -> None:
-    """Pictures, videos and point clouds of the first clips of every task."""
+    """Draw pictures, videos and point clouds of the first clips of every task."""
     from tqdm import tqdm
 
     from one4d_pl.types import TASKS
@@ -127,7 +127,7 @@ def _draw_scene(
 
 
 def _animate(scenes: dict[Task, GeneratedScene], i: int, held_out: HeldOut, path: Path) -> None:
-    """One clip as video, image and text to 4D, side by side."""
+    """Animate one clip as video, image and text to 4D, side by side."""
     from one4d_pl.evaluation.recovered import recover_scenes
     from one4d_pl.scene.animation import FPS as ANIMATION_FPS
     from one4d_pl.scene.animation import Column, animate

@@ -36,7 +36,7 @@ log = logging.getLogger("one4d_pl")
 
 @dataclass(frozen=True)
 class Model:
-    """Where the model to be evaluated lies."""
+    """The model to be evaluated."""
 
     config: Config
     adapters: tuple[Path, ...]  # one, or several for --sweep checkpoint; none for the ceiling alone
@@ -57,7 +57,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def find_model(args: argparse.Namespace) -> Model:
-    """The adapter folders and their config; ConfigError says what is missing and what would work."""
+    """Find the adapter folders and their config; ConfigError says what is missing and the cure."""
     rows = args.rows.split(",")
     adapters = tuple(args.ckpt or [DEMO_ADAPTERS]) if "model" in rows else ()
     for folder in adapters:
@@ -74,7 +74,7 @@ def find_model(args: argparse.Namespace) -> Model:
 
 
 def _config_beside(adapters: tuple[Path, ...]) -> Path:
-    """The config that trained a checkpoint (<run>/config.yaml), or the demo's."""
+    """Find the config that trained a checkpoint (<run>/config.yaml), or the demo's."""
     for folder in adapters:
         run = folder.resolve().parent.parent / "config.yaml"
         if run.is_file():
@@ -167,7 +167,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--no-pictures", action="store_true", help="no depth strips and camera paths")
     add("--clips", type=int, default=64, help="tasks: held-out clips to measure on (default %(default)s)")
     add("--ratio", default="16-9", help="vbench: aspect ratio of its images (1-1, 8-5, 7-4, 16-9)")
-    add("--fps", type=float, default=16.0, help="vbench: frame rate of the model's videos, told in the file")
+    add("--fps", type=float, default=16.0, help="vbench: frame rate of the model's videos, written into the file")
     add("overrides", nargs="*", metavar="section.key=value", help="of the config, e.g. sampler.steps=20")
 
 

@@ -20,8 +20,8 @@ from one4d_pl.files import check_folder, whole_folder
 log = logging.getLogger("one4d_pl")
 
 DTYPES = ("float32", "bfloat16")
-LAYOUTS = ("diffusers", "wan")  # of models.lora_formats, which imports torch
-FORMATS = ("ply", "glb", "colmap", "nerfstudio", "tum", "depth16")  # of inference.exports, which imports torch
+LAYOUTS = ("diffusers", "wan")  # those of models.lora_formats, which imports torch
+FORMATS = ("ply", "glb", "colmap", "nerfstudio", "tum", "depth16")  # those of scene.exports, which imports torch
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +79,7 @@ def export_scene_folder(
 
 
 def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()) -> int:
-    """Write the adapter of `checkpoint` to `out`, atomically; returns its size in bytes."""
+    """Write the adapter of `checkpoint` to `out`, atomically; return its size in bytes."""
     import torch
     from safetensors.torch import load_file, save_file
 

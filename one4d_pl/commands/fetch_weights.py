@@ -1,9 +1,8 @@
-"""one4d fetch-weights NAME: the hub download of a base, said (default) or done (--run), and its check.
+"""one4d fetch-weights NAME: print (default) or run (--run) the hub download of a base, and check it.
 
---run downloads what one4d_pl opens of the repository, and nothing else of it, then compares every file's size and
-sha256 with what the hub says of it. The hub's answer stays in the folder (hub_files.json), so that
-`--check FOLDER` can do the same later and offline; without it, --check holds the files against themselves: headers,
-indices, tables of contents.
+--run downloads those files of the repository that one4d_pl opens, then compares every file's size and sha256 with
+the hub's. The hub's answer stays in the folder (hub_files.json), so that `--check FOLDER` can do the same later and
+offline; without it, --check compares the files with their own headers, indices and tables of contents.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ from one4d_pl.models.base_files import (
 ORIGINAL_PATTERNS = ["config.json", "diffusion_pytorch_model*", *ORIGINAL_FILES.values(), f"{ORIGINAL_TOKENIZER}/*"]
 DIFFUSERS_PATTERNS = [DIFFUSERS_MARK, *(f"{part}/*" for part in PARTS), "scheduler/*"]
 RECORD = "hub_files.json"
-READ = 1 << 24  # bytes at a time
+CHUNK_BYTES = 1 << 24  # read at a time
 
 
 @dataclass(frozen=True)
@@ -57,10 +56,10 @@ BASES = {
 
 @dataclass(frozen=True)
 class HubFile:
-    """What the hub says of a file."""
+    """A file's size and hash as the hub states them."""
 
     size: int | None  # bytes
-    sha256: str | None  # of large files alone
+    sha256: str | None  # the hub states it for large files only
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,22 +71,22 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Print, fetch or check; the exit code: 0, or 2 with a line per fault."""
+    """Print, fetch or check; return the exit code: 0, or 2 with a line per fault."""
     if (args.base is None) == (args.check is None):
         raise ConfigError("name a base, or a folder with --check")
     if args.check is not None:
-        return report(args.check, check(args.check, show))
-    base = named(args.base)
+        return report(args.check, check(args.check, print_line))
+    base = find_base(args.base)
     folder = args.to or Path("weights") / base.repo.partition("/")[2]
     if not args.run:
         print(plan(base, folder))
         return 0
     check_folder(folder, "--to")
-    return report(folder, fetch(base, folder, show))
+    return report(folder, fetch(base, folder, print_line))
 
 
-def named(name: str) -> Base:
-    """A known base, or any repository in one of the two layouts."""
+def find_base(name: str) -> Base:
+    """Return a known base, or any repository owner/name; ConfigError for another name."""
     if name in BASES:
         return BASES[name]
     if name.count("/") == 1:
@@ -96,7 +95,7 @@ def named(name: str) -> Base:
 
 
 def plan(base: Base, folder: Path) -> str:
-    """The commands that do by hand what --run does."""
+    """Print the commands that do by hand what --run does."""
     size = "" if base.gigabytes is None else f", {base.gigabytes} GB"
     patterns = " ".join(f"'{pattern}'" for pattern in base.patterns)
     return (
@@ -107,7 +106,10 @@ def plan(base: Base, folder: Path) -> str:
 
 
 def fetch(base: Base, folder: Path, say: Callable[[str], None]) -> list[str]:
-    """Download (again what is incomplete), verify against the hub; a line per fault."""
+    """Download what is missing or incomplete, verify it against the hub; return a line per fault.
+
+    ConfigError where the hub cannot be reached.
+    """
     from huggingface_hub import HfApi, snapshot_download
 
     try:
@@ -119,7 +121,7 @@ def fetch(base: Base, folder: Path, say: Callable[[str], None]) -> list[str]:
         }
         total = sum(file.size or 0 for file in wanted.values())
         say(f"{base.repo} at {info.sha}: {len(wanted)} files, {total / 1e9:.1f} GB")
-        # this very commit: the files must be those that the hub has just told of
+        # this very commit: the files must be those that the hub has just listed
         snapshot_download(base.repo, revision=info.sha, local_dir=folder, allow_patterns=base.patterns)
     except Exception as error:  # the hub client has many error classes, the network's among them
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
@@ -130,26 +132,29 @@ def fetch(base: Base, folder: Path, say: Callable[[str], None]) -> list[str]:
 
 
 def check(folder: Path, say: Callable[[str], None]) -> list[str]:
-    """A line per fault of a folder: what is absent, of another size or content, cut short, or not in its index."""
+    """Return a line per fault of a folder.
+
+    A file may be absent, of another size or content, cut short, or not in its index.
+    """
     if not any((folder / mark).is_file() for mark in (DIFFUSERS_MARK, ORIGINAL_MARK)):
         return [f"{folder}: no base: neither {DIFFUSERS_MARK} nor {ORIGINAL_MARK}"]
     absent = lacking(folder)
     faults = [] if absent is None else [absent]
     files = sorted(file for pattern in ("*.safetensors", "*.pth") for file in folder.rglob(pattern))
-    faults += [fault for file in files if (fault := _damage(file))]
+    faults += [fault for file in files if (fault := _file_fault(file))]
     faults += [fault for index in sorted(folder.rglob("*.safetensors.index.json")) for fault in _index_faults(index)]
     record = folder / RECORD
     if not record.is_file():
         say(f"{folder}: no {RECORD} of a --run: sizes and headers are looked at, not contents")
         return faults
     for name, stated in json.loads(record.read_text())["files"].items():
-        if fault := _differs(folder / name, HubFile(**stated), say):
+        if fault := _hub_fault(folder / name, HubFile(**stated), say):
             faults.append(fault)
     return faults
 
 
 def report(folder: Path, faults: list[str]) -> int:
-    """Say what was found; the exit code."""
+    """Print the faults, or that there are none; return the exit code."""
     for fault in faults:
         print(f"error: {fault}", file=sys.stderr)
     if not faults:
@@ -158,11 +163,11 @@ def report(folder: Path, faults: list[str]) -> int:
     return USER_ERROR if faults else 0
 
 
-def show(line: str) -> None:
+def print_line(line: str) -> None:
     print(line, flush=True)
 
 
-def _differs(file: Path, stated: HubFile, say: Callable[[str], None]) -> str | None:
+def _hub_fault(file: Path, stated: HubFile, say: Callable[[str], None]) -> str | None:
     if not file.is_file():
         return f"{file}: absent"
     size = file.stat().st_size
@@ -173,15 +178,15 @@ def _differs(file: Path, stated: HubFile, say: Callable[[str], None]) -> str | N
     say(f"sha256 of {file} ({size / 1e9:.1f} GB)")
     digest = hashlib.sha256()
     with file.open("rb") as stream:
-        while piece := stream.read(READ):
+        while piece := stream.read(CHUNK_BYTES):
             digest.update(piece)
     if digest.hexdigest() != stated.sha256:
         return f"{file}: its bytes differ from the hub's (sha256); delete it and fetch again"
     return None
 
 
-def _damage(file: Path) -> str | None:
-    """What a look at the header or, of a .pth file, the table of contents shows."""
+def _file_fault(file: Path) -> str | None:
+    """Return what is wrong with a file's header or, for a .pth file, its table of contents."""
     if file.suffix == ".pth":
         try:
             with zipfile.ZipFile(file) as archive:
@@ -196,7 +201,7 @@ def _damage(file: Path) -> str | None:
 
 
 def _index_faults(index: Path) -> list[str]:
-    """Tensors that the index promises and the shards have not."""
+    """Return a line per tensor that the index names and the shards lack."""
     held: dict[str, set[str]] = {}
     faults = []
     for tensor, shard in sorted(json.loads(index.read_text())["weight_map"].items()):
@@ -205,7 +210,7 @@ def _index_faults(index: Path) -> list[str]:
             held[shard] = set()
             if not file.is_file():
                 faults.append(f"{file}: absent")
-            elif _damage(file) is None:
+            elif _file_fault(file) is None:
                 held[shard] = set(safetensors_header(file))
         if held[shard] and tensor not in held[shard]:
             faults.append(f"{file}: {tensor} is missing, which {index.name} promises")

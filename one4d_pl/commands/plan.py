@@ -29,7 +29,7 @@ GIB, MEGA = 2**30, 2**20
 
 @dataclass(frozen=True)
 class Run:
-    """A config on some GPUs."""
+    """A config on a number of GPUs of one kind."""
 
     base: str  # where the sizes come from
     shape: TransformerShape
@@ -46,11 +46,11 @@ class Run:
         return self.global_batch // (self.layout.world * self.batch.clips)
 
     def flops(self, checkpointing: str) -> Flops:
-        """Of one GPU and optimiser step."""
+        """Count the operations of one GPU in one optimiser step."""
         return training_flops(self.shape, self.batch, checkpointing, flash=True) * self.accumulation
 
     def seconds(self, checkpointing: str) -> float:
-        """Of a step, at the stated share of the GPU's peak."""
+        """Estimate the time of a step (s) at the stated share of the GPU's peak."""
         peak = peak_flops(f"NVIDIA {self.gpu}", "bf16-mixed")
         assert peak is not None
         return self.flops(checkpointing).hardware / (self.hfu * peak)
@@ -71,11 +71,14 @@ def _run(args: argparse.Namespace) -> None:
     gpus = config.train.world_size if args.gpus is None else args.gpus
     if gpus < 1:
         raise ConfigError(f"--gpus: need at least one, got {gpus}")
-    print(told(plan(config, gpus, args.gpu, args.hfu)))
+    print(plan_text(plan(config, gpus, args.gpu, args.hfu)))
 
 
 def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
-    """The run of a config on so many GPUs; where they cannot make its global batch, the next larger one they can."""
+    """Plan the run of a config on so many GPUs.
+
+    Where they cannot make its global batch, the next larger one that they can make is planned.
+    """
     folder, settings, base = sizes_of(config.base.path)
     encoders, vae_base_dim = encoder_sizes(folder)
     train, shape = config.train, TransformerShape.of(settings, config.dlc)
@@ -101,9 +104,9 @@ def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
     )
 
 
-def told(run: Run) -> str:
-    """The plan as text."""
-    return "\n".join([*_sizes(run), "", *_time(run), "", *_memory(run), "", *_ways(run)])
+def plan_text(run: Run) -> str:
+    """Print the plan as text."""
+    return "\n".join([*_sizes(run), "", *_time(run), "", *_memory(run), "", *_strategies(run)])
 
 
 def _sizes(run: Run) -> list[str]:
@@ -139,7 +142,7 @@ def _time(run: Run) -> list[str]:
 def _memory(run: Run) -> list[str]:
     memory = step_memory(run.shape, run.batch, run.layout)
     verdict = "fits" if memory.fits(GPU_GIB[run.gpu] * GIB) else "DOES NOT FIT"
-    lines = [f"memory      GiB per GPU, {_way(run.layout)}"]
+    lines = [f"memory      GiB per GPU, {_layout_text(run.layout)}"]
     lines += [f"  {name:<12}{value / GIB:8.2f}" for name, value in memory.parts() if value]
     lines.append(f"  {'total':<12}{memory.total / GIB:8.2f}   {verdict} {run.gpu} ({GPU_GIB[run.gpu]} GiB)")
     if memory.host:
@@ -147,7 +150,7 @@ def _memory(run: Run) -> list[str]:
     return lines
 
 
-def _way(layout: Layout) -> str:
+def _layout_text(layout: Layout) -> str:
     stage = (
         f"ZeRO-{layout.zero_stage}"
         if layout.zero_stage
@@ -163,7 +166,7 @@ def _way(layout: Layout) -> str:
     return f"{stage}, {recompute}{', offload' if layout.offload else ''}"
 
 
-def _ways(run: Run) -> list[str]:
+def _strategies(run: Run) -> list[str]:
     lines = [
         "every way   GiB per GPU where the encoders visit it in every step, and without (encoded shards);",
         "            fits: the GPUs that hold the first, in brackets those that hold the second alone",
@@ -176,7 +179,7 @@ def _ways(run: Run) -> list[str]:
                 both = [step_memory(run.shape, run.batch, way) for way in (layout, layout.without_encoders())]
                 mark = "*" if layout == run.layout else " "
                 lines.append(
-                    f"{mark} {stage:<6}{checkpointing:<11}{_said(offload):<9}{both[0].total / GIB:7.1f}"
+                    f"{mark} {stage:<6}{checkpointing:<11}{_yes_no(offload):<9}{both[0].total / GIB:7.1f}"
                     f"{both[1].total / GIB:9.1f}{run.seconds(checkpointing):10.3g}  {_fits(*both)}"
                 )
     return lines
@@ -188,7 +191,7 @@ def _fits(whole: Memory, encoded: Memory) -> str:
     return ", ".join([*names, *(f"({gpu})" for gpu in more)]) or "none"
 
 
-def _said(switch: bool) -> str:
+def _yes_no(switch: bool) -> str:
     return "yes" if switch else "no"
 
 

@@ -53,8 +53,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Check, and print a line per fault; the exit code."""
-    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # else a refused connection is forty lines
+    """Check, print a line per fault, and return the exit code."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # a refused connection logs forty lines
     place = Place.from_environment()
     config = load_config(args.config, args.overrides)
     check_paths(config)
@@ -70,7 +70,10 @@ def _run(args: argparse.Namespace) -> int:
 
 
 class Deadline:
-    """Ends the process with one line when a stage lasts too long: a hang in a driver or filesystem ignores the rest."""
+    """A timer that ends the process with one line when a stage lasts too long.
+
+    Nothing gentler stops a hang in a driver or a file system.
+    """
 
     def __init__(self, seconds: float, node: str) -> None:
         self.seconds, self.node, self.timer = seconds, node, threading.Timer(0, lambda: None)
@@ -91,21 +94,24 @@ class Deadline:
 
 
 def preflight(config: Config, place: Place, seconds: float) -> list[str]:
-    """Every fault that any rank found, the same list on every rank; [] if the run may start."""
-    deadline = Deadline(2 * seconds + 10, place.node)  # the patience itself comes first: it tells more
+    """Collect every fault that any rank found.
+
+    The same list on every rank, [] if the run may start.
+    """
+    deadline = Deadline(2 * seconds + 10, place.node)  # after the stage's own timeout, whose error says more
     deadline.begin("meeting the other ranks")
     probe = Path(config.run_dir) / f".preflight-{uuid.uuid4().hex[:12]}"
     try:
         store = meet(place, seconds)
         if place.rank == 0:
-            store.set("probe", _leave(probe))
+            store.set("probe", _write_probe(probe))
         deadline.begin("reading weights and samples")
         report = look(config, place, Path(store.get("probe").decode()))
         faults = share(report, place, store, seconds, lambda: run_faults(config))
         if not faults:
             deadline.begin("all-reduce (if it is the network: NCCL_INTERFACE in slurm/env.sh)")
             faults = all_reduce(place, store, seconds)
-        _part(place, store)
+        _leave_store(place, store)
         return faults
     finally:
         deadline.end()
@@ -114,13 +120,13 @@ def preflight(config: Config, place: Place, seconds: float) -> list[str]:
 
 
 def meet(place: Place, seconds: float) -> Store:
-    """A store that all ranks reach; ConfigError names the address where it cannot be."""
+    """Open a store that all ranks reach; ConfigError names an address that is out of reach."""
     from torch.distributed import DistNetworkError, TCPStore
 
-    where, patience = f"{place.address}:{place.port}", timedelta(seconds=seconds)
+    where, timeout = f"{place.address}:{place.port}", timedelta(seconds=seconds)
     try:
         return TCPStore(
-            place.address, place.port, place.world, place.rank == 0, timeout=patience, wait_for_workers=False
+            place.address, place.port, place.world, place.rank == 0, timeout=timeout, wait_for_workers=False
         )
     except DistNetworkError as error:
         if place.rank == 0 and "EADDRINUSE" in str(error):
@@ -135,7 +141,10 @@ def meet(place: Place, seconds: float) -> Store:
 def share(
     report: Report, place: Place, store: Store, seconds: float, more_faults: Callable[[], list[str]]
 ) -> list[str]:
-    """Hand the report to rank 0, which compares all of them and adds its own; the verdict of the job."""
+    """Hand the report to rank 0 and return the faults of the whole job.
+
+    Rank 0 compares all reports and adds `more_faults`.
+    """
     store.set(f"report/{place.rank}", json.dumps(asdict(report)))
     if place.rank == 0:
         keys = [f"report/{rank}" for rank in range(place.world)]
@@ -143,7 +152,7 @@ def share(
             store.wait(keys, timedelta(seconds=seconds))
             reports = [Report(**json.loads(store.get(key))) for key in keys]
             faults = faults_of(reports) + differences(reports) + more_faults()
-        except RuntimeError:  # DistStoreError: the wait has ended
+        except RuntimeError:  # DistStoreError: the time is over
             absent = [str(rank) for rank, key in enumerate(keys) if not store.check([key])]
             faults = [
                 f"ranks {', '.join(absent)} of {place.world} have not reported after {seconds:.0f} s; "
@@ -154,7 +163,7 @@ def share(
 
 
 def all_reduce(place: Place, store: Store, seconds: float) -> list[str]:
-    """Sum ones over all ranks on the device that will train; faults, or []."""
+    """Sum ones over all ranks on the device that will train; return the faults, or []."""
     import torch
     import torch.distributed as dist
 
@@ -170,7 +179,7 @@ def all_reduce(place: Place, store: Store, seconds: float) -> list[str]:
             device_id=device if device.type == "cuda" else None,
         )
         ones = torch.ones(ALL_REDUCE_FLOATS, device=device)
-        dist.all_reduce(ones)  # the first one connects
+        dist.all_reduce(ones)  # this one also connects, so the next is timed
         began = time.perf_counter()
         dist.all_reduce(ones)
         total = ones.mean().item()
@@ -187,8 +196,8 @@ def all_reduce(place: Place, store: Store, seconds: float) -> list[str]:
     return []
 
 
-def _leave(probe: Path) -> str:
-    """Rank 0's file, which every node must see."""
+def _write_probe(probe: Path) -> str:
+    """Write rank 0's file, which every node must see; return its path."""
     try:
         probe.parent.mkdir(parents=True, exist_ok=True)
         probe.write_bytes(bytes(4096))
@@ -197,8 +206,8 @@ def _leave(probe: Path) -> str:
     return str(probe.resolve())
 
 
-def _part(place: Place, store: Store) -> None:
-    """The store lives in rank 0: it leaves last, or after a moment."""
+def _leave_store(place: Place, store: Store) -> None:
+    """Leave the store; rank 0, which holds it, waits up to five seconds for the others."""
     store.set(f"parted/{place.rank}", "")
     if place.rank == 0:
         with contextlib.suppress(RuntimeError):

@@ -1,9 +1,9 @@
 """one4d rehearse --config ...: the configured training step and sampler on a GPU that is not there.
 
 No GPU, no weights, no data: the project's own code and Lightning's Trainer run on fake CUDA tensors, which have a
-device, a dtype and a shape but no bytes. Told are what a GPU would have refused (one line with module and file), where
+device, a dtype and a shape but no bytes. Reports what a GPU would have refused (one line with module and file), where
 the CPU waits for the GPU, and the memory of every phase beside the planner's. The whole 14B takes two minutes on a CPU,
---blocks 2 half of one. Needs g++ and a CPU build of torch, or a GPU.
+--blocks 2 half a minute. Needs g++ and a CPU build of torch, or a GPU.
 """
 
 from __future__ import annotations
@@ -85,5 +85,5 @@ def report_lines(seen: Rehearsal) -> list[str]:
     return lines
 
 
-# autograd's threads believe in the device to the end, and would outlive Python
+# autograd's threads keep using the fake device and would outlive Python, so the process is ended
 main = Command("one4d rehearse", __doc__, _add_arguments, _run, end=end_process)

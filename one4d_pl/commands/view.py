@@ -27,7 +27,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("websockets").setLevel(logging.WARNING)  # it announces every connection
+    logging.getLogger("websockets").setLevel(logging.WARNING)  # it logs every connection
     view(args.scene, args.html, args.port, args.keep_flying_points)
 
 
