@@ -1,10 +1,11 @@
-"""Captions for clips whose dataset has none: from a table, or from any OpenAI-compatible vision endpoint.
+"""Captions for clips whose dataset has none: from a table or an OpenAI-compatible endpoint.
 
-1. A table (csv with the columns key and caption, or jsonl with those fields; a key is a clip's or, for all clips of
-   one unit, the unit's) wins over the dataset's own caption.
-2. Where there is still none, and only if a url and a model are given, some frames go to `<url>/chat/completions`.
-3. Every answer is a small file in the cache folder, named by what was asked: a second run asks nothing twice, and a run
-   that was stopped goes on where it was.
+1. A table (csv with the columns key and caption, or jsonl with those fields) wins over the
+   dataset's own caption. A key is that of a clip, or of a unit for all clips of the unit.
+2. Where there is still none, and only if a url and a model are given, some frames are sent to
+   `<url>/chat/completions`.
+3. Every answer is a small file in the cache folder, named by a hash of the request: a second run
+   asks nothing twice, and a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -39,16 +40,16 @@ PROMPT = (
     "These are frames of one video, in order. Describe it in two or three plain sentences: what is seen and where, "
     "how things move, and how the camera moves. Do not mention frames, images or a video."
 )
-WORTH_A_RETRY = {408, 409, 425, 429, 500, 502, 503, 504}
-LONGEST_PAUSE_S = 60.0
+RETRY_STATUSES = {408, 409, 425, 429, 500, 502, 503, 504}
+MAX_PAUSE_S = 60.0
 MAX_ANSWER_BYTES = 1 << 20
-LONGEST_CAPTION = 2000  # characters; the text encoder sees 512 tokens
+MAX_CAPTION = 2000  # characters; the text encoder sees 512 tokens
 
 logger = logging.getLogger(__name__)
 
 
 class CaptionError(UserError):
-    """Captions cannot be had; nothing is lost, for what was answered is in the cache."""
+    """Captions cannot be had; the answers so far are kept in the cache."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class CaptionOptions:
     url: str | None = None  # base of an OpenAI-compatible API, e.g. http://localhost:8000/v1; None = ask nobody
     model: str | None = None  # the endpoint's name for it
     cache: str | None = None  # folder of answers
-    key_variable: str = "OPENAI_API_KEY"  # environment variable of the API key; may be unset for a server of one's own
+    key_variable: str = "OPENAI_API_KEY"  # environment variable of the API key; a local server may need none
     prompt: str = PROMPT
     frames: int = 4  # evenly spaced, the first and the last among them
     longest_side: int = 512  # pixels of a frame as it is sent
@@ -82,19 +83,22 @@ def best_caption(
     unit: str,  # that the clip was cut from
     options: CaptionOptions,
 ) -> str:
-    """The table's, else the dataset's own, else the endpoint's; CaptionError where that keeps failing."""
-    table = _known_table(Path(options.table), options.table_digest) if options.table else {}
+    """Take the table's caption, else the dataset's own, else the endpoint's.
+
+    CaptionError where the endpoint keeps failing.
+    """
+    table = _load_table(Path(options.table), options.table_digest) if options.table else {}
     caption = table.get(clip.key, table.get(unit, clip.caption)).strip()
     return ask(clip, options) if not caption and options.url is not None else caption
 
 
 def digest_of_table(table: Mapping[str, str]) -> str:
-    """Identity of a table's captions, whatever the order of its rows."""
+    """Hash a table's captions, whatever the order of its rows."""
     return hashlib.sha256(json.dumps(sorted(table.items())).encode()).hexdigest()[:16]
 
 
-@functools.lru_cache(maxsize=1)  # a process of the writer looks up one table for thousands of units
-def _known_table(path: Path, digest: str | None) -> dict[str, str]:
+@functools.lru_cache(maxsize=1)  # a process of the writer uses one table for thousands of units
+def _load_table(path: Path, digest: str | None) -> dict[str, str]:
     table = read_table(path)
     if digest not in (None, digest_of_table(table)):
         raise CaptionError(f"{path}: was changed while it was in use; start again, into another folder")
@@ -102,9 +106,10 @@ def _known_table(path: Path, digest: str | None) -> dict[str, str]:
 
 
 def read_table(path: Path) -> dict[str, str]:  # key of a clip or unit -> caption
-    """Captions of a csv (columns key and caption) or jsonl file; ValueError names the row that is wrong.
+    """Read captions from a csv (columns key and caption) or jsonl file.
 
-    A row whose caption is null, NaN or empty (see `data.texts`) is as good as none.
+    A row whose caption is null, NaN or empty (see `data.texts`) is skipped. UserError names a row
+    that is wrong.
     """
     found: dict[str, str] = {}
     seen: set[str] = set()
@@ -129,32 +134,32 @@ def _table_rows(file: Iterable[str], is_csv: bool) -> Iterator[object]:
 
 
 def ask(clip: Clip, options: CaptionOptions, pause: Callable[[float], None] = time.sleep) -> str:
-    """The endpoint's caption of a clip, from the cache where it was given before.
+    """Ask the endpoint for a clip's caption, or take it from the cache.
 
     CaptionError names the clip where the endpoint refuses or keeps failing.
     """
-    assert options.url is not None and options.cache is not None  # CaptionOptions saw to it
-    request = json.dumps(_question(clip, options)).encode()
-    # By what is asked, not by whom: another port of the same model gives the same caption.
+    assert options.url is not None and options.cache is not None  # CaptionOptions checks it
+    request = json.dumps(_request_body(clip, options)).encode()
+    # Named by the request, not by the url: another port of the same model gives the same caption.
     path = Path(options.cache) / f"{hashlib.sha256(request).hexdigest()}.json"
     if path.is_file() and (caption := _cached(path)):
         return caption
     headers, wait = _headers(options), options.first_pause_s
     for attempt in range(1, options.attempts + 1):
         try:
-            caption = _text_of(_post(options.url, request, headers, options.timeout_s))
+            caption = _answer_text(_post(options.url, request, headers, options.timeout_s))
         except urllib.error.HTTPError as error:
-            if error.code not in WORTH_A_RETRY:
+            if error.code not in RETRY_STATUSES:
                 raise CaptionError(f"{clip.key}: {options.url} refuses: {error.code} {_detail(error)}") from error
-            reason, least = f"{error.code} {error.reason}", _retry_after(error.headers)
+            reason, server_wait = f"{error.code} {error.reason}", _retry_after(error.headers)
         except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, time-out, no answer
-            reason, least = str(error) or type(error).__name__, 0.0
+            reason, server_wait = str(error) or type(error).__name__, 0.0
         else:
             _save(path, {"key": clip.key, "model": options.model, "caption": caption})
             return caption
         if attempt < options.attempts:
             logger.info("caption of %s: attempt %d failed (%s)", clip.key, attempt, " ".join(reason.split()))
-            pause(min(max(wait, least), LONGEST_PAUSE_S))
+            pause(min(max(wait, server_wait), MAX_PAUSE_S))
             wait *= 2
     raise CaptionError(
         f"{clip.key}: no caption after {options.attempts} attempts at {options.url} ({' '.join(reason.split())}); "
@@ -162,7 +167,7 @@ def ask(clip: Clip, options: CaptionOptions, pause: Callable[[float], None] = ti
     )
 
 
-def _question(clip: Clip, options: CaptionOptions) -> dict[str, object]:
+def _request_body(clip: Clip, options: CaptionOptions) -> dict[str, object]:
     chosen = torch.linspace(0, clip.num_frames - 1, min(options.frames, clip.num_frames)).round().long()
     frames = clip.frames[chosen]
     shrink = options.longest_side / max(frames.shape[1:3])
@@ -180,7 +185,7 @@ def _question(clip: Clip, options: CaptionOptions) -> dict[str, object]:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A redirect would carry the API key to another host."""
+    """Refuse redirects, which would carry the API key to another host."""
 
     def redirect_request(
         self, req: urllib.request.Request, fp: object, code: int, msg: str, headers: object, newurl: str
@@ -198,12 +203,15 @@ def _headers(options: CaptionOptions) -> dict[str, str]:
 
 
 def _post(url: str, content: bytes, headers: dict[str, str], timeout_s: float) -> bytes:
-    """The body of the answer: at most MAX_ANSWER_BYTES, within twice the time-out."""
+    """Post the request and return the answer's body.
+
+    ValueError beyond MAX_ANSWER_BYTES, TimeoutError beyond about twice the time-out.
+    """
     url = f"{url.rstrip('/')}/chat/completions"
     request = urllib.request.Request(url, content, headers, method="POST")
     deadline = time.monotonic() + timeout_s
     body = b""
-    # The time-out is of every single byte that is waited for: a server that drips them needs the deadline.
+    # The time-out applies to every read alone; a server that sends byte by byte needs the deadline.
     with urllib.request.build_opener(_NoRedirect()).open(request, timeout=timeout_s) as answer:
         while chunk := answer.read1(1 << 16):
             body += chunk
@@ -214,13 +222,13 @@ def _post(url: str, content: bytes, headers: dict[str, str], timeout_s: float) -
     return body
 
 
-def _text_of(body: bytes) -> str:
-    """The text of the first choice on one line; ValueError where there is none."""
+def _answer_text(body: bytes) -> str:
+    """Return the text of the first choice on one line; ValueError where there is none."""
     try:
         text = json.loads(body)["choices"][0]["message"]["content"]
     except (ValueError, KeyError, IndexError, TypeError, RecursionError) as error:
         raise ValueError(f"no chat completion: {body[:100]!r}") from error
-    caption = " ".join(text.split())[:LONGEST_CAPTION] if isinstance(text, str) and not is_missing(text) else ""
+    caption = " ".join(text.split())[:MAX_CAPTION] if isinstance(text, str) and not is_missing(text) else ""
     if not caption:
         raise ValueError("an empty caption")
     return caption
@@ -235,13 +243,13 @@ def _detail(error: urllib.error.HTTPError) -> str:
 
 
 def _retry_after(headers: Message | None) -> float:
-    """Seconds that the server asks to wait; 0 where it gives none, or a date."""
+    """Return the seconds that the server asks to wait; 0 where it gives none, or a date."""
     text = (headers.get("Retry-After") if headers else None) or ""
     return float(text) if text.isascii() and text.isdigit() and len(text) < 7 else 0.0
 
 
 def _cached(path: Path) -> str:
-    """The caption of a cache file; "" where the file is broken, so that it is asked for again."""
+    """Read the caption of a cache file; "" for a broken file, so that it is asked for again."""
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):

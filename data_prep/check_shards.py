@@ -1,8 +1,8 @@
 """Read raw shards again and look for what is wrong: python -m data_prep.check_shards FOLDER [--jobs N]
 
 Every shard is compared with its hash, every clip decoded, and its geometry, normalisation and cameras are measured.
-Each clip is also read by every other convention that files are mistaken in (conventions.py): one that fits clearly
-better is told, with its margin.
+Each clip is also read by the conventions that are commonly mistaken for each other (conventions.py): one that fits
+clearly better is reported, with its margin.
 Leaves in FOLDER/check (or --report): report.json (numbers per clip, their medians, what each convention is found to
 be, what is flagged), exclude.txt (for `write_shards --exclude`) and clips.png (flagged clips first). Ends with 1 where
 a file is damaged.
@@ -65,11 +65,11 @@ class ClipCheck:
     vae_error: float = math.nan  # median error of a valid point through the VAE and back, in the cube; where asked
 
     def flags(self) -> list[str]:
-        """Why somebody should look at it before training."""
+        """List why somebody should look at the clip before training."""
         found = {
             f"cannot be read: {self.fault}": bool(self.fault),
             f"geometry: static points land {100 * self.static_error:.0f} % off": self.static_error > 0.1,
-            self._told(): self.reading is not None,
+            self._reading_text(): self.reading is not None,
             f"valid: {100 * self.valid_share:.0f} % of the pixels": self.valid_share < 0.1,
             f"camera jumps by {self.largest_step:.2f} median depths": self.largest_step > 0.5,
             f"normalisation loses {self.round_trip:.1e}": self.round_trip > 1e-3,
@@ -80,10 +80,10 @@ class ClipCheck:
 
     @property
     def reading(self) -> str | None:
-        """The convention by which this clip fits clearly better, if any."""
+        """Return the convention that fits this clip clearly better, if any."""
         return believed_reading(self.margins)
 
-    def _told(self) -> str:
+    def _reading_text(self) -> str:
         if self.reading is None:
             return ""
         text = READINGS.get(
@@ -105,7 +105,7 @@ class ShardTask:
 
 
 def check_clip(clip: Clip, vae: AutoencoderKLWan | None) -> ClipCheck:
-    """All numbers of one clip."""
+    """Measure all numbers of one clip."""
     valid_share = float(clip.valid.float().mean())
     if valid_share == 0:
         return ClipCheck(clip.key, "", valid_share)
@@ -132,7 +132,7 @@ def check_clip(clip: Clip, vae: AutoencoderKLWan | None) -> ClipCheck:
 
 
 def check_shard(task: ShardTask) -> None:
-    """Check one shard's hash and clips; leaves the numbers in the task's part file."""
+    """Check one shard's hash and clips; write the numbers to the task's part file."""
     shards = ShardSet.open(task.folder)
     shard = shards.manifest.shards[task.number]
     every = max(1, -(-len(shards) // max(1, task.vae_clips)))
@@ -152,7 +152,10 @@ def check_shard(task: ShardTask) -> None:
 
 
 def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[list[ClipCheck], list[str]]:
-    """report.json, exclude.txt and clips.png; returns the clips' numbers and the damaged shards."""
+    """Write report.json, exclude.txt and clips.png.
+
+    Return the clips' numbers and damaged shards.
+    """
     trees = [json.loads(part.read_text()) for part in parts]
     names = [shard.name for shard in shards.manifest.shards]
     damaged = [name for name, tree in zip(names, trees, strict=True) if not tree["intact"]]
@@ -164,7 +167,7 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
         medians[name] = {"median": median(known), "max": max(known), "clips": len(known)} if known else None
     report_tree = {
         "folder": shards.location, "clips": len(checks), "damaged_shards": damaged, "numbers": medians,
-        "conventions": _conventions(checks), "flagged": flagged,
+        "conventions": _count_verdicts(checks), "flagged": flagged,
         "checks": [{k: _plain(v) for k, v in asdict(check).items()} for check in checks],
     }  # fmt: skip
     write_json(report / "report.json", report_tree)
@@ -179,8 +182,11 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
     return checks, damaged
 
 
-def _conventions(checks: list[ClipCheck]) -> dict[str, dict[str, float]]:
-    """How many clips speak for the given reading against each other one, how many against it, and how clearly."""
+def _count_verdicts(checks: list[ClipCheck]) -> dict[str, dict[str, float]]:
+    """Count for each other reading the clips that confirm the given one and that contradict it.
+
+    The median margins say how clearly.
+    """
     tree = {}
     for name in READINGS:
         margins = [check.margins[name] for check in checks if name in check.margins]
@@ -203,17 +209,17 @@ def _plain(value: str | float) -> str | float | None:
 
 
 def summary(shards: ShardSet, checks: list[ClipCheck], damaged: list[str]) -> list[str]:
-    """What a person reads."""
+    """Summarise the check in lines for people."""
     flagged = [check for check in checks if check.flags()]
     lines = [f"{shards.location}: {len(checks)} clips, {len(flagged)} flagged, {len(damaged)} damaged shards"]
     lines += [f"  {check.key}: {'; '.join(check.flags())}" for check in flagged[:20]]
     if len(flagged) > 20:
         lines.append(f"  ... and {len(flagged) - 20} more in exclude.txt")
     for name, text in READINGS.items():
-        told = sum(check.reading == name for check in checks)
+        believers = sum(check.reading == name for check in checks)
         confirmed = sum(verdict(check.margins[name]) < 0 for check in checks if name in check.margins)
-        if told > max(1, confirmed):
-            lines.append(f"  the whole set: {text} ({told} of {len(checks)} clips)")
+        if believers > max(1, confirmed):
+            lines.append(f"  the whole set: {text} ({believers} of {len(checks)} clips)")
     factors = [check.depth_scale for check in checks if not math.isnan(check.depth_scale)]
     if factors and not 0.5 < median(factors) < 2:
         lines.append(
@@ -234,16 +240,18 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Check; the exit code: 1 where a shard or clip is damaged."""
+    """Check and print; return the exit code: 1 where a shard or clip is damaged."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     report = args.report or Path(args.folder) / "check"
     vae = None if args.vae_clips < 1 else args.base or str(base_folder(EMBEDDED_BASE))
-    tried = hashlib.sha256(f"{vae} {args.vae_clips} {sorted(READINGS)}".encode()).hexdigest()[:8]
+    settings_id = hashlib.sha256(f"{vae} {args.vae_clips} {sorted(READINGS)}".encode()).hexdigest()[:8]
     if vae is not None and not weight_files(Path(vae), "vae"):
         raise UserError(f"{vae}: no VAE there; --base takes a folder in diffusers layout or in Wan's own")
     shards = ShardSet.open(args.folder)
     check_folder(report, "--report")
-    parts = [report / "parts" / f"{shard.name}.{shard.sha256[:12]}-{tried}.json" for shard in shards.manifest.shards]
+    parts = [
+        report / "parts" / f"{shard.name}.{shard.sha256[:12]}-{settings_id}.json" for shard in shards.manifest.shards
+    ]
     mine = range(args.rank, len(parts), args.world)
     tasks = [ShardTask(args.folder, n, parts[n], vae, args.vae_clips) for n in mine if not parts[n].exists()]
     for _ in tqdm(run_parallel(check_shard, tasks, args.jobs), total=len(tasks), unit="shard"):

@@ -1,15 +1,19 @@
-"""Would a clip's files fit better if they were read by another convention? One answer per convention, with its margin.
+"""Tests of whether a clip's files would fit better if they were read by another convention.
 
-A source that is read the wrong way round still gives finite numbers. So every clip is read again in each way that
-files are commonly mistaken, and the readings are compared on several pairs of frames, near and far apart:
+A source that is read by the wrong convention still gives finite numbers. So every clip is read
+again in each way that files are commonly mistaken, and the readings are compared on several pairs
+of frames, near and far apart:
 
 1. Points of frame i are lifted, moved by the cameras and projected into frame j.
-2. Their depth there is compared with frame j's depth, their colour (locally normalised, so that exposure counts for
-   nothing) with frame j's colour. Errors are cut: what moves or is hidden is wrong under every reading.
-3. A pair counts by how far the two readings land apart in it: a camera that hardly moves tells nothing.
+2. Their depth there is compared with frame j's depth, their colour (locally normalised, so that
+   exposure does not matter) with frame j's colour. Errors are cut: what moves or is hidden is wrong
+   under every reading.
+3. A pair is weighted by how far apart the two readings project its points: where the camera hardly
+   moves, readings cannot be distinguished.
 
-A margin is the share of the misfit that another reading takes away; below 0 it adds as much. Another reading is
-believed where it takes away a third of the misfit of depth or of colour and adds nothing to the other.
+A margin is the share of the misfit that another reading removes; a negative margin is the share
+that it adds. Another reading is believed where it removes a third of the misfit of depth or of
+colour and adds nothing to the other.
 """
 
 from __future__ import annotations
@@ -34,20 +38,22 @@ from one4d_pl.geometry.se3 import (
 )
 from one4d_pl.types import Clip
 
-CLEAR_MARGIN = 1 / 3  # of the misfit of depth or of colour: another reading is believed, or the given one confirmed
-SLACK = 0.03  # of the other one's misfit, which a right reading may add by chance
-DEPTH_CUT = 0.1  # error of log depth that counts as wrong altogether
-COLOUR_CUT = 1.5  # ... of colour, in local standard deviations
+# of the misfit of depth or of colour, to believe another reading or to confirm the given one
+CLEAR_MARGIN = 1 / 3
+SLACK = 0.03  # of the other misfit, which a right reading may add by chance
+DEPTH_CUT = 0.1  # error of log depth; larger ones count no more
+COLOUR_CUT = 1.5  # the same for colour, in local standard deviations
 POINTS = 1200  # of each frame of a pair, about
-FACTOR_EVERY = 4  # factors on depth are many and far apart: every fourth point tells them
+FACTOR_STRIDE = 4  # many factors on depth are tried; every fourth point is enough for them
 THIN_WIDTH = 320  # pixels; larger maps are thinned out to about that
-LEAST_SEEN = 0.25  # share of a frame's points that must land in the other one
-FURTHEST = 0.1  # image widths (and relative depth): landing further apart makes a pair no more telling
-# Factors on depth, five per decade; within lie millimetres for metres (1000), raw codes of TUM and Bonn (5000) and of
-# sensors with steps of 0.1 mm (10000), and the other way round. Below a factor of 2 a focal length explains as much.
+MIN_SEEN = 0.25  # share of a frame's points that must fall into the other one
+MAX_SEPARATION = 0.1  # image widths (and relative depth); a larger separation adds no weight to a pair
+# Factors on depth, five per decade. Among them are millimetres for metres (1000), raw codes of TUM
+# and Bonn (5000) and of sensors with steps of 0.1 mm (10000), and their inverses. A factor below 2
+# could as well be an error of the focal length.
 FACTORS = [f for f in torch.logspace(-4, 4, 41).tolist() if abs(math.log(f)) > math.log(2)]
 
-# What is said of a clip that another reading fits. The first three and the quaternions are about its rotations.
+# Other readings, and what is reported of a clip that one of them fits.
 READINGS = {
     "world-to-camera": "cameras look like world-to-camera",
     "OpenGL axes": "camera axes look like OpenGL's (y up, z backward)",
@@ -65,21 +71,21 @@ READINGS = {
 
 @dataclass(frozen=True)
 class ReadingMargins:
-    """What the readings of one clip say about each other."""
+    """How the readings of one clip compare."""
 
-    static_error: float  # of depth as given: median over pairs of frames of the points' median; nan = no shared view
-    margins: dict[str, tuple[float, float]]  # by reading: of depth, of colour; {} = nothing can be compared
-    depth_scale: float  # factor on depth that the cameras ask for; 1 = none; nan = their motion cannot tell
+    static_error: float  # of the given depth, median over pairs of medians; nan = no shared view
+    margins: dict[str, tuple[float, float]]  # reading -> margin of depth, of colour; {} = no shared view
+    depth_scale: float  # factor on depth that fits the cameras; 1 = none; nan = undetermined
 
 
 def believed_reading(margins: dict[str, tuple[float, float]]) -> str | None:
-    """The clearest of the readings that are believed; None = the given one stays."""
-    told = [name for name, margin in margins.items() if verdict(margin) > 0]
-    return max(told, key=lambda name: sum(margins[name]), default=None)
+    """Return the clearest of the readings that are believed; None = the given one stays."""
+    believed = [name for name, margin in margins.items() if verdict(margin) > 0]
+    return max(believed, key=lambda name: sum(margins[name]), default=None)
 
 
 def verdict(margin: tuple[float, float]) -> int:
-    """1 = the other reading is believed, -1 = the given one is confirmed against it, 0 = cannot be told."""
+    """Return 1 if the other reading is believed, -1 if the given one is confirmed, else 0."""
     if max(margin) >= CLEAR_MARGIN and min(margin) >= -SLACK:
         return 1
     return -1 if min(margin) <= -CLEAR_MARGIN and max(margin) <= SLACK else 0
@@ -87,21 +93,23 @@ def verdict(margin: tuple[float, float]) -> int:
 
 def compare_readings(clip: Clip) -> ReadingMargins:
     """Compare the given reading of a clip with every other; it needs a valid pixel."""
-    pairs = _pairs(clip.num_frames)
+    pairs = _frame_pairs(clip.num_frames)
     if not pairs:
         return ReadingMargins(math.nan, {}, math.nan)
     views = _Views.of(clip, pairs)
-    given = views.land(views.given(), 1)
+    given = views.reproject(views.given(), 1)
     if not bool(given.usable.any()):
         return ReadingMargins(math.nan, {}, math.nan)
     static = given.depth_error.where(given.inside, torch.nan).nanmedian(1).values
     margins = {
-        name: _margin(given, views.land(reading, 1), reading.usable(views.pairs))
+        name: _margin(given, views.reproject(reading, 1), reading.usable(views.pairs))
         for name, reading in views.other_readings(clip.num_frames)
     }
-    every = views.land(views.given(), FACTOR_EVERY)
+    every = views.reproject(views.given(), FACTOR_STRIDE)
     scaled = {
-        factor: _margin(every, views.land(views.scaled(factor), FACTOR_EVERY), torch.ones(len(pairs), dtype=torch.bool))
+        factor: _margin(
+            every, views.reproject(views.scaled(factor), FACTOR_STRIDE), torch.ones(len(pairs), dtype=torch.bool)
+        )
         for factor in FACTORS
     }
     clearest = max(FACTORS, key=lambda factor: (verdict(scaled[factor]), sum(scaled[factor])))
@@ -120,37 +128,37 @@ class _Reading:
     depth: Tensor  # [V, H, W]
     intrinsics: Tensor  # [V, 3, 3]
     cam2world: Tensor  # [V, 4, 4] float64
-    known: Tensor  # [V] bool, the camera is there
+    known: Tensor  # [V] bool, there is a camera
 
     def usable(self, pairs: Tensor) -> Tensor:  # [P, 2] -> [P] bool
         return self.known[pairs].all(1)
 
 
 @dataclass(frozen=True)
-class _Landing:
-    """Where the points of each pair's first frame land in its second one, and what is there."""
+class _Reprojection:
+    """The points of each pair's first frame in its second one, and how they fit what is there."""
 
     pixels: Tensor  # [P, N, 2], image widths
     depth: Tensor  # [P, N]
     depth_error: Tensor  # [P, N], of log depth
     colour_error: Tensor  # [P, N], local standard deviations
-    inside: Tensor  # [P, N] bool, lands on a known static surface
-    seen: Tensor  # [P] bool, enough do
-    usable: Tensor  # [P, N] bool, can be lifted at all
+    inside: Tensor  # [P, N] bool, falls on a known static surface
+    seen: Tensor  # [P] bool, enough points do
+    usable: Tensor  # [P, N] bool, can be lifted
 
 
 @dataclass(frozen=True)
 class _Views:
-    """The frames that the pairs need, thinned out."""
+    """The frames of the pairs, subsampled."""
 
-    pairs: Tensor  # [P, 2], numbers of views
+    pairs: Tensor  # [P, 2], indices of views
     frames: Tensor  # [V], their frame numbers
     depth: Tensor  # [V, H, W] float32
     static: Tensor  # [V, H, W] bool, known and not moving
     grey: Tensor  # [V, H, W], locally normalised
-    intrinsics: Tensor  # [V, 3, 3] float64, pixels of the thinned maps
+    intrinsics: Tensor  # [V, 3, 3] float64, pixels of the subsampled maps
     cam2world: Tensor  # [T, 4, 4] float64, of all frames
-    maps: Tensor  # [P, 3, H, W], what lies in each pair's second frame: see _maps
+    maps: Tensor  # [P, 3, H, W], of each pair's second frame: see _maps
 
     @staticmethod
     def of(clip: Clip, pairs: list[tuple[int, int]]) -> _Views:
@@ -175,12 +183,15 @@ class _Views:
         return self._reading(self.depth, self.intrinsics, self.cam2world)
 
     def scaled(self, factor: float) -> _Reading:
-        """Depth times a factor; the cameras nearer to each other are the same, and leave the depth maps as they are."""
+        """Read depth times a factor.
+
+        Cameras that are nearer together by the factor mean the same and keep the depth maps.
+        """
         rotation, centre = split_se3(self.cam2world)
         return self._reading(self.depth, self.intrinsics, se3_matrix(rotation, (centre - centre[:1]) / factor))
 
     def other_readings(self, num_frames: int) -> Iterator[tuple[str, _Reading]]:
-        """What the files would mean by each of READINGS."""
+        """Yield each of READINGS with what the files would mean by it."""
         rotation, centre = split_se3(self.cam2world)
         yield "world-to-camera", self._reading(self.depth, self.intrinsics, invert_se3(self.cam2world))
         flip = torch.diag(torch.tensor([1.0, -1, -1], dtype=torch.float64))
@@ -211,8 +222,8 @@ class _Views:
         known = torch.ones(len(cam2world), dtype=torch.bool) if known is None else known
         return _Reading(depth, intrinsics, cam2world[self.frames], known[self.frames])
 
-    def land(self, reading: _Reading, every: int) -> _Landing:
-        """Move `every`-th of the points of each pair by a reading's cameras and look what is there."""
+    def reproject(self, reading: _Reading, every: int) -> _Reprojection:
+        """Project every `every`-th point of each pair into its second frame and compare it."""
         height, width = self.depth.shape[1:]
         first, second = self.pairs.unbind(1)  # [P] each
         step = max(1, int((height * width / POINTS) ** 0.5))
@@ -233,51 +244,62 @@ class _Views:
         found = grid_sample(maps, grid[:, None], padding_mode="zeros", align_corners=False)[:, :, 0]  # [P, 3, N]
         usable = points(self.static)
         inside = usable & (depth > 0) & (found[:, 1] > 0.999)
-        return _Landing(
+        return _Reprojection(
             pixels=pixels / width,
             depth=depth,
             depth_error=(depth * found[:, 0]).where(inside, 1.0).log().abs(),
             colour_error=(points(self.grey) - found[:, 2]).abs(),
             inside=inside,
-            seen=inside.sum(1) >= LEAST_SEEN * usable.sum(1).clamp_min(1),
+            seen=inside.sum(1) >= MIN_SEEN * usable.sum(1).clamp_min(1),
             usable=usable,
         )
 
 
 def _maps(depth: Tensor, static: Tensor, grey: Tensor) -> Tensor:  # [V, H, W] x 3 -> [V, 3, H, W]
-    """Disparity, whose value between pixel centres is exact on every plane; where it is known; colour."""
+    """Stack disparity, where it is known, and colour.
+
+    Interpolated disparity is exact on every plane, which interpolated depth is not.
+    """
     return torch.stack([(1 / depth).where(static, 0.0), static.float(), grey], 1)
 
 
-def _margin(given: _Landing, other: _Landing, pairs: Tensor) -> tuple[float, float]:
-    """Share of the given reading's misfit of depth and of colour that another one takes away, over `pairs` [P] bool."""
-    weight = _telling(given, other) * pairs
+def _margin(given: _Reprojection, other: _Reprojection, pairs: Tensor) -> tuple[float, float]:
+    """Return the margins of depth and of colour of another reading, over `pairs` [P] bool."""
+    weight = _separation(given, other) * pairs
     margins = []
     for name, cut in (("depth_error", DEPTH_CUT), ("colour_error", COLOUR_CUT)):
-        ours, theirs = (_misfit(landing, getattr(landing, name), cut) for landing in (given, other))
+        ours, theirs = (_misfit(reprojection, getattr(reprojection, name), cut) for reprojection in (given, other))
         both = given.inside & other.inside
-        wrong = both & (getattr(given, name) >= cut) & (getattr(other, name) >= cut)  # it moves, or is hidden
+        # what moves or is hidden is wrong by any reading
+        wrong = both & (getattr(given, name) >= cut) & (getattr(other, name) >= cut)
         common = wrong.sum(1) / both.sum(1).clamp_min(1)
         larger = (torch.maximum(ours, theirs) - common).clamp_min(1e-6)
         margins.append(float((weight * (ours - theirs)).sum() / (weight * larger).sum().clamp_min(1e-9)))
     return margins[0], margins[1]
 
 
-def _misfit(landing: _Landing, error: Tensor, cut: float) -> Tensor:  # [P, N] -> [P] in [0, 1]
-    mean = (error / cut).clamp_max(1).where(landing.inside, 0.0).sum(1) / landing.inside.sum(1).clamp_min(1)
-    return mean.where(landing.seen, 1.0)  # throws its points off the image: no fit
+def _misfit(reprojection: _Reprojection, error: Tensor, cut: float) -> Tensor:  # [P, N] -> [P] in [0, 1]
+    mean = (error / cut).clamp_max(1).where(reprojection.inside, 0.0).sum(1) / reprojection.inside.sum(1).clamp_min(1)
+    # a reading that projects its points off the image does not fit at all
+    return mean.where(reprojection.seen, 1.0)
 
 
-def _telling(given: _Landing, other: _Landing) -> Tensor:  # [P]
-    """How far apart two readings land in each pair: image widths, and half the relative depth."""
-    apart = (other.pixels - given.pixels).norm(dim=-1).nan_to_num(FURTHEST).clamp_max(FURTHEST)
-    deeper = (other.depth / given.depth).abs().clamp(0.5, 2).log().abs().nan_to_num(FURTHEST) / 2
-    total = (apart + deeper.clamp_max(FURTHEST)).where(given.usable, 0.0).sum(1)
+def _separation(given: _Reprojection, other: _Reprojection) -> Tensor:  # [P]
+    """Measure how far apart two readings project each pair's points.
+
+    In image widths, plus half the relative depth.
+    """
+    apart = (other.pixels - given.pixels).norm(dim=-1).nan_to_num(MAX_SEPARATION).clamp_max(MAX_SEPARATION)
+    deeper = (other.depth / given.depth).abs().clamp(0.5, 2).log().abs().nan_to_num(MAX_SEPARATION) / 2
+    total = (apart + deeper.clamp_max(MAX_SEPARATION)).where(given.usable, 0.0).sum(1)
     return total / given.usable.sum(1).clamp_min(1)
 
 
-def _pairs(num_frames: int) -> list[tuple[int, int]]:
-    """Pairs of neighbours, of a quarter and of half a clip, and the ends; forward and backward in turn."""
+def _frame_pairs(num_frames: int) -> list[tuple[int, int]]:
+    """List pairs of frames: neighbours, a quarter and half a clip apart, and the ends.
+
+    They run forward and backward in turn.
+    """
     last, pairs = num_frames - 1, []
     for gap in sorted({1, max(1, num_frames // 4), max(1, num_frames // 2), last} - {0}):
         if gap <= last:
@@ -292,9 +314,12 @@ def _blurred(grey: Tensor, size: int) -> Tensor:  # [V, H, W]
 
 
 def _locally_normalised(grey: Tensor) -> Tensor:  # [V, H, W], 0 .. 255
-    """Grey less its neighbourhood's mean, in its standard deviations; flat places stay near 0."""
-    smooth = _blurred(grey, 5 if grey.shape[2] > 160 else 3)  # a point is seldom seen at the same place in its pixel
+    """Subtract the local mean and divide by the local standard deviation.
+
+    Flat places stay near 0.
+    """
+    smooth = _blurred(grey, 5 if grey.shape[2] > 160 else 3)  # a point rarely falls on the same place within a pixel
     size = 2 * (grey.shape[2] // 24) + 1
     mean = _blurred(smooth, size)
     spread = (_blurred(smooth.square(), size) - mean.square()).clamp_min(0).sqrt()
-    return (smooth - mean) / (spread + 2)  # 2 of 255: noise is no texture
+    return (smooth - mean) / (spread + 2)  # + 2 of 255, so that noise does not count as texture

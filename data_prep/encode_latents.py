@@ -50,7 +50,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def encode(arguments: Arguments, config: Config) -> list[str]:
-    """Encode this task's share of every folder; one line on each."""
+    """Encode this task's share of every folder; return one line on each."""
     import torch
 
     from one4d_pl.data.datamodule import video_sample_maker

@@ -1,4 +1,4 @@
-"""What a clip's depth and cameras say about each other, and how its camera moves, on a subsample of its pixels.
+"""How a clip's depth and cameras fit together and how its camera moves, on some of its pixels.
 
 - Consistency and conventions: see conventions.py.
 - Motion: how far static points move on the image from frame to frame.
@@ -16,16 +16,16 @@ from one4d_pl.geometry.camera import project, to_camera, to_world, unproject
 from one4d_pl.geometry.se3 import geodesic_angle, split_se3
 from one4d_pl.types import Clip
 
-POINTS = 3000  # of a frame, at most
+POINTS = 3000  # at most, of each frame
 
 
 @dataclass(frozen=True)
 class GeometryCheck:
-    """One clip's numbers."""
+    """The measurements of one clip."""
 
-    static_error: float  # of depth, static points, median over pairs of frames; nan = no pair shares a view
-    depth_scale: float  # factor on depth that the cameras ask for; nan = their motion cannot tell
-    margins: dict[str, tuple[float, float]]  # of other readings of the files, of depth and colour: see conventions.py
+    static_error: float  # of static points' depth, median over pairs of frames; nan = no shared view
+    depth_scale: float  # factor on depth that fits the cameras; nan = undetermined
+    margins: dict[str, tuple[float, float]]  # of other readings of the files: see conventions.py
     path_length: float  # of the camera, in median depths
     largest_step: float  # of the camera between two frames, in median depths
     turn: float  # of the camera from the first to the last frame, degrees
@@ -33,7 +33,7 @@ class GeometryCheck:
 
 
 def check_geometry(clip: Clip) -> GeometryCheck:
-    """The numbers of a clip; it needs a valid pixel."""
+    """Measure a clip; it needs a valid pixel."""
     readings = compare_readings(clip)
     rotation, centre = split_se3(clip.cam2world.double())
     steps = (centre[1:] - centre[:-1]).norm(dim=-1) / float(clip.depth[clip.valid].median())
@@ -57,7 +57,10 @@ def _static_points(clip: Clip, frame: int) -> tuple[Tensor, Tensor]:  # [N, 3] c
 
 
 def _median_motion(clip: Clip) -> float:
-    """Median displacement of static points between consecutive frames, in image widths; nan = nothing static seen."""
+    """Return the median displacement of static points between consecutive frames, in image widths.
+
+    nan where no static point is seen.
+    """
     width = clip.depth.shape[2]
     moves = []
     for t in range(0, clip.num_frames - 1, max(1, clip.num_frames // 8)):

@@ -1,4 +1,4 @@
-"""One function over many items in several processes, with a bar; what fails ends the run with its own error."""
+"""One function over many items in several processes; an error in one of them ends the run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from one4d_pl.data.worker import become_worker
 from one4d_pl.errors import UserError
 from one4d_pl.interrupts import before_workers, uninterrupted
 
-QUIET_S = 600.0  # without one result: a person should know what is waited for
+QUIET_S = 600.0  # without a result; then a warning says what may be the cause
 
 log = logging.getLogger("data_prep")
 
@@ -28,10 +28,11 @@ def run_parallel(
     items: Iterable[Item],
     jobs: int,
 ) -> Iterator[Result]:
-    """The results as they come, in any order; two items per process are under way, so that a slow one stops nobody.
+    """Yield the results as they come, in any order.
 
-    One job runs in this process. Several run in new ones with a thread each (forked copies of a process that uses
-    OpenMP can hang); they end when this one does, however it ends. UserError where one of them was killed.
+    Two items per process are under way, so that a slow one holds up no other. One job runs in this
+    process. Several run in new ones with a thread each (forked copies of a process that uses OpenMP
+    can hang); they end when this one does, however it ends. UserError where one of them was killed.
     """
     if jobs == 1:
         yield from map(function, items)
@@ -44,7 +45,7 @@ def run_parallel(
     try:
         while queue or running:
             while queue and len(running) < 2 * jobs:
-                with uninterrupted():  # it may start a process
+                with uninterrupted():  # submit may start a process
                     running.add(executor.submit(function, queue.popleft()))
             done, running = wait(running, QUIET_S, return_when=FIRST_COMPLETED)
             if not done:

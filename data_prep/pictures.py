@@ -1,4 +1,4 @@
-"""Pictures of clips and of numbers, for reports; Pillow alone draws them."""
+"""Pictures of clips and of numbers, for reports; Pillow is enough to draw them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NOTHING = (120, 170, 220)  # no depth: sky or a hole
 
 
 def draw_clips(clips: list[Clip], titles: list[str]) -> Image.Image:
-    """One row per clip: frames, their depth (log, light = near) and the camera's way from above."""
+    """Draw one row per clip: frames, depth (log, light = near), the camera's path from above."""
     width, height = TILE
     sheet = Image.new("RGB", ((2 * COLUMNS + 1) * width, len(clips) * (height + 14)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -47,14 +47,14 @@ def _depth_colours(depth: Tensor, valid: Tensor) -> np.ndarray:  # [H, W] -> [H,
 
 
 def _camera_path(cam2world: Tensor) -> Image.Image:  # [T, 4, 4]
-    """Seen from above (right and forward of camera 0), drawn to fit; red = the end."""
+    """Draw the camera's path from above (right and forward of camera 0), to fit; red = the end."""
     width, height = TILE
     tile = Image.new("RGB", TILE, (245, 245, 245))
-    way = rebase_to_first(cam2world.double())[:, [0, 2], 3]  # [T, 2]
-    extent = float((way.amax(0) - way.amin(0)).amax())
-    middle = (way.amax(0) + way.amin(0)) / 2
+    path = rebase_to_first(cam2world.double())[:, [0, 2], 3]  # [T, 2]
+    extent = float((path.amax(0) - path.amin(0)).amax())
+    middle = (path.amax(0) + path.amin(0)) / 2
     scale = 0.8 * height / extent if extent > 0 and math.isfinite(extent) else 0.0
-    spots = [(width / 2 + x * scale, height / 2 - z * scale) for x, z in (way - middle).tolist()]
+    spots = [(width / 2 + x * scale, height / 2 - z * scale) for x, z in (path - middle).tolist()]
     draw = ImageDraw.Draw(tile)
     draw.line(spots, fill="black")
     (x, y) = spots[-1]
@@ -63,7 +63,7 @@ def _camera_path(cam2world: Tensor) -> Image.Image:  # [T, 4, 4]
 
 
 def draw_bars(panels: dict[str, dict[str, float]], size: tuple[int, int] = (360, 22)) -> Image.Image:
-    """A panel of named bars per entry, each panel scaled to its largest value."""
+    """Draw a panel of named bars per entry, each panel scaled to its largest value."""
     width, line = size
     rows = sum(len(values) + 1 for values in panels.values())
     sheet = Image.new("RGB", (2 * width, rows * line + 4), "white")

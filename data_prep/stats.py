@@ -33,7 +33,7 @@ COLUMNS = ("folder", "source", "domain", "split", "licence", "clips", "scenes", 
 
 @dataclass(frozen=True)
 class SetStats:
-    """One folder's numbers."""
+    """The numbers of one folder."""
 
     folder: str
     source: str
@@ -58,7 +58,7 @@ class SetStats:
 
 
 def measure_set(folder: str, num_clips: int) -> SetStats:
-    """All numbers of one folder of raw shards."""
+    """Measure all numbers of one folder of raw shards."""
     shards = ShardSet.open(folder)
     manifest, entries = shards.manifest, shards.entries
     clips = []
@@ -109,7 +109,10 @@ def _median(values: list[float]) -> float:
 
 
 def measure_latents(folder: str, num_clips: int) -> LatentStats | None:
-    """Statistics of the encoded shards beside a local folder, the newest where there are several; None without."""
+    """Measure the encoded shards beside a local folder, the newest where there are several.
+
+    None where there are none.
+    """
     found = sorted(Path(folder).glob("encoded/*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         return None
@@ -117,7 +120,7 @@ def measure_latents(folder: str, num_clips: int) -> LatentStats | None:
 
 
 def table(found: list[SetStats]) -> str:
-    """One row per folder, then one per domain."""
+    """Print one row per folder, then one per domain."""
     rows = [list(COLUMNS)]
     for s in found:
         rows.append([
@@ -142,7 +145,7 @@ def table(found: list[SetStats]) -> str:
 
 
 def draw(found: list[SetStats], path: Path) -> None:
-    """Bars per folder, and per channel where there are latents."""
+    """Draw bars per folder, and per channel where there are latents."""
     panels = {
         "clips": {s.folder: float(s.clips) for s in found},
         "hours": {s.folder: s.hours for s in found},

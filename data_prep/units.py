@@ -27,8 +27,8 @@ from one4d_pl.files import read_text
 from one4d_pl.toy.world import clip_key, render_clip
 from one4d_pl.types import Clip
 
-# Sequences that published evaluations use (protocol.md, sec. 1.1): all of Sintel's training set, Bonn's five and
-# TUM-dynamics' eight.
+# Sequences that published evaluations use, as MonST3R's data preparation lists them: all of
+# Sintel's training set, five of Bonn and eight of TUM-dynamics.
 BENCHMARKS = {
     "sintel": "alley_1 alley_2 ambush_2 ambush_4 ambush_5 ambush_6 ambush_7 bamboo_1 bamboo_2 bandage_1 bandage_2 "
     "cave_2 cave_4 market_2 market_5 market_6 mountain_1 shaman_2 shaman_3 sleeping_1 sleeping_2 temple_2 temple_3",
@@ -65,7 +65,7 @@ class UnitTask:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What came of a unit."""
+    """What was written of a unit, and what was left out."""
 
     clips: int
     bytes: int
@@ -73,21 +73,21 @@ class UnitResult:
 
 
 def list_source_units(source: str, root: str | None, seed: int, count: int, domain: str) -> list[str]:
-    """Every unit of a source, in the order of the shards; the toy world's are its clips' keys."""
+    """List every unit of a source, in the order of the shards; the toy world's are clip keys."""
     if source == "toy":
         return [clip_key(number, domain) for number in range(seed, seed + count)]
-    assert root is not None  # the door saw to it
+    assert root is not None  # write_shards.Arguments checks it
     with reading(root):
         units = registry.list_units(source, root)
         if not units:
-            registry.iter_clips(source, root)  # says what it looked for
+            registry.iter_clips(source, root)  # its error says what it looked for
     if not units:
         raise UserError(f"{root}: nothing to convert")
     return units
 
 
 def read_exclusions(path: str | None) -> set[str]:
-    """Clip keys and units, one per line; what follows a # is a comment."""
+    """Read clip keys and units, one per line; what follows a # is a comment."""
     if path is None:
         return set()
     names = (line.split("#", 1)[0].strip() for line in read_text(Path(path)).splitlines())
@@ -95,23 +95,29 @@ def read_exclusions(path: str | None) -> set[str]:
 
 
 def scene_of(source: str, unit: str) -> str:
-    """The scene that a unit shows; every toy clip is one of its own."""
+    """Return the scene that a unit shows; every toy clip is a scene of its own."""
     return unit if source == "toy" else registry.scene_of(source, unit)
 
 
 def split_units(source: str, units: Sequence[str], split: str, val_share: float) -> list[str]:
-    """The units of a split: a scene's name alone decides, so that more data moves no scene to the other side."""
+    """Return the units of a split.
+
+    The name of a scene alone decides, so that more data moves no scene to the other split.
+    """
     if split == "all":
         return list(units)
-    return [unit for unit in units if (_draw_scene(scene_of(source, unit)) < val_share) == (split == "val")]
+    return [unit for unit in units if (_scene_share(scene_of(source, unit)) < val_share) == (split == "val")]
 
 
-def _draw_scene(scene: str) -> float:  # [0, 1)
+def _scene_share(scene: str) -> float:  # [0, 1)
     return int.from_bytes(hashlib.sha256(scene.encode(errors="surrogateescape")).digest()[:6], "big") / 2**48
 
 
 def benchmark_of(root: str | None, unit: str) -> str:
-    """The evaluation set that a unit belongs to by the name of one of its folders, links or not; "" if to none."""
+    """Return the evaluation set that a unit belongs to; "" if to none.
+
+    The name of one of its folders decides, whether or not that folder is a link.
+    """
     place = Path(root or ".")
     names = (*place.resolve().parts, *unit.split("/"), *(place / unit).resolve().parts)
     parts = [name.removesuffix(".npz") for name in names]
@@ -121,7 +127,8 @@ def benchmark_of(root: str | None, unit: str) -> str:
 def convert_unit(task: UnitTask) -> UnitResult:
     """Read, check, resize and pack the clips of one unit into the staging folder.
 
-    Nothing where the set is whole already: units beyond a limit may be under way when its last clip comes.
+    Nothing is done where the set is complete already: units beyond a limit may still be under way
+    when the last clip comes.
     """
     if (task.out / MANIFEST_NAME).exists():
         return UnitResult(0, 0, [])
@@ -129,7 +136,7 @@ def convert_unit(task: UnitTask) -> UnitResult:
     staging = Staging(task.out, task.plan)
     samples = _packed_clips(task, dropped)
     try:
-        with _SourceNotes(task.unit, dropped):
+        with _SourceLog(task.unit, dropped):
             clips, size = staging.write_unit(task.number, samples, dropped)
     except FileNotFoundError:
         if (task.out / MANIFEST_NAME).exists():  # finished, and its staging folder removed, in the meantime
@@ -156,7 +163,7 @@ def _packed_clips(task: UnitTask, dropped: list[Dropped]) -> Iterator[tuple[Orig
 
 
 def iter_unit(task: UnitTask) -> Iterator[Clip]:
-    """The clips of one unit as its source gives them."""
+    """Yield the clips of one unit as its source gives them."""
     if task.source == "toy":
         domain, seed = task.unit.removeprefix("toy_").rsplit("_", 1)
         yield render_clip(int(seed), task.num_frames, task.height, task.width, domain)
@@ -168,8 +175,11 @@ def iter_unit(task: UnitTask) -> Iterator[Clip]:
         )
 
 
-class _SourceNotes(logging.Handler):
-    """What the sources log while a unit is read is what they left out: it goes to the record instead."""
+class _SourceLog(logging.Handler):
+    """A log handler that records what sources leave out while a unit is read.
+
+    Their warnings go to `dropped` instead of the log.
+    """
 
     def __init__(self, unit: str, dropped: list[Dropped]) -> None:
         super().__init__(logging.WARNING)
@@ -178,10 +188,10 @@ class _SourceNotes(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         message = record.getMessage()
-        if not re.search(r"\d+ of \d+ clips dropped$", message):  # a sum over what was said before
+        if not re.search(r"\d+ of \d+ clips dropped$", message):  # a total of what was logged before
             self.dropped.append(Dropped(self.unit, "", message.removeprefix("dropped a clip: ")))
 
-    def __enter__(self) -> _SourceNotes:
+    def __enter__(self) -> _SourceLog:
         self.logger.addHandler(self)
         self.propagated, self.logger.propagate = self.logger.propagate, False
         return self

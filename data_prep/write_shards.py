@@ -81,7 +81,7 @@ class Arguments:
             raise UserError("--caption-url and --caption-model go together: who is asked for captions, and as what")
 
     def caption_options(self) -> CaptionOptions:
-        """Where captions come from; the answers of an endpoint lie in `<out>.captions`, beside the folder."""
+        """Say where captions come from; an endpoint's answers are kept in `<out>.captions`."""
         out = Path(self.out).resolve()
         return CaptionOptions(
             table=self.captions,
@@ -92,20 +92,24 @@ class Arguments:
         )
 
     def recipe(self, captions: CaptionOptions) -> Recipe:
-        """Everything that decides the bytes, for the manifest; the folder's place and the processes do not."""
+        """Collect everything that decides the bytes, for the manifest.
+
+        Where the folder lies and how many processes write it do not.
+        """
+        # the model decides the captions, not the url: another port of it gives the same ones
         ignored = ("root", "out", "jobs", "rank", "world", "exclude", "geometry", "captions", "caption_url")
-        shown = {name: value for name, value in asdict(self).items() if name not in ignored}
+        settings = {name: value for name, value in asdict(self).items() if name not in ignored}
         if self.source != "toy":
-            shown = {name: value for name, value in shown.items() if name not in ("seed", "count", "domain")}
-            shown["stride"] = self.stride or DEFAULT_STRIDES[self.source]
+            settings = {name: value for name, value in settings.items() if name not in ("seed", "count", "domain")}
+            settings["stride"] = self.stride or DEFAULT_STRIDES[self.source]
         exclusions = sorted(read_exclusions(self.exclude))
-        shown["exclude"] = hashlib.sha256("\n".join(exclusions).encode()).hexdigest()[:16] if exclusions else None
-        shown["geometry"] = self.geometry is not None
+        settings["exclude"] = hashlib.sha256("\n".join(exclusions).encode()).hexdigest()[:16] if exclusions else None
+        settings["geometry"] = self.geometry is not None
         if captions.table_digest is not None:
-            shown["captions"] = captions.table_digest
+            settings["captions"] = captions.table_digest
         if captions.model is None:
-            del shown["caption_model"]  # by the model, not the url: another port of it gives the same captions
-        return shown
+            del settings["caption_model"]
+        return settings
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -159,7 +163,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write(arguments: Arguments) -> ShardSet | None:
-    """Do this task's share of the work and assemble what can be; the shard set once it is whole."""
+    """Do this task's share of the work and assemble what can be.
+
+    Returns the shard set once it is complete, else None.
+    """
     out, captions = Path(arguments.out), arguments.caption_options()
     recipe = arguments.recipe(captions)
     if is_finished(out, "raw", recipe):
@@ -188,18 +195,18 @@ def write(arguments: Arguments) -> ShardSet | None:
     with tqdm(total=len(units), initial=len(units) - len(todo), unit="unit") as bar:
         for result in run_parallel(convert_unit, [] if whole else todo, arguments.jobs):
             clips, size = clips + result.clips, size + result.bytes
-            _show(bar, result, clips, time.monotonic() - start)
+            _report_unit(bar, result, clips, time.monotonic() - start)
             if staging.assemble():
                 break
     if clips:
         log.info("%d clips, %.2f MB each", clips, size / clips / 1e6)
     if not staging.assemble():
         return None
-    is_finished(out, "raw", recipe)  # clears what processes still staged when a limit was reached
+    is_finished(out, "raw", recipe)  # removes what processes staged after a limit was reached
     return ShardSet.open(out)
 
 
-def _show(bar: tqdm, result: UnitResult, clips: int, seconds: float) -> None:
+def _report_unit(bar: tqdm, result: UnitResult, clips: int, seconds: float) -> None:
     for dropped in result.dropped:
         bar.write(f"left out: {dropped.key or dropped.unit}: {dropped.reason}", file=sys.stderr)
     bar.set_postfix_str(f"{clips / max(seconds, 1e-9):.2f} clips/s")

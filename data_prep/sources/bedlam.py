@@ -1,20 +1,24 @@
 """BEDLAM (Black et al., 2023): rendered sequences with depth -> clips at 6 frames per second.
 
-A scene folder holds `png/<seq>/<seq>_%04d.png` (1280x720, 30 fps), `depth/<seq>/<seq>_%04d_depth.exr` (channel
-"Depth") and `ground_truth/camera/<seq>_camera.csv`, whose rows are named after the images. Facts:
+A scene folder holds `png/<seq>/<seq>_%04d.png` (1280x720, 30 fps),
+`depth/<seq>/<seq>_%04d_depth.exr` (channel "Depth") and `ground_truth/camera/<seq>_camera.csv`,
+whose rows are named after the images. Facts:
 bedlam_render:unreal/render/unreal_coordinate_system.md @ 82d6c67, CUT3R:preprocess_bedlam.py,
 pixelite1201/BEDLAM:data_processing/df_full_body.py @ 099ab0e.
 
-- Unreal's axes are x forward, y right, z up, left-handed, centimetres: x_cv = y, y_cv = -z, z_cv = x.
-- Rotation: yaw about the world's z (to the right), then pitch about the camera's y (up is positive: the page calls
-  -2.9 "down"), then roll about its x (clockwise).
-- Intrinsics: focal_length / sensor_width * 1280; the renderer's axis passes through the middle of the image.
-- Depth is planar z in centimetres, and exists for every fifth image only: frames are paired by their number, and a
-  stride of 1 means one step of the depth.
-- Not finite or beyond 200 m is sky; <= 0 is nothing.
-- Scenes named `...closeup...` are filmed by a camera lying on its side: the camera rows belong to the landscape
-  picture, which is turned clockwise to stand upright. Pictures that were turned already are taken as they are.
-- HDRI scenes show a picture behind the people, their depth is sky: a clip with under 5 % of known depth is dropped.
+- Unreal's axes are x forward, y right, z up, left-handed, cm: x_cv = y, y_cv = -z, z_cv = x.
+- Rotation: yaw about the world's z (to the right), then pitch about the camera's y (up is positive:
+  the first source calls -2.9 "down"), then roll about its x (clockwise).
+- Intrinsics: focal_length / sensor_width * 1280; the renderer's axis passes through the middle of
+  the image.
+- Depth is planar z in centimetres, and exists for every fifth image only: frames are paired by
+  their number, and a stride of 1 is one step of the depth.
+- Depth that is not finite or beyond 200 m is sky; <= 0 is no measurement.
+- Scenes named `...closeup...` are filmed by a camera lying on its side: the camera rows belong to
+  the landscape picture, which is turned clockwise to stand upright. Pictures that are upright
+  already stay as they are.
+- HDRI scenes show a picture behind the people, whose depth is sky: a clip with less than 5 % of
+  known depth is dropped.
 """
 
 from __future__ import annotations
@@ -33,18 +37,18 @@ from data_prep.sources.decoding import pinhole, read_csv, read_exr, read_frames,
 from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
 from one4d_pl.types import Clip
 
-FPS = 30.0  # of the images' numbers
+FPS = 30.0  # rate at which images are numbered
 SKY_DEPTH = 200.0  # metres
-LEAST_KNOWN = 0.05  # share of pixels with depth
+MIN_KNOWN = 0.05  # share of pixels with depth, at least
 LICENCE = "LicenseRef-BEDLAM-noncommercial"
 CAMERA_COLUMNS = ("x", "y", "z", "yaw", "pitch", "roll", "focal_length", "sensor_width", "sensor_height")
 CV_FROM_UNREAL = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, -1.0], [1.0, 0.0, 0.0]])
-# The upright camera in the axes of the lying one: right in the landscape picture is down in the turned one.
+# The upright camera in the axes of the lying one: right in the landscape picture becomes down.
 LYING_FROM_UPRIGHT = torch.tensor([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).double()
 
 
 def list_units(root: Path) -> list[str]:
-    """The sequences at or below `root` as <scene>/png/<sequence>."""
+    """List the sequences at or below `root` as <scene>/png/<sequence>."""
     scenes = find_units(root, _is_scene)
     folders = [folder for scene in scenes for folder in (root / scene / "png").iterdir() if folder.is_dir()]
     return sorted(folder.relative_to(root).as_posix() for folder in folders)
@@ -54,7 +58,7 @@ def _is_scene(names: set[str]) -> bool:
     return {"png", "depth", "ground_truth"} <= names
 
 
-def _holds(root: Path, unit: str) -> bool:
+def _has_unit(root: Path, unit: str) -> bool:
     sequence = root / unit
     return sequence.is_dir() and sequence.parent.name == "png" and _is_scene(names_in(sequence.parent.parent))
 
@@ -62,13 +66,14 @@ def _holds(root: Path, unit: str) -> bool:
 def iter_clips(
     root: str | Path, num_frames: int = 17, stride: int = 1, units: Sequence[str] | None = None
 ) -> Iterator[Clip]:
-    """Clips of `num_frames` frames, every `stride`-th with depth, of each sequence; broken ones are dropped, logged.
+    """Yield clips of `num_frames` frames, every `stride`-th with depth, of each sequence.
 
-    Raises ValueError where `root` holds no sequence or `units` names one that does not exist.
+    A broken clip is dropped with one logged line. ValueError where `root` holds no sequence or
+    `units` names one that does not exist.
     """
     root = Path(root)
     layout = "BEDLAM scene (png/, depth/ and ground_truth/)"
-    chosen = chosen_units(list_units, _holds, units, root, layout)
+    chosen = chosen_units(list_units, _has_unit, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         numbers = _depth_numbers(root / unit)
@@ -85,11 +90,11 @@ def iter_clips(
 
 
 def camera_from_row(row: Mapping[str, float]) -> np.ndarray:  # [4, 4] float64, cam2world, OpenCV axes, metres
-    """The camera of one row of a camera csv (x y z in centimetres, yaw pitch roll in degrees)."""
+    """Convert one row of a camera csv (x y z in centimetres, yaw pitch roll in degrees)."""
     (cy, cp, cr), (sy, sp, sr) = (
         [f(math.radians(row[name])) for name in ("yaw", "pitch", "roll")] for f in (math.cos, math.sin)
     )
-    # Columns are images of the axes in Unreal's left-handed world; each factor is the turn its comment tells.
+    # Columns are images of the axes in Unreal's left-handed world; comments say what turns where.
     yaw = np.array([[cy, -sy, 0], [sy, cy, 0], [0, 0, 1]])  # x (forward) to y (right)
     pitch = np.array([[cp, 0, -sp], [0, 1, 0], [sp, 0, cp]])  # x (forward) to z (up)
     roll = np.array([[1, 0, 0], [0, cr, sr], [0, -sr, cr]])  # y (right) to -z (down)
@@ -100,7 +105,7 @@ def camera_from_row(row: Mapping[str, float]) -> np.ndarray:  # [4, 4] float64, 
 
 
 def _depth_numbers(sequence: Path) -> list[int]:
-    """Numbers of the images that have depth."""
+    """List the numbers of the images that have depth."""
     folder = sequence.parent.parent / "depth" / sequence.name
     pattern = re.compile(re.escape(sequence.name) + r"_(\d{4,6})_depth\.exr")
     return sorted({int(match[1]) for path in folder.iterdir() if (match := pattern.fullmatch(path.name))})
@@ -114,11 +119,11 @@ def _read_clip(sequence: Path, numbers: list[int], key: str, fps: float) -> Clip
     if depth.shape != frames.shape[:3]:
         raise ValueError(f"{depth_paths[0]}: depth is {depth.shape[1:]}, the image is {tuple(frames.shape[1:3])}")
     depth = np.where(~np.isfinite(depth) | (depth > SKY_DEPTH), np.inf, np.where(depth < 1e-3, np.nan, depth))
-    if np.isfinite(depth).mean() < LEAST_KNOWN:
+    if np.isfinite(depth).mean() < MIN_KNOWN:
         raise ValueError(f"{depth_paths[0]}: depth is known for {np.isfinite(depth).mean():.1%}: a painted background")
     rows = _camera_rows(scene / "ground_truth" / "camera" / f"{name}_camera.csv", name, numbers)
     cam2world = torch.from_numpy(np.stack([camera_from_row(row) for row in rows]))
-    height, width = sorted(frames.shape[1:3])  # of the sensor, which lies
+    height, width = sorted(frames.shape[1:3])  # of the landscape sensor
     focal_x, focal_y = (
         np.array([row["focal_length"] / row[f"sensor_{side}"] * size for row in rows])
         for side, size in (("width", width), ("height", height))
@@ -127,7 +132,7 @@ def _read_clip(sequence: Path, numbers: list[int], key: str, fps: float) -> Clip
     intrinsics = pinhole(focal_x, focal_y, *centre)
     geometry = torch.from_numpy(depth.astype(np.float32))
     if "closeup" in scene.absolute().name or "closeup" in scene.resolve().name:  # a link may have a name of its own
-        frames, geometry, intrinsics, cam2world = _stand_up(frames, geometry, intrinsics, cam2world)
+        frames, geometry, intrinsics, cam2world = _turn_upright(frames, geometry, intrinsics, cam2world)
     elif frames.shape[1] > frames.shape[2]:
         raise ValueError(f"{sequence}: portrait pictures, only close-ups have those")
     return Clip(
@@ -146,10 +151,13 @@ def _read_clip(sequence: Path, numbers: list[int], key: str, fps: float) -> Clip
     )
 
 
-def _stand_up(
+def _turn_upright(
     frames: Tensor, depth: Tensor, intrinsics: Tensor, cam2world: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A lying camera's pictures and geometry, turned clockwise by a quarter; `intrinsics` are the lying camera's."""
+    """Turn pictures and geometry of a camera on its side clockwise by a quarter.
+
+    `intrinsics` and `cam2world` come in as those of the lying camera.
+    """
     if frames.shape[2] > frames.shape[1]:
         frames, depth = frames.rot90(-1, (1, 2)).contiguous(), depth.rot90(-1, (1, 2)).contiguous()
     width = frames.shape[2]

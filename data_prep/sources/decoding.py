@@ -1,7 +1,8 @@
-"""One file of a dataset -> arrays, with the file named in every error and nothing larger than the file promises.
+"""Files of a dataset -> arrays, with the file named in every error and bounded memory.
 
-Every function raises ValueError (or OSError where the file cannot be opened) and nothing else, whatever the bytes:
-a damaged download must end in one dropped clip. No pickle is ever loaded and no archive is ever unpacked to disk.
+Every function raises ValueError (or OSError where the file cannot be opened) and nothing else,
+whatever the bytes: a damaged download must cost no more than one dropped clip. No pickle is ever
+loaded and no archive is ever unpacked to disk.
 """
 
 from __future__ import annotations
@@ -36,12 +37,12 @@ KINDS = "fiubU"  # of the arrays that may be read: float, int, unsigned, bool, t
 
 
 def read_image(path: Path) -> NDArray[np.uint8]:  # [H, W, 3]
-    """A picture upright and in 8 bits, as `inference.media` reads it."""
+    """Read a picture upright and in 8 bits, as `scene.media` does."""
     return load_image(path).numpy()
 
 
 def read_depth_codes(path: Path) -> NDArray[np.uint16]:  # [H, W]
-    """A 16-bit grey png as it stands."""
+    """Read a 16-bit grey png without any conversion."""
     try:
         with Image.open(path, formats=("PNG",)) as image:
             if image.mode != "I;16":
@@ -53,12 +54,12 @@ def read_depth_codes(path: Path) -> NDArray[np.uint16]:  # [H, W]
 
 
 def read_frames(paths: Sequence[Path]) -> Tensor:  # [T, H, W, 3] uint8
-    """Images of one size."""
+    """Read images, all of one size."""
     return torch.from_numpy(stack_alike([read_image(path) for path in paths], paths))
 
 
 def stack_alike(arrays: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarray:
-    """The arrays stacked; ValueError names the first one whose shape differs from the first."""
+    """Stack the arrays; ValueError names the first one whose shape differs."""
     for array, path in zip(arrays, paths):
         if array.shape != arrays[0].shape:
             wrong, right = (f"{a.shape[1]}x{a.shape[0]}" for a in (array, arrays[0]))
@@ -67,14 +68,14 @@ def stack_alike(arrays: Sequence[np.ndarray], paths: Sequence[Path]) -> np.ndarr
 
 
 def read_npy(path: Path) -> np.ndarray:
-    """A .npy file."""
+    """Read a .npy file."""
     if is_lfs_pointer(path):
         raise ValueError(f"{path}: {LFS_HINT}")
     return npy_array(path.read_bytes(), str(path))
 
 
 def npy_array(content: bytes, name: str) -> np.ndarray:
-    """The array in the bytes of a .npy file; text and plain numbers only."""
+    """Parse the bytes of a .npy file; text and plain numbers only."""
     if content[:6] != b"\x93NUMPY" or len(content) < 12 or content[6] not in (1, 2, 3):
         raise ValueError(f"{name}: no npy file ({len(content)} bytes)")
     start, end = (10, 10 + int.from_bytes(content[8:10], "little"))
@@ -96,19 +97,19 @@ def npy_array(content: bytes, name: str) -> np.ndarray:
 
 
 def read_npz(path: Path, wanted: Sequence[str]) -> dict[str, np.ndarray]:
-    """Those of the wanted arrays that an .npz file holds."""
+    """Read those of the wanted arrays that an .npz file holds."""
     members = read_zip(path, [f"{name}.npy" for name in wanted])
     return {name[:-4]: npy_array(content, f"{path}: {name}") for name, content in members.items()}
 
 
 def zip_names(path: Path) -> list[str]:
-    """The names of an archive's members, as they stand: never to be used as paths."""
+    """List an archive's members by their raw names, which must never be used as paths."""
     with _open_zip(path) as archive:
         return archive.namelist()
 
 
 def read_zip(path: Path, wanted: Sequence[str]) -> dict[str, bytes]:
-    """Those of the wanted members that an archive holds, in memory."""
+    """Read those of the wanted members that an archive holds, into memory."""
     found = {}
     with _open_zip(path) as archive:
         for info in archive.infolist():
@@ -135,7 +136,7 @@ def read_exr(
     name: str,  # of the file, for errors
     channel: str,
 ) -> NDArray[np.float32]:  # [H, W]
-    """One channel of an OpenEXR picture (the `exr` extra)."""
+    """Read one channel of an OpenEXR picture (the `exr` extra)."""
     try:
         import OpenEXR
     except ImportError as error:
@@ -157,7 +158,7 @@ def read_exr(
 
 
 def json_numbers(tree: Mapping[str, object], field: str, path: Path, *shape: int) -> NDArray[np.float64]:
-    """A field of numbers in the wanted shape, finite."""
+    """Return a field of finite numbers; ValueError unless it has this shape."""
     try:
         numbers = np.asarray(tree[field], np.float64)
     except KeyError:
@@ -168,7 +169,7 @@ def json_numbers(tree: Mapping[str, object], field: str, path: Path, *shape: int
 
 
 def finite(numbers: np.ndarray, name: str, *shape: int) -> NDArray[np.float64]:
-    """The numbers as float64; ValueError unless they have this shape (-1: any) and are finite."""
+    """Return the numbers as float64; ValueError unless finite and of this shape (-1: any)."""
     if numbers.dtype.kind not in "fiu" or len(shape) != numbers.ndim:
         raise ValueError(f"{name}: {numbers.dtype} {numbers.shape}, need numbers {list(shape)}")
     if any(want not in (-1, have) for want, have in zip(shape, numbers.shape)):
@@ -179,7 +180,7 @@ def finite(numbers: np.ndarray, name: str, *shape: int) -> NDArray[np.float64]:
 
 
 def read_csv(path: Path) -> list[dict[str, str]]:
-    """The rows of a csv file with a header line; a field that a row lacks is an empty text."""
+    """Read the rows of a csv file with a header line; a field that a row lacks is ""."""
     try:
         lines = io.StringIO(read_text(path), newline="")
         return [{k: v or "" for k, v in row.items() if k} for row in csv.DictReader(lines)]
@@ -192,7 +193,10 @@ def rigid_transforms(
     translations: np.ndarray,  # [N, 3]
     name: str,
 ) -> Tensor:  # [N, 4, 4] float64
-    """Rotation, then translation; ValueError names the first row whose quaternion is no unit quaternion."""
+    """Join rotations and translations.
+
+    ValueError names the first row whose quaternion is not of unit length.
+    """
     norms = np.linalg.norm(quaternions, axis=1)
     for row, norm in enumerate(norms):
         if not abs(norm - 1) <= 1e-2:
@@ -204,9 +208,9 @@ def nearest_rotations(
     transforms: np.ndarray,  # [N, 4, 4]
     name: str,
 ) -> Tensor:  # [N, 4, 4] float64
-    """Rigid transforms whose rotations were rounded (half floats, few decimals), made exact again.
+    """Replace rotations that were rounded (half floats, few decimals) by exact ones.
 
-    ValueError names the first row that is further than 1e-2 from one: it is something else.
+    ValueError names the first row that is further than 1e-2 from a rigid transform.
     """
     matrices = finite(transforms, name, -1, 4, 4).copy()
     left, _, right = np.linalg.svd(matrices[:, :3, :3])
@@ -225,7 +229,7 @@ def pinhole(
     centre_x: np.ndarray,  # [T]
     centre_y: np.ndarray,  # [T]
 ) -> Tensor:  # [T, 3, 3] float32
-    """Intrinsics of a camera without skew."""
+    """Return the intrinsics of a camera without skew."""
     intrinsics = torch.zeros(len(focal_x), 3, 3)
     for (row, column), values in zip(((0, 0), (1, 1), (0, 2), (1, 2)), (focal_x, focal_y, centre_x, centre_y)):
         intrinsics[:, row, column] = torch.from_numpy(np.asarray(values, np.float32))
@@ -234,9 +238,13 @@ def pinhole(
 
 
 def read_video(path: Path, numbers: Sequence[int]) -> Tensor:  # [T, H, W, 3] uint8
-    """The frames with these numbers (ascending) of a video, counted from 0, upright as `inference.media` reads them."""
+    """Read the frames with these numbers of a video, upright as `scene.media` does.
+
+    Numbers ascend and count from 0. ValueError where the video ends before the last of them.
+    """
     wanted, found = set(numbers), []
-    for n, (_, frame) in enumerate(upright_frames(path, "NONE")):  # units of a dataset are what is worked in parallel
+    # without decoder threads: units of a dataset are processed in parallel
+    for n, (_, frame) in enumerate(upright_frames(path, "NONE")):
         if n in wanted:
             found.append(frame.numpy())
         if n >= numbers[-1]:

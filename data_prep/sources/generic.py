@@ -1,23 +1,25 @@
-"""Anybody's clips: one folder or one .npz per clip, so that the output of any labeler can become shards.
+"""Clips of any origin, one folder or one .npz each, so that any labeler's output can become shards.
 
-A clip is `<name>.npz`, or a folder `<name>/` that holds `clip.json`. A folder's arrays are `<array>.npy`, and it may
-hold `frames/` (png or jpg, in the order of their numbers) or `frames.mp4` (or .m4v, .mov, .mkv, .webm, .avi) instead of
-frames.npy. Pictures and videos are turned as the file says (EXIF, display matrix), as most labelers see them. With T
-frames:
+A clip is `<name>.npz`, or a folder `<name>/` that holds `clip.json`. A folder's arrays are
+`<array>.npy`, and it may hold `frames/` (png or jpg, in the order of their numbers) or `frames.mp4`
+(or .m4v, .mov, .mkv, .webm, .avi) instead of frames.npy. Pictures and videos are turned as the file
+says (EXIF, display matrix), as most labelers see them. With T frames:
 
     frames      [T, H, W, 3]  uint8, sRGB
     depth       [T, h, w]     z in the camera, any unit; not finite or <= 0 = no measurement, +inf = sky
     pointmaps   [T, h, w, 3]  instead of depth: points in one world; not finite = no point
-    intrinsics  [T, 3, 3] or [3, 3]  pixels of h x w, pixel centres at +0.5 (add 0.5 to cx, cy of integer centres)
+    intrinsics  [T, 3, 3] or [3, 3]  pixels of h x w, pixel centres at +0.5 (add 0.5 to cx, cy of
+                              integer centres)
     cam2world   [T, 4, 4]     OpenCV axes, unit of the geometry
     confidence  [T, h, w]     optional, larger = better; `min_confidence` makes the rest invalid
     valid       [T, h, w]     optional, bool
     moving      [T, h, w]     optional, bool
 
-intrinsics and cam2world may both be left out where there are pointmaps: they are then solved for (One4D, Eq. 11-12).
-`clip.json`, or text arrays of one value in the npz: fps, licence (both needed), domain ("real"), caption (""). null
-and NaN mean that there is none (see `data.texts`).
-Where h x w is smaller than H x W, the geometry is taken for the frame's largest centred part of its aspect ratio.
+intrinsics and cam2world may both be left out where there are pointmaps: they are then solved for
+(One4D, Eq. 11-12). `clip.json`, or text arrays of one value in the npz: fps, licence (both needed),
+domain ("real"), caption (""). null and NaN mean that there is none (see `data.texts`). Where h x w
+is smaller than H x W, the geometry is taken to cover the largest centred part of the frame that has
+its aspect ratio.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 
 
 def list_units(root: Path) -> list[str]:
-    """The clips at or below `root`, relative to it."""
+    """List the clips at or below `root`, relative to it."""
     found, archives = [], []
     for folder, folders, files in walk_once(root):
         if "clip.json" in files:
@@ -62,7 +64,7 @@ def list_units(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in [*found, *files_once(archives)])
 
 
-def _holds(root: Path, unit: str) -> bool:
+def _has_unit(root: Path, unit: str) -> bool:
     return (root / unit / "clip.json").is_file() or (unit.endswith(".npz") and (root / unit).is_file())
 
 
@@ -73,12 +75,13 @@ def iter_clips(
     units: Sequence[str] | None = None,
     min_confidence: float = 0.0,
 ) -> Iterator[Clip]:
-    """Clips of `num_frames` frames, every `stride`-th, of each folder or npz; broken ones are dropped, logged.
+    """Yield clips of `num_frames` frames, every `stride`-th, of each folder or npz.
 
-    Raises ValueError where `root` holds no clip or `units` names one that does not exist.
+    A broken clip is dropped with one logged line. ValueError where `root` holds no clip or `units`
+    names one that does not exist.
     """
     root = Path(root)
-    chosen = chosen_units(list_units, _holds, units, root, "generic clip (<name>/clip.json or <name>.npz)")
+    chosen = chosen_units(list_units, _has_unit, units, root, "generic clip (<name>/clip.json or <name>.npz)")
 
     def open_unit(unit: str) -> list[Track]:
         path = root / unit
@@ -112,7 +115,7 @@ def iter_clips(
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a clip, by the names in the module's docstring."""
+    """Read the arrays of a clip, by the names in the module's docstring."""
     if path.suffix == ".npz":
         return read_npz(path, ARRAYS)
     return {name: read_npy(path / f"{name}.npy") for name in ARRAYS if (path / f"{name}.npy").is_file()}
@@ -120,7 +123,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 @dataclass(frozen=True)
 class _Texts:
-    """What clip.json says."""
+    """The contents of clip.json."""
 
     fps: float
     licence: str
@@ -129,7 +132,7 @@ class _Texts:
 
 
 def _read_texts(path: Path) -> _Texts:
-    """The texts of a clip, see `data.texts`; ValueError names what is missing or of the wrong kind."""
+    """Read the texts of a clip (see `data.texts`); ValueError names what is missing or wrong."""
     if path.suffix == ".npz":
         members = read_npz(path, TEXTS)
         if wrong := [name for name, array in members.items() if array.size != 1]:
@@ -158,7 +161,7 @@ def _read_texts(path: Path) -> _Texts:
 
 
 def _read_frames(path: Path, arrays: dict[str, np.ndarray], window: range, total: int) -> Tensor:  # [T, H, W, 3] uint8
-    """The window's frames; a clip whose number of frames is not its geometry's is refused."""
+    """Read the window's frames; ValueError where frames and geometry differ in number."""
     if "frames" in arrays:
         frames = arrays["frames"]
         if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
@@ -169,7 +172,7 @@ def _read_frames(path: Path, arrays: dict[str, np.ndarray], window: range, total
         found = len(images)
     elif video := next((v for suffix in VIDEOS if (v := path / f"frames{suffix}").is_file()), None):
         found = frame_count(video)
-        if found != total:  # an index may count frames that are never shown
+        if found != total:  # a container's index may count frames that are never shown
             found = frame_count(video, decode=True)
     else:
         raise ValueError(f"{path}: no frames (frames array, frames/ or frames.mp4)")

@@ -1,13 +1,17 @@
-"""OmniWorld-Game (Zhou et al., 2025): extracted scene folders -> clips, at their native 1280x720 and 24 fps.
+"""OmniWorld-Game (Zhou et al., 2025): extracted scene folders -> clips, at 1280x720 and 24 fps.
 
-A scene folder holds `color/%06d.png`, `depth/%06d.png` (16 bit), `split_info.json` ("split": lists of frame numbers)
-and, for split k, `camera/split_<k>.json` (focals, cx, cy, quats, trans; one row per frame of the split), and may hold
-`text/<start>_<end>.json` (captions), `fps.txt`. Facts: yangzhou24/OmniWorld README, scripts/utils.py @ 5942b87.
+A scene folder holds `color/%06d.png`, `depth/%06d.png` (16 bit), `split_info.json` ("split": lists
+of frame numbers) and, for split k, `camera/split_<k>.json` (focals, cx, cy, quats, trans; one row
+per frame of the split), and may hold `text/<start>_<end>.json` (captions), `fps.txt`. Facts:
+yangzhou24/OmniWorld README, scripts/utils.py @ 5942b87.
 
-- Cameras: world to camera, OpenCV axes, quaternions wxyz [utils.py:L41-77]. Each split has a world of its own.
-- Intrinsics: one focal length for both axes; the dataset's tools put pixel centres at +0.5 [L100-111], as we do.
-- Depth: d = code / 65535, z = d / (1000 - 999 d) / 0.004; d < 0.0015 is too near to be known, code > 65500 is sky
-  [L80-98]. The unit differs from scene to scene; MotionCrafter divides by 0.04 with the note "verify".
+- Cameras: world to camera, OpenCV axes, quaternions wxyz [utils.py:L41-77]. Each split has a world
+  of its own.
+- Intrinsics: one focal length for both axes; the dataset's tools put pixel centres at +0.5
+  [L100-111], as we do.
+- Depth: d = code / 65535, z = d / (1000 - 999 d) / 0.004; d < 0.0015 is too near to be known,
+  code > 65500 is sky [L80-98]. The unit differs from scene to scene; MotionCrafter divides by 0.04
+  with the note "verify".
 - Frame numbers of a split may have gaps: a clip never crosses one.
 """
 
@@ -37,12 +41,12 @@ from one4d_pl.types import Clip
 
 FPS = 24.0
 LICENCE = "CC-BY-NC-SA-4.0"
-NEAREST = 0.0015  # of d; below: too near
-LAST_CODE = 65500  # above: sky
+NEAREST = 0.0015  # of d; a smaller one is too near
+LAST_CODE = 65500  # a larger one is sky
 
 
 def list_units(root: Path) -> list[str]:
-    """The scene folders at or below `root`, relative to it."""
+    """List the scene folders at or below `root`, relative to it."""
     return find_units(root, _is_unit)
 
 
@@ -50,20 +54,21 @@ def _is_unit(names: set[str]) -> bool:
     return {"color", "depth", "camera", "split_info.json"} <= names
 
 
-def _holds(root: Path, unit: str) -> bool:
+def _has_unit(root: Path, unit: str) -> bool:
     return _is_unit(names_in(root / unit))
 
 
 def iter_clips(
     root: str | Path, num_frames: int = 81, stride: int = 1, units: Sequence[str] | None = None
 ) -> Iterator[Clip]:
-    """Clips of `num_frames` frames, every `stride`-th, of each split of each scene; broken ones are dropped, logged.
+    """Yield clips of `num_frames` frames, every `stride`-th, of each split of each scene.
 
-    Raises ValueError where `root` holds no scene or `units` names one that does not exist.
+    A broken clip is dropped with one logged line. ValueError where `root` holds no scene or `units`
+    names one that does not exist.
     """
     root = Path(root)
     layout = "OmniWorld-Game scene (color/, depth/, camera/ and split_info.json)"
-    chosen = chosen_units(list_units, _holds, units, root, layout)
+    chosen = chosen_units(list_units, _has_unit, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         return [_split_track(root, unit, k, numbers, stride) for k, numbers in enumerate(_read_splits(root / unit))]
@@ -72,7 +77,7 @@ def iter_clips(
 
 
 def depth_from_codes(codes: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """z in the scene's unit; +inf = sky, nan = too near."""
+    """Return z in the scene's unit; +inf = sky, nan = too near."""
     d = codes.astype(np.float64) / 65535
     depth = d / (1000 - 999 * d) / 0.004
     return np.where(codes > LAST_CODE, np.inf, np.where(d < NEAREST, np.nan, depth)).astype(np.float32)
@@ -127,7 +132,7 @@ def _split_track(root: Path, unit: str, k: int, numbers: list[int], stride: int)
 
 
 def _read_fps(path: Path) -> float:
-    """The scene's own frame rate, or the dataset's."""
+    """Read the scene's own frame rate, or return the dataset's."""
     if not path.is_file():
         return FPS
     try:
@@ -140,14 +145,14 @@ def _read_fps(path: Path) -> float:
 
 
 def _captions(folder: Path) -> list[tuple[int, int, Path]]:
-    """First and last frame, file of each caption."""
+    """List the first and last frame and the file of each caption."""
     paths = sorted(folder.iterdir()) if folder.is_dir() else []
     matches = [(re.fullmatch(r"(\d{1,6})_(\d{1,6})\.json", path.name), path) for path in paths]
     return [(int(match[1]), int(match[2]), path) for match, path in matches if match]
 
 
 def _caption_of(captions: list[tuple[int, int, Path]], window: range) -> str:
-    """The text of the caption that shares the most frames with the window; "" where none does."""
+    """Return the caption that shares the most frames with the window; "" where none does."""
     overlaps = [(min(last, window[-1]) - max(first, window[0]), path) for first, last, path in captions]
     if not overlaps or max(overlaps)[0] < 0:
         return ""

@@ -1,12 +1,13 @@
 """PointOdyssey v1.2 (Zheng et al., 2023): sequence folders -> clips.
 
-A sequence folder holds `rgbs/rgb_%05d.jpg`, `depths/depth_%05d.png` (16 bit) and `anno.npz` (intrinsics [T, 3, 3],
-extrinsics [T, 4, 4]; row n belongs to frame number n). Facts: y-zheng18/point_odyssey @ a053342.
+A sequence folder holds `rgbs/rgb_%05d.jpg`, `depths/depth_%05d.png` (16 bit) and `anno.npz`
+(intrinsics [T, 3, 3], extrinsics [T, 4, 4]; row n belongs to frame number n). Facts:
+y-zheng18/point_odyssey @ a053342.
 
 - Cameras: world to camera, OpenCV axes; v1.1 and later need no flips [utils/reprojection.py:L38-40, L81-85].
-- Depth = code / 65535 * 1000 m, planar z [utils/gen_tracking.py:L115-124], so one code is 1.5 cm; MotionCrafter reads
-  it as ray length, wrongly. 65535 (what lies at 1000 m or beyond) is sky; 0 is no measurement.
-- The principal point is the middle of the image, the renderer's axis: meant with pixel centres at +0.5.
+- Depth = code / 65535 * 1000 m, planar z [utils/gen_tracking.py:L115-124]; one code is 1.5 cm.
+  MotionCrafter wrongly reads it as ray length. 65535 (1000 m or more) is sky; 0 is no measurement.
+- The principal point is the middle of the image, the renderer's axis, so pixel centres are at +0.5.
 - The numbers of images, depths and camera rows can differ: a clip needs all three.
 - There is no official frame rate; 30 frames per second is nominal.
 """
@@ -39,7 +40,7 @@ PATTERNS = {"rgbs": r"rgb_(\d{5})\.jpg", "depths": r"depth_(\d{5})\.png"}
 
 
 def list_units(root: Path) -> list[str]:
-    """The sequence folders at or below `root`, relative to it."""
+    """List the sequence folders at or below `root`, relative to it."""
     return find_units(root, _is_unit)
 
 
@@ -47,20 +48,21 @@ def _is_unit(names: set[str]) -> bool:
     return {"anno.npz", *PATTERNS} <= names
 
 
-def _holds(root: Path, unit: str) -> bool:
+def _has_unit(root: Path, unit: str) -> bool:
     return _is_unit(names_in(root / unit))
 
 
 def iter_clips(
     root: str | Path, num_frames: int = 81, stride: int = 1, units: Sequence[str] | None = None
 ) -> Iterator[Clip]:
-    """Clips of `num_frames` frames, every `stride`-th, of each sequence; broken ones are dropped with one logged line.
+    """Yield clips of `num_frames` frames, every `stride`-th, of each sequence.
 
-    Raises ValueError where `root` holds no sequence or `units` names one that does not exist.
+    A broken clip is dropped with one logged line. ValueError where `root` holds no sequence or
+    `units` names one that does not exist.
     """
     root = Path(root)
     layout = "PointOdyssey v1.2 sequence (rgbs/, depths/ and anno.npz)"
-    chosen = chosen_units(list_units, _holds, units, root, layout)
+    chosen = chosen_units(list_units, _has_unit, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         def read(window: range) -> Clip:
@@ -72,13 +74,16 @@ def iter_clips(
 
 
 def depth_from_codes(codes: NDArray[np.uint16]) -> NDArray[np.float32]:
-    """Metres; +inf = sky, nan = no measurement."""
+    """Return metres; +inf = sky, nan = no measurement."""
     depth = codes.astype(np.float64) / 65535 * 1000
     return np.where(codes == 65535, np.inf, np.where(codes == 0, np.nan, depth)).astype(np.float32)
 
 
 def _frame_numbers(sequence: Path) -> list[int]:
-    """Every frame number that has an image or a depth file: one without the other is an error, not a gap."""
+    """List every frame number that has an image or a depth file.
+
+    A frame with only one of them is an error, not a gap.
+    """
     found = [re.fullmatch(p, path.name) for folder, p in PATTERNS.items() for path in (sequence / folder).iterdir()]
     return sorted({int(match[1]) for match in found if match})
 

@@ -1,6 +1,7 @@
 """Every source by name: what `write_shards` needs to cut any dataset into clips, unit by unit.
 
-A source is a module of this package with `list_units(root)` and `iter_clips(root, num_frames, stride, units, ...)`.
+A source is a module of this package with `list_units(root)` and `iter_clips(root, num_frames,
+stride, units, ...)`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from types import ModuleType
 from data_prep.sources import bedlam, generic, omniworld, pointodyssey, rgbd, spatialvid, tartanair
 from one4d_pl.types import Clip
 
-# Strides that make motion per frame comparable, in the frames that each source counts.
+# Strides that make motion per frame comparable, in frames as each source counts them.
 DEFAULT_STRIDES = {
     "bedlam": 1,  # frames with depth: 6 per second
     "generic": 1,
@@ -21,27 +22,28 @@ DEFAULT_STRIDES = {
     "pointodyssey": 1,
     "rgbd": 2,  # 15 per second
     "spatialvid": 1,  # annotated frames: 5 or 6 per second
-    "tartanair": 1,  # nominal 10 per second, and fast
+    "tartanair": 1,  # nominally 10 per second, and fast
 }
 SOURCES = tuple(DEFAULT_STRIDES)
 
 
 def list_units(source: str, root: str | Path) -> list[str]:
-    """The parts of a dataset that can be converted on their own (trajectories, scenes, sequences), sorted.
+    """List the parts of a dataset that can be converted on their own, sorted.
 
-    Raises ValueError for an unknown source.
+    They are trajectories, scenes or sequences. ValueError for an unknown source.
     """
     return _module(source).list_units(Path(root))
 
 
 def scene_of(source: str, unit: str) -> str:
-    """What a split by scene keeps together: units that show the same place have the same scene."""
+    """Return a unit's scene. Units that show the same place share it, and no split divides it."""
     parts = unit.split("/")
     if source == "tartanair":  # <environment>/<Easy or Hard>/<trajectory>
         return "/".join(parts[:-2]) or unit
     if source == "bedlam":  # <scene>/png/<sequence>
         return "/".join(parts[:-2]) or unit
-    if source == "pointodyssey":  # <scene>_3rd, <scene>_ego1, ... are cameras in one scene, <scene>_f is it in fog
+    # <scene>_3rd, <scene>_ego1, ... are cameras in one scene, <scene>_f is the scene in fog
+    if source == "pointodyssey":
         return re.sub(r"(_3rd|_ego\d*|_f)+$", "", unit)
     return unit
 
@@ -55,9 +57,10 @@ def iter_clips(
     geometry: str | Path | None = None,  # spatialvid only: a folder of pseudo geometry, one generic clip per video
     min_confidence: float = 0.0,  # generic, and spatialvid with `geometry`: less trusted pixels become invalid
 ) -> Iterator[Clip]:
-    """The clips of one dataset; one that is broken is dropped with one logged line.
+    """Yield the clips of one dataset; a broken one is dropped with one logged line.
 
-    Raises ValueError where the root holds no such dataset, a unit does not exist or an option does not apply.
+    ValueError where the root holds no such dataset, a unit does not exist or an option does not
+    apply.
     """
     root = Path(root)
     _module(source)

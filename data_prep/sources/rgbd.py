@@ -1,7 +1,8 @@
-"""RGB-D folders in TUM's or Bonn's layout -> clips; the formats' facts stand in one4d_pl.data.rgbd_folder.
+"""RGB-D folders in TUM's or Bonn's layout -> clips.
 
-- Images are paired with depth maps and cameras by time. A clip never crosses a break in the image times: a gap of more
-  than 1.5 usual intervals starts a new track.
+The formats are described in one4d_pl.data.rgbd_folder.
+- Images are paired with depth maps and cameras by time. A clip never crosses a break in the image
+  times: a gap of more than 1.5 usual intervals starts a new track.
 - Lens distortion (TUM's freiburg1 and 2) is left in the images.
 """
 
@@ -20,11 +21,11 @@ from one4d_pl.data.rgbd_folder import INTRINSICS, RGBDFrame, RGBDSequence, open_
 from one4d_pl.types import Clip
 
 LICENCES = {"tum": "CC-BY-4.0", "bonn": "LicenseRef-Bonn-RGB-D-Dynamic"}
-LONGEST_INTERVAL = 1.5  # of the median one
+LONGEST_INTERVAL = 1.5  # times the median one
 
 
 def list_units(root: Path) -> list[str]:
-    """The sequence folders at or below `root`, relative to it."""
+    """List the sequence folders at or below `root`, relative to it."""
     return find_units(root, _is_unit)
 
 
@@ -32,20 +33,21 @@ def _is_unit(names: set[str]) -> bool:
     return {"rgb", "depth", "groundtruth.txt"} <= names
 
 
-def _holds(root: Path, unit: str) -> bool:
+def _has_unit(root: Path, unit: str) -> bool:
     return _is_unit(names_in(root / unit))
 
 
 def iter_clips(
     root: str | Path, num_frames: int = 17, stride: int = 2, units: Sequence[str] | None = None
 ) -> Iterator[Clip]:
-    """Clips of `num_frames` frames, every `stride`-th, of each sequence; broken ones are dropped with one logged line.
+    """Yield clips of `num_frames` frames, every `stride`-th, of each sequence.
 
-    Raises ValueError where `root` holds no sequence or `units` names one that does not exist.
+    A broken clip is dropped with one logged line. ValueError where `root` holds no sequence or
+    `units` names one that does not exist.
     """
     root = Path(root)
     layout = f"RGB-D sequence (rgb/, depth/ and groundtruth.txt in a folder named ...{'..., ...'.join(INTRINSICS)}...)"
-    chosen = chosen_units(list_units, _holds, units, root, layout)
+    chosen = chosen_units(list_units, _has_unit, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         sequence = open_sequence(root / unit)
@@ -67,7 +69,7 @@ def iter_clips(
 
 
 def _runs(frames: Sequence[RGBDFrame], longest: float) -> list[list[int]]:
-    """Indices of frames without a break in time between them."""
+    """List runs of frame indices without a break in time."""
     runs = [[0]]
     for n, (before, after) in enumerate(itertools.pairwise(frames), start=1):
         if after.timestamp - before.timestamp > longest:

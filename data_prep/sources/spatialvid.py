@@ -1,18 +1,21 @@
-"""SpatialVID and SpatialVID-HQ (Wang et al., 2025): real videos with MegaSaM's cameras and depth -> clips.
+"""SpatialVID(-HQ) (Wang et al., 2025): real videos with MegaSaM's cameras and depth -> clips.
 
-The root holds `videos/group_%04d/<id>.mp4`, `annotations/group_%04d/<id>/` (poses.npy, intrinsics.npy, caption.json,
-dyn_masks.npz, indexes.txt) and `depths/group_%04d/<id>.zip`. Facts: NJU-3DV/SpatialVID @ 5228326.
+The root holds `videos/group_%04d/<id>.mp4`, `annotations/group_%04d/<id>/` (poses.npy,
+intrinsics.npy, caption.json, dyn_masks.npz, indexes.txt) and `depths/group_%04d/<id>.zip`. Facts:
+NJU-3DV/SpatialVID @ 5228326.
 
-- Annotations are sub-sampled: row k of every array is of one video frame, which the second column of indexes.txt
-  names [utils/pack_clip_assets.py:L30-34]; without that file it is frame k * int(0.2 * fps). A stride counts rows.
+- Annotations are sub-sampled: row k of every array belongs to one video frame, which the second
+  column of indexes.txt names [utils/pack_clip_assets.py:L30-34]; without that file it is frame
+  k * int(0.2 * fps). A stride counts rows.
 - poses.npy [N, 7]: tx ty tz qx qy qz qw, world to camera [L108-110].
 - intrinsics.npy [N, 4]: fx / W, fy / H, 0.5, 0.5 [L59-72].
-- Depth zip: one EXR per row, channel "Z", *inverse* depth; z = 1 / Z cut to 1e-3 .. 100, which is sky or unknown, so
-  not valid here [utils/read_depth.py]. The unit is arbitrary.
-- One4D uses pseudo geometry instead: with `geometry`, a folder of generic clips `group_%04d/<id>` (or .npz) whose
-  rows are the annotation's, or the video frames that an array `frame_numbers` [T] names; its cameras are used, and
-  where it has depth but no cameras it is refused.
-- dyn_masks.npz: what moves, one sparse (CSR) image of the video's size per row [utils/expand_npz.py].
+- Depth zip: one EXR per row, channel "Z", *inverse* depth; z = 1 / Z, cut to 1e-3 .. 100. At 100
+  it is sky or unknown, so not valid here [utils/read_depth.py]. The unit is arbitrary.
+- One4D uses pseudo geometry instead: with `geometry`, a folder of generic clips
+  `group_%04d/<id>` (or .npz) whose rows are the annotation's, or the video frames that an array
+  `frame_numbers` [T] names. Its cameras are used; where it has depth but no cameras it is refused.
+- dyn_masks.npz: what moves, one sparse (CSR) image of the video's size per row
+  [utils/expand_npz.py].
 """
 
 from __future__ import annotations
@@ -48,17 +51,17 @@ from one4d_pl.scene.media import frame_count, frame_rate
 from one4d_pl.types import Clip
 
 LICENCE = "CC-BY-NC-SA-4.0"
-FARTHEST = 100.0  # of z; there the dataset's own reader cuts
+FARTHEST = 100.0  # of z; the dataset's own reader cuts there
 CAPTION_FIELDS = ("SceneDescription", "CameraMotion")
 
 
 def list_units(root: Path) -> list[str]:
-    """The videos that have annotations, as group_%04d/<id>."""
+    """List the videos as group_%04d/<id>."""
     videos = files_once((root / "videos").glob("group_*/*.mp4"))
     return [f"{path.parent.name}/{path.stem}" for path in videos]
 
 
-def _holds(root: Path, unit: str) -> bool:
+def _has_unit(root: Path, unit: str) -> bool:
     return (root / "videos" / f"{unit}.mp4").is_file()
 
 
@@ -70,15 +73,16 @@ def iter_clips(
     geometry: str | Path | None = None,
     min_confidence: float = 0.0,
 ) -> Iterator[Clip]:
-    """Clips of `num_frames` annotated frames, every `stride`-th, of each video; broken ones are dropped, logged.
+    """Yield clips of `num_frames` annotated frames, every `stride`-th, of each video.
 
-    Raises ValueError where `root` holds no videos, `units` names one that does not exist or `geometry` is no folder.
+    A broken clip is dropped with one logged line. ValueError where `root` holds no videos, `units`
+    names one that does not exist or `geometry` is no folder.
     """
     root = Path(root)
     if geometry is not None and not Path(geometry).is_dir():
         raise ValueError(f"{geometry}: no folder of pseudo geometry")
     layout = "SpatialVID video (videos/group_*/*.mp4)"
-    chosen = chosen_units(list_units, _holds, units, root, layout, "directly in it")
+    chosen = chosen_units(list_units, _has_unit, units, root, layout, "directly in it")
     pseudo = None if geometry is None else Path(geometry)
 
     def open_unit(unit: str) -> list[Track]:
@@ -88,7 +92,7 @@ def iter_clips(
 
 
 def video_frames_of_rows(annotation: Path, fps: float, total: int) -> list[int]:
-    """The video frame that each of `total` annotation rows belongs to."""
+    """Return the video frame that each of `total` annotation rows belongs to."""
     path = annotation / "indexes.txt"
     if not path.is_file():
         return [k * max(1, int(0.2 * fps)) for k in range(total)]
@@ -106,7 +110,7 @@ def read_cameras(
     height: int,  # of the video
     width: int,
 ) -> tuple[Tensor, Tensor]:  # intrinsics [N, 3, 3] float32 in pixels, cam2world [N, 4, 4] float64
-    """The annotation's own cameras, one per row."""
+    """Read the annotation's own cameras, one per row."""
     rows = finite(read_npy(annotation / "poses.npy"), str(annotation / "poses.npy"), -1, 7)
     shares = finite(read_npy(annotation / "intrinsics.npy"), str(annotation / "intrinsics.npy"), len(rows), 4)
     if not (shares > 0).all():
@@ -138,7 +142,9 @@ def _open_video(root: Path, unit: str, pseudo: Path | None, min_confidence: floa
 
     def read(window: range) -> Clip:
         frames = read_video(video, [numbers[row] for row in window])
-        own = _read_own(root, unit, window, *frames.shape[1:3]) if geometry is None else geometry.at(window)
+        own = (
+            _read_dataset_geometry(root, unit, window, *frames.shape[1:3]) if geometry is None else geometry.at(window)
+        )
         moving = _read_moving(annotation / "dyn_masks.npz", window, *frames.shape[1:3]) if pseudo is None else None
         frames, fitted, _ = fit_to_frames(frames, own, None, str(video))
         if moving is not None and moving.shape != fitted.depth.shape:
@@ -166,8 +172,8 @@ def _numbers_of_pseudo(arrays: dict[str, np.ndarray], name: str, total: int) -> 
     return numbers
 
 
-def _read_own(root: Path, unit: str, window: range, height: int, width: int) -> Geometry:
-    """The dataset's own cameras, for pictures of this size, and depth at its resolution."""
+def _read_dataset_geometry(root: Path, unit: str, window: range, height: int, width: int) -> Geometry:
+    """Read the dataset's own depth, with cameras for it; `height` and `width` are the video's."""
     archive = root / "depths" / f"{unit}.zip"
     intrinsics, cam2world = read_cameras(root / "annotations" / unit, height, width)
     pictures = by_number((name for name in zip_names(archive) if name.lower().endswith(".exr")), str(archive))
@@ -192,7 +198,7 @@ def _read_own(root: Path, unit: str, window: range, height: int, width: int) -> 
 
 
 def _read_moving(path: Path, window: range, height: int, width: int) -> Tensor | None:  # [T, H, W] bool
-    """What moves; None where the dataset does not tell for every frame."""
+    """Read what moves; None where the dataset does not say so for every frame."""
     if not path.is_file():
         return None
     names = [f"f_{row}_{part}" for row in window for part in ("indices", "indptr")]
@@ -212,7 +218,10 @@ def _read_moving(path: Path, window: range, height: int, width: int) -> Tensor |
 
 
 def _read_caption(path: Path) -> str:
-    """The scene and the camera's motion; "" where there is no caption file, or it says so (see `data.texts`)."""
+    """Read the description of the scene and of the camera's motion.
+
+    "" where there is no caption file, or it holds none (see `data.texts`).
+    """
     if not path.is_file():
         return ""
     tree = read_json(path)

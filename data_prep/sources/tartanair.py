@@ -1,13 +1,13 @@
 """TartanAir v1 (Wang et al., 2020): trajectory folders -> clips, at their native 640x480.
 
-A trajectory folder holds `image_left/%06d_left.png`, `depth_left/%06d_left_depth.npy` (metres, z-depth) and
-`pose_left.txt`, whose row n belongs to frame number n: tx ty tz qx qy qz qw, camera to world, in NED axes
-(x forward, y right, z down).
+A trajectory folder holds `image_left/%06d_left.png`, `depth_left/%06d_left_depth.npy` (metres,
+z-depth) and `pose_left.txt`, whose row n belongs to frame number n: tx ty tz qx qy qz qw, camera to
+world, in NED axes (x forward, y right, z down).
 
-- Axes: x_cv = y_ned, y_cv = z_ned, z_cv = x_ned, for the camera's axes and the world's alike, so a camera at rest at
-  the world's origin is the identity in both.
-- Intrinsics: fx = fy = 320, cx = 320, cy = 240. The renderer's axis passes through the middle of the image, which is
-  W/2, H/2 with pixel centres at +0.5: the published numbers hold as they are.
+- Axes: x_cv = y_ned, y_cv = z_ned, z_cv = x_ned, for the camera's axes and the world's alike, so
+  the identity is the same camera in both.
+- Intrinsics: fx = fy = 320, cx = 320, cy = 240. The renderer's axis passes through the middle of
+  the image, which is W/2, H/2 with pixel centres at +0.5, so the published numbers need no change.
 - Sky: depth that is not finite or >= 1000 m becomes +inf; depth < 1 mm becomes nan.
 - There is no official frame rate: 10 frames per second is nominal. What moves is not known.
 """
@@ -31,7 +31,7 @@ from one4d_pl.types import Clip
 HEIGHT, WIDTH = 480, 640
 FOCAL = 320.0  # pixels: 90 degrees across 640
 SKY_DEPTH = 1000.0  # metres; the sky is rendered as 10000 m and more
-NEAREST_DEPTH = 1e-3  # metres; the camera is inside of something
+NEAREST_DEPTH = 1e-3  # metres; nearer, the camera is inside an object
 NOMINAL_FPS = 10.0
 LICENCE = "CC-BY-4.0"
 CV_FROM_NED = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]).double()
@@ -41,14 +41,15 @@ PATTERNS = {"image_left": r"(\d{6})_left\.png", "depth_left": r"(\d{6})_left_dep
 def iter_clips(
     root: str | Path, num_frames: int = 17, stride: int = 1, units: Sequence[str] | None = None
 ) -> Iterator[Clip]:
-    """Clips of `num_frames` frames, every `stride`-th, of each trajectory at or below `root`; they do not overlap.
+    """Yield clips of `num_frames` frames, every `stride`-th, of each trajectory.
 
-    A clip with a broken or missing file or camera row is dropped with one logged line. Raises ValueError where `root`
-    holds no trajectory or `units` names one that does not exist.
+    They do not overlap. A clip with a broken or missing file or camera row is dropped with one
+    logged line. ValueError where `root` holds no trajectory or `units` names one that does not
+    exist.
     """
     root = Path(root)
     layout = "TartanAir v1 trajectory (image_left/, depth_left/ and pose_left.txt)"
-    chosen = chosen_units(list_units, _holds, units, root, layout)
+    chosen = chosen_units(list_units, _has_unit, units, root, layout)
 
     def open_unit(unit: str) -> list[Track]:
         trajectory = root / unit
@@ -62,7 +63,7 @@ def iter_clips(
 
 
 def list_units(root: Path) -> list[str]:
-    """The trajectories at or below `root`, relative to it."""
+    """List the trajectories at or below `root`, relative to it."""
     return find_units(root, _is_unit)
 
 
@@ -70,12 +71,12 @@ def _is_unit(names: set[str]) -> bool:
     return {"pose_left.txt", *PATTERNS} <= names
 
 
-def _holds(root: Path, unit: str) -> bool:
+def _has_unit(root: Path, unit: str) -> bool:
     return _is_unit(names_in(root / unit))
 
 
 def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
-    """The clip of these frame numbers; ValueError or OSError names the broken file."""
+    """Read the clip of these frame numbers; ValueError or OSError names the broken file."""
     frames = np.stack([_read_image(trajectory / "image_left" / f"{n:06d}_left.png") for n in window])
     depth = np.stack([_read_depth(trajectory / "depth_left" / f"{n:06d}_left_depth.npy") for n in window])
     intrinsics = torch.tensor([[FOCAL, 0.0, WIDTH / 2], [0.0, FOCAL, HEIGHT / 2], [0.0, 0.0, 1.0]])
@@ -96,7 +97,10 @@ def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
 
 
 def _frame_numbers(trajectory: Path) -> list[int]:
-    """Every frame number that has an image or a depth file: one without the other is an error, not a gap."""
+    """List every frame number that has an image or a depth file.
+
+    A frame with only one of them is an error, not a gap.
+    """
     found = [re.fullmatch(p, path.name) for folder, p in PATTERNS.items() for path in (trajectory / folder).iterdir()]
     return sorted({int(match[1]) for match in found if match})
 
@@ -131,7 +135,10 @@ def _read_cameras(path: Path, window: range) -> Tensor:  # [T, 4, 4] float64, Op
 
 
 def camera_from_row(row: np.ndarray) -> Tensor:  # [7] tx ty tz qx qy qz qw, NED -> [4, 4] float64, OpenCV axes
-    """The camera of one row of pose_left.txt, camera to world."""
+    """Convert one row of pose_left.txt, camera to world.
+
+    ValueError unless it holds seven finite numbers and a unit quaternion.
+    """
     if row.shape != (7,) or not np.isfinite(row).all():
         raise ValueError(f"need 7 finite numbers, got {row.tolist()}")
     norm = float(np.linalg.norm(row[3:]))

@@ -1,8 +1,8 @@
-"""How a source walks its dataset: units (folders that can be converted on their own), tracks, windows, clips.
+"""How a source walks its dataset: units, tracks, windows, clips.
 
-A unit is a path relative to the root, with forward slashes ("." is the root itself). A track is a
-run of frames that share one world; a clip is a window of a track. What cannot be read is dropped
-with one logged line.
+A unit is a folder that can be converted on its own, named by its path relative to the root, with
+forward slashes ("." is the root itself). A track is a run of frames that share one world; a clip is
+a window of a track. What cannot be read is dropped with one logged line.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import av
 from one4d_pl.data.clip_codec import MAX_FRAMES, MIN_FRAMES, clip_fault
 from one4d_pl.types import Clip
 
+# errors of the disk or machine, which another try may not meet
 MACHINE_ERRORS = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EMFILE, errno.ENFILE}
 MAX_KEY = 80  # characters; what clip_codec.SAFE_KEY allows
 
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Track:
-    """Frames that share a world: their numbers in ascending order, and how to read the clip of some of them."""
+    """Frames that share a world: their ascending numbers and how to read a clip of them."""
 
     name: str  # for messages
     numbers: list[int]
@@ -44,10 +45,10 @@ def clips_of_units(
     num_frames: int,
     stride: int,
 ) -> Iterator[Clip]:
-    """Disjoint clips of `num_frames` frames, every `stride`-th, of each unit, in order.
+    """Yield disjoint clips of `num_frames` frames, every `stride`-th, of each unit, in order.
 
-    A broken clip or unit is dropped with one line that says why. Raises ValueError for a length or
-    stride below 1, and OSError where the machine fails rather than a file.
+    A broken clip or unit is dropped with one line that says why. ValueError for a length or stride
+    below 1, OSError where the machine fails rather than a file.
     """
     if num_frames < 1 or stride < 1:
         raise ValueError(f"num_frames and stride must be at least 1, got {num_frames} and {stride}")
@@ -56,7 +57,7 @@ def clips_of_units(
         try:
             tracks = open_unit(unit)
         except (OSError, ValueError) as error:
-            _stop_where_the_machine_fails(unit, error)
+            _raise_machine_error(unit, error)
             logger.warning("skipped %s: %s", unit, one_line(error))
             continue
         for track in tracks:
@@ -66,9 +67,9 @@ def clips_of_units(
             for window in windows:
                 num_clips += 1
                 try:
-                    clip = _checked(track.read(window))
+                    clip = _check_clip(track.read(window))
                 except (OSError, ValueError) as error:
-                    _stop_where_the_machine_fails(unit, error)
+                    _raise_machine_error(unit, error)
                     num_dropped += 1
                     logger.warning("dropped a clip: %s", one_line(error))
                 else:
@@ -77,18 +78,24 @@ def clips_of_units(
         logger.warning("%s: %d of %d clips dropped", root, num_dropped, num_clips)
 
 
-def _stop_where_the_machine_fails(unit: str, error: Exception) -> None:
-    """OSError for what another try may read: a sound clip must not be lost for good to a hiccup of a disk."""
+def _raise_machine_error(unit: str, error: Exception) -> None:
+    """Raise OSError for an error that another try may not meet.
+
+    A sound clip must not be lost for good because a disk failed for a moment.
+    """
     cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, av.FFmpegError):  # has these numbers for broken videos too
+    while cause is not None and not isinstance(cause, av.FFmpegError):  # broken videos give the same numbers
         if isinstance(cause, OSError) and cause.errno in MACHINE_ERRORS:
             remedy = f"start again to go on, or leave out {unit!r} (write_shards --exclude)"
             raise OSError(f"{one_line(error)}: the disk or machine fails, not the file; {remedy}") from error
         cause = cause.__cause__
 
 
-def _checked(clip: Clip) -> Clip:
-    """The clip; ValueError where it breaks the schema. A length that shards cannot hold is the writer's to refuse."""
+def _check_clip(clip: Clip) -> Clip:
+    """Return the clip; ValueError where it breaks the schema.
+
+    Lengths that shards cannot hold are left for the writer to refuse.
+    """
     can_be_stored = MIN_FRAMES <= clip.num_frames <= MAX_FRAMES and clip.num_frames % 4 == 1
     if can_be_stored and (fault := clip_fault(clip)):
         raise ValueError(f"{clip.key}: {fault}")
@@ -96,7 +103,7 @@ def _checked(clip: Clip) -> Clip:
 
 
 def clip_windows(numbers: Sequence[int], num_frames: int, stride: int) -> list[range]:
-    """Disjoint runs of frame numbers; where a frame is absent, the next run starts behind the gap."""
+    """Cut disjoint windows; where a frame is absent, the next window starts behind the gap."""
     present, windows = set(numbers), []
     free = 0  # the first frame number that no window has used
     for first in numbers:
@@ -108,10 +115,10 @@ def clip_windows(numbers: Sequence[int], num_frames: int, stride: int) -> list[r
 
 
 def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
-    """The folders at or below `root` whose entries (names of files and folders) make them a unit, sorted.
+    """List the folders at or below `root` whose entries (files and folders) make them a unit.
 
-    What lies inside a unit is not looked at: a dataset has thousands of folders and millions of
-    files.
+    Sorted. Folders inside a unit are not visited: a dataset has thousands of folders and millions
+    of files.
     """
     found = []
     for folder, folders, files in walk_once(root):
@@ -122,12 +129,12 @@ def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
 
 
 def walk_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Every folder at or below `root` with the names of its folders and files; links are followed, each folder once.
+    """Yield every folder at or below `root` once, with the names of its folders and files.
 
-    A folder that was seen under another name (its real path) is not entered again, so that links in
-    a circle end and no scene is taken twice. What is really there goes before links to it. Clear
-    the list of folders to stay out of them. A link to nothing and a folder that may not be listed
-    are told by one logged line and left out.
+    Links are followed. A folder whose real path was seen under another name is not entered again,
+    so that links in a circle end and no scene is taken twice; folders come before links to them.
+    The caller clears the list of folders to stay out of them. A link to nothing, or a folder that
+    may not be listed, is left out with one logged line.
     """
     seen: set[Path] = set()
     waiting, links = [root] if root.is_dir() else [], deque[Path]()
@@ -138,7 +145,8 @@ def walk_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
             continue
         seen.add(real)
         try:
-            entries = {entry.name: entry for entry in os.scandir(folder)}  # tells kinds without asking for each file
+            # scandir knows files from folders without a call per file
+            entries = {entry.name: entry for entry in os.scandir(folder)}
         except PermissionError as error:
             logger.warning("%s: left out: %s", folder, error.strerror)
             continue
@@ -153,7 +161,10 @@ def walk_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def files_once(paths: Iterable[Path]) -> list[Path]:
-    """The files without those that are the same file under another name, sorted; links give way to what they mean."""
+    """Return the files, sorted, each once even if links give it several names.
+
+    A file comes before links to it.
+    """
     linked = {path: path.is_symlink() or path.parent.is_symlink() for path in paths}
     if not any(linked.values()):
         return sorted(linked)
@@ -165,13 +176,13 @@ def files_once(paths: Iterable[Path]) -> list[Path]:
 
 def chosen_units(
     list_units: Callable[[Path], list[str]],
-    holds: Callable[[Path, str], bool],  # whether there is a unit of this name below the root
+    has_unit: Callable[[Path, str], bool],  # tells whether a unit of this name is below the root
     units: Sequence[str] | None,
     root: Path,
     layout: str,
     where: str = "at or below it",
 ) -> list[str]:
-    """All units, or the given ones; ValueError where there is none, or a given one does not exist.
+    """Return all units, or the given ones; ValueError where there is none, or one does not exist.
 
     Given units are looked up one by one: the writer asks for each of a dataset's thousands, and
     must not list them all every time.
@@ -182,18 +193,21 @@ def chosen_units(
             raise ValueError(f"{root}: no {layout} {where}")
         return found
     for unit in units:
-        if Path(unit).is_absolute() or ".." in unit.split("/") or not holds(root, unit):
+        if Path(unit).is_absolute() or ".." in unit.split("/") or not has_unit(root, unit):
             raise ValueError(f"{root}: no unit {unit!r}; a unit is a {layout}, named by its path below this folder")
     return list(units)
 
 
 def names_in(folder: Path) -> set[str]:
-    """The names of a folder's entries; none where there is no such folder."""
+    """Return the names of a folder's entries; none where there is no such folder."""
     return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
 
 
 def clip_key(root: Path, unit: str, suffix: str) -> str:
-    """A file-safe name of a clip; what is replaced or cut away is made up for by a hash, so it stays unique."""
+    """Make a file-safe name of a clip.
+
+    Where characters are replaced or cut away, a hash keeps it unique.
+    """
     name = f"{root.resolve().name if unit == '.' else unit}/{suffix}"
     key = re.sub(r"[^A-Za-z0-9_-]", "-", name)
     ascii_path = re.fullmatch(r"[A-Za-z0-9_/-]+", name)
@@ -204,5 +218,5 @@ def clip_key(root: Path, unit: str, suffix: str) -> str:
 
 
 def one_line(error: Exception) -> str:
-    """The text of an error without line breaks."""
+    """Return the text of an error without line breaks."""
     return " ".join(str(error).split())
