@@ -1,1 +1,1 @@
-"""Studies beside the product: nano, how the tiny Wan was made, benches and the proof on a GPU."""
+"""Studies beside the product: nano, how the tiny Wan was made, benchmarks, a proof on a GPU."""

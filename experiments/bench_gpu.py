@@ -30,7 +30,8 @@ from one4d_pl.training.optim import build_optimizer
 
 GIB = 2**30
 TERA = 1e12
-SPREAD = 0.02  # standard deviation of all random weights: a product of zeros draws less power and runs faster
+# standard deviation of all random weights: a product of zeros draws less power and runs faster
+WEIGHT_STD = 0.02
 CLIP = BatchShape(clips=1, latent_grid=(21, 44, 78), text_tokens=512, image_tokens=IMAGE_TOKENS)  # 81 x 352 x 624
 TINY_CLIP = BatchShape(clips=1, latent_grid=(3, 8, 12), text_tokens=512, image_tokens=17)
 TINY = {
@@ -47,7 +48,7 @@ class Case:
     checkpointing: str
     attention: str
     compile: bool
-    settings: dict[str, object]  # of the transformer, diffusers' words
+    settings: dict[str, object]  # of the transformer, by diffusers' names
     dlc: DLCConfig
     batch: BatchShape
 
@@ -61,13 +62,13 @@ class Case:
 
     @property
     def memory(self) -> Memory:
-        """What the planner says: one process, no encoders."""
+        """Return the planner's estimate: one process, no encoders."""
         return step_memory(self.shape, self.batch, Layout(1, 0, self.checkpointing, False, True, True, 0.0, 0.0, 0))
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One row of the table; None = not known here."""
+    """One row of the table; None = not known on this device."""
 
     seconds: float  # of a dual sample, median over the steps
     slowest: float
@@ -76,24 +77,24 @@ class Measured:
     hfu: float | None
     hfu_of_ceiling: float  # executed operations over the best matrix product measured here
     peak_gib: float | None  # of tensors, by the allocator
-    reserved_gib: float | None  # what the allocator took from the device
-    planned_gib: float  # the planner's tensors
+    reserved_gib: float | None  # that the allocator took from the device
+    planned_gib: float  # of tensors, by the planner
     loss: float
 
 
 def _run(args: argparse.Namespace) -> int:
-    """Measure and print; the exit code: 1 where a case did not fit."""
+    """Measure and print; return the exit code: 1 where a case did not fit."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu" and not args.tiny:
         raise ConfigError("no CUDA device; --tiny runs the same on a CPU")
     if args.out is not None:
         check_folder(Path(args.out).parent, "--out")
     ceiling = measure_ceiling(device, args.tiny)
-    _tell(ceiling_table(ceiling))
+    _print_lines(ceiling_table(ceiling))
     best = max(speed for name, speed in ceiling.items() if not name.startswith("attention"))
     rows: dict[str, Measured | str] = {}
     for case in cases(args):
-        gc.collect()  # what the last case left: modules and their hooks hold each other
+        gc.collect()  # modules of the last case and their hooks refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
@@ -101,9 +102,9 @@ def _run(args: argparse.Namespace) -> int:
             rows[case.name] = measure(case, device, args.steps, args.warmup, best, args.profile)
         except torch.OutOfMemoryError:
             rows[case.name] = _out_of_memory(case, device)
-    _tell([*table(rows), "", *method(args, device)])
+    _print_lines([*table(rows), "", *method(args, device)])
     if args.out is not None:
-        _write(Path(args.out), {"device": name_of(device), "torch": torch.__version__, "ceiling": ceiling}, rows)
+        _write(Path(args.out), {"device": device_name(device), "torch": torch.__version__, "ceiling": ceiling}, rows)
     return 1 if any(isinstance(row, str) for row in rows.values()) else 0
 
 
@@ -121,7 +122,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def cases(args: argparse.Namespace) -> list[Case]:
-    """The cases that the command line asks for."""
+    """List the cases that the command line asks for."""
     models = {"tiny": TINY} if args.tiny else {name: RELEASED[name] for name in args.models}
     dlc, batch = DLCConfig(rank=args.rank, num_links=1 if args.tiny else 5), TINY_CLIP if args.tiny else CLIP
     return [
@@ -133,10 +134,13 @@ def cases(args: argparse.Namespace) -> list[Case]:
 
 
 def random_base(settings: dict[str, object], device: torch.device) -> WanTransformer3DModel:
-    """A frozen Wan of random bfloat16 weights (norms, time embedder, modulation float32), made on the device."""
+    """Make a frozen Wan of random weights on the device.
+
+    They are bfloat16, norms, time embedder and modulation float32.
+    """
     with torch.device("meta"):
         base = WanTransformer3DModel.from_config(settings)
-    # its buffers are computed by the constructor
+    # computed by the constructor, so on the meta device they have no values
     base.rope = type(base.rope)(base.config.attention_head_dim, base.config.patch_size, 1024)
     float32 = base._keep_in_fp32_modules or ()
     for name, empty in list(base.named_parameters()):
@@ -144,7 +148,7 @@ def random_base(settings: dict[str, object], device: torch.device) -> WanTransfo
         tensor = torch.empty(empty.shape, dtype=dtype, device=device)
         one = "norm" in name and name.endswith("weight")
         owner, _, leaf = name.rpartition(".")
-        values = nn.init.ones_(tensor) if one else nn.init.normal_(tensor, std=SPREAD)
+        values = nn.init.ones_(tensor) if one else nn.init.normal_(tensor, std=WEIGHT_STD)
         setattr(base.get_submodule(owner), leaf, nn.Parameter(values, requires_grad=False))
     return base.to(device)
 
@@ -153,17 +157,17 @@ def measure(case: Case, device: torch.device, steps: int, warmup: int, ceiling: 
     """Time whole training steps of one case; OutOfMemoryError where it does not fit.
 
     Args:
-        case: model and way.
+        case: the model and how it is trained.
         device: to run on.
-        steps: measured.
-        warmup: not measured, before them.
-        ceiling: best matrix product of this device, TFLOP/s.
+        steps: how many are measured.
+        warmup: steps before them that are not measured.
+        ceiling: speed of the fastest matrix product on this device, TFLOP/s.
         profile: print the operations of one more step by time.
     """
     torch.manual_seed(0)
     transformer = One4DTransformer(random_base(case.settings, device), case.dlc, seed=0)
     for _, parameter in transformer.trainable_parameters():
-        nn.init.normal_(parameter, std=SPREAD / 10)
+        nn.init.normal_(parameter, std=WEIGHT_STD / 10)
     transformer.set_attention(case.attention)
     transformer.set_activation_checkpointing(case.checkpointing)
     if case.compile:
@@ -184,7 +188,7 @@ def measure(case: Case, device: torch.device, steps: int, warmup: int, ceiling: 
     if profile:
         _profile(step, device)
     flops = training_flops(case.shape, case.batch, case.checkpointing, flash=True)
-    peak = peak_flops(name_of(device), "bf16-mixed")
+    peak = peak_flops(device_name(device), "bf16-mixed")
     median = statistics.median(times)
     return Measured(
         seconds=median,
@@ -202,7 +206,7 @@ def measure(case: Case, device: torch.device, steps: int, warmup: int, ceiling: 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What the encoders would give."""
+    """The inputs that the encoders would give."""
 
     latents: Tensor  # [2B, C, t, h, w]
     noise: Tensor  # [2B, C, t, h, w]
@@ -213,25 +217,25 @@ class Inputs:
 
 
 def random_inputs(case: Case, device: torch.device) -> Inputs:
-    """In float32, as the encoders give them."""
+    """Draw random inputs in float32, as the encoders give them."""
     clips, shape, grid = case.batch.clips, case.shape, case.batch.latent_grid
     assert shape.image_dim is not None
 
-    def drawn(*sizes: int) -> Tensor:
+    def random(*sizes: int) -> Tensor:
         return torch.randn(sizes, device=device)
 
     return Inputs(
-        latents=drawn(2 * clips, shape.out_channels, *grid),
-        noise=drawn(2 * clips, shape.out_channels, *grid),
-        condition=drawn(clips, shape.in_channels - shape.out_channels, *grid),
+        latents=random(2 * clips, shape.out_channels, *grid),
+        noise=random(2 * clips, shape.out_channels, *grid),
+        condition=random(clips, shape.in_channels - shape.out_channels, *grid),
         sigma=torch.full((2 * clips,), 0.7, device=device),
-        prompt_embeds=drawn(clips, case.batch.text_tokens, shape.text_dim),
-        image_embeds=drawn(clips, case.batch.image_tokens, shape.image_dim),
+        prompt_embeds=random(clips, case.batch.text_tokens, shape.text_dim),
+        image_embeds=random(clips, case.batch.image_tokens, shape.image_dim),
     )
 
 
 def training_step(transformer: One4DTransformer, optimizer: torch.optim.Optimizer, inputs: Inputs) -> Tensor:
-    """As training/module.py does it from cached encodings; returns the loss."""
+    """Do a step as training/module.py does from cached encodings; return the loss."""
     with torch.autocast(inputs.latents.device.type, torch.bfloat16):
         noisy_latents, velocity = interpolate(inputs.latents, inputs.noise, inputs.sigma)
         velocity_pred = transformer(
@@ -255,11 +259,11 @@ def _profile(step: Callable[[], object], device: torch.device) -> None:
         if device.type == "cuda":
             torch.cuda.synchronize()
     key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    _tell([profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70)])
+    _print_lines([profiler.key_averages().table(sort_by=key, row_limit=25, max_name_column_width=70)])
 
 
 def ceiling_table(ceiling: dict[str, float]) -> list[str]:
-    """In markdown."""
+    """Print the speeds of products as markdown."""
     return [
         "| bf16 product | TFLOP/s |",
         "|---|---:|",
@@ -269,7 +273,7 @@ def ceiling_table(ceiling: dict[str, float]) -> list[str]:
 
 
 def table(rows: dict[str, Measured | str]) -> list[str]:
-    """In markdown."""
+    """Print the measured cases as markdown."""
     lines = [
         "| case | s/sample | slowest | TFLOP/s | MFU | HFU | of ceiling | peak GiB | reserved | planned |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -285,10 +289,10 @@ def table(rows: dict[str, Measured | str]) -> list[str]:
 
 
 def method(args: argparse.Namespace, device: torch.device) -> list[str]:
-    """What the numbers are, in words."""
+    """Say in words how the numbers were measured."""
     size = "toy size" if args.tiny else "81 x 352 x 624 pixels (latents 21 x 44 x 78), 512 text and 257 image tokens"
     return [
-        f"{name_of(device)}, torch {torch.__version__}; one dual sample (rgb and xyz stacked), {size}; random "
+        f"{device_name(device)}, torch {torch.__version__}; one dual sample (rgb and xyz stacked), {size}; random "
         f"bf16 weights, LoRA rank {args.rank} and links float32, bf16 autocast, no encoders, one process.",
         f"s/sample: wall clock of forward, loss, backward, clipping and AdamW, median of {args.steps} steps after "
         f"{args.warmup}. MFU, HFU: operations by one4d_pl/costs/flops.py over the data sheet's dense bf16 peak; of "
@@ -307,8 +311,8 @@ def _write(path: Path, about: dict[str, object], rows: dict[str, Measured | str]
     write_json(path, {**about, "cases": found})
 
 
-def name_of(device: torch.device) -> str:
-    """The GPU's name by its driver, or cpu."""
+def device_name(device: torch.device) -> str:
+    """Return the GPU's name by its driver, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
@@ -320,7 +324,7 @@ def _gib(value: float | None) -> str:
     return "–" if value is None else f"{value:.1f}"
 
 
-def _tell(lines: list[str]) -> None:
+def _print_lines(lines: list[str]) -> None:
     print("\n".join(lines), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""What a device really reaches: bfloat16 matrix products and attention, in squares and in Wan's shapes."""
+"""The speed that a device reaches on bfloat16 matrix products and attention, Wan's among them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 
 def measure_ceiling(device: torch.device, tiny: bool) -> dict[str, float]:
-    """TFLOP/s of bfloat16 matrix products and of attention, by name; medians of five runs of ten."""
+    """Measure the TFLOP/s of bfloat16 matrix products and of attention, by name.
+
+    Each is a median of five runs of ten calls.
+    """
     if tiny:
         products, attention = [(64, 64, 64), (96, 64, 96)], (1, 2, 72, 16)
     else:
@@ -36,14 +39,14 @@ def measure_ceiling(device: torch.device, tiny: bool) -> dict[str, float]:
     found[f"attention {tokens} x {heads} x {width}, forward"] = 2 * product / _repeated(attend, device) / 1e12
     for tensor in (query, key, value):
         tensor.requires_grad_()
-    # five products in the backward pass, the scores once more among them
+    # five products in the backward pass, one of them the scores again
     both = _repeated(lambda: torch.autograd.grad(attend().sum(), (query, key, value)), device)
     found[f"attention {tokens} x {heads} x {width}, forward and backward"] = 7 * product / both / 1e12
     return found
 
 
 def seconds(work: Callable[[], object], device: torch.device) -> float:
-    """Wall clock of one call, the device idle before and after."""
+    """Time one call (s, wall clock), the device idle before and after."""
     if device.type == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -54,7 +57,7 @@ def seconds(work: Callable[[], object], device: torch.device) -> float:
 
 
 def _repeated(work: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call: median of five runs of ten, after three."""
+    """Time one call (s): median of five runs of ten calls, after three to warm up."""
 
     def ten() -> None:
         for _ in range(10):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.bench_gpu import name_of
+from experiments.bench_gpu import device_name
 from one4d_pl.commands.command import Command
 from one4d_pl.config import ConfigError
 from one4d_pl.files import check_folder, write_json, write_text
@@ -40,13 +40,13 @@ class Part:
     shows: str
     command: list[str]
     limit_s: float
-    read: Callable[[str], dict[str, object]]  # what it found, from what it printed
-    table: Path | None = None  # a json file of its own, kept whole in the report
+    read: Callable[[str], dict[str, object]]  # extracts its results from what it printed
+    table: Path | None = None  # a json file that the report keeps whole
 
 
 @dataclass
 class Outcome:
-    """What became of it."""
+    """How a part ended."""
 
     name: str
     shows: str
@@ -68,7 +68,7 @@ def _run(args: argparse.Namespace) -> int:
     out: Path = args.out.absolute()
     check_folder(out, "--out")
     out.mkdir(parents=True, exist_ok=True)
-    device = name_of(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    device = device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     outcomes = []
     for part in parts(out, args.tiny):
         print(f"{part.name} ...", flush=True)
@@ -183,7 +183,10 @@ def markdown(about: Mapping[str, object], outcomes: list[Outcome]) -> list[str]:
 
 
 def _fit(folder: Path, tiny: bool, *overrides: str) -> list[str]:
-    """Make the command of a fresh run of `fit` on the toy world in a folder of its own; both runs share the data."""
+    """Make the command of a fresh `fit` on the toy world in a folder of its own.
+
+    Both runs share the data.
+    """
     data = folder.parent / "data"
     clips = 16 if tiny else 128
     sources = [f"data.sources=[{{path: {data}/train_synthetic}}]", f"data.val_sources=[{{path: {data}/val}}]"]

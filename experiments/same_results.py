@@ -47,7 +47,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def results(commit: str, folder: Path) -> dict[str, str]:
-    """Run a commit's three commands below `folder`; name -> its losses, or the digest of what it left."""
+    """Run a commit's three commands below `folder`; return losses and digests of files by name."""
     git("worktree", "add", "--detach", str(folder), commit)
     try:
         log = one4d(folder, *TRAINING, f"run_dir={folder}/out/run")
@@ -61,16 +61,19 @@ def results(commit: str, folder: Path) -> dict[str, str]:
         found["scene: cameras"] = digest(folder / "out" / "scene" / "cameras.json")
         one4d(folder, *TABLE, "--out", f"{folder}/out/table")
         table = (folder / "out" / "table" / "results.json").read_text()
-        found["table"] = hashed(table.replace(str(folder), "").encode())  # it names the adapters' folder
+        found["table"] = hashed(table.replace(str(folder), "").encode())  # without the adapters' folder
         return found
     finally:
         git("worktree", "remove", "--force", str(folder))
 
 
 def one4d(folder: Path, command: str, *arguments: str) -> str:
-    """Run a command of the worktree; its log. Before `one4d`, each command was a module of its own."""
-    together = command != "fit" and (folder / "one4d_pl" / "__main__.py").is_file()
-    module = ("one4d_pl", command) if together else (f"one4d_pl.{command}",)
+    """Run a command of the worktree and return its log.
+
+    In commits without the command `one4d`, each command is a module of its own.
+    """
+    has_one4d = command != "fit" and (folder / "one4d_pl" / "__main__.py").is_file()
+    module = ("one4d_pl", command) if has_one4d else (f"one4d_pl.{command}",)
     environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         [sys.executable, "-m", *module, *arguments], cwd=folder, env=environment, timeout=LIMIT_S, text=True,

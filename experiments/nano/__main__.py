@@ -31,7 +31,7 @@ log = logging.getLogger("one4d_pl")
 RUN_TIMEOUT_S = 6 * 3600
 POLL_S = 1.0
 STOP_TIMEOUT_S = 60.0
-PARENT_VARIABLE = "ONE4D_NANO_PID"  # set for the processes of single runs
+PARENT_VARIABLE = "ONE4D_NANO_PID"  # the parent's pid, for the processes of single runs
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -61,7 +61,8 @@ def _run(args: argparse.Namespace) -> None:
     if args.run:
         work(plan, *_parse_run(args.run))
         return
-    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "scipy")):  # now, not after hours
+    # checked now, and not after hours of training
+    if any(importlib.util.find_spec(name) is None for name in ("matplotlib", "scipy")):
         raise ConfigError("the report needs matplotlib and scipy: pip install 'one4d_pl[dev]'")
     experiments = [experiment for experiment in EXPERIMENTS if not args.only or experiment.name in args.only]
     from experiments.nano.report import write_report
@@ -74,7 +75,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def jobs_of(experiments: list[Experiment], seeds: int | None = None) -> list[tuple[Run, int]]:
-    """Every run of the experiments once per seed; first seeds first, so that an early report has all rows."""
+    """List every run of the experiments once per seed.
+
+    First seeds come first, so that an early report has all rows.
+    """
     names = list(dict.fromkeys(name for experiment in experiments for name in experiment.runs))
     jobs = [(RUNS[name], seed) for name in names for seed in range(min(RUNS[name].seeds, seeds or RUNS[name].seeds))]
     return sorted(jobs, key=lambda job: job[1])
@@ -88,7 +92,10 @@ def _parse_run(text: str) -> tuple[Run, int]:
 
 
 def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Callable[[], object]) -> None:
-    """All jobs, `at_once` processes at a time; 0 = in this one. `on_done` is called after each of them."""
+    """Do all jobs, `at_once` processes at a time; 0 = in this one.
+
+    `on_done` is called after each of them. ConfigError where one fails or takes too long.
+    """
     from tqdm import tqdm
 
     waiting = [job for job in jobs if not is_finished(plan, *job)]
@@ -150,9 +157,9 @@ def _start(plan: Plan, run: Run, seed: int) -> subprocess.Popen[bytes]:
 main = Command("python -m experiments.nano", __doc__, _add_arguments, _run)
 
 if __name__ == "__main__":
-    if PARENT_VARIABLE in os.environ:  # one of its runs: it saves where it is, as when its parent is told to stop
+    if PARENT_VARIABLE in os.environ:  # a single run: SIGTERM, from its parent too, saves its state
         signal.signal(signal.SIGTERM, signal.default_int_handler)
         end_with_parent(int(os.environ.pop(PARENT_VARIABLE)), signal.SIGTERM)
-    else:  # or its runs would go on without it
+    else:  # the parent stops its runs, which would otherwise go on without it
         signal.signal(signal.SIGTERM, lambda number, frame: end("stopped; the same command goes on from there"))
     main.run_process()

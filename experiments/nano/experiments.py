@@ -1,9 +1,10 @@
-"""What `make nano` asks, of which runs, and which answer the paper claims.
+"""The questions of `make nano`, the runs that answer them, and the answers that the paper claims.
 
-A run is one training, or one measuring of adapters that exist; several experiments may look at the same one. `dlc` is
-One4D as configs/nano.yaml has it, three seeds; every other training from scratch changes what its name says and nothing
-else. No run from scratch gets so far that pointmaps follow their frames. Questions about following are put to adapters
-that do: the shipped ones, with links zeroed, and trained on for one task or for all.
+A run is one training, or one measurement of finished adapters; several experiments may use the same
+one. `dlc` is One4D as configs/nano.yaml has it, with three seeds; every other training from scratch
+changes what its name says and nothing else. No run from scratch gets so far that pointmaps follow
+their frames. So that is studied on adapters that do follow: the shipped ones, with links zeroed, or
+trained further on one task or on all.
 """
 
 from __future__ import annotations
@@ -13,14 +14,14 @@ from typing import Literal
 
 Kind = Literal["train", "sample", "references", "vae", "vae_rgb"]
 
-SEEDS = 3  # of trainings, where a verdict depends on chance
+SEEDS = 3  # of trainings whose verdict depends on chance
 FEW_SEEDS = 2  # of trainings whose difference is large, and of samplings
 REFERENCE = "dlc"
-SHIPPED = "shipped"  # the shipped adapters as they are; guidance 1, that is none, where frames are given
+SHIPPED = "shipped"  # the shipped adapters; guidance 1, that is none, where frames are given
 EVERY_TASK = "all_tasks"
 CONCAT_RANK = 96  # one LoRA with as many parameters as two of rank 40 and five links
 BLOCKS_WITH_LINKS = range(5)  # of the shipped adapters
-LINKS_ZEROED = {  # Run.broken -> which of the links' weights, by their names
+LINKS_ZEROED = {  # Run.broken -> pattern of names of the links' weights
     "links_zeroed": "*",
     "links_to_frames_zeroed": "*.xyz_to_rgb.*",
     **{f"link_{block}_zeroed": f"{block}.*" for block in BLOCKS_WITH_LINKS},
@@ -30,26 +31,32 @@ OTHER_CLIP = "other_clip"
 
 @dataclass(frozen=True)
 class Run:
-    """One training of configs/nano.yaml or of a VAE (vae_rgb: without pointmaps), or one sampling from adapters."""
+    """One training of configs/nano.yaml or of a VAE, or one sampling from finished adapters.
+
+    A VAE of kind vae_rgb is trained without pointmaps.
+    """
 
     name: str
     overrides: tuple[str, ...] = ()
-    seeds: int = 1  # of the training; of the noise where nothing is trained
+    seeds: int = 1  # number of seeds, of the training or, where nothing is trained, of the noise
     kind: Kind = "train"
-    given: float | None = None  # share of frames shown, 0 = the first alone; None = video and image to 4D
-    broken: str | None = None  # sample: a key of LINKS_ZEROED, or OTHER_CLIP: another clip's frames are shown
-    goes_on: bool = False  # train: from finished adapters instead of from scratch
-    knob: bool = False  # another choice for what the paper leaves open
-    own_target: bool = False  # its pointmaps are other latents, whose loss compares with no other run's
+    given: float | None = None  # share of given frames, 0 = the first alone; None = video and image
+    broken: str | None = None  # sample: a key of LINKS_ZEROED, or OTHER_CLIP: its frames are given
+    from_adapters: bool = False  # train: start from finished adapters and not from scratch
+    open_choice: bool = False  # another choice where the paper makes none
+    own_target: bool = False  # it encodes pointmaps differently, so its loss compares with no other's
 
     def __post_init__(self) -> None:
         assert self.broken in (None, OTHER_CLIP, *LINKS_ZEROED)
-        assert self.kind == ("train" if self.goes_on else "sample" if self.broken else self.kind)
+        assert self.kind == ("train" if self.from_adapters else "sample" if self.broken else self.kind)
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`better` has the better `metric`; it may be worse by `slack` and still be: a share, of decibels so many."""
+    """The claim that run `better` beats run `than` on `metric`.
+
+    It may be worse by `slack`, a share of an error or a number of decibels, and still hold.
+    """
 
     text: str
     metric: str
@@ -69,11 +76,14 @@ class Experiment:
     runs: tuple[str, ...]
     metrics: tuple[str, ...]  # columns of its table
     claims: tuple[Claim, ...]
-    drawn: tuple[str, ...]  # of its metrics: as bars, the pointmaps' loss as curves
+    drawn: tuple[str, ...]  # metrics of its figure: bars, but curves for the pointmaps' loss
 
 
 def in_decibels(metric: str) -> bool:
-    """Where higher is better; all else is an error, a loss or a distance."""
+    """Tell whether a metric is in dB, where higher is better.
+
+    All others are errors or distances.
+    """
     return metric.endswith("_db")
 
 
@@ -85,16 +95,16 @@ def _masking(text: float, image: float, sparse: float, video: float) -> str:
     return f"masking={{text_prob: {text}, image_prob: {image}, sparse_prob: {sparse}, video_prob: {video}}}"
 
 
-GENTLE = ("optim.lr=3.0e-4", "optim.warmup_steps=10")  # for adapters that are trained already
+GENTLE = ("optim.lr=3.0e-4", "optim.warmup_steps=10")  # for further training of adapters
 
 
-def _open(name: str, *overrides: str, seeds: int = 1, own_target: bool = False) -> Run:
-    return Run(name, overrides, seeds, given=1, knob=True, own_target=own_target)
+def _open_choice(name: str, *overrides: str, seeds: int = 1, own_target: bool = False) -> Run:
+    return Run(name, overrides, seeds, given=1, open_choice=True, own_target=own_target)
 
 
 BENT_POWER = 0.5
 STANDARDISED, BENT = "dlc.standardise_xyz=true", f"data.pointmap_power={BENT_POWER}"
-CEILINGS = {"ceiling": 1.0, "ceiling_bent": BENT_POWER}  # of the references -> data.pointmap_power
+CEILINGS = {"ceiling": 1.0, "ceiling_bent": BENT_POWER}  # name -> data.pointmap_power
 
 RUNS = {
     run.name: run
@@ -109,9 +119,9 @@ RUNS = {
         Run("links_one_way", ("dlc.link_direction=rgb_to_xyz",), FEW_SEEDS),
         Run("links_3_early", ("dlc.link_blocks=[0,1,2]",)),
         Run("links_3_late", ("dlc.link_blocks=[3,4,5]",)),
-        Run(EVERY_TASK, GENTLE, SEEDS, goes_on=True),
-        Run("reconstruction_only", (*GENTLE, _masking(0, 0, 0, 1)), SEEDS, goes_on=True),
-        Run("generation_only", (*GENTLE, _masking(0.3, 0.7, 0, 0)), SEEDS, goes_on=True),
+        Run(EVERY_TASK, GENTLE, SEEDS, from_adapters=True),
+        Run("reconstruction_only", (*GENTLE, _masking(0, 0, 0, 1)), SEEDS, from_adapters=True),
+        Run("generation_only", (*GENTLE, _masking(0.3, 0.7, 0, 0)), SEEDS, from_adapters=True),
         Run("synthetic_only", ("data.sources=[{path: data/toy_nano/train_synthetic}]",), FEW_SEEDS),
         Run(SHIPPED, kind="sample", seeds=FEW_SEEDS),
         *(Run(f"given_{share:g}", kind="sample", seeds=FEW_SEEDS, given=share) for share in (0.5, 0.25, 0)),
@@ -125,24 +135,24 @@ RUNS = {
         *(Run(f"guidance_{n}", (_guidance(n),), FEW_SEEDS, "sample") for n in (2, 4, 6)),
         *(Run(f"steps_{n}", (f"sampler.steps={n}",), FEW_SEEDS, "sample") for n in (1, 4, 14)),
         Run("steps_49", ("sampler.steps=49",), 1, "sample"),
-        _open("standardised", STANDARDISED, own_target=True),
-        _open("bent", BENT, own_target=True),
-        _open("standardised_and_bent", STANDARDISED, BENT, seeds=FEW_SEEDS, own_target=True),
-        _open("shared_patch_embedding", "dlc.xyz_patch_embedding=false"),
-        _open("z_offset", "data.z_offset=true", own_target=True),
-        _open("far_limit_5", "data.far_limit=5", own_target=True),
-        *(_open(f"rank_{n}", f"dlc.rank={n}") for n in (4, 64)),
-        _open("lora_scale_2", "dlc.lora_scale=2"),
-        *(_open(f"shift_{n}", f"flow.shift={n}") for n in (1, 5)),
-        _open("separate_sigma", "flow.separate_sigma=true"),
-        _open("xyz_weight_2", "flow.xyz_weight=2"),
-        _open("link_lr_quarter", "optim.link_lr_width=64"),  # of 256 channels
+        _open_choice("standardised", STANDARDISED, own_target=True),
+        _open_choice("bent", BENT, own_target=True),
+        _open_choice("standardised_and_bent", STANDARDISED, BENT, seeds=FEW_SEEDS, own_target=True),
+        _open_choice("shared_patch_embedding", "dlc.xyz_patch_embedding=false"),
+        _open_choice("z_offset", "data.z_offset=true", own_target=True),
+        _open_choice("far_limit_5", "data.far_limit=5", own_target=True),
+        *(_open_choice(f"rank_{n}", f"dlc.rank={n}") for n in (4, 64)),
+        _open_choice("lora_scale_2", "dlc.lora_scale=2"),
+        *(_open_choice(f"shift_{n}", f"flow.shift={n}") for n in (1, 5)),
+        _open_choice("separate_sigma", "flow.separate_sigma=true"),
+        _open_choice("xyz_weight_2", "flow.xyz_weight=2"),
+        _open_choice("link_lr_quarter", "optim.link_lr_width=64"),  # of 256 channels
         Run("vae_both", kind="vae", seeds=SEEDS),
         Run("vae_rgb_only", kind="vae_rgb", seeds=SEEDS),
     )
 }
 
-OPEN_KNOBS = tuple(name for name, run in RUNS.items() if run.knob)
+OPEN_KNOBS = tuple(name for name, run in RUNS.items() if run.open_choice)
 
 ERROR, MOVING, EDGES = "video.rel_error", "video.rel_error_moving", "video.rel_error_edges"
 GIVEN, HIDDEN, FD = "video.given_db", "image.hidden_db", "image.fd_vae"
@@ -292,7 +302,7 @@ EXPERIMENTS = (
         "open",
         "What the paper leaves open: does another choice do better than ours?",
         "None; each line says whether the other choice is better.",
-        "paper.md sec. 8",
+        "not in the paper",
         (REFERENCE, *OPEN_KNOBS, "references"),
         (ERROR, MOVING, XYZ, RGB),
         (

@@ -1,4 +1,4 @@
-"""The numbers of one run: video and image to 4D on held-out clips, measured as the demo does, and edges apart."""
+"""The numbers of one run: video and image to 4D on held-out clips, measured as in the demo."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.metrics.video import FrechetVideoDistance, VaeFeatures
 from one4d_pl.types import Sample, Task, collate
 
-MASK_SEED = 0  # frames that are shown: the same for every run
+MASK_SEED = 0  # the given frames are the same for every run
 TASKS: tuple[Task, ...] = ("video", "image")  # all frames given, the first alone
-EDGE = 0.2  # relative difference of two neighbours' distances that makes an edge
+EDGE = 0.2  # relative difference of neighbouring distances, above which there is an edge
 
 
 def measure(
@@ -39,13 +39,13 @@ def measure(
     on_clip: Callable[[int], None],
     broken: str | None = None,
 ) -> dict[str, float]:
-    """task.metric -> number, means over the clips.
+    """Sample and measure the clips; return means over them as task.metric -> number.
 
     Args:
         pipeline: base plus adapter.
         clips: held out, with their true frames and pointmaps.
         seed: of the noise.
-        given: share of the frames that are shown, under the name of the video task; None = both tasks.
+        given: share of given frames, reported as the video task; None = both tasks.
         on_clip: called with the number of clips just sampled.
         broken: Run.broken.
     """
@@ -65,14 +65,17 @@ def measure(
 
 
 def sampled_clips(clips: int, given: float | None) -> int:
-    """How many clips `measure` samples."""
+    """Return the number of clips that `measure` samples."""
     return clips * (len(TASKS) if given is None else 1)
 
 
 def measure_references(
     base: One4DPipeline, clips: list[Sample], mean_pointmap: Tensor, seed: int, on_clip: Callable[[int], None]
 ) -> dict[str, float]:
-    """What the runs stand between: the mean pointmap of training clips, the VAE's round trip, the base's own frames."""
+    """Measure what the runs are compared with.
+
+    That is the mean pointmap of training clips, the VAE's round trip, and the base's own frames.
+    """
     batch = collate(clips)
     every = torch.ones(batch.frame_mask.shape, dtype=torch.bool)
     numbers: dict[str, float] = {}
@@ -88,7 +91,7 @@ def measure_references(
 
 @torch.no_grad()
 def measure_vae(vae: AutoencoderKLWan, clips: list[Sample]) -> dict[str, float]:
-    """The clips' true frames and pointmaps through a VAE and back."""
+    """Measure the clips' true frames and pointmaps after a VAE's round trip."""
     batch = collate(clips)
     frames, pointmap = (
         torch.cat([vae.decode(vae.encode(some).latent_dist.mode()).sample for some in videos.split(BATCH)])
@@ -114,7 +117,7 @@ def _scores(pipeline: One4DPipeline, scenes: GeneratedScene, masks: Tensor, clip
 
 
 def edge_pixels(clip: Sample) -> Tensor:  # [T, H, W] bool
-    """Valid pixels beside one whose distance from camera 0 differs by more than EDGE."""
+    """Mark valid pixels beside one whose distance from camera 0 differs by more than EDGE."""
     distance = denormalise(clip.pointmap.movedim(0, -1), clip.scale).norm(dim=-1)
     edge = torch.zeros_like(clip.valid)
     for dim in (1, 2):

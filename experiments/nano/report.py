@@ -1,4 +1,4 @@
-"""report.md and a figure per experiment, from the finished runs' result.json alone."""
+"""The report (report.md, a figure per experiment), from the finished runs' result.json alone."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ Results = Mapping[str, Mapping[int, Result]]  # run -> seed -> what is finished
 
 
 def write_report(plan: Plan, experiments: list[Experiment]) -> Path:
-    """The report's path. What has not been run is said to be missing."""
+    """Write the report and return its path; runs that are missing are named."""
     names = dict.fromkeys(name for experiment in experiments for name in experiment.runs)
     found = {name: _finished(plan, RUNS[name]) for name in names}
     results = {
@@ -119,14 +119,17 @@ def _section(experiment: Experiment, results: Results) -> list[str]:
     lines += ["", "| claim | by | verdict |", "|---|---:|---|"]
     for claim in experiment.claims:
         verdict = judge(claim, {name: _values(name, claim.metric, results) for name in results if _alike(name, claim)})
-        by, word = ("", "not run") if verdict is None else (_by(claim, verdict), f"**{verdict.word}**")
-        lines.append(f"| {claim.text} (`{claim.better}`, `{claim.than}`; {LABELS[claim.metric]}) | {by} | {word} |")
+        by, outcome = ("", "not run") if verdict is None else (_by(claim, verdict), f"**{verdict.outcome}**")
+        lines.append(f"| {claim.text} (`{claim.better}`, `{claim.than}`; {LABELS[claim.metric]}) | {by} | {outcome} |")
     return lines
 
 
 def _alike(name: str, claim: Claim) -> bool:
-    """Whether a run's noise is like that of the claim's two; of other pointmap latents the loss is not."""
-    ours, theirs = ((run.kind.partition("_")[0], run.goes_on) for run in (RUNS[name], RUNS[claim.better]))
+    """Tell whether a run's noise is like that of the claim's two runs.
+
+    The pointmaps' loss is not alike where pointmaps are encoded differently.
+    """
+    ours, theirs = ((run.kind.partition("_")[0], run.from_adapters) for run in (RUNS[name], RUNS[claim.better]))
     return ours == theirs and not (claim.metric == "val.xyz" and RUNS[name].own_target)
 
 
@@ -148,7 +151,7 @@ def _reference_rows(experiment: Experiment, seeds: Mapping[int, Result]) -> list
 
 
 def _reference_values(prefix: str, metric: str, seeds: Mapping[int, Result]) -> list[float]:
-    keys = (f"{prefix}.{metric}", f"{prefix}.{metric.partition('.')[2]}")  # of one task, or of all
+    keys = (f"{prefix}.{metric}", f"{prefix}.{metric.partition('.')[2]}")  # measured for one task, or for all
     return [result.numbers[key] for result in seeds.values() for key in keys if key in result.numbers]
 
 
@@ -164,7 +167,7 @@ def _values(name: str, metric: str, results: Results) -> dict[int, float]:
 
 
 def _draw(experiment: Experiment, results: Results, path: Path) -> None:
-    """Bars of a metric with every seed as a dot; of the pointmaps' loss the curves."""
+    """Draw bars with a dot per seed; for the pointmaps' loss, curves."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -217,6 +220,6 @@ def _draw_curves(axes: Axes, names: list[str], results: Results) -> None:
             )
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("pointmaps' loss on held-out clips", fontsize=9)
-    axes.set_yscale("log")  # what starts far off would flatten the others
+    axes.set_yscale("log")  # a run that starts far above would flatten the others
     axes.tick_params(labelsize=8)
     axes.legend(fontsize=7)

@@ -1,7 +1,8 @@
-"""When a claim holds: a difference beyond what Student's t allows for chance, in a model value = run + seed + noise.
+"""Whether a claim holds: a difference beyond what Student's t allows for chance.
 
-A seed decides a run's data, masks and noise, so what it does is common to all runs and not noise. Errors and losses are
-compared by their ratios (logarithms), decibels by their differences.
+The model is value = run + seed + noise. A seed decides a run's data, masks and noise, so its effect
+is common to all runs and does not count as noise. Errors and losses are compared by their ratios
+(logarithms), decibels by their differences.
 """
 
 from __future__ import annotations
@@ -22,19 +23,23 @@ Values = Mapping[str, Mapping[int, float]]  # run -> seed -> number
 
 @dataclass(frozen=True)
 class Verdict:
-    """holds | does not hold | cannot tell, and by how much: positive speaks for the claim, before its slack."""
+    """Whether a claim holds, and by how much.
 
-    word: str
+    A positive difference speaks for the claim; its slack is not included.
+    """
+
+    outcome: str  # holds | does not hold | cannot tell
     difference: float  # dB; else the logarithm of the other's error over the better one's
     standard_error: float  # of it; nan = unknown
 
 
 def judge(claim: Claim, values: Values) -> Verdict | None:
-    """None where a run is missing.
+    """Judge a claim; None where a run is missing.
 
     Args:
         claim: which run is better.
-        values: of the claim's metric, of every run whose noise is like that of the claim's two: it is pooled over them.
+        values: of the claim's metric, for every run whose noise is like that of the claim's two;
+            the noise is estimated over all of them.
     """
     if not values.get(claim.better) or not values.get(claim.than):
         return None
@@ -51,12 +56,12 @@ def judge(claim: Claim, values: Values) -> Verdict | None:
     effects, _, rank, _ = np.linalg.lstsq(design, target)
     covariance = np.linalg.pinv(design.T @ design)
     difference, freedom = float(contrast @ effects), len(observed) - int(rank)
-    estimable = np.allclose(contrast @ covariance @ design.T @ design, contrast)  # or the two share no seed
+    estimable = np.allclose(contrast @ covariance @ design.T @ design, contrast)  # not where the two share no seed
     if not freedom or not estimable:
         return Verdict("cannot tell", difference, math.nan)
     variance = float(np.sum((target - design @ effects) ** 2)) / freedom
     error = math.sqrt(variance * float(contrast @ covariance @ contrast))
     advantage = difference + (claim.slack if decibels else math.log1p(claim.slack))
-    if not abs(advantage) > t.ppf((1 + CONFIDENCE) / 2, freedom) * error:  # so worded that nan is no proof
+    if not abs(advantage) > t.ppf((1 + CONFIDENCE) / 2, freedom) * error:  # nan compares as false, hence `not`
         return Verdict("cannot tell", difference, error)
     return Verdict("holds" if advantage > 0 else "does not hold", difference, error)

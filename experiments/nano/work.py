@@ -1,4 +1,7 @@
-"""One run of `make nano`: train or sample, measure, leave result.json. fit resumes from its checkpoint, a VAE anew."""
+"""One run of `make nano`: train or sample, measure, write result.json.
+
+An interrupted `fit` resumes from its checkpoint; a VAE's training starts again.
+"""
 
 from __future__ import annotations
 
@@ -37,10 +40,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("one4d_pl")
 
-CLIPS = 64  # held-out ones; more than the 48 features of fd_vae
-MEAN_CLIPS = 256  # training clips behind the mean pointmap
+CLIPS = 64  # held-out clips; more than the 48 features of fd_vae
+MEAN_CLIPS = 256  # training clips for the mean pointmap
 VAE_CLIPS = 100  # training clips of a VAE
-VAE_CROP = (32, 48)  # at most; two crops a step, half of each clip's area
+VAE_CROP = (32, 48)  # at most, half of a clip's area; two crops a step
 RESULT = "result.json"
 LOCK_WAIT_S, LOCK_POLL_S = 3600, 1.0
 CURVES = ("rgb", "xyz")
@@ -48,25 +51,25 @@ CURVES = ("rgb", "xyz")
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs share."""
+    """What all runs have in common."""
 
     out: Path
     configs: tuple[str, ...] = ("configs/nano.yaml",)
     overrides: tuple[str, ...] = ()
-    adapters: Path = DEMO_ADAPTERS  # of the runs that only sample, or go on from them
+    adapters: Path = DEMO_ADAPTERS  # of the runs that only sample or train further
     clips: int = CLIPS
 
     def folder(self, run: Run, seed: int) -> Path:
         return self.out / f"{run.name}-{seed}"
 
     def config(self, run: Run, seed: int) -> Config:
-        """Of one run; the same whatever else is run, and on any machine."""
+        """Load one run's config; it depends on no other run and on no machine."""
         place = [f"run_dir={self.folder(run, seed)}", f"train.seed={seed}"]
-        start = self._start() if run.goes_on else []
+        start = self._init_overrides() if run.from_adapters else []
         return load_config(list(self.configs), [*self.overrides, *run.overrides, *start, *place])
 
-    def _start(self) -> list[str]:
-        """To go on from the adapters, with pointmaps as they know them."""
+    def _init_overrides(self) -> list[str]:
+        """Return overrides to train the adapters further, with pointmaps encoded as theirs."""
         from one4d_pl.models.adapters import AdapterCard
 
         card = AdapterCard.read(self.adapters)
@@ -79,17 +82,17 @@ class Plan:
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run has left."""
+    """The stored result of a finished run."""
 
     numbers: dict[str, float]
     curves: dict[str, list[tuple[int, float]]]  # val/loss of rgb and xyz by step
     minutes: float
     machine: str
-    recipe: dict[str, object]  # recipe_of
+    recipe: dict[str, object]  # see recipe_of
 
 
 def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
-    """None where the run is not finished; ConfigError where its result is broken."""
+    """Read a run's result; None where it is not finished, ConfigError where it is broken."""
     path = plan.folder(run, seed) / RESULT
     try:
         return Result(**json.loads(path.read_text()))
@@ -100,7 +103,10 @@ def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
 
 
 def is_finished(plan: Plan, run: Run, seed: int) -> bool:
-    """ConfigError where the folder holds a run of another recipe."""
+    """Tell whether a run is finished.
+
+    ConfigError where its folder holds a run of another recipe.
+    """
     result = read_result(plan, run, seed)
     if result is not None and (differing := differences(plan, run, seed, result.recipe)):
         raise ConfigError(
@@ -111,7 +117,10 @@ def is_finished(plan: Plan, run: Run, seed: int) -> bool:
 
 
 def differences(plan: Plan, run: Run, seed: int, recipe: dict[str, object]) -> list[str]:
-    """Keys in which a stored recipe is not today's; a knob younger than it had its default's effect."""
+    """List the keys in which a stored recipe differs from today's.
+
+    A knob that the stored recipe does not know yet had the effect of its default.
+    """
     defaults = flatten(as_dict(Config(data=DataConfig(toy=ToyConfig()))))
     return [
         change.key for change in changes(recipe, recipe_of(plan, run, seed), defaults, lambda key: key == "run_dir")
@@ -128,16 +137,16 @@ def work(plan: Plan, run: Run, seed: int) -> None:
 
     folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
-    _refuse_other_start(plan, run, seed)
+    _check_recipe(plan, run, seed)
     curves: dict[str, list[tuple[int, float]]] = {}
     if run.kind == "train":
         _train(config)
         curves = _read_curves(folder)
-    clips = _held_out(plan.config(RUNS[REFERENCE], seed), plan.clips)  # the same pixels count for every run
+    clips = _held_out(plan.config(RUNS[REFERENCE], seed), plan.clips)  # every run is measured on the same clips
     if run.kind in ("vae", "vae_rgb"):
         numbers = measure_vae(_train_vae(config, run.kind == "vae", seed), clips)
     else:
-        pipeline, count = _open(config, run, plan.adapters), sampled_clips(len(clips), run.given)
+        pipeline, count = _open_pipeline(config, run, plan.adapters), sampled_clips(len(clips), run.given)
         with tqdm(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
             if run.kind == "references":
                 numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
@@ -152,11 +161,11 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         "recipe": recipe_of(plan, run, seed),
     }
     write_json(folder / RESULT, stored)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # dozens of runs; what they showed is kept
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # dozens of runs would fill the disk
 
 
-def _refuse_other_start(plan: Plan, run: Run, seed: int) -> None:
-    """An interrupted run goes on only under the recipe it began with."""
+def _check_recipe(plan: Plan, run: Run, seed: int) -> None:
+    """Store the recipe; ConfigError where an interrupted run began under another one."""
     path = plan.folder(run, seed) / "recipe.json"
     if path.is_file() and (differing := differences(plan, run, seed, json.loads(path.read_text()))):
         raise ConfigError(
@@ -170,9 +179,9 @@ def _train(config: Config) -> None:
     from one4d_pl.fit import fit, training_data
     from one4d_pl.training.run_lock import sole_run
 
-    root = Path(_toy(config).root)
+    root = Path(_toy_config(config).root)
     root.parent.mkdir(parents=True, exist_ok=True)
-    try:  # two writers of the same shards or encodings would collide
+    try:  # one writer of the shared shards and encodings at a time
         with locked(root.with_name(f"{root.name}.lock"), LOCK_WAIT_S, LOCK_POLL_S):
             data = training_data(config)
             data.prepare_data()
@@ -186,7 +195,10 @@ def _train(config: Config) -> None:
 
 
 def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
-    """The shipped VAE's recipe, cut to as many steps as the other runs have, with or without pointmaps."""
+    """Train a VAE by the shipped one's recipe, with or without pointmaps.
+
+    It takes as many steps as the other runs.
+    """
     from tqdm import tqdm
 
     from experiments.tiny_wan.vae import Stage, TinyVaeConfig, VaeTraining, build_vae, render_pool, train_step
@@ -194,7 +206,7 @@ def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
     data, steps = config.data, config.train.max_steps
     height, width = (min(side, most) for side, most in zip((data.height, data.width), VAE_CROP, strict=True))
     recipe = TinyVaeConfig(pointmaps=pointmaps, seed=seed, stages=(Stage(1.0, data.num_frames, height, width, 2),))
-    toy = _toy(config)
+    toy = _toy_config(config)
     clips = [(toy.seed + i, "synthetic") for i in range(min(VAE_CLIPS, toy.train_synthetic))]
     pool = render_pool(clips, data.num_frames, data.height, data.width, data.far_limit, data.z_offset)
     training = VaeTraining.start(build_vae(recipe))
@@ -211,7 +223,7 @@ def _machine() -> str:
     return f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cores}, torch {torch.__version__}"
 
 
-def _open(config: Config, run: Run, adapters: Path) -> One4DPipeline:
+def _open_pipeline(config: Config, run: Run, adapters: Path) -> One4DPipeline:
 
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.training.checkpoint_files import newest_checkpoint
@@ -219,7 +231,7 @@ def _open(config: Config, run: Run, adapters: Path) -> One4DPipeline:
     if run.kind == "references":
         return One4DPipeline.open(config, None)
     folder = newest_checkpoint(config.run_dir) if run.kind == "train" else adapters
-    assert folder is not None  # it was trained just now
+    assert folder is not None  # the training has just written a checkpoint
     return One4DPipeline.open(config, folder)
 
 
@@ -227,7 +239,7 @@ def _held_out(config: Config, count: int) -> list[Sample]:
     from one4d_pl.data.datamodule import VAL_SEED_OFFSET
     from one4d_pl.evaluation.toy_clips import render_samples
 
-    first = _toy(config).seed + VAL_SEED_OFFSET
+    first = _toy_config(config).seed + VAL_SEED_OFFSET
     return render_samples(config, range(first, first + count), "held-out clips")
 
 
@@ -236,20 +248,23 @@ def _mean_pointmap(config: Config) -> Tensor:  # [3, T, H, W]
 
     from one4d_pl.evaluation.toy_clips import render_samples
 
-    toy = _toy(config)
+    toy = _toy_config(config)
     first, count = toy.seed, min(MEAN_CLIPS, toy.train_synthetic)
     clips = render_samples(config, range(first, first + count), "training clips")
     return torch.stack([clip.pointmap for clip in clips]).mean(0)
 
 
-def _toy(config: Config) -> ToyConfig:
+def _toy_config(config: Config) -> ToyConfig:
     if config.data.toy is None:
         raise ConfigError("data.toy: null, but nano measures on clips it renders; leave configs/nano.yaml's")
     return config.data.toy
 
 
 def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """The validation losses that TensorBoard shows; of steps that a resumed run did twice, the last."""
+    """Read the validation losses from TensorBoard's events.
+
+    Of steps that a resumed run did twice, the last counts.
+    """
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -258,22 +273,25 @@ def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def recipe_of(plan: Plan, run: Run, seed: int) -> dict[str, object]:
-    """What decides a run's numbers, but for the code: config, the weights it starts from, what it is measured on."""
+    """Collect what decides a run's numbers, apart from the code.
+
+    That is the config, the weights it starts from, and what it is measured on.
+    """
     config = plan.config(run, seed)
     recipe = flatten(as_dict(config)) | {"nano.kind": run.kind, "nano.clips": plan.clips, "nano.given": run.given}
     recipe["nano.broken"] = run.broken
     del recipe["run_dir"]
     recipe["nano.base"] = _digest(base_folder(config.base.path))
-    if run.goes_on:
-        recipe["train.init_from"] = None  # where they lie does not matter
-    if run.kind == "sample" or run.goes_on:
+    if run.from_adapters:
+        recipe["train.init_from"] = None  # the adapters' digest counts, not their path
+    if run.kind == "sample" or run.from_adapters:
         recipe["nano.adapters"] = _digest(plan.adapters)
     return recipe
 
 
 @cache
 def _digest(folder: Path) -> str:
-    """Of every file below a folder."""
+    """Hash every file below a folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     contents = (f"{path.relative_to(folder)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in files)
     return hashlib.sha256("\n".join(contents).encode()).hexdigest()[:16]

@@ -1,8 +1,8 @@
-"""The tiny base's transformer and text encoder: an RGB inpainting video model, pretrained on the toy world.
+"""The tiny base's transformer and text encoder, pretrained on the toy world's RGB video.
 
-The small analogue of Wan2.1-Fun-InP: 36 channels, random frame masks, captions with dropout, flow
-matching. It sees RGB frames only; geometry is what the adapters bring later. The same DataModule,
-trainer and flow as `fit`.
+It is an inpainting model, the small analogue of Wan2.1-Fun-InP: 36 channels, random frame masks,
+captions with dropout, flow matching. It sees RGB frames only; the adapters add geometry later.
+DataModule, trainer and flow are those of `fit`.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ class TinyBaseModule(lightning.LightningModule):
 
     Args:
         config: base, data, masking, flow, optim and train are read as `fit` reads them.
-        images: train on the first frame of each clip by its caption alone. An image has a third of a clip's tokens,
-            so that words meet three times as many things in the same time.
+        images: train on the first frame of each clip by its caption alone. An image has a third of
+            a clip's tokens, so that captions meet three times as many scenes in the same time.
     """
 
     encoders: WanEncoders
@@ -49,10 +49,10 @@ class TinyBaseModule(lightning.LightningModule):
     def __init__(self, config: Config, images: bool = False) -> None:
         super().__init__()
         self.config, self.images = config, images
-        self._conditions: dict[str, Tensor] = {}  # of image to video, which never changes for a clip
+        self._conditions: dict[str, Tensor] = {}  # of image to video, where a clip's never changes
 
     def configure_model(self) -> None:
-        """Open the bundle; its VAE is trained already, the rest starts from its seeded weights."""
+        """Open the bundle: a trained VAE, and seeded weights for the rest."""
         if hasattr(self, "trained"):
             return
         self.encoders = WanEncoders.of(self.config.base)
@@ -62,7 +62,7 @@ class TinyBaseModule(lightning.LightningModule):
         if self.config.train.compile and can_compile(transformer.device):
             compile_wan(transformer, attention)
         text_encoder = self.encoders.text_encoder
-        # an exported base holds the words' embedding under two names; one alone would be trained
+        # an exported base stores the word embedding under two names, and only one would be trained
         text_encoder.set_input_embeddings(text_encoder.encoder.embed_tokens)
         self.trained = nn.ModuleDict({"transformer": transformer, "text_encoder": text_encoder})
         self.trained.requires_grad_(True)
@@ -75,7 +75,7 @@ class TinyBaseModule(lightning.LightningModule):
         latents = torch.stack([e.latents[0] for e in batch.encoded])  # [B, C, t, h, w]
         if self.images:
             latents = latents[:, :, :1]  # Wan's VAE encodes frame 0 alone
-        condition = self._no_frame(batch, latents) if self.images else self.condition(batch, latents)
+        condition = self._empty_condition(batch, latents) if self.images else self.condition(batch, latents)
         noise = torch.stack(
             [torch.randn(latents.shape[1:], generator=derived_generator(seed, p, "noise")) for p in positions]
         ).to(latents)
@@ -93,7 +93,10 @@ class TinyBaseModule(lightning.LightningModule):
         return loss
 
     def condition(self, batch: Batch, latents: Tensor) -> Tensor:  # [B, 4 + C, t, h, w]
-        """As UMC gives it to the rgb branch; one clip at a time, so that what is kept does not depend on the batch."""
+        """Encode the condition as Unified Masked Conditioning does for the rgb branch.
+
+        One clip at a time, so that cached conditions do not depend on the batch.
+        """
         factor, given = self.encoders.temporal_factor, batch.frame_mask
         rows = []
         for i, (key, task) in enumerate(zip(batch.keys, batch.tasks, strict=True)):
@@ -106,8 +109,8 @@ class TinyBaseModule(lightning.LightningModule):
             rows.append(row)
         return torch.cat(rows)
 
-    def _no_frame(self, batch: Batch, latents: Tensor) -> Tensor:  # [B, 4 + C, 1, h, w]
-        """The condition of an image of which nothing is given."""
+    def _empty_condition(self, batch: Batch, latents: Tensor) -> Tensor:  # [B, 4 + C, 1, h, w]
+        """Return the condition of an image without any given frame."""
         factor, hidden = self.encoders.temporal_factor, torch.zeros(1, 1, dtype=torch.bool)
         row = self._conditions.get("")
         if row is None:
@@ -131,7 +134,7 @@ class TinyBaseModule(lightning.LightningModule):
         )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Warm-up, then a cosine to zero."""
+        """Set the learning rate: a warm-up, then a cosine to zero."""
         step, train = self.global_step, self.config.train
         warm = min(1.0, (step + 1) / max(1, self.config.optim.warmup_steps))
         cosine = 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / train.max_steps)).item())
@@ -139,7 +142,7 @@ class TinyBaseModule(lightning.LightningModule):
             group["lr"] = self.config.optim.lr * warm * cosine
 
     def export(self, folder: Path) -> None:
-        """Write a bundle with the averaged transformer and text encoder, in bfloat16 on disk, atomically."""
+        """Write a bundle with averaged transformer and text encoder, in bfloat16, atomically."""
         with replaced_folder(folder) as staging:
             shutil.copytree(self.config.base.path, staging, dirs_exist_ok=True)
             for name, file in WEIGHT_FILES.items():
@@ -148,13 +151,16 @@ class TinyBaseModule(lightning.LightningModule):
 
 
 class BaseState(Callback):
-    """Average the weights after every step; save everything every `train.save_every` steps and at the end; resume."""
+    """A callback that averages the weights after every step, saves the state and resumes from it.
+
+    It saves every `train.save_every` steps and at the end.
+    """
 
     def __init__(self, config: Config) -> None:
         self.config, self.path = config, Path(config.run_dir) / "state.safetensors"
 
     def step(self) -> int:
-        """The step to resume at; 0 where nothing was saved."""
+        """Return the step to resume at; 0 where nothing was saved."""
         note = self.path.with_suffix(".json")
         return int(json.loads(note.read_text())["step"]) if self.path.is_file() and note.is_file() else 0
 
@@ -186,7 +192,7 @@ class BaseState(Callback):
         if step == self.averaged_step:
             return  # in the middle of an accumulation
         self.averaged_step = step
-        # here, before the save, and not in the module's own hook, which comes after the callbacks'
+        # not in the module's own hook, which runs after this save
         module.average.update_parameters(module.trained)
         if step % self.config.train.save_every == 0 or step == self.config.train.max_steps:
             if trainer.is_global_zero:
@@ -204,6 +210,6 @@ class BaseState(Callback):
 
 
 def _weights(module: TinyBaseModule) -> dict[str, Tensor]:
-    """Trained weights and their average, under one name each."""
+    """Return the trained weights and their average by name, as views."""
     return {f"{kind}/{name}": tensor for kind, part in (("trained", module.trained), ("average", module.average))
             for name, tensor in part.state_dict().items()}  # fmt: skip

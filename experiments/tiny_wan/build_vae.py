@@ -5,7 +5,7 @@ and so the latents, the base and adapters trained on them, stay as they are.
 
 Trains on clips that it renders itself (synthetic seeds from 0, real from 2 000 000; held out: synthetic from 1 000 000,
 the toy world's own offsets). Every few minutes FOLDER gets the state to resume from, a point of the curve on held-out
-clips, and the VAE so far (vae/, diffusers layout, half precision); at the end metrics.json, with the PCA bar beside it.
+clips, and the VAE so far (vae/, diffusers layout, half precision); at the end metrics.json, with a PCA for comparison.
 """
 
 from __future__ import annotations
@@ -57,13 +57,13 @@ def _run(args: argparse.Namespace) -> None:
         hint = "is not there to resume; leave --resume away" if args.resume else "exists; pass --resume or remove it"
         raise UserError(f"{state} {hint}")
 
-    from experiments.tiny_wan.vae import TinyVaeConfig, finishing
+    from experiments.tiny_wan.vae import TinyVaeConfig, finishing_config
 
     config = TinyVaeConfig(pointmaps=args.pointmaps)
     if args.finish is not None:
         if not (args.finish / "config.json").is_file():
             raise UserError(f"--finish: {args.finish} holds no VAE (no config.json)")
-        config = finishing(config, *FINISHED_SIZE)
+        config = finishing_config(config, *FINISHED_SIZE)
     try:
         build(args.out, 60 * args.minutes, args.resume, config, args.finish)
     except ValueError as error:
@@ -71,10 +71,10 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig, finish: Path | None) -> None:
-    """Render the clips, train for `budget_s` seconds of training steps, and leave the VAE and its figures."""
+    """Render the clips, train for `budget_s` seconds of training steps, write VAE and metrics."""
     from diffusers import AutoencoderKLWan
 
-    from experiments.tiny_wan.vae import VaeTraining, build_vae, evaluate, load_training, pca_bar
+    from experiments.tiny_wan.vae import VaeTraining, build_vae, evaluate, load_training, pca_baseline
 
     folder.mkdir(parents=True, exist_ok=True)
     if resume:
@@ -84,8 +84,8 @@ def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig, fi
     else:
         training = VaeTraining.start(build_vae(config))
     train, held_out = render_pools(config)
-    bars = pca_bar(train, held_out, config.z_dim)
-    _report("PCA", bars)
+    baseline = pca_baseline(train, held_out, config.z_dim)
+    _report("PCA", baseline)
     _train(training, train, held_out, config, budget_s, folder)
     vae = AutoencoderKLWan.from_pretrained(folder / "vae", low_cpu_mem_usage=False)  # float32 from what lies on disk
     quality = evaluate(vae.eval(), held_out, bfloat16=False)
@@ -95,7 +95,7 @@ def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig, fi
         "steps": training.step,
         "config": asdict(config),
         "vae": {kind: asdict(q) for kind, q in quality.items()},
-        "pca": {kind: asdict(q) for kind, q in bars.items()},
+        "pca": {kind: asdict(q) for kind, q in baseline.items()},
         "curve": [json.loads(line) for line in (folder / "curve.jsonl").read_text().splitlines()],
     }
     write_json(folder / "metrics.json", figures)
@@ -103,7 +103,10 @@ def build(folder: Path, budget_s: float, resume: bool, config: TinyVaeConfig, fi
 
 
 def render_pools(config: TinyVaeConfig) -> tuple[ClipPool, ClipPool]:
-    """The training and the held-out clips, as large as the last stage's crops, with the toy world's seeds."""
+    """Render the training and the held-out clips, as large as the last stage's crops.
+
+    Seeds follow the toy world's own offsets.
+    """
     from experiments.tiny_wan.vae import render_pool
     from one4d_pl.config import DataConfig
     from one4d_pl.data.datamodule import REAL_SEED_OFFSET, VAL_SEED_OFFSET
@@ -111,7 +114,7 @@ def render_pools(config: TinyVaeConfig) -> tuple[ClipPool, ClipPool]:
     data = DataConfig()
     whole = config.stages[-1]
     shape = (whole.num_frames, whole.height, whole.width, data.far_limit, data.z_offset)
-    # mixed, so that the first clips, whose latents are measured, are of both domains
+    # domains are mixed, so that the first clips, over which latents are measured, have both
     clips = [(seed, "synthetic") for seed in range(SYNTHETIC_CLIPS)]
     every = SYNTHETIC_CLIPS // REAL_CLIPS
     for i in range(REAL_CLIPS):
@@ -152,11 +155,11 @@ def _train(
 def export(
     training: VaeTraining, config: TinyVaeConfig, train: ClipPool, folder: Path, bfloat16: bool
 ) -> AutoencoderKLWan:
-    """Write the averaged VAE in half precision, with its latents' statistics, to a diffusers folder."""
+    """Write the averaged VAE, in half precision and with statistics of its latents; return it."""
     from experiments.tiny_wan.vae import measure_latents
 
     vae = training.averaged_vae()
-    if not config.decoder_only:  # a finished VAE keeps its latents, and what they are normalised by
+    if not config.decoder_only:  # a finished VAE keeps its latents and their statistics
         measure_latents(vae, train, STATISTICS_CLIPS, bfloat16)
     with replaced_folder(folder) as staging:
         vae.half().save_pretrained(staging)

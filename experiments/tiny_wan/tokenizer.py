@@ -1,4 +1,4 @@
-"""The tiny base's tokenizer: byte pairs learnt on toy captions, so that their words are one token each."""
+"""The tiny base's tokenizer: byte pairs learnt on toy captions, whose words are one token each."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from one4d_pl.toy.levels import LEVELS
 from one4d_pl.toy.world import exact_clip
 
 PAD, END, UNKNOWN = SPECIAL = ("<pad>", "</s>", "<unk>")  # ids 0, 1, 2, as T5 has them
-VOCABULARY = 512  # at most; bytes take 256
-CAPTIONS = 400  # of each level
+VOCABULARY = 512  # tokens at most, 256 of them bytes
+CAPTIONS = 400  # per level
 
 
 def toy_tokenizer() -> PreTrainedTokenizerFast:
-    """Learn the tokenizer from captions of every level of the toy world; a caption of `clear` has about 35 tokens.
+    """Learn the tokenizer from captions of every level of the toy world.
 
-    Any other text is spelt in shorter pieces, down to bytes.
+    A caption of `clear` has about 35 tokens. Any other text is spelt in shorter pieces, down to
+    bytes.
     """
     return learn_tokenizer(
         exact_clip(seed, 9, 24, 32, "synthetic", level).caption for level in LEVELS for seed in range(CAPTIONS)

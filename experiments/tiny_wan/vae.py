@@ -1,15 +1,19 @@
-"""The tiny Wan's VAE: a small `AutoencoderKLWan` trained on the toy world's frames and, by a switch, its pointmaps.
+"""The tiny Wan's VAE: a small `AutoencoderKLWan` for the toy world's frames and pointmaps.
 
-1. `render_pool` keeps a few hundred clips in memory: frames in bytes, normalised pointmaps in half precision.
-2. `draw_batch` cuts crops from it, a pure function of (seed, step); the stage (crop size) follows from the progress:
-   short crops first, whole clips last, because the causal cache drifts beyond the longest clip ever trained on.
-3. `train_step` runs Wan's own chunked encoder and decoder without the final clamp (it has no gradient outside +-1),
-   in bf16. The latents are kept near unit variance and get a little noise, so that a diffusion model can model them.
-   `finishing` trains the decoder alone, at the size that the base and its adapters use: their latents stay valid.
-4. `evaluate` goes through the public encode and decode; `pca_bar` is the linear code of the same size beside it.
+1. `render_pool` keeps a few hundred clips in memory: frames in bytes, normalised pointmaps in half
+   precision.
+2. `draw_batch` cuts crops from it, a pure function of (seed, step). The stage (crop size) follows
+   from the progress: short crops first, whole clips last, because the causal cache drifts beyond
+   the longest clip ever trained on.
+3. `train_step` runs Wan's own chunked encoder and decoder without the final clamp (which has no
+   gradient outside +-1), in bf16. The latents are kept near unit variance and get a little noise,
+   so that a diffusion model can model them. `finishing_config` trains the decoder alone, at the
+   size that the base and its adapters use: their latents stay valid.
+4. `evaluate` goes through the public encode and decode; `pca_baseline` is the best linear code of
+   the same size, for comparison.
 
-Wan 2.2's residual blocks (`is_residual`) carry averages past every stage; at this size they learn far faster than
-Wan 2.1's plain ones. Matrices are updated by Muon (Jordan 2024), everything else by Adam.
+Wan 2.2's residual blocks (`is_residual`) carry averages past every stage; at this size they learn
+far faster than Wan 2.1's plain ones. Matrices are updated by Muon (Jordan 2024), all else by Adam.
 """
 
 from __future__ import annotations
@@ -33,11 +37,11 @@ from one4d_pl.models.encoder_files import CPU
 from one4d_pl.models.precision import computes_bfloat16
 from one4d_pl.toy.world import render_clip
 
-KINDS = ("frames", "pointmaps")  # the videos that a clip gives
+KINDS = ("frames", "pointmaps")  # the two videos of a clip
 TIME_FACTOR, SPACE_FACTOR = 4, 4
 ADAM_EPS = 1e-10
-NEAR = 0.1  # normalised distance below which relative accuracy is no longer bought
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024: the quintic that sends singular values to about 1
+NEAR = 0.1  # normalised distance; nearer points get little more weight
+NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan 2024: a quintic that moves singular values to about 1
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class TinyVaeConfig:
-    """Shape and recipe; a run's state file can only be resumed under the config it was started with."""
+    """Shape and recipe; a state file can only be resumed under the config it was started with."""
 
     base_dim: int = 16
     decoder_base_dim: int = 24
@@ -67,20 +71,23 @@ class TinyVaeConfig:
     latent_noise: float = 0.04  # largest std, in std of each latent channel; each row draws its own
     latent_weight: float = 1e-3  # of the pull towards mean 0 and std 1
     square_weight: float = 8.0  # of the squared error beside the absolute one
-    near_weight: float = 0.2  # of a pointmap's absolute error over the point's distance: near points count more
+    near_weight: float = 0.2  # of a pointmap's absolute error divided by the point's distance
     ema: float = 0.998
     seed: int = 0
     decoder_only: bool = False
     stages: tuple[Stage, ...] = (
-        # two clips a step: at equal time, many small steps learn more than few large ones
+        # two clips a step: in the same time, many small steps learn more than few large ones
         Stage(0.35, 9, 32, 48, 2),
         Stage(0.78, 17, 32, 48, 2),
         Stage(1.00, 17, 64, 96, 2),
     )
 
 
-def finishing(config: TinyVaeConfig, num_frames: int, height: int, width: int) -> TinyVaeConfig:
-    """The recipe that finishes a trained VAE's decoder at one size; near points count more."""
+def finishing_config(config: TinyVaeConfig, num_frames: int, height: int, width: int) -> TinyVaeConfig:
+    """Return the recipe that trains a finished VAE's decoder further, at one size.
+
+    Near points count more in it.
+    """
     stages = (Stage(1.00, num_frames, height, width, 4),)
     return replace(config, decoder_only=True, lr=2e-3, near_weight=0.6, latent_noise=0.1, stages=stages)
 
@@ -100,14 +107,14 @@ class ClipPool:
         return ClipPool(self.frames[:count], self.pointmaps[:count], self.valid[:count])
 
     def videos(self, kind: str, clips: slice | int) -> Tensor:  # [..., 3, T, H, W] float32 in [-1, 1]
-        """Frames or pointmaps as the VAE sees them."""
+        """Return frames or pointmaps as the VAE sees them."""
         return self.frames[clips].float() / 127.5 - 1 if kind == "frames" else self.pointmaps[clips].float()
 
 
 def render_pool(
     clips: Sequence[tuple[int, str]], num_frames: int, height: int, width: int, far_limit: float, z_offset: bool
 ) -> ClipPool:
-    """Render the toy clips of (seed, domain) and normalise their pointmaps as the data module does."""
+    """Render the toy clips of (seed, domain); normalise pointmaps as the data module does."""
     frames, pointmaps, valid = [], [], []
     for seed, domain in tqdm(clips, desc="rendering clips", unit="clip", disable=len(clips) < 32):
         clip = render_clip(seed, num_frames, height, width, domain)
@@ -119,7 +126,7 @@ def render_pool(
 
 
 def build_vae(config: TinyVaeConfig) -> AutoencoderKLWan:
-    """A fresh VAE, seeded; 4x in time, 4x in space."""
+    """Build a fresh VAE from the config's seed; 4x compression in time, 4x in space."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         return AutoencoderKLWan(
@@ -139,7 +146,7 @@ def build_vae(config: TinyVaeConfig) -> AutoencoderKLWan:
 
 @dataclass
 class VaeTraining:
-    """A training between two steps; all there is to resume."""
+    """The state of a training between two steps, all that resuming needs."""
 
     vae: AutoencoderKLWan
     average: dict[str, Tensor]  # exponential moving average of the weights
@@ -156,41 +163,46 @@ class VaeTraining:
         return cls(vae, {name: p.clone() for name, p in named.items()}, zeros, second)
 
     def averaged_vae(self) -> AutoencoderKLWan:
-        """A copy of the VAE with the averaged weights."""
+        """Return a copy of the VAE with the averaged weights."""
         vae = AutoencoderKLWan.from_config(self.vae.config)
         vae.load_state_dict(self.average)
         return vae.eval()
 
 
 def save_training(training: VaeTraining, config: TinyVaeConfig, path: Path) -> None:
-    """Write the state beside its place and rename."""
+    """Write the state atomically."""
     weights = {name: p.detach() for name, p in training.vae.named_parameters()}
     groups = {"weight": weights, "average": training.average, "first": training.first, "second": training.second}
     tensors = {f"{group}.{name}": t.contiguous() for group, named in groups.items() for name, t in named.items()}
-    about = {"step": str(training.step), "seconds": repr(training.seconds), "config": json.dumps(asdict(config))}
+    metadata = {"step": str(training.step), "seconds": repr(training.seconds), "config": json.dumps(asdict(config))}
     with whole_file(path) as staging:
-        save_file(tensors, staging, metadata=about)
+        save_file(tensors, staging, metadata=metadata)
 
 
 def load_training(path: Path, config: TinyVaeConfig) -> VaeTraining:
     """Read a state; ValueError if it belongs to another config."""
     training = VaeTraining.start(build_vae(config))
     with safe_open(path, framework="pt") as file:
-        about = file.metadata()
-        if json.loads(about["config"]) != json.loads(json.dumps(asdict(config))):
-            raise ValueError(f"{path}: was trained with {about['config']}; resume with that config or another folder")
+        metadata = file.metadata()
+        if json.loads(metadata["config"]) != json.loads(json.dumps(asdict(config))):
+            raise ValueError(
+                f"{path}: was trained with {metadata['config']}; resume with that config or another folder"
+            )
         for group in ("average", "first", "second"):
             named: dict[str, Tensor] = getattr(training, group)
             named.update({name: file.get_tensor(f"{group}.{name}") for name in named})
         with torch.no_grad():
             for name, p in training.vae.named_parameters():
                 p.copy_(file.get_tensor(f"weight.{name}"))
-    training.step, training.seconds = int(about["step"]), float(about["seconds"])
+    training.step, training.seconds = int(metadata["step"]), float(metadata["seconds"])
     return training
 
 
 def draw_batch(pool: ClipPool, stage: Stage, config: TinyVaeConfig, step: int) -> Tensor:  # [B, 3, t, h, w]
-    """Random crops, a pure function of (seed, step); odd rows are pointmaps where those are trained."""
+    """Draw random crops, a pure function of (seed, step).
+
+    Odd rows are pointmaps where those are trained.
+    """
     generator = torch.Generator().manual_seed((config.seed << 32) + step)
     _, _, num_frames, height, width = pool.frames.shape
     room = (len(pool), num_frames - stage.num_frames + 1, height - stage.height + 1, width - stage.width + 1)
@@ -203,7 +215,7 @@ def draw_batch(pool: ClipPool, stage: Stage, config: TinyVaeConfig, step: int) -
 
 
 def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W]
-    """What `vae.decode` computes before its clamp at +-1."""
+    """Compute what `vae.decode` computes before its clamp at +-1."""
     vae.clear_cache()
     hidden, chunks = vae.post_quant_conv(latents), []
     for i in range(latents.shape[2]):
@@ -215,12 +227,15 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:  # [B, C
 
 
 def train_step(training: VaeTraining, pool: ClipPool, config: TinyVaeConfig, progress: float) -> Tensor:
-    """One update at `progress` in [0, 1) of the run; returns the squared error of each row of the batch."""
+    """Do one update at `progress` in [0, 1) of the run.
+
+    Return each row's mean squared error [B].
+    """
     stage = next(stage for stage in config.stages if progress < stage.until)
     videos = draw_batch(pool, stage, config, training.step)
     vae = training.vae.train()
     vae.zero_grad()
-    # in bfloat16 arithmetic convolutions are many times faster than in float32, also in the backward pass
+    # convolutions are many times faster in bfloat16 than in float32, in the backward pass too
     with torch.autocast("cpu", torch.bfloat16, enabled=computes_bfloat16(CPU)):
         with torch.set_grad_enabled(not config.decoder_only):
             latents = vae.encode(videos).latent_dist.mode().float()
@@ -240,7 +255,7 @@ def train_step(training: VaeTraining, pool: ClipPool, config: TinyVaeConfig, pro
 
 
 def importance(videos: Tensor, config: TinyVaeConfig) -> Tensor:  # [B, 3, T, H, W] -> [B, 1, T, H, W]
-    """Weight of each pixel's absolute error: 1, and more for the near points of a batch's pointmaps."""
+    """Weigh each pixel's absolute error: 1, and more for near points of pointmaps."""
     weight = torch.ones_like(videos[:, :1])
     if config.pointmaps:
         weight[1::2] += config.near_weight / (videos[1::2].norm(dim=1, keepdim=True) + NEAR)
@@ -248,24 +263,24 @@ def importance(videos: Tensor, config: TinyVaeConfig) -> Tensor:  # [B, 3, T, H,
 
 
 def uses_muon(parameter: Tensor) -> bool:
-    """Whether a parameter is a matrix (out, in x kernel) rather than a bias or a gain."""
+    """Tell whether a parameter is a matrix (out, in x kernel) rather than a bias or a gain."""
     return parameter.ndim >= 4 and min(parameter.flatten(1).shape) > 1
 
 
 @torch.no_grad()
 def update(training: VaeTraining, config: TinyVaeConfig, lr: float) -> None:
-    """Muon for the matrices, Adam for the rest, and the moving average."""
+    """Update the matrices by Muon, the rest by Adam, and the moving average."""
     training.step += 1
     beta1, beta2 = config.betas
     decay = min(config.ema, training.step / (training.step + 10))
     for name, p in training.vae.named_parameters():
         first, grad = training.first[name], p.grad
-        if grad is None:  # the encoder, where the decoder alone is trained
+        if grad is None:  # the encoder, when the decoder alone is trained
             continue
         if uses_muon(p):
             first.lerp_(grad, 1 - config.muon_momentum)
             direction = orthogonalise(grad.lerp(first, config.muon_momentum).flatten(1))
-            # an update of the size that Adam's would have (Liu et al. 2025)
+            # scaled to the size of Adam's update (Liu et al. 2025)
             p.add_(direction.view_as(p), alpha=-lr * 0.2 * math.sqrt(max(direction.shape)))
         else:
             second = training.second[name]
@@ -277,7 +292,10 @@ def update(training: VaeTraining, config: TinyVaeConfig, lr: float) -> None:
 
 
 def orthogonalise(matrix: Tensor) -> Tensor:  # [m, n] -> [m, n]
-    """About U Vᵀ of the matrix's U S Vᵀ, by five Newton-Schulz steps (Jordan 2024), in bf16 where that is fast."""
+    """Approximate U Vᵀ of the matrix's U S Vᵀ by five Newton-Schulz steps (Jordan 2024).
+
+    In bf16 where the device computes it fast.
+    """
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
     x = x / (x.norm() + 1e-12)
@@ -292,7 +310,10 @@ def orthogonalise(matrix: Tensor) -> Tensor:  # [m, n] -> [m, n]
 
 @dataclass(frozen=True)
 class Quality:
-    """How well clips of one kind survive a code; PSNR in dB with a peak-to-peak of 2, over all pixels."""
+    """How well a code preserves clips of one kind.
+
+    PSNR is in dB with a peak-to-peak of 2, over all pixels.
+    """
 
     psnr: float
     psnr_per_frame: tuple[float, ...]
@@ -301,12 +322,12 @@ class Quality:
 
 
 def psnr(squared_error: Tensor) -> float:
-    """10 log10(4 / mse)."""
+    """Return 10 log10(4 / mse), the PSNR (dB) for a range of 2."""
     return -10 * math.log10(float(squared_error.double().mean()) / 4)
 
 
 def measure(decoded: Tensor, pool: ClipPool, kind: str) -> Quality:
-    """Quality of decoded [N, 3, T, H, W] against the pool's first N clips."""
+    """Measure decoded [N, 3, T, H, W] against the pool's first N clips."""
     truth = pool.videos(kind, slice(len(decoded)))
     squared = (decoded - truth).square()
     quality = Quality(psnr(squared), tuple(psnr(squared[:, :, t]) for t in range(squared.shape[2])))
@@ -320,7 +341,10 @@ def measure(decoded: Tensor, pool: ClipPool, kind: str) -> Quality:
 
 @torch.no_grad()
 def evaluate(vae: AutoencoderKLWan, pool: ClipPool, bfloat16: bool) -> dict[str, Quality]:
-    """Quality of frames and pointmaps, clip by clip through the public encode (posterior mode) and decode."""
+    """Measure frames and pointmaps after the public encode (posterior mode) and decode.
+
+    Clip by clip.
+    """
     quality = {}
     for kind in KINDS:
         videos = (pool.videos(kind, slice(i, i + 1)) for i in range(len(pool)))
@@ -330,12 +354,13 @@ def evaluate(vae: AutoencoderKLWan, pool: ClipPool, bfloat16: bool) -> dict[str,
     return quality
 
 
-def pca_bar(train: ClipPool, held_out: ClipPool, components: int) -> dict[str, Quality]:
-    """The same measures for the best linear code of the latents' size, with its own basis for each kind.
+def pca_baseline(train: ClipPool, held_out: ClipPool, components: int) -> dict[str, Quality]:
+    """Measure the best linear code of the latents' size, with a basis for each kind.
 
-    One block of 4x4 pixels of frame 0, or of 4 frames later on, becomes `components` numbers, as in the VAE.
+    One block of 4x4 pixels of frame 0, or of 4 frames later on, becomes `components` numbers, as in
+    the VAE.
     """
-    bars = {}
+    baseline = {}
     for kind in KINDS:
         videos, known = held_out.videos(kind, slice(None)), train.videos(kind, slice(None))
         decoded = torch.empty_like(videos)
@@ -344,12 +369,12 @@ def pca_bar(train: ClipPool, held_out: ClipPool, components: int) -> dict[str, Q
             mean, basis = principal_components(blocks, components)
             target = _blocks(videos[:, :, part], length)
             decoded[:, :, part] = _unblock((target - mean) @ basis @ basis.T + mean, length)
-        bars[kind] = measure(decoded.clamp(-1, 1), held_out, kind)
-    return bars
+        baseline[kind] = measure(decoded.clamp(-1, 1), held_out, kind)
+    return baseline
 
 
 def principal_components(rows: Tensor, components: int) -> tuple[Tensor, Tensor]:  # [N, D] -> [D], [D, components]
-    """Mean and leading eigenvectors of the covariance."""
+    """Return the mean and the leading eigenvectors of the covariance."""
     mean = rows.mean(0)
     centred = rows - mean
     return mean, torch.linalg.eigh(centred.T @ centred).eigenvectors[:, -components:]
@@ -367,7 +392,10 @@ def _unblock(blocks: Tensor, length: int) -> Tensor:  # [N, t, h, w, D] -> [N, 3
 
 @torch.no_grad()
 def measure_latents(vae: AutoencoderKLWan, pool: ClipPool, count: int, bfloat16: bool) -> None:
-    """Store mean and std of each latent channel over the frames of the first `count` clips in the VAE's config."""
+    """Store mean and std of each latent channel in the VAE's config.
+
+    They are measured over the frames of the first `count` clips.
+    """
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16 and computes_bfloat16(CPU)):
         videos = (pool.videos("frames", slice(i, i + 1)) for i in range(min(count, len(pool))))
         latents = torch.cat([vae.encode(v).latent_dist.mode().float() for v in videos])

@@ -61,4 +61,4 @@ def test_without_a_gpu_it_says_what_would_work(capsys):
 
 def test_a_gpu_is_called_by_the_name_its_driver_gives(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"the GPU at {device}")
-    assert bench_gpu.name_of(torch.device("cuda", 0)) == "the GPU at cuda:0"
+    assert bench_gpu.device_name(torch.device("cuda", 0)) == "the GPU at cuda:0"

@@ -276,18 +276,18 @@ def test_a_verdict_on_two_runs_is_students_paired_t_test():
         a, b = rng.lognormal(size=4), rng.lognormal(0.7, size=4)
         verdict = judge(Claim("", ERROR, "a", "b"), {"a": numbered(a), "b": numbered(b)})
         expected = ttest_rel(np.log(b), np.log(a))
-        assert (verdict.word != "cannot tell") == (expected.pvalue < 0.05)
+        assert (verdict.outcome != "cannot tell") == (expected.pvalue < 0.05)
         assert verdict.difference / verdict.standard_error == pytest.approx(expected.statistic)
-        told += verdict.word != "cannot tell"
+        told += verdict.outcome != "cannot tell"
     assert 0 < told < 200
 
 
 def test_what_a_seed_does_to_every_run_is_no_noise_and_what_is_not_known_gives_no_verdict():
     a, b = [1.0, 5.0, 0.2], [1.1, 5.51, 0.2198]
-    assert judge(Claim("", ERROR, "a", "b"), {"a": numbered(a), "b": numbered(b)}).word == "holds"
+    assert judge(Claim("", ERROR, "a", "b"), {"a": numbered(a), "b": numbered(b)}).outcome == "holds"
     for values in ({"a": {0: 1.0}, "b": {0: 2.0}}, {"a": {0: 1.0, 1: 1.1}, "b": {2: 9.0, 3: 9.1}}):
         verdict = judge(Claim("", ERROR, "a", "b"), values)
-        assert verdict.word == "cannot tell" and math.isnan(verdict.standard_error)
+        assert verdict.outcome == "cannot tell" and math.isnan(verdict.standard_error)
 
 
 def test_edges_are_where_distances_jump():

@@ -26,7 +26,7 @@ from experiments.tiny_wan.vae import (
     load_training,
     measure_latents,
     orthogonalise,
-    pca_bar,
+    pca_baseline,
     principal_components,
     render_pool,
     save_training,
@@ -154,11 +154,11 @@ def test_the_pca_bar_is_exact_where_the_clips_are_that_simple(pool):
     flat = torch.randint(0, 256, (4, 3, 1, 4, 6), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     blocks = flat.repeat_interleave(4, 3).repeat_interleave(4, 4).repeat_interleave(9, 2)  # [4, 3, 9, 16, 24]
     simple = ClipPool(blocks, blocks.half() / 300, pool.valid)
-    bars = pca_bar(simple, simple, 3)
-    assert bars["frames"].psnr > 80 and bars["pointmaps"].psnr > 80
-    assert bars["pointmaps"].point_error is not None and bars["pointmaps"].point_error < 1e-3
-    assert pca_bar(simple, simple, 2)["frames"].psnr < 40  # one colour axis is missing
-    assert pca_bar(pool, pool, 16)["frames"].psnr > pca_bar(pool, pool, 4)["frames"].psnr
+    baseline = pca_baseline(simple, simple, 3)
+    assert baseline["frames"].psnr > 80 and baseline["pointmaps"].psnr > 80
+    assert baseline["pointmaps"].point_error is not None and baseline["pointmaps"].point_error < 1e-3
+    assert pca_baseline(simple, simple, 2)["frames"].psnr < 40  # one colour axis is missing
+    assert pca_baseline(pool, pool, 16)["frames"].psnr > pca_baseline(pool, pool, 4)["frames"].psnr
 
 
 def test_the_latents_statistics_are_measured_over_frames(pool):
@@ -223,7 +223,7 @@ def test_finishing_moves_the_decoder_and_keeps_the_latents(pool, tmp_path):
     measure_latents(started.eval(), pool, 2, bfloat16=False)
     training = VaeTraining.start(started)
     before = {name: p.detach().clone() for name, p in started.named_parameters()}
-    config = tiny_vae.finishing(SMALL, 9, 16, 24)
+    config = tiny_vae.finishing_config(SMALL, 9, 16, 24)
     errors = run(training, pool, config, range(30), 30)
     assert sum(errors[-5:]) < sum(errors[:5])
     moved = {name for name, p in started.named_parameters() if not torch.equal(p, before[name])}
