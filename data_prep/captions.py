@@ -54,7 +54,7 @@ class CaptionError(UserError):
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """Where captions come from; by default from the dataset alone."""
+    """The sources of captions; by default the dataset alone."""
 
     table: str | None = None  # csv or jsonl
     table_digest: str | None = None  # see digest_of_table; a table that changes during a run is refused

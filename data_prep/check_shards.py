@@ -48,7 +48,7 @@ log = logging.getLogger("data_prep")
 
 @dataclass(frozen=True)
 class ClipCheck:
-    """What was measured of one clip; nan = cannot be measured."""
+    """The measurements of one clip; nan = cannot be measured."""
 
     key: str
     fault: str  # "" = it can be read
@@ -154,7 +154,7 @@ def check_shard(task: ShardTask) -> None:
 def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[list[ClipCheck], list[str]]:
     """Write report.json, exclude.txt and clips.png.
 
-    Return the clips' numbers and damaged shards.
+    Returns the clips' numbers and the names of damaged shards.
     """
     trees = [json.loads(part.read_text()) for part in parts]
     names = [shard.name for shard in shards.manifest.shards]
@@ -183,9 +183,9 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
 
 
 def _count_verdicts(checks: list[ClipCheck]) -> dict[str, dict[str, float]]:
-    """Count for each other reading the clips that confirm the given one and that contradict it.
+    """Count for each other reading the clips for the given one and against it.
 
-    The median margins say how clearly.
+    The median margins say how clearly they speak.
     """
     tree = {}
     for name in READINGS:

@@ -71,7 +71,7 @@ READINGS = {
 
 @dataclass(frozen=True)
 class ReadingMargins:
-    """How the readings of one clip compare."""
+    """The comparison of the readings of one clip."""
 
     static_error: float  # of the given depth, median over pairs of medians; nan = no shared view
     margins: dict[str, tuple[float, float]]  # reading -> margin of depth, of colour; {} = no shared view
@@ -287,7 +287,7 @@ def _misfit(reprojection: _Reprojection, error: Tensor, cut: float) -> Tensor:  
 def _separation(given: _Reprojection, other: _Reprojection) -> Tensor:  # [P]
     """Measure how far apart two readings project each pair's points.
 
-    In image widths, plus half the relative depth.
+    The measure is image widths plus half the relative depth.
     """
     apart = (other.pixels - given.pixels).norm(dim=-1).nan_to_num(MAX_SEPARATION).clamp_max(MAX_SEPARATION)
     deeper = (other.depth / given.depth).abs().clamp(0.5, 2).log().abs().nan_to_num(MAX_SEPARATION) / 2

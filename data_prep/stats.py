@@ -120,7 +120,7 @@ def measure_latents(folder: str, num_clips: int) -> LatentStats | None:
 
 
 def table(found: list[SetStats]) -> str:
-    """Print one row per folder, then one per domain."""
+    """Format one row per folder, then one per domain."""
     rows = [list(COLUMNS)]
     for s in found:
         rows.append([

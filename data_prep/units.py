@@ -65,7 +65,7 @@ class UnitTask:
 
 @dataclass(frozen=True)
 class UnitResult:
-    """What was written of a unit, and what was left out."""
+    """The outcome of a unit: what was written, and what was left out."""
 
     clips: int
     bytes: int

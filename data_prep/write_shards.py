@@ -81,7 +81,7 @@ class Arguments:
             raise UserError("--caption-url and --caption-model go together: who is asked for captions, and as what")
 
     def caption_options(self) -> CaptionOptions:
-        """Say where captions come from; an endpoint's answers are kept in `<out>.captions`."""
+        """Return where captions come from; an endpoint's answers are kept in `<out>.captions`."""
         out = Path(self.out).resolve()
         return CaptionOptions(
             table=self.captions,

@@ -263,7 +263,7 @@ def _profile(step: Callable[[], object], device: torch.device) -> None:
 
 
 def ceiling_table(ceiling: dict[str, float]) -> list[str]:
-    """Print the speeds of products as markdown."""
+    """Format the speeds of products as markdown."""
     return [
         "| bf16 product | TFLOP/s |",
         "|---|---:|",
@@ -273,7 +273,7 @@ def ceiling_table(ceiling: dict[str, float]) -> list[str]:
 
 
 def table(rows: dict[str, Measured | str]) -> list[str]:
-    """Print the measured cases as markdown."""
+    """Format the measured cases as markdown."""
     lines = [
         "| case | s/sample | slowest | TFLOP/s | MFU | HFU | of ceiling | peak GiB | reserved | planned |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
@@ -289,7 +289,7 @@ def table(rows: dict[str, Measured | str]) -> list[str]:
 
 
 def method(args: argparse.Namespace, device: torch.device) -> list[str]:
-    """Say in words how the numbers were measured."""
+    """Describe how the numbers were measured."""
     size = "toy size" if args.tiny else "81 x 352 x 624 pixels (latents 21 x 44 x 78), 512 text and 257 image tokens"
     return [
         f"{device_name(device)}, torch {torch.__version__}; one dual sample (rgb and xyz stacked), {size}; random "

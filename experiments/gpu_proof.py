@@ -46,7 +46,7 @@ class Part:
 
 @dataclass
 class Outcome:
-    """How a part ended."""
+    """The outcome of a part."""
 
     name: str
     shows: str

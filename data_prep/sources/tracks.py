@@ -117,8 +117,8 @@ def clip_windows(numbers: Sequence[int], num_frames: int, stride: int) -> list[r
 def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
     """List the folders at or below `root` whose entries (files and folders) make them a unit.
 
-    Sorted. Folders inside a unit are not visited: a dataset has thousands of folders and millions
-    of files.
+    The list is sorted. Folders inside a unit are not visited: a dataset has thousands of folders
+    and millions of files.
     """
     found = []
     for folder, folders, files in walk_once(root):

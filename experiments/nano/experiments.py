@@ -67,7 +67,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class Experiment:
-    """A question, who claims what, and the runs that answer."""
+    """A question, the paper's claim, and the runs that answer."""
 
     name: str
     question: str

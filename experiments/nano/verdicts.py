@@ -23,7 +23,7 @@ Values = Mapping[str, Mapping[int, float]]  # run -> seed -> number
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a claim holds, and by how much.
+    """The verdict on a claim: whether it holds, and by how much.
 
     A positive difference speaks for the claim; its slack is not included.
     """

@@ -51,7 +51,7 @@ CURVES = ("rgb", "xyz")
 
 @dataclass(frozen=True)
 class Plan:
-    """What all runs have in common."""
+    """The settings that all runs share."""
 
     out: Path
     configs: tuple[str, ...] = ("configs/nano.yaml",)

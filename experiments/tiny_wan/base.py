@@ -35,7 +35,7 @@ META = {"format": "pt"}
 
 
 class TinyBaseModule(lightning.LightningModule):
-    """Pretrain every weight of the transformer and the text encoder on RGB inpainting.
+    """A module that pretrains transformer and text encoder, every weight, on RGB inpainting.
 
     Args:
         config: base, data, masking, flow, optim and train are read as `fit` reads them.

@@ -294,7 +294,7 @@ def update(training: VaeTraining, config: TinyVaeConfig, lr: float) -> None:
 def orthogonalise(matrix: Tensor) -> Tensor:  # [m, n] -> [m, n]
     """Approximate U Vᵀ of the matrix's U S Vᵀ by five Newton-Schulz steps (Jordan 2024).
 
-    In bf16 where the device computes it fast.
+    It computes in bf16 where the device does so fast.
     """
     wide = matrix.shape[0] <= matrix.shape[1]
     x = matrix if wide else matrix.T
@@ -310,7 +310,7 @@ def orthogonalise(matrix: Tensor) -> Tensor:  # [m, n] -> [m, n]
 
 @dataclass(frozen=True)
 class Quality:
-    """How well a code preserves clips of one kind.
+    """The quality of clips of one kind after a code's round trip.
 
     PSNR is in dB with a peak-to-peak of 2, over all pixels.
     """
@@ -343,7 +343,7 @@ def measure(decoded: Tensor, pool: ClipPool, kind: str) -> Quality:
 def evaluate(vae: AutoencoderKLWan, pool: ClipPool, bfloat16: bool) -> dict[str, Quality]:
     """Measure frames and pointmaps after the public encode (posterior mode) and decode.
 
-    Clip by clip.
+    Clips go through one by one.
     """
     quality = {}
     for kind in KINDS:

@@ -95,7 +95,7 @@ def find_base(name: str) -> Base:
 
 
 def plan(base: Base, folder: Path) -> str:
-    """Print the commands that do by hand what --run does."""
+    """Format the commands that do by hand what --run does."""
     size = "" if base.gigabytes is None else f", {base.gigabytes} GB"
     patterns = " ".join(f"'{pattern}'" for pattern in base.patterns)
     return (

@@ -105,7 +105,7 @@ def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
 
 
 def plan_text(run: Run) -> str:
-    """Print the plan as text."""
+    """Format the plan as text."""
     return "\n".join([*_sizes(run), "", *_time(run), "", *_memory(run), "", *_strategies(run)])
 
 

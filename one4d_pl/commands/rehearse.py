@@ -60,7 +60,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def report_lines(seen: Rehearsal) -> list[str]:
-    """Put the rehearsal into words."""
+    """Format the rehearsal as lines for people."""
     lines = [f"base        {seen.base}, {seen.blocks} blocks"]
     lines += [f"  {name:<16}{words}" for name, words in seen.tensors.items()]
     lines += ["", f"  {'phase':<24}{'peak GiB':>10}{'waits':>8}{'uploads':>9}"]

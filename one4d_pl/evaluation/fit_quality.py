@@ -43,7 +43,7 @@ TASKS_WITHOUT_TRUTH: tuple[Task, ...] = ("image", "text")
 
 @dataclass(frozen=True)
 class FitQuality:
-    """What `measure_fit` found, ready for json."""
+    """The results of `measure_fit`; all but scenes and masks are ready for json."""
 
     pointmaps: dict[str, dict[str, float]]  # row -> rel_error, inliers, rel_error_moving, inliers_moving
     frames_db: dict[str, dict[str, float]]  # row -> given, hidden; where there are any

@@ -115,7 +115,7 @@ def _text_goal(colours: dict[str, dict[str, float]]) -> Goal:
 
 
 def goal_table(found: list[Goal], clips: int, level: str) -> str:
-    """Print the goals as aligned text, and how many are met."""
+    """Format the goals as aligned text, and how many are met."""
     apart = "" if level == "clear" else f"; these clips are of {level}"
     rows = [(goal.about, goal.what, goal.printed, goal.target, goal.verdict, goal.beside) for goal in found]
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

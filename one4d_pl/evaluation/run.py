@@ -38,7 +38,7 @@ VBENCH_DIMENSIONS = ("i2v_subject", "i2v_background", "dynamic_degree", "aesthet
 
 @dataclass(frozen=True)
 class Request:
-    """What is evaluated and how."""
+    """The options of one evaluation."""
 
     bench: str
     root: Path | None

@@ -100,7 +100,7 @@ def write_report(out: Path, rows: list[Row], total: int, sweep: str | None = Non
 
 
 def markdown(rows: list[Row], total: int, sweep: str | None) -> str:
-    """Print the tables, of depth and of cameras, published rows first."""
+    """Format the tables, of depth and of cameras, published rows first."""
     benchmark, protocol = rows[0].score.benchmark, rows[0].score.protocol
     scored = len(rows[0].score.sequences)
     part = "" if scored == total else f" (**{scored} of its {total} sequences**: {_comparable(rows[0].score)})"
@@ -129,14 +129,14 @@ def markdown(rows: list[Row], total: int, sweep: str | None) -> str:
 
 
 def _comparable(score: BenchmarkScore) -> str:
-    """Say what compares with published means where not all sequences were scored."""
+    """Explain what compares with published means where not all sequences were scored."""
     if score.benchmark == "sintel" and {s.name for s in score.sequences} == set(SINTEL_CAMERAS):
         return "for cameras the published set; depth is not comparable with published means"
     return "not comparable with published means"
 
 
 def sequences_csv(rows: list[Row]) -> str:
-    """Print one line per row, sequence and part of its frames."""
+    """Format one line per row, sequence and part of its frames."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     head = ["row", "protocol", "sequence", "frames", "part", "pixels", *DEPTH_ERRORS, "fit_scale", "fit_shift"]
@@ -229,7 +229,7 @@ def _stands_still(sequence: SequenceScore) -> bool:
 
 
 def _number(value: float) -> str:
-    """Print three decimals as the paper does; what would read 0.000 keeps two digits."""
+    """Format with three decimals as the paper does; what would read 0.000 keeps two digits."""
     return f"{value:.3f}" if value == 0 or abs(value) >= 5e-4 else f"{value:.1e}"
 
 

@@ -22,7 +22,7 @@ SEED = 0
 
 @dataclass(frozen=True)
 class TaskReport:
-    """What was sampled and measured."""
+    """The clips that were sampled, their measurements, and the tables."""
 
     held_out: HeldOut
     quality: FitQuality
@@ -62,7 +62,7 @@ def evaluate_tasks(config: Config, adapters: Path, clips: int, out: Path) -> Tas
 
 
 def tables(quality: FitQuality, clips: int) -> str:
-    """Print pointmaps and frames against the truth, and generated scenes against themselves."""
+    """Format tables of pointmaps and frames against the truth, and of generated scenes."""
     lines = [
         f"Pointmaps of {clips} held-out clips, after one scale and shift per clip:",
         f"  {'':18} {'rel. error':>10} {'inliers':>8} {'moving':>8}",

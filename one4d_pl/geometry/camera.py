@@ -112,7 +112,7 @@ def crop_intrinsics(
 
 @dataclass(frozen=True)
 class ResizeCropPlan:
-    """Scale by `scale`, then keep `height` x `width` pixels from row `top` and column `left`."""
+    """Scaling by `scale`, then a cut of `height` x `width` pixels from row `top`, column `left`."""
 
     scale: float  # target pixels per source pixel, the same for both axes
     top: int

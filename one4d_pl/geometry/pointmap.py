@@ -162,8 +162,8 @@ def infill_depth(
 ) -> Tensor:  # [T, H, W], finite
     """Replace every depth that is not valid by that of the nearest valid pixel of its frame.
 
-    Nearest by city-block distance. A frame without a valid pixel takes the median of the clip's
-    valid depths.
+    Distance is city-block. A frame without a valid pixel takes the median of the clip's valid
+    depths.
     """
     filled = depth.clone()
     empty = ~valid.flatten(1).any(1)  # [T]

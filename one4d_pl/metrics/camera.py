@@ -29,7 +29,7 @@ NO_BASELINE = 1e-6  # times the path length: two camera centres closer than this
 
 @dataclass(frozen=True)
 class CameraErrors:
-    """How far one trajectory is from the truth; lengths in the unit of the target."""
+    """The errors of one trajectory; lengths in the unit of the target."""
 
     ate: Tensor  # RMSE of camera centres after Sim(3)
     ate_standing: Tensor  # what a camera that stands still would get: the spread of the true centres
@@ -119,10 +119,10 @@ def relative_pose_auc(
 ) -> Tensor:  # scalar in [0, 1]
     """Return the area under the recall curve of relative pose errors from 0 to `limit` degrees.
 
-    Over all pairs of frames i < j. The error of a pair is the larger of two angles: that between
-    the relative rotations, and that between the directions of the relative translations (without
-    alignment, whatever the scale). The area is mean(max(0, 1 - error / limit)), exact and not
-    binned to degrees. Where the true cameras do not move apart, only the rotation counts; where
+    It is over all pairs of frames i < j. The error of a pair is the larger of two angles: that
+    between the relative rotations, and that between the directions of the relative translations
+    (without alignment, whatever the scale). The area is mean(max(0, 1 - error / limit)), exact and
+    not binned to degrees. Where the true cameras do not move apart, only the rotation counts; where
     they do and the predicted ones do not, the direction is as wrong as it can be (180 degrees).
     """
     preds_far, target_far = NO_BASELINE * path_length(preds), NO_BASELINE * path_length(target)
@@ -140,10 +140,10 @@ def relative_pose_auc(
 
 
 class CameraError(Metric):
-    """Unweighted means of `CameraErrors` over all sequences.
+    """Unweighted means of `CameraErrors` over all sequences and over those that evo can align.
 
-    And over those that evo can align (`..._regular`). A sequence with fewer than two valid cameras
-    enters no mean and is counted in `unscored`. nan before any sequence.
+    The latter are named `..._regular`. A sequence with fewer than two valid cameras enters no mean
+    and is counted in `unscored`. nan before any sequence.
     """
 
     higher_is_better, full_state_update = False, False

@@ -161,9 +161,9 @@ def _mean_errors(
     fit: ScaleShift,
     post_clip: float | None,
 ) -> DepthErrors:
-    """Apply the fit and average the errors (steps 2 to 4 of the module's docstring).
+    """Apply the fit and average the errors, as steps 2 to 4 of the module's docstring say.
 
-    Chunk by chunk in float64.
+    It goes chunk by chunk, in float64.
     """
     totals = torch.zeros(len(ERROR_NAMES), dtype=torch.float64, device=preds.device)
     for p, g in zip(preds.split(CHUNK), target.split(CHUNK)):
@@ -275,7 +275,7 @@ def _restrict_to_box(
 ) -> _Residuals:
     """Keep the points whose residual may change sign within the box; sum up the others.
 
-    Chunk by chunk, in float64.
+    It goes chunk by chunk, in float64.
     """
     kept_points, kept_depths = [], []
     num_below = num_above = 0

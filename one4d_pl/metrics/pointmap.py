@@ -133,9 +133,9 @@ class PointmapError(Metric):
             self.collapsed += errors.collapsed
 
     def compute(self) -> dict[str, Tensor]:
-        """Return rel_error and inliers, both over all points and over moving ones.
+        """Return rel_error and inliers over all and over moving points, and collapsed.
 
-        And the share of clips whose prediction is collapsed.
+        `collapsed` is the share of clips whose prediction is collapsed.
         """
         rel_error, inliers = self.totals / self.clips
         rel_error_moving, inliers_moving = self.moving_totals / self.moving_clips

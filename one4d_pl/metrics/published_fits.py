@@ -24,11 +24,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-ADAM = {  # learning rate and most steps
+ADAM = {  # learning rate, number of steps at most
     "scale_shift_monst3r": (1e-4, 1000),
     "scale_shift_geo4d": (1e-2, 5000),
 }
-STOP_CHANGE = 1e-6  # least change of the sum of absolute errors that goes on, unit of the target
+STOP_CHANGE = 1e-6  # of the sum of absolute errors, unit of the target; a smaller change ends the fit
 WEISZFELD_STEPS = 10
 WEISZFELD_EPSILON = 1e-8  # added to a residual, unit of the target
 MIN_SCALE = 1e-3  # the Weiszfeld fit gives no smaller one

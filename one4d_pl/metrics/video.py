@@ -87,7 +87,7 @@ class VaeFeatures(nn.Module):
 
 
 class FrechetVideoDistance(FrechetInceptionDistance):
-    """torchmetrics' Fréchet distance on video features, in float64; `name` is that of the features.
+    """The Fréchet distance of torchmetrics on video features, in float64; `name` is the features'.
 
     update(videos, real) takes [B, 3, T, H, W] in [-1, 1]. With no more videos than features a
     covariance is singular and the distance biased upwards: compute() warns, and such numbers

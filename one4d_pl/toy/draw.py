@@ -39,7 +39,7 @@ _CLEARANCE = 0.6  # nothing comes nearer to the camera than this
 
 @dataclass(frozen=True)
 class Targets:
-    """What this clip must look like, drawn before its scene."""
+    """The targets that a clip must meet, drawn before its scene."""
 
     sky: bool
     depth_ratio: float  # p98 / p2 of finite depth

@@ -51,7 +51,7 @@ MOTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Level:
-    """What a scene of this level is drawn from.
+    """The ranges and choices that scenes of a level are drawn from.
 
     Shares are of the picture's half width at the thing's distance.
     """

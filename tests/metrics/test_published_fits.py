@@ -9,7 +9,7 @@ from torch import Tensor
 
 from one4d_pl.metrics import published_fits
 from one4d_pl.metrics.depth import align_depth, score_depth
-from one4d_pl.metrics.published_fits import ADAM, LOWEST_SCALE, adam_scale_shift, weiszfeld_scale
+from one4d_pl.metrics.published_fits import ADAM, MIN_SCALE, adam_scale_shift, weiszfeld_scale
 
 
 def noisy_copy(seed: int, factor: float = 1.0) -> tuple[Tensor, Tensor]:  # [1, 40, 50] float32 each
@@ -124,4 +124,4 @@ def test_weiszfeld_holds_its_scale_at_the_published_limit():
     preds, target = noisy_copy(0)
     for case in (-preds, 1e6 * preds, 0 * preds):
         fit = align_depth(case, target, everywhere(target), "scale_cut3r")
-        assert (float(fit.scale), float(fit.shift)) == (LOWEST_SCALE, 0)
+        assert (float(fit.scale), float(fit.shift)) == (MIN_SCALE, 0)
