@@ -12,7 +12,7 @@ from torch import Tensor
 from data_prep.sources.decoding import finite, nearest_rotations
 from one4d_pl.geometry.camera import resize_frames, resize_intrinsics, resize_nearest_valid
 from one4d_pl.geometry.se3 import invert_se3
-from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions, project_depth, recover_scene
+from one4d_pl.postopt.recover import project_depth, recover_scene
 from one4d_pl.types import Clip
 
 DEPTH_RANGE = 1e4  # of a clip's median depth, either way: beyond lie outliers that 16-bit log codes cannot hold
@@ -54,7 +54,7 @@ class Geometry:
             intrinsics, cam2world = _cameras(arrays, len(values), name)
             depth = geometry if axes == 3 else project_depth(geometry, intrinsics, invert_se3(cam2world))[0]
         else:
-            scene = _solve(geometry, trusted & geometry.isfinite().all(-1))
+            scene = recover_scene(geometry, trusted & geometry.isfinite().all(-1))
             if not bool(scene.report.solved.all()):
                 raise ValueError(f"{name}: no camera can be found for all frames ({', '.join(scene.report.flags)})")
             intrinsics, cam2world, depth = scene.intrinsics, scene.cam2world, scene.depth
@@ -123,14 +123,6 @@ def fit_to_frames(
     )
     frames, _ = resize_frames(frames, grown.intrinsics, *target)
     return frames, grown, None if moving is None else resize_nearest_valid(moving, *target)
-
-
-def _solve(pointmaps: Tensor, trusted: Tensor) -> RecoveredScene:
-    """Cameras with one focal length, or one per frame where that halves what is left over: the camera zooms."""
-    shared = recover_scene(pointmaps, trusted, RecoverOptions())
-    zooming = recover_scene(pointmaps, trusted, RecoverOptions(shared_focal=False))
-    left_over = [float(scene.report.residual.nanmean()) for scene in (shared, zooming)]
-    return zooming if left_over[1] < 0.5 * left_over[0] else shared
 
 
 def _trusted(

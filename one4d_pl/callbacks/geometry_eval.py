@@ -120,8 +120,8 @@ class GeometryEval(Callback):
 def recover_without_truth(pointmap: Tensor) -> RecoveredScene:  # [T, H, W, 3], normalised
     """Recover cameras and depth of a generated pointmap, on the CPU, from what a user would have.
 
-    Sky is what the pointmap itself marks as sky. All frames share one focal length, since the model
-    does not say whether a camera zooms: a clip that does (many of the toy world's) scores worse
+    Sky is what the pointmap itself marks as sky. All frames share one focal length unless the
+    points clearly contradict that: a clip that zooms (many of the toy world's do) may score worse
     than its pointmap deserves.
     """
     points = pointmap.cpu()

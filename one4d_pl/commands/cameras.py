@@ -4,11 +4,15 @@ POINTMAPS is a .npy of shape [T, H, W, 3], or a .npz with the array `pointmap` a
 (bool, or weights >= 0), or a scene folder of `generate`. Points may be in any frame and unit; what is not finite
 counts as no point.
 
+Told nothing, it takes one focal length, square pixels and a principal point at the image centre; where the points
+clearly contradict one of these, it is solved for, and the report says so. What is given is kept, and a contradiction
+is named.
+
 DIR gets
   cameras.json   intrinsics (pixels, centres at +0.5) and cam2world (OpenCV axes) per frame, in the pointmap's frame
   depth.npy      float32 [T, H, W], z in each frame's own camera; 0 = behind it, nan = no point
   valid.npy      bool [T, H, W], pixels with a point that was used
-  report.json    residuals, how far to trust the focal length, what is degenerate
+  report.json    residuals, how far to trust the focal length, what is unusual or degenerate
 DIR can be scored as it is: one4d evaluate --predictions (with DIR named after its sequence). A pixel
 without a point is scored as depth 0, as any answer that is missing; the report says how many there are.
 """
@@ -36,9 +40,36 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("pointmaps", type=Path, metavar="POINTMAPS", help=".npy, .npz or a scene folder, see above")
     add("--out", type=Path, required=True, metavar="DIR", help="folder to write, made if need be")
     add("--focal", type=float, help="known focal length fx, pixels; default: solved for")
-    add("--aspect", type=float, default=1.0, help="known fy / fx; default 1, square pixels")
-    add("--per-frame-focal", action="store_true", help="the camera zooms: one focal length per frame")
+    add("--aspect", type=_solve_or_ratio, metavar="RATIO", help="known fy / fx, or solve; default: 1, if that fits")
+    add(
+        "--principal-point",
+        type=_solve_or_point,
+        metavar="X,Y",
+        help="known, in pixels from the corner of the picture, or solve; default: the image centre, if that fits",
+    )
+    add(
+        "--per-frame-focal",
+        action=argparse.BooleanOptionalAction,
+        help="the camera zooms, or does not; default: one focal length for all frames, if that fits",
+    )
     add("--alpha2", type=float, default=0.01, help="weight of the trajectory's smoothness (Eq. 12); 0 = off")
+
+
+def _solve_or_ratio(text: str) -> float | str:
+    try:
+        return text if text == "solve" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, need a number or solve") from None
+
+
+def _solve_or_point(text: str) -> tuple[float, float] | str:
+    if text == "solve":
+        return text
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}, need two numbers X,Y or solve") from None
+    return x, y
 
 
 def run(args: argparse.Namespace) -> None:
@@ -55,7 +86,11 @@ def run(args: argparse.Namespace) -> None:
     start = time.perf_counter()
     try:
         options = RecoverOptions(
-            alpha2=args.alpha2, shared_focal=not args.per_frame_focal, focal=args.focal, aspect=args.aspect
+            alpha2=args.alpha2,
+            shared_focal=None if args.per_frame_focal is None else not args.per_frame_focal,
+            focal=args.focal,
+            aspect=args.aspect,
+            principal_point=args.principal_point,
         )
         scene = recover_scene(pointmap, valid, options)
     except ValueError as error:
@@ -96,14 +131,16 @@ def summary(scene: RecoveredScene, seconds: float) -> str:
     """What a person wants to know at once."""
     report = scene.report
     focal = scene.intrinsics[:, 0, 0]
+    aspect, (x, y) = float(scene.intrinsics[0, 1, 1] / focal[0]), scene.intrinsics[0, :2, 2].tolist()
     residual = report.residual[report.residual.isfinite()]
     depth = scene.depth[scene.depth > 0]
     lines = [
         f"{len(focal)} frames in {seconds:.1f} s, {int(report.solved.sum())} solved",
-        f"focal {float(focal.min()):.2f} .. {float(focal.max()):.2f} pixels",
+        f"focal {float(focal.min()):.2f} .. {float(focal.max()):.2f} pixels, fy / fx {aspect:.4f}, "
+        f"principal point {x:.2f}, {y:.2f}",
         "median depth " + (f"{float(depth.median()):.4g}" if len(depth) else "none"),
         "mean residual " + (f"{float(residual.mean()):.3g} (unit of the pointmap)" if len(residual) else "none"),
-        "degenerate: " + ("; ".join(report.flags) or "nothing"),
+        "unusual or degenerate: " + ("; ".join(report.flags) or "nothing"),
     ]
     return "\n".join(lines)
 

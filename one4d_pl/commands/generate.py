@@ -219,7 +219,7 @@ def _report(scene: Scene, out: Path, seconds: float) -> None:
     focal, surfaces = scene.intrinsics[:, 0, 0], float(scene.valid.float().mean())
     print(f"{scene.made['task']} to 4D: {num_frames} frames of {height}x{width} at {scene.fps:g} fps, {seconds:.0f} s")
     print(f"focal {float(focal.min()):.1f} .. {float(focal.max()):.1f} pixels, surfaces {surfaces:.0%} of the pixels")
-    print("degenerate: " + ("; ".join(scene.flags) or "nothing"))
+    print("unusual or degenerate: " + ("; ".join(scene.flags) or "nothing"))
     print(f"Look at {out}/panel.png, {out}/rgb.mp4, {out}/depth.mp4; walk around it: one4d view {out}")
 
 

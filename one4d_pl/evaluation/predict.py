@@ -136,7 +136,7 @@ def _through_vae(encoder: FrozenClipEncoder, points: Tensor, window: Window, fra
 
 
 def _recovery(sequence: EvalSequence) -> RecoverOptions:
-    return RecoverOptions(shared_focal=not sequence.zooms)
+    return RecoverOptions(shared_focal=False if sequence.zooms else None)
 
 
 def _cut(framing: Framing, maps: Tensor) -> Tensor:  # [t, height, width, 3] -> [t, inner_height, inner_width, 3]

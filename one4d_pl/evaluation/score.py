@@ -23,6 +23,7 @@ from one4d_pl.data.worker import become_worker
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.protocols import Protocol
+from one4d_pl.geometry.se3 import geodesic_angle, matrix_product, matrix_to_wxyz, wxyz_to_matrix
 from one4d_pl.interrupts import before_workers, uninterrupted
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.camera import camera_errors
@@ -34,6 +35,7 @@ from one4d_pl.scene.predictions import Prediction, find_prediction, read_predict
 ODD_SHARE = 1e-3  # of the scored pixels
 RANKED_PIXELS = 100_000  # of a sequence, about
 DISPARITY_CORRELATION = -0.3
+ODD_TURN = 1.0  # degrees, mean error of turns since frame 0 that is worth a second reading
 OTHER_UNIT = 100  # times the true depth, or 1 / 100 of it
 PARTS = ("all", "observed", "hidden")  # frames that depth is measured on
 
@@ -128,6 +130,7 @@ def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Predictio
             target = sequence.read_cameras()[1]
             errors = camera_errors(prediction.cam2world, target, torch.ones(len(target), dtype=torch.bool))
             cameras = {name: float(getattr(errors, name)) for name in CAMERA_ERRORS}
+            notes += odd_rotations(prediction.cam2world, target)
             degenerate = bool(errors.degenerate)
     return SequenceScore(sequence.name, sequence.num_frames, depth, fit, cameras, degenerate, tuple(notes))
 
@@ -189,6 +192,18 @@ def odd_depth(
     if len(usable) > 1 and _rank_correlation(preds[usable], target[usable]) < DISPARITY_CORRELATION:
         notes.append("predicted depth falls where the true one rises; if it is disparity, give 1 / disparity")
     return notes
+
+
+def odd_rotations(preds: Tensor, target: Tensor) -> list[str]:  # [T, 4, 4] x 2, camera to world
+    """Whether turns agree better with the truth when their quaternions' parts are put in the other order, in words."""
+    w, x, y, z = matrix_to_wxyz(preds[:, :3, :3].double()).unbind(-1)
+    other = wxyz_to_matrix(torch.stack([z, w, x, y], dim=-1))  # a file's x y z w was read as w x y z
+    found = (target[:, :3, :3].double(), preds[:, :3, :3].double(), other)
+    true, given, swapped = (matrix_product(rotation[:1].mT, rotation) for rotation in found)
+    errors = [math.degrees(float(geodesic_angle(turns, true).mean())) for turns in (given, swapped)]
+    if errors[0] < ODD_TURN or errors[1] > 0.5 * errors[0]:
+        return []
+    return [f"turns are off by {errors[0]:.1f} degrees; read as x y z w, the quaternions are off by {errors[1]:.1f}"]
 
 
 def odd_fit(

@@ -252,7 +252,7 @@ class One4DPipeline:
             return torch.cat([torch.randn(1, *shape[1:], generator=generator) for _ in MODALITIES])
 
         parts, points = self.sample_windows(prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)
-        recovered = recover_video(windows, points, RecoverOptions(shared_focal=not zooms))
+        recovered = recover_video(windows, points, RecoverOptions(shared_focal=False if zooms else None))
         return Scene(
             frames=to_bytes((join_frames(windows, parts) + 1) / 2),
             pointmap=recovered.pointmap,

@@ -1,14 +1,14 @@
 """Pixels with their points, and what they say of the focal length alone: one vote per frame by DLT, a median, a prior.
 
-Square pixels, principal point at the image centre. Inside this room pixels are measured from the centre in units of the
-longer side, y divided by the known aspect fy / fx, so that one number, the focal length in longer sides, is all there
-is to find; its ray is (x / focal, y / focal, 1). Everything is float64: the normal matrices have conditions up to 1e12.
+Inside this room pixels are measured from the principal point in units of the longer side, y divided by the aspect
+fy / fx, so that one number, the focal length in longer sides, makes the ray (x / focal, y / focal, 1). Aspect and
+principal point are the `Lens` of the samples. Everything is float64: the normal matrices have conditions up to 1e12.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,26 +19,41 @@ _THIN = 0.1  # thickness in widths: points may be a plane, and a camera matrix f
 
 
 @dataclass(frozen=True)
+class Lens:
+    """What the intrinsics of all frames share besides the focal length."""
+
+    aspect: float = 1.0  # fy / fx
+    x: float = 0.0  # principal point from the image centre, longer sides
+    y: float = 0.0
+
+
+@dataclass(frozen=True)
 class Samples:
     """Some pixels of every frame: the same positions in all of them."""
 
     points: Tensor  # [T, N, 3] float64, 0 where weights are 0
     weights: Tensor  # [T, N] float64, 0 = nothing known
-    x: Tensor  # [N] float64, from the image centre in longer sides
+    x: Tensor  # [N] float64, from the principal point in longer sides
     y: Tensor  # [N] float64, the same, divided by the aspect
+    lens: Lens = Lens()  # whose principal point and aspect these are
 
     def take(self, frames: Tensor) -> Samples:  # frames: [T] bool, or indices
         """The samples of some frames."""
-        return Samples(self.points[frames], self.weights[frames], self.x, self.y)
+        return replace(self, points=self.points[frames], weights=self.weights[frames])
 
-    def pixels(self, chosen: Tensor) -> Samples:  # chosen: [N] bool
+    def pixels(self, chosen: Tensor | slice) -> Samples:  # chosen: [N] bool
         """The samples at some positions."""
-        return Samples(self.points[:, chosen], self.weights[:, chosen], self.x[chosen], self.y[chosen])
+        return Samples(self.points[:, chosen], self.weights[:, chosen], self.x[chosen], self.y[chosen], self.lens)
 
     def normalised(self, centre: Tensor, unit: Tensor) -> Samples:  # [3], scalar
         """The points in the frame whose origin is `centre`, measured in `unit`s."""
-        points = torch.where(self.weights[..., None] > 0, (self.points - centre) / unit, 0)
-        return Samples(points, self.weights, self.x, self.y)
+        return replace(self, points=torch.where(self.weights[..., None] > 0, (self.points - centre) / unit, 0))
+
+    def through(self, lens: Lens) -> Samples:
+        """The same pixels, measured through another lens."""
+        x = self.x + (self.lens.x - lens.x)
+        y = (self.y * self.lens.aspect + (self.lens.y - lens.y)) / lens.aspect
+        return replace(self, x=x, y=y, lens=lens)
 
 
 def prior_focal(height: int, width: int, aspect: float) -> float:
@@ -53,20 +68,20 @@ def intrinsics_matrix(
     focal: Tensor,  # [...], longer sides
     height: int,
     width: int,
-    aspect: float,  # fy / fx
+    lens: Lens,
 ) -> Tensor:  # [..., 3, 3], pixels, dtype of focal
-    """Intrinsics with the principal point at the image centre."""
+    """Intrinsics in pixels."""
+    side = max(height, width)
     matrix = torch.zeros(*focal.shape, 3, 3, dtype=focal.dtype, device=focal.device)
-    matrix[..., 0, 0] = focal * max(height, width)
-    matrix[..., 1, 1] = focal * max(height, width) * aspect
-    matrix[..., 0, 2], matrix[..., 1, 2], matrix[..., 2, 2] = width / 2, height / 2, 1
+    matrix[..., 0, 0], matrix[..., 1, 1] = focal * side, focal * side * lens.aspect
+    matrix[..., 0, 2], matrix[..., 1, 2] = width / 2 + lens.x * side, height / 2 + lens.y * side
+    matrix[..., 2, 2] = 1
     return matrix
 
 
 def sample_grid(
     pointmap: Tensor,  # [T, H, W, 3]
     weights: Tensor | None,  # [T, H, W] bool or >= 0
-    aspect: float,
     count: int,  # most pixels per frame
 ) -> Samples:
     """Every n-th pixel of every n-th row, n the smallest that keeps at most `count` of them."""
@@ -80,14 +95,13 @@ def sample_grid(
     known = _known(points)
     if weights is not None:
         known = known * weights[:, rows[:, None], columns].flatten(1, 2).double()
-    x, y = _positions(rows, columns, height, width, aspect)
+    x, y = _positions(rows, columns, height, width)
     return Samples(torch.where(known[..., None] > 0, points, 0), known, x, y)
 
 
 def sample_medians(
     pointmap: Tensor,  # [T, H, W, 3]
     weights: Tensor | None,  # [T, H, W] bool or >= 0
-    aspect: float,
     count: int,  # about so many pixels per frame
 ) -> Samples:
     """An even grid of pixels, each with the median of the 3x3 points around it, coordinate by coordinate.
@@ -97,7 +111,7 @@ def sample_medians(
     """
     height, width = pointmap.shape[1:3]
     if min(height, width) < 3:
-        return sample_grid(pointmap, weights, aspect, height * width)
+        return sample_grid(pointmap, weights, height * width)
     num_rows = min(height - 2, max(1, round(math.sqrt(count * height / width))))
     num_columns = min(width - 2, max(1, round(count / num_rows)))
     rows = _even(height, num_rows, pointmap.device)
@@ -111,15 +125,16 @@ def sample_medians(
         known = known * weights[:, block_rows, block_columns].flatten(3, 4).flatten(1, 2).double()
     median = torch.where(known[..., None] > 0, points, torch.nan).nanmedian(2).values
     cell_weights = known.mean(-1)
-    x, y = _positions(rows, columns, height, width, aspect)
+    x, y = _positions(rows, columns, height, width)
     return Samples(torch.where(cell_weights[..., None] > 0, median, 0), cell_weights, x, y)
 
 
-def focal_votes(samples: Samples) -> Tensor:  # [T], longer sides; nan = no vote
-    """The focal length of each frame by itself, from its camera matrix (normalised DLT, Hartley & Zisserman 7.1).
+def camera_votes(samples: Samples) -> tuple[Tensor, Tensor]:  # [T], longer sides; [T, 3]: aspect, principal point
+    """Focal length and lens of each frame by itself, from its camera matrix (normalised DLT, Hartley & Zisserman 7.1).
 
-    A frame whose camera matrix is not unique (planar or far too few points) has no vote, nor has one that sees its
-    points mirrored (camera matrix of negative determinant).
+    The focal length is that of square pixels, √(fx fy); aspect and principal point are relative to the samples' lens.
+    A frame whose camera matrix is not unique (planar or far too few points) has no vote: nan. Nor has one that sees
+    its points mirrored (camera matrix of negative determinant).
     """
     points = _unit_points(samples)
     eigenvalues, eigenvectors = _direct_linear_transform(points, samples)
@@ -131,8 +146,11 @@ def focal_votes(samples: Samples) -> Tensor:  # [T], longer sides; nan = no vote
     upright = torch.linalg.det(camera[..., :3]) > 0
     # m1 = fx r1 + cx r3 and m3 = r3: the cross product drops what noise put into the principal point.
     fx, fy = (torch.linalg.vector_norm(torch.linalg.cross(row, third), dim=-1) for row in (first, second))
-    focal = (fx * fy).sqrt() / third.square().sum(-1)
-    return _within_bounds(torch.where(unique & upright, focal, torch.nan))
+    square = third.square().sum(-1)
+    x, y = ((row * third).sum(-1) / square for row in (first, second))
+    focal = _within_bounds(torch.where(unique & upright, (fx * fy).sqrt() / square, torch.nan))
+    lens = torch.stack([fy / fx, x, y], dim=-1)
+    return focal, torch.where(focal.isfinite()[:, None], lens, torch.nan)
 
 
 def plane_votes(samples: Samples) -> Tensor:  # [T], longer sides; nan = no vote
@@ -209,10 +227,10 @@ def _even(size: int, count: int, device: torch.device) -> Tensor:  # -> [count] 
     return (1 + (torch.arange(count, device=device) + 0.5) * (size - 2) / count).long()
 
 
-def _positions(rows: Tensor, columns: Tensor, height: int, width: int, aspect: float) -> tuple[Tensor, Tensor]:
-    """Pixel centres [h·w] each, from the image centre in longer sides, y divided by the aspect."""
+def _positions(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
+    """Pixel centres [h·w] each, from the image centre in longer sides."""
     side = max(height, width)
     y, x = torch.meshgrid(
-        (rows.double() + 0.5 - height / 2) / (side * aspect), (columns.double() + 0.5 - width / 2) / side, indexing="ij"
+        (rows.double() + 0.5 - height / 2) / side, (columns.double() + 0.5 - width / 2) / side, indexing="ij"
     )
     return x.flatten(), y.flatten()

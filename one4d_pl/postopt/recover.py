@@ -4,14 +4,16 @@
 2. Closed form: a focal vote per frame (DLT) against a ladder of focal lengths, then a pose per frame (SQPnP).
 3. Newton's method on all poses and the focal length, first on the blocks, then on the grid. The smoothness weight is
    lowered, down to none, where pixels left out of the fit show that it costs accuracy: many pixels need no such help.
-4. A focal length that the points do not determine is replaced by the prior, and the poses are solved again for it.
-5. Depth: each point's projection onto its pixel's ray.
+4. One focal length, square pixels and a centred principal point are assumed. Where quarters of the picture left out of
+   the fit all speak against one of these, it is solved for (`model_choice`).
+5. A focal length that the points do not determine is replaced by the prior, and the poses are solved again for it.
+6. Depth: each point's projection onto its pixel's ray.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,54 +21,15 @@ from torch import Tensor
 from one4d_pl.geometry.alignment import Similarity
 from one4d_pl.geometry.camera import camera_rays
 from one4d_pl.geometry.se3 import invert_se3, se3_matrix
-from one4d_pl.postopt.intrinsics import (
-    Samples,
-    focal_candidates,
-    focal_votes,
-    intrinsics_matrix,
-    plane_votes,
-    prior_focal,
-    sample_grid,
-    sample_medians,
-)
-from one4d_pl.postopt.refine import FocalMode, Objective, Refined, credible_alpha2, refine
-from one4d_pl.postopt.trajectory import (
-    Cameras,
-    best_focal,
-    fill_missing,
-    motion_flags,
-    ray_distance,
-    solvable_frames,
-    solve_poses,
-)
+from one4d_pl.postopt.certainty import motion_flags
+from one4d_pl.postopt.intrinsics import Lens, Samples, intrinsics_matrix, prior_focal, sample_grid, sample_medians
+from one4d_pl.postopt.model_choice import fit
+from one4d_pl.postopt.options import RecoverOptions
+from one4d_pl.postopt.refine import Refined
+from one4d_pl.postopt.trajectory import Cameras, fill_missing, ray_distance, solvable_frames
 
 _BLOCKS = 768  # per frame, for the start
-_MIN_FOCAL_CONDITION = 1e-6  # depths that differ by 0.3 % of the distance
-_MAX_FOCAL_DEVIATION = 0.1  # of log focal
 _TRUSTED = 5.0  # noise deviations: inliers of the report
-
-
-@dataclass(frozen=True)
-class RecoverOptions:
-    """What is known of the camera, and the objective's weights (One4D, Eq. 12)."""
-
-    alpha1: float = 1.0  # mean distance of points and recovered points
-    alpha2: float = 0.01  # mean smoothness of the trajectory at most, see `credible_alpha2` (MonST3R 0.01); 0 = off
-    shared_focal: bool = True  # one focal length for the clip; False: zooming cameras, one per frame
-    focal: float | None = None  # known fx in pixels; None = solved for
-    aspect: float = 1.0  # known fy / fx; 1 = square pixels
-    pixels_per_frame: int = 14000  # pixels of the last steps: 88 x 156 whole, every fourth row and column of 352 x 624
-
-    def __post_init__(self) -> None:
-        for name in ("alpha1", "aspect", "pixels_per_frame"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"postopt.{name}: {getattr(self, name)}, need more than 0")
-        if not self.alpha2 >= 0:
-            raise ValueError(f"postopt.alpha2: {self.alpha2}, need 0 (off) or more")
-        if self.focal is not None and not (math.isfinite(self.focal) and self.focal > 0):
-            raise ValueError(
-                f"postopt.focal: {self.focal}, need a finite number of pixels > 0, or null to solve for it"
-            )
 
 
 @dataclass(frozen=True)
@@ -95,7 +58,7 @@ class RecoverReport:
     alpha2: float  # used: at most the option's
     focal_condition: float  # 0 .. 1; 0 = a change of focal length looks like a change of pose; worst frame if per frame
     focal_deviation: float  # of log focal, as if pixels were independent; 0 = known; inf = not observable
-    flags: tuple[str, ...]  # what is degenerate, in words
+    flags: tuple[str, ...]  # what is unusual or degenerate, in words
     seams: tuple[Seam, ...] = ()  # of a video in several windows (`windows`), one fewer than those
 
 
@@ -121,7 +84,7 @@ class RecoveredScene:
 
     @property
     def flags(self) -> tuple[str, ...]:
-        """Say what is degenerate, seams included."""
+        """Say what is unusual or degenerate, seams included."""
         return self.report.flags + tuple(flag for seam in self.report.seams for flag in seam.flags)
 
 
@@ -139,26 +102,29 @@ def recover_scene(
     options = options or RecoverOptions()
     _check(pointmap, valid)
     height, width = pointmap.shape[1:3]
-    blocks = sample_medians(pointmap, valid, options.aspect, _BLOCKS)
-    grid = sample_grid(pointmap, valid, options.aspect, options.pixels_per_frame)
-    prior = prior_focal(height, width, options.aspect)
-    known = None if options.focal is None else options.focal / max(height, width)
+    side = max(height, width)
+    lens = _known_lens(options, height, width)
+    blocks = sample_medians(pointmap, valid, _BLOCKS).through(lens)
+    grid = sample_grid(pointmap, valid, options.pixels_per_frame).through(lens)
+    prior = prior_focal(height, width, lens.aspect)
+    known = None if options.focal is None else options.focal / side
 
     centre, unit = _scene_frame(blocks)
     blocks, grid = blocks.normalised(centre, unit), grid.normalised(centre, unit)
-    solved = solvable_frames(blocks)
+    solved = solvable_frames(blocks) & solvable_frames(grid)
     if bool(solved.any()):
         some = (blocks, grid) if bool(solved.all()) else (blocks.take(solved), grid.take(solved))  # no copy of all
-        refined, flags = _solve(*some, prior, known, options)
-        cameras = fill_missing(refined.cameras, solved)
-        flags += motion_flags(cameras, distance=1.0)
+        refined, flags = fit(*some, prior, known, options)
+        cameras, lens = fill_missing(refined.cameras, solved), refined.lens
+        flags += motion_flags(refined.cameras, refined.pose_information, distance=1.0)
     else:
         refined, cameras, flags = None, _default_cameras(pointmap, known or prior), ("no geometry",)
         centre = torch.zeros_like(centre)
     if refined is not None and not bool(solved.all()):
         flags += ("interpolated poses",)
 
-    intrinsics = intrinsics_matrix(cameras.log_focal.exp(), height, width, options.aspect)
+    grid = grid.through(lens)
+    intrinsics = intrinsics_matrix(cameras.log_focal.exp(), height, width, lens)
     cam2world = se3_matrix(cameras.rotation.mT, centre + unit * cameras.centre)
     depth, behind = project_depth(pointmap, intrinsics, invert_se3(cam2world))
     if float(behind.amax()) > 0.5:
@@ -201,6 +167,16 @@ def _check(pointmap: Tensor, valid: Tensor | None) -> None:
         raise ValueError(f"valid: {list(valid.shape)}, need the pointmap's [T, H, W] = {list(pointmap.shape[:3])}")
 
 
+def _known_lens(options: RecoverOptions, height: int, width: int) -> Lens:
+    """What is given of the lens, and the plain one for the rest."""
+    aspect = options.aspect if isinstance(options.aspect, (int, float)) else 1.0
+    if not isinstance(options.principal_point, tuple):
+        return Lens(aspect)
+    x, y = options.principal_point
+    side = max(height, width)
+    return Lens(aspect, (x - width / 2) / side, (y - height / 2) / side)
+
+
 def _scene_frame(blocks: Samples) -> tuple[Tensor, Tensor]:  # [3], []
     """A robust centre and size of the scene: rounding and thresholds must not depend on where it lies or its unit."""
     points = blocks.points[blocks.weights > 0]
@@ -217,38 +193,6 @@ def _default_cameras(pointmap: Tensor, focal: float) -> Cameras:
     eye = torch.eye(3, dtype=torch.float64, device=device).expand(shape, 3, 3)
     log_focal = torch.full((shape,), math.log(focal), dtype=torch.float64, device=device)
     return Cameras(log_focal, eye, torch.zeros(shape, 3, dtype=torch.float64, device=device))
-
-
-def _solve(
-    blocks: Samples, grid: Samples, prior: float, known: float | None, options: RecoverOptions
-) -> tuple[Refined, tuple[str, ...]]:
-    """Closed form, refinement, and the prior where the focal length is not observable."""
-    if known is not None:
-        return _solve_with(blocks, grid, blocks.points.new_tensor(known), "fixed", options), ()
-    mode: FocalMode = "shared" if options.shared_focal else "per_frame"
-    votes = torch.stack([focal_votes(blocks), plane_votes(blocks)])
-    focal = best_focal(blocks, focal_candidates(votes, prior))
-    refined = _solve_with(blocks, grid, focal, mode, options)
-    hidden = (refined.focal_condition < _MIN_FOCAL_CONDITION) | (refined.focal_deviation > _MAX_FOCAL_DEVIATION)
-    if not bool(hidden.any()):
-        return refined, ()
-    if mode == "per_frame" and not bool(hidden.all()):  # the other frames know better than the prior
-        log_focal = refined.cameras.log_focal
-        focals = torch.where(hidden, log_focal[~hidden].median(), log_focal).exp()
-        fixed, flag = _solve_with(blocks, grid, focals, "fixed", options), "focal of some frames from the others"
-    else:
-        fixed, flag = _solve_with(blocks, grid, focal.new_tensor(prior), "fixed", options), "focal from prior"
-    unseen = replace(fixed, focal_condition=refined.focal_condition, focal_deviation=refined.focal_deviation)
-    return unseen, (flag,)
-
-
-def _solve_with(blocks: Samples, grid: Samples, focal: Tensor, mode: FocalMode, options: RecoverOptions) -> Refined:
-    objective = Objective(options.alpha1, options.alpha2, mode)
-    cameras = solve_poses(blocks, focal.expand(len(blocks.points)))
-    coarse = refine(cameras, blocks, replace(objective, alpha2=0.0), 1e-4)
-    alpha2, start = credible_alpha2(coarse.cameras, grid, objective)
-    dense = refine(coarse.cameras, grid, replace(objective, alpha2=alpha2), 1e-6, start)
-    return replace(dense, iterations=coarse.iterations + dense.iterations)
 
 
 def _report(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from one4d_pl.geometry.se3 import geodesic_angle, matrix_product, rotate, so3_exp, so3_log
+from one4d_pl.geometry.se3 import matrix_product, rotate, so3_exp, so3_log
 from one4d_pl.postopt.intrinsics import Samples, principal_axes
 
 _ROUNDS = 4  # reweightings of a pose; the joint refinement does the rest
@@ -122,7 +122,7 @@ def _solve_weighted(
     """SQPnP (weighted least squares) from given rotations [T, C, 3, 3], or from the form's own."""
     weights = samples.weights / samples.weights.sum(-1, keepdim=True)
     mean = (weights[..., None] * samples.points).sum(1)
-    centred = Samples(samples.points - mean[:, None], weights, samples.x, samples.y)
+    centred = replace(samples, points=samples.points - mean[:, None], weights=weights)
     omega, to_translation = _quadratic_form(centred, directions)
     if starts is None:
         starts = _starts(omega, principal_axes(centred.points, weights)[1][..., :2], _ROUGH_STARTS if rough else 4)
@@ -223,15 +223,6 @@ def fill_missing(
         matrix_product(so3_exp(share * turn), start.rotation),
         torch.lerp(start.centre, end.centre, share),
     )
-
-
-def motion_flags(cameras: Cameras, distance: float) -> tuple[str, ...]:
-    """Whether the camera rests or only turns: centres within 1/1000 of the distance, turns within 0.1 degree."""
-    spread = torch.linalg.vector_norm(cameras.centre - cameras.centre.mean(0), dim=-1).amax()
-    turned = geodesic_angle(cameras.rotation[:1], cameras.rotation).amax()
-    if len(cameras.centre) == 1 or float(spread) > 1e-3 * distance:
-        return ()
-    return ("static camera",) if float(turned) < 1.75e-3 else ("pure rotation",)
 
 
 def _quadratic_form(samples: Samples, directions: Tensor) -> tuple[Tensor, Tensor]:

@@ -29,11 +29,15 @@ from torch import Tensor
 from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.errors import reading
 from one4d_pl.files import open_whole, read_json, read_text, write_json
-from one4d_pl.geometry.se3 import is_rotation, se3_matrix, wxyz_to_matrix
+from one4d_pl.geometry.se3 import geodesic_angle, is_rotation, se3_matrix, wxyz_to_matrix
 from one4d_pl.postopt.recover import RecoveredScene, RecoverReport
 from one4d_pl.scene.framing import Placement
 
 FORMAT = "one4d_pl cameras 1"
+XYZW = (
+    "pred_traj.txt begins with the rotation 0 0 0 1, half a turn: its quaternions are x y z w, as TUM's; write w x y z"
+)
+HALF_TURN_WITHIN = 0.02  # radians
 DATASET_PREFIXES = ("", "rgbd_dataset_freiburg3_", "rgbd_bonn_")  # of TUM's and Bonn's own folders
 
 
@@ -47,7 +51,7 @@ class Prediction:
     valid: Tensor | None = None  # [T, h, w] bool, usable for fitting the alignment; None = everywhere
     placement: Placement | None = None  # of the depth map on the image; None = it shows all of it
     given: tuple[int, ...] | None = None  # frames that the model was shown; None = unknown
-    flags: tuple[str, ...] = ()  # what is degenerate, in words
+    flags: tuple[str, ...] = ()  # what is unusual or degenerate, in words
 
     @staticmethod
     def of(
@@ -173,11 +177,19 @@ def _read_frames(folder: Path) -> Prediction:
             "camera/"
         )
     cam2world = None
+    flags: tuple[str, ...] = ()
     if (matrices := _load(poses)) is not None:
         cam2world = _four_rows(matrices)
     elif trajectory.is_file():
         cam2world = read_wxyz_trajectory(trajectory)
-    return Prediction(_stack_maps(files) if files else None, cam2world)
+        if len(cam2world) and _is_half_turn(cam2world[0, :3, :3]):
+            flags = (XYZW,)
+    return Prediction(_stack_maps(files) if files else None, cam2world, flags=flags)
+
+
+def _is_half_turn(rotation: Tensor) -> bool:
+    """Whether a rotation is half a turn about z, or nearly: what the identity's 0 0 0 1 is when w is read first."""
+    return bool(geodesic_angle(rotation, torch.diag(rotation.new_tensor([-1, -1, 1]))) < HALF_TURN_WITHIN)
 
 
 def _read_demo(folder: Path) -> Prediction:

@@ -45,7 +45,7 @@ class Scene:
     prompt: str = ""
     given: tuple[int, ...] = ()  # frames that the model was shown
     placement: Placement | None = None  # of the frames on the images they were made from; None = as large
-    flags: tuple[str, ...] = ()  # what is degenerate, in words
+    flags: tuple[str, ...] = ()  # what is unusual or degenerate, in words
     report: dict[str, object] = field(default_factory=dict)  # of the camera recovery, as json can hold it
     made: dict[str, object] = field(default_factory=dict)  # seed, steps, guidance, adapters: how it was made
 

@@ -174,6 +174,12 @@ def test_pointmaps_become_cameras_and_depth(tmp_path, capsys):
     assert cameras.main([str(tmp_path / "scene.npy"), "--out", str(tmp_path / "known"), *known]) == 0
     fixed = read_prediction(tmp_path / "known").intrinsics
     assert fixed is not None and fixed[:, 0, 0].tolist() == pytest.approx([float(known[1])] * 5)
+    lens = ["--principal-point", "17,11.5", "--aspect", "1.25", "--no-per-frame-focal"]
+    assert cameras.main([str(tmp_path / "scene.npy"), "--out", str(tmp_path / "lens"), *lens]) == 0
+    printed = capsys.readouterr().out
+    assert "fy / fx 1.2500, principal point 17.00, 11.50" in printed and "points contradict" in printed
+    fixed = read_prediction(tmp_path / "lens").intrinsics
+    assert fixed is not None and fixed[:, :2, 2].tolist() == [[17, 11.5]] * 5
 
 
 @pytest.mark.parametrize(
@@ -198,10 +204,23 @@ def test_the_cameras_door_names_what_is_wrong(tmp_path, capsys, content, message
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--principal-point", "17"], "'17', need two numbers X,Y or solve"),
+        (["--aspect", "wide"], "'wide', need a number or solve"),
+    ],
+)
+def test_the_cameras_door_names_a_lens_that_is_none(tmp_path, capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        cameras.main([str(tmp_path / "scene.npy"), "--out", str(tmp_path / "out"), *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_a_constant_pointmap_gets_a_flagged_answer_and_no_error(tmp_path, capsys):
     np.save(tmp_path / "scene.npy", np.ones((2, 8, 8, 3)))
     assert cameras.main([str(tmp_path / "scene.npy"), "--out", str(tmp_path / "out")]) == 0
-    assert "degenerate: no geometry" in capsys.readouterr().out
+    assert "unusual or degenerate: no geometry" in capsys.readouterr().out
     assert "no geometry" in read_prediction(tmp_path / "out").flags
 
 

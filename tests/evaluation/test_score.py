@@ -13,10 +13,10 @@ from torch import Tensor
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark
 from one4d_pl.evaluation.protocols import PROTOCOLS, Protocol
-from one4d_pl.evaluation.score import BenchmarkScore, score_benchmark, score_sequence
+from one4d_pl.evaluation.score import BenchmarkScore, odd_rotations, score_benchmark, score_sequence
 from one4d_pl.evaluation.tables import Row, markdown, sequences_csv, write_report
 from one4d_pl.geometry.pointmap import depth_to_pointmap
-from one4d_pl.geometry.se3 import matrix_to_wxyz, rebase_to_first
+from one4d_pl.geometry.se3 import matrix_to_wxyz, rebase_to_first, so3_exp, wxyz_to_matrix
 from one4d_pl.metrics.camera import path_length
 from one4d_pl.postopt.recover import RecoverOptions, recover_scene
 from one4d_pl.scene.predictions import (
@@ -288,3 +288,22 @@ def test_the_table_says_it_in_one_line(tmp_path, sequences):
     score = score_benchmark("toy", sequences, tmp_path, PROTOCOL)
     lines = [line for line in markdown([Row("theirs", score, {})], 16, None).splitlines() if "predicted depth" in line]
     assert len(lines) == 1 and all(sequence.name in lines[0] for sequence in sequences)
+
+
+def test_quaternions_with_the_scalar_last_are_told(tmp_path):
+    lines = {"wrong": "0 0 0 0  0 0 0 1\n1 1 0 0  0 0 0.1 0.99\n", "right": "0 0 0 0  1 0 0 0\n1 1 0 0  0.99 0 0 0.1\n"}
+    for name, text in lines.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "pred_traj.txt").write_text(text)
+    assert "x y z w" in " ".join(read_prediction(tmp_path / "wrong").flags)
+    assert read_prediction(tmp_path / "right").flags == ()
+
+
+def test_turns_that_fit_the_truth_in_the_other_order_are_told(sequences):
+    target = sequences[0].read_cameras()[1]
+    turned = so3_exp(torch.linspace(0, 0.5, len(target)).double()[:, None] * torch.tensor([0.3, 0.6, -0.2]).double())
+    target[:, :3, :3] = target[:, :3, :3] @ turned
+    assert odd_rotations(target, target) == []
+    misread = target.clone()
+    misread[:, :3, :3] = wxyz_to_matrix(matrix_to_wxyz(target[:, :3, :3]).roll(-1, dims=-1))  # w x y z -> x y z w
+    assert "x y z w" in odd_rotations(misread, target)[0]

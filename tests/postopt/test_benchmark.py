@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.postopt.benchmark_gradient_fit import build_world, compare
+from tests.postopt.benchmark_gradient_fit import compare
+from tests.postopt.worlds import build_world
 
 TOLERANCE = 1.05  # two estimates from the same noise differ by chance; 5 % is none
 

@@ -11,9 +11,10 @@ from torch import Tensor
 from one4d_pl.geometry.camera import unproject
 from one4d_pl.geometry.se3 import geodesic_angle, so3_exp
 from one4d_pl.postopt.intrinsics import (
+    Lens,
     Samples,
+    camera_votes,
     focal_candidates,
-    focal_votes,
     intrinsics_matrix,
     plane_votes,
     prior_focal,
@@ -51,16 +52,17 @@ def relief() -> Tensor:
 
 
 def test_every_frame_votes_for_the_exact_focal():
-    votes = focal_votes(seen_by(relief())[0])
+    votes, lenses = camera_votes(seen_by(relief())[0])
     torch.testing.assert_close(votes, torch.full_like(votes, FOCAL), rtol=1e-9, atol=0)
+    torch.testing.assert_close(lenses, torch.tensor([1.0, 0, 0]).double().expand(FRAMES, 3), rtol=0, atol=1e-8)
 
 
 def test_a_plane_and_a_mirrored_scene_have_no_vote():
     samples, _ = seen_by(torch.ones(FRAMES, 200).double())
-    assert bool(focal_votes(samples).isnan().all())
+    assert bool(camera_votes(samples)[0].isnan().all())
     samples, _ = seen_by(relief())
     mirrored = Samples(-samples.points, samples.weights, samples.x, samples.y)
-    assert bool(focal_votes(mirrored).isnan().all())
+    assert bool(camera_votes(mirrored)[0].isnan().all())
 
 
 def test_a_slanted_plane_votes_for_the_exact_focal_and_relief_does_not_vote_as_a_plane():
@@ -133,9 +135,9 @@ def test_missing_poses_are_interpolated_inside_and_held_outside():
 @pytest.mark.parametrize("sampler", [sample_grid, sample_medians])
 def test_samples_of_a_plane_lie_on_the_rays_of_their_pixels(size: tuple[int, int], sampler) -> None:
     height, width = size
-    intrinsics = intrinsics_matrix(torch.tensor([FOCAL], dtype=torch.float64), height, width, aspect=1.25)
+    intrinsics = intrinsics_matrix(torch.tensor([FOCAL], dtype=torch.float64), height, width, Lens(1.25))
     pointmap = unproject(torch.full((1, height, width), 2.0).double(), intrinsics)
-    samples = sampler(pointmap, None, 1.25, 100)
+    samples = sampler(pointmap, None, 100).through(Lens(1.25))
     camera = Cameras(
         torch.tensor([FOCAL], dtype=torch.float64).log(), torch.eye(3).double()[None], torch.zeros(1, 3).double()
     )
@@ -146,16 +148,16 @@ def test_samples_of_a_plane_lie_on_the_rays_of_their_pixels(size: tuple[int, int
 def test_medians_outvote_four_of_nine_points_and_count_valid_ones_alone():
     pointmap = torch.ones(1, 3, 3, 3)
     pointmap[0, 0], pointmap[0, 1, 0] = 100, torch.nan
-    samples = sample_medians(pointmap, None, 1.0, 1)
+    samples = sample_medians(pointmap, None, 1)
     assert samples.points.tolist() == [[[1.0, 1.0, 1.0]]]
     assert float(samples.weights) == pytest.approx(8 / 9)
     only_bad = torch.zeros(1, 3, 3, dtype=torch.bool)
     only_bad[0, 0] = True
-    assert sample_medians(pointmap, only_bad, 1.0, 1).points.tolist() == [[[100.0, 100.0, 100.0]]]
+    assert sample_medians(pointmap, only_bad, 1).points.tolist() == [[[100.0, 100.0, 100.0]]]
 
 
 def test_the_prior_spans_the_longer_side():
     for height, width, aspect in ((90, 160, 1.0), (160, 90, 1.0), (160, 90, 1.3)):
-        matrix = intrinsics_matrix(torch.tensor(prior_focal(height, width, aspect)), height, width, aspect)
+        matrix = intrinsics_matrix(torch.tensor(prior_focal(height, width, aspect)), height, width, Lens(aspect))
         focal, side = (matrix[0, 0], width) if width > height else (matrix[1, 1], height)
         assert math.degrees(2 * math.atan(side / 2 / float(focal))) == pytest.approx(60, abs=1e-4)

@@ -14,15 +14,12 @@ import torch
 from torch import Tensor
 
 from one4d_pl.geometry.se3 import geodesic_angle, so3_exp
+from one4d_pl.postopt.certainty import MIN_CONDITION
 from one4d_pl.postopt.intrinsics import Samples, sample_grid
-from one4d_pl.postopt.recover import (
-    _MAX_FOCAL_DEVIATION,
-    _MIN_FOCAL_CONDITION,
-    RecoveredScene,
-    RecoverOptions,
-    recover_scene,
-)
-from one4d_pl.postopt.refine import Objective, refine
+from one4d_pl.postopt.model_choice import MAX_FOCAL_DEVIATION
+from one4d_pl.postopt.normal_equations import Objective
+from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions, recover_scene
+from one4d_pl.postopt.refine import refine
 from one4d_pl.postopt.trajectory import Cameras, ray_distance, rays, solve_poses
 
 HEIGHT, WIDTH = 24, 32
@@ -68,7 +65,7 @@ def _draw_plane(seed: int, noise: float, focal: float, relief: float) -> tuple[T
 
 def count_wrong(planes: Planes, scene: RecoveredScene, known: bool) -> int:
     """Frames off by more than a degree beyond what the noise explains, or falsely said not to show the focal length."""
-    samples = sample_grid(planes.pointmap, planes.valid, 1.0, HEIGHT * WIDTH)
+    samples = sample_grid(planes.pointmap, planes.valid, HEIGHT * WIDTH)
     points = samples.points[samples.weights > 0]
     centre = points.median(0).values
     unit = torch.linalg.vector_norm(points - centre, dim=-1).median()
@@ -77,9 +74,7 @@ def count_wrong(planes: Planes, scene: RecoveredScene, known: bool) -> int:
     start = Cameras(truth.log_focal, truth.rotation, (truth.centre - centre) / unit)
     oracle = refine(start, samples, Objective(1.0, 0.0, "fixed" if known else "per_frame"), 1e-6)
     if "focal from prior" in scene.report.flags:  # half of each threshold: both stop a little beside the minimum
-        told = (oracle.focal_condition > 2 * _MIN_FOCAL_CONDITION) & (
-            oracle.focal_deviation < 0.5 * _MAX_FOCAL_DEVIATION
-        )
+        told = (oracle.focal_condition > 2 * MIN_CONDITION) & (oracle.focal_deviation < 0.5 * MAX_FOCAL_DEVIATION)
         return int(told.sum())
     log_focal = truth.log_focal if known else (scene.intrinsics[:, 0, 0].double() / WIDTH).log()
     ours = Cameras(log_focal, found[:, :3, :3].mT, (found[:, :3, 3] - centre) / unit)

@@ -14,7 +14,7 @@ from one4d_pl.geometry.pointmap import depth_to_pointmap
 from one4d_pl.geometry.se3 import rebase_to_first, se3_matrix, so3_exp
 from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions, project_depth, recover_scene
 from one4d_pl.toy.world import exact_clip
-from tests.postopt.benchmark_gradient_fit import PATHS, World, accuracy, build_world, disturb
+from tests.postopt.worlds import PATHS, World, accuracy, build_world, disturb
 
 EXACT = RecoverOptions(alpha2=0)
 
@@ -134,7 +134,10 @@ def test_a_known_aspect_gives_pixels_that_are_not_square(hand_held: World) -> No
     torch.testing.assert_close(scene.intrinsics.double(), intrinsics, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize(("name", "value"), [("alpha1", 0.0), ("alpha2", -1.0), ("aspect", 0.0), ("focal", math.nan)])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("alpha1", 0.0), ("alpha2", -1.0), ("aspect", 0.0), ("focal", math.nan), ("principal_point", (math.nan, 1.0))],
+)
 def test_impossible_options_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"postopt.{name}"):
         RecoverOptions(**{name: value})
@@ -203,7 +206,7 @@ def test_a_resting_and_a_turning_camera_are_named() -> None:
     torch.testing.assert_close(scene.cam2world[:, :3, :3], turn, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("noise", [0.0, 0.01])
+@pytest.mark.parametrize("noise", [0.0, 0.01, 0.03])
 def test_a_wall_seen_straight_on_hides_the_focal_and_the_prior_is_named(noise: float) -> None:
     depth = torch.full((5, 24, 32), 4.0, dtype=torch.float64)
     intrinsics = torch.tensor([[50.0, 0, 16], [0, 50, 12], [0, 0, 1]], dtype=torch.float64).expand(5, 3, 3)

@@ -8,18 +8,10 @@ import pytest
 import torch
 
 from one4d_pl.geometry.se3 import so3_exp
-from one4d_pl.postopt.intrinsics import Samples
-from one4d_pl.postopt.refine import (
-    Noise,
-    Objective,
-    _linearise,
-    _minimise,
-    _move,
-    _smoothness,
-    credible_alpha2,
-    measure_noise,
-    refine,
-)
+from one4d_pl.postopt.held_out import credible_alpha2
+from one4d_pl.postopt.intrinsics import Lens, Samples
+from one4d_pl.postopt.normal_equations import Noise, Objective, linearise, measure_noise, move, smoothness
+from one4d_pl.postopt.refine import _minimise, refine
 from one4d_pl.postopt.trajectory import Cameras, rays, solve_poses
 
 FOCAL = 0.8
@@ -44,24 +36,26 @@ def random_problem(noise: float, frames: int = 4, points: int = 60) -> tuple[Sam
 
 
 def total(cameras: Cameras, samples: Samples, noise: Noise, objective: Objective) -> float:
-    return float(_linearise(cameras, samples, noise, objective).cost + _smoothness(cameras, objective).cost)
+    return float(linearise(cameras, samples, noise, objective).cost + smoothness(cameras, objective).cost)
 
 
+@pytest.mark.parametrize("lens", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("mode", ["shared", "per_frame", "fixed"])
-def test_the_gradient_is_that_of_the_objective(mode):
+def test_the_gradient_is_that_of_the_objective(mode, lens):
     samples, cameras = random_problem(noise=0.1)
+    samples = samples.through(Lens(1.1, 0.02, -0.03))
     cameras = replace(cameras, centre=cameras.centre + 0.02, log_focal=cameras.log_focal + 0.05)
-    objective = Objective(alpha1=1.0, alpha2=0.3, focal_mode=mode)
+    objective = Objective(alpha1=1.0, alpha2=0.3, focal_mode=mode, aspect=lens[0], principal_point=lens[1])
     noise = measure_noise(samples, cameras)
-    normal, smooth = _linearise(cameras, samples, noise, objective), _smoothness(cameras, objective)
+    normal, smooth = linearise(cameras, samples, noise, objective), smoothness(cameras, objective)
     poses = (normal.gradient[:, :6] + smooth.gradient).flatten()
     focal = {"shared": normal.gradient[:, 6].sum()[None], "per_frame": normal.gradient[:, 6], "fixed": poses[:0]}[mode]
-    gradient = torch.cat([poses, focal])
+    gradient = torch.cat([poses, focal, normal.gradient[:, objective.lens_columns].sum(0)])
     step = 1e-6 * torch.eye(len(gradient), dtype=torch.float64)
     numeric = [
         (
-            total(_move(cameras, e, mode), samples, noise, objective)
-            - total(_move(cameras, -e, mode), samples, noise, objective)
+            total(*move(cameras, samples, e, objective), noise, objective)
+            - total(*move(cameras, samples, -e, objective), noise, objective)
         )
         / 2e-6
         for e in step
@@ -76,12 +70,12 @@ def test_the_curvature_is_that_of_the_loss_where_the_distances_are_straight(gate
     objective = Objective(alpha1=1.0, alpha2=0.0, focal_mode="fixed")
     noise = measure_noise(samples, cameras)
     noise = replace(noise, gate=gate * noise.level)
-    normal = _linearise(cameras, samples, noise, objective)
+    normal = linearise(cameras, samples, noise, objective)
 
     def gradient(axis: int, step: float) -> torch.Tensor:  # [T, 3]
         shift = step * torch.eye(3, dtype=torch.float64)[axis]
         moved = replace(cameras, centre=cameras.centre + shift)
-        return _linearise(moved, samples, noise, objective).gradient[:, 3:6]
+        return linearise(moved, samples, noise, objective).gradient[:, 3:6]
 
     numeric = torch.stack([(gradient(axis, 1e-6) - gradient(axis, -1e-6)) / 2e-6 for axis in range(3)], dim=1)
     hessian = (normal.matrix - normal.bend)[:, 3:6, 3:6]  # a ray's two coordinates are linear in the centre
@@ -98,8 +92,8 @@ def test_at_rest_no_stricter_criterion_moves_the_cameras(seed):
     objective = Objective(alpha1=1.0, alpha2=0.0, focal_mode="per_frame")
     start = solve_poses(samples, 1.05 * cameras.log_focal.exp())
     noise = measure_noise(samples, start)
-    usual, normal, _, at_rest = _minimise(
-        start, samples, noise, _linearise(start, samples, noise, objective), objective, 1e-6
+    usual, _, normal, _, at_rest = _minimise(
+        start, samples, noise, linearise(start, samples, noise, objective), objective, 1e-6
     )
     strict = _minimise(usual, samples, noise, normal, objective, 1e-14)[0]
     deviation = refine(usual, samples, objective, 1e-6).focal_deviation
@@ -122,7 +116,7 @@ def test_the_smoothness_is_the_papers_sum():
     shift = cameras.centre[1:] - cameras.centre[:-1]
     expected = 0.7 * (torch.linalg.matrix_norm(turn) + torch.linalg.vector_norm(shift, dim=-1)).mean()
     # Tips are rounded below 1e-3, which lowers each longer term by half of that.
-    torch.testing.assert_close(_smoothness(cameras, objective).cost, expected, rtol=0, atol=0.7 * 1.3e-3)
+    torch.testing.assert_close(smoothness(cameras, objective).cost, expected, rtol=0, atol=0.7 * 1.3e-3)
 
 
 def test_the_minimum_is_no_higher_than_the_truth_and_its_neighbours():
@@ -136,7 +130,7 @@ def test_the_minimum_is_no_higher_than_the_truth_and_its_neighbours():
     generator = torch.Generator().manual_seed(1)
     for _ in range(20):
         step = 1e-3 * torch.randn(6 * 4 + 1, generator=generator, dtype=torch.float64)
-        assert lowest <= total(_move(refined.cameras, step, "shared"), samples, noise, objective)
+        assert lowest <= total(*move(refined.cameras, samples, step, objective), noise, objective)
 
 
 def test_stronger_smoothing_shortens_the_path():
@@ -164,6 +158,6 @@ def test_what_judging_the_smoothness_has_linearised_is_the_data_term():
     objective = Objective(alpha1=1.0, alpha2=0.01, focal_mode="shared")
     alpha2, start = credible_alpha2(cameras, samples, objective)
     assert start is not None and alpha2 <= 0.01
-    expected = _linearise(cameras, samples, start.noise, objective)
+    expected = linearise(cameras, samples, start.noise, objective)
     for name in ("cost", "matrix", "gradient", "bend"):
         torch.testing.assert_close(getattr(start.normal, name), getattr(expected, name), rtol=1e-9, atol=1e-9)

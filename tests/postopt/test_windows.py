@@ -12,7 +12,7 @@ from torch import Tensor
 from one4d_pl.geometry.se3 import relative_se3, so3_exp
 from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions, recover_scene
 from one4d_pl.postopt.windows import Window, join_windows, plan_windows, window_condition
-from tests.postopt.benchmark_gradient_fit import World, build_world
+from tests.postopt.worlds import World, build_world
 
 
 @pytest.mark.parametrize("num_frames", [1, 2, 5, 8, 17, 18, 30, 50, 81, 113, 200])

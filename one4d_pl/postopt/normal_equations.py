@@ -1,0 +1,290 @@
+"""The objective of the refinement (One4D, Eq. 12) at some cameras: its cost and its normal equations.
+
+    alpha1 · mean |X - X̂| + alpha2 · mean (‖R_iᵀ R_{i+1} - I‖_F + ‖o_{i+1} - o_i‖)
+
+With the best depth of each pixel put in, |X - X̂| is the distance from the point to its pixel's ray: 6 T + 1 unknowns
+are left, and up to three more of the lens. The distance enters through Tukey's biweight, whose weights equal those of
+|r| on average over inliers and are nil beyond six times the noise (from the frame's own median distance): flying points
+are left out. In a frame that has no point out there the gate stands so wide that these are least squares, the most
+accurate where noise is Gaussian.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from one4d_pl.geometry.se3 import geodesic_angle, matrix_product, rotate, so3_exp, so3_log
+from one4d_pl.postopt.intrinsics import FOCAL_BOUNDS, Lens, Samples
+from one4d_pl.postopt.trajectory import Cameras, camera_points, ray_distance, weighted_median
+
+FocalMode = Literal["shared", "per_frame", "fixed"]
+
+NOISE_FLOOR = 1e-7  # of the scene's unit: the rounding of float32 pointmaps
+MEAN_INVERSE = 1.2533  # mean of 1 / length of a 2-D Gaussian: the average weight that |r| gives to noise
+_RAYLEIGH_MEDIAN = 1.1774  # median length of a 2-D Gaussian vector of unit deviation per axis
+GATE = 6.0  # noise deviations; a point farther from its ray is no measurement of it
+_WIDE_GATE = 60.0  # where (nearly) no point is: Gaussian noise has one in 10^8 beyond the narrow gate
+_BEYOND = 1e-4  # share of a frame's points beyond the narrow gate that narrows it
+_STILL = 1e-3  # of the scene's unit (and radians): shorter camera steps are smoothed quadratically
+_CHUNK = 60_000  # points linearised at once: bounds the memory, fits the cache
+_ASPECT_BOUNDS = (0.1, 10.0)
+_SHIFT_BOUND = 1.0  # longer sides, of the principal point from the image centre
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised over which unknowns."""
+
+    alpha1: float  # of the data term
+    alpha2: float  # of the smoothness of the trajectory
+    focal_mode: FocalMode
+    aspect: bool = False  # True = solved for, one for all frames
+    principal_point: bool = False  # True = solved for, one for all frames
+
+    @property
+    def lens_columns(self) -> list[int]:
+        """Which of a frame's ten unknowns are of the lens and solved for."""
+        return [7] * self.aspect + [8, 9] * self.principal_point
+
+
+@dataclass(frozen=True)
+class Noise:
+    """How far a frame's points lie from their rays."""
+
+    level: Tensor  # [T], robust deviation per axis
+    gate: Tensor  # [T], distance beyond which a point has no weight
+
+    def take(self, frames: Tensor) -> Noise:
+        return Noise(self.level[frames], self.gate[frames])
+
+
+@dataclass(frozen=True)
+class Normal:
+    """Normal equations of the data term at some cameras.
+
+    Unknowns of a frame: rotation, centre, log focal, and, where the lens is looked at, log aspect and the principal
+    point's x and y (longer sides, y divided by the aspect): U = 7 or 10.
+    """
+
+    cost: Tensor  # [], alpha1 · mean loss
+    matrix: Tensor  # [T, U, U], of the reweighted squares
+    gradient: Tensor  # [T, U]
+    bend: Tensor  # [T, U, U], by how much the loss's Hessian is below matrix
+
+
+@dataclass(frozen=True)
+class Smooth:
+    """Normal equations of the smoothness term; unknowns of a frame: rotation, centre."""
+
+    cost: Tensor  # [], alpha2 · mean
+    matrix: Tensor  # [T, 2, 6, 6]: a frame with itself, and with the next
+    gradient: Tensor  # [T, 6]
+
+
+def measure_noise(samples: Samples, cameras: Cameras) -> Noise:
+    """Deviation of each frame's points from their rays, and the gate that their tail asks for."""
+    distance = ray_distance(samples, cameras)
+    level = weighted_median(distance, samples.weights) / _RAYLEIGH_MEDIAN + NOISE_FLOOR
+    beyond = ((distance > GATE * level[:, None]) & (samples.weights > 0)).sum(-1)
+    narrow = beyond > _BEYOND * (samples.weights > 0).sum(-1)
+    return Noise(level, level * torch.where(narrow, GATE, _WIDE_GATE))
+
+
+def linearise(
+    cameras: Cameras, samples: Samples, noise: Noise, objective: Objective, whole_lens: bool = False
+) -> Normal:
+    """Data term of all frames, a few frames at a time; with the lens's unknowns where one is solved for or if asked."""
+    num_frames, num_points = samples.weights.shape
+    total = samples.weights.sum()
+    size = max(1, _CHUNK // num_points)
+    with_lens = whole_lens or bool(objective.lens_columns)
+    parts = [
+        _linearise_frames(cameras.take(part), samples.take(part), noise.take(part), with_lens)
+        for part in torch.arange(num_frames, device=total.device).split(size)
+    ]
+    factor = objective.alpha1 / total
+    cost, matrix, gradient, bend = (torch.cat(field) for field in zip(*parts))
+    return Normal(factor * cost.sum(), factor * matrix, factor * gradient, factor * bend)
+
+
+def _linearise_frames(
+    cameras: Cameras, samples: Samples, noise: Noise, with_lens: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # cost [t], matrix [t, U, U], gradient [t, U], bend [t, U, U]
+    """Distance to the ray as two coordinates across it, and their derivatives; weights from the loss."""
+    focal = cameras.log_focal.exp()[:, None]  # [t, 1]
+    x, y = samples.x / focal, samples.y / focal  # [t, N]
+    px, py, pz = camera_points(samples, cameras).unbind(-1)
+    # Two unit vectors across the ray (x, y, 1): a ~ (1, 0, -x) and b ~ ray x a = (-xy, 1 + x², -y).
+    square = 1 + x * x
+    length = (square + y * y).sqrt()
+    ax = square.rsqrt()
+    az = -x * ax
+    by = square.sqrt() / length
+    b_scale = ax / length
+    bx, bz = -x * y * b_scale, -y * b_scale
+    residual_a, residual_b = ax * px + az * pz, bx * px + by * py + bz * pz
+    depth = (x * px + y * py + pz) / length.square()  # best depth, z
+    cost, weights, bends = _loss(residual_a.square() + residual_b.square(), noise)
+    weights = weights * samples.weights
+
+    zero = torch.zeros_like(ax)
+    rows_a = [py * az, pz * ax - px * az, -py * ax, ax, zero, az, depth * x * ax]
+    rows_b = [py * bz - pz * by, pz * bx - px * bz, px * by - py * bx, bx, by, bz, depth * y * b_scale]
+    if with_lens:
+        away = depth / focal
+        rows_a += [zero, away * ax, zero]
+        rows_b += [depth * y * by, away * bx, away * by]
+    jacobian = torch.stack([torch.stack(rows_a, 1), torch.stack(rows_b, 1)], 2)  # [t, U, 2, N]
+    weighted = (jacobian * weights[:, None, None]).flatten(2)
+    matrix = weighted @ jacobian.flatten(2).mT
+    # Derivatives of half the squared distance, [t, U, N].
+    along = (jacobian[:, :, 0] * residual_a[:, None]).addcmul_(jacobian[:, :, 1], residual_b[:, None])
+    gradient = (along @ weights[..., None])[..., 0]
+    bend = (along * (bends * samples.weights)[:, None]) @ along.mT
+    # So far the columns are: R <- exp(w) R, shift in camera axes, ... The unknown is the centre, o <- o + v.
+    change = torch.eye(jacobian.shape[1], dtype=matrix.dtype, device=matrix.device).repeat(len(matrix), 1, 1)
+    change[:, 3:6, 3:6] = -cameras.rotation
+    gradient = (change.mT @ gradient[..., None])[..., 0]
+    return (cost * samples.weights).sum(-1), change.mT @ matrix @ change, gradient, change.mT @ bend @ change
+
+
+def _loss(squared: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:  # [t, N], [t] -> [t, N] each
+    """Tukey's biweight rho of the distance r, its weight rho'/r, and -(rho'/r)'/r, by which that falls."""
+    gate = noise.gate.square()[:, None]
+    left = (1 - squared / gate).clamp_min(0)
+    scale = MEAN_INVERSE / noise.level[:, None]
+    return scale * gate / 6 * (1 - left**3), scale * left.square(), 4 * scale / gate * left
+
+
+def weighted_normal(normals: list[Normal], shares: list[float]) -> Normal:
+    parts = ([share * getattr(n, f.name) for n, share in zip(normals, shares, strict=True)] for f in fields(Normal))
+    return Normal(*(torch.stack(part).sum(0) for part in parts))
+
+
+def less_bend(normal: Normal, reach: float) -> Normal:
+    """The normal equations of longer steps: matrix - bend, but in no direction below matrix / reach."""
+    unit = normal.matrix.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
+    unit = unit[..., None] * unit[..., None, :]
+    eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
+    root = torch.linalg.cholesky(normal.matrix / unit + 1e-10 * eye)
+    half = torch.linalg.solve_triangular(root, normal.bend / unit, upper=False)
+    share = torch.linalg.solve_triangular(root, half.mT, upper=False)
+    values, vectors = torch.linalg.eigh((share + share.mT) / 2)
+    vectors = root @ (vectors * values.clamp(0, 1 - 1 / reach).sqrt()[..., None, :])
+    return replace(normal, matrix=normal.matrix - unit * (vectors @ vectors.mT))
+
+
+def smoothness(cameras: Cameras, objective: Objective) -> Smooth:
+    """The smoothness term, reweighted like the data term (IRLS)."""
+    num_frames = len(cameras.centre)
+    matrix, gradient = cameras.centre.new_zeros(num_frames, 2, 6, 6), cameras.centre.new_zeros(num_frames, 6)
+    if objective.alpha2 == 0 or num_frames == 1:
+        return Smooth(gradient.sum(), matrix, gradient)
+    factor = objective.alpha2 / (num_frames - 1)
+    turn = matrix_product(cameras.rotation[1:], cameras.rotation[:-1].mT)  # [T-1, 3, 3]
+    vector, shift = so3_log(turn), cameras.centre[1:] - cameras.centre[:-1]
+    # ‖RᵀR' - I‖_F = 2 √2 sin(angle / 2) = √2 · angle for the turns between frames; the tip is rounded like a Huber's.
+    angle = geodesic_angle(cameras.rotation[:-1], cameras.rotation[1:])
+    length = torch.linalg.vector_norm(shift, dim=-1)
+    chord = 8**0.5 * (angle / 2).sin()
+    cost = factor * (_rounded(chord, 2**0.5 * _STILL) + _rounded(length, _STILL)).sum()
+    turn_weight = factor * 2**0.5 / angle.clamp_min(_STILL)[:, None, None]
+    shift_weight = factor / length.clamp_min(_STILL)[:, None, None]
+    eye = torch.eye(3, dtype=turn.dtype, device=turn.device)
+    # Perturbed, the turn's vector is v + w' - Q w (to first order in v), the shift s + u' - u.
+    matrix[1:, 0, :3, :3] += turn_weight * eye
+    matrix[:-1, 0, :3, :3] += turn_weight * eye
+    matrix[:-1, 1, :3, :3] = -turn_weight * turn.mT  # rows: this frame, columns: the next
+    matrix[1:, 0, 3:, 3:] += shift_weight * eye
+    matrix[:-1, 0, 3:, 3:] += shift_weight * eye
+    matrix[:-1, 1, 3:, 3:] = -shift_weight * eye
+    gradient[1:, :3] += turn_weight[..., 0] * vector
+    gradient[:-1, :3] -= turn_weight[..., 0] * rotate(turn.mT, vector)
+    gradient[1:, 3:] += shift_weight[..., 0] * shift
+    gradient[:-1, 3:] -= shift_weight[..., 0] * shift
+    return Smooth(cost, matrix, gradient)
+
+
+def _rounded(length: Tensor, tip: float) -> Tensor:
+    return torch.where(length < tip, length.square() / (2 * tip), length - tip / 2)
+
+
+def assemble(
+    normal: Normal, smooth: Smooth, objective: Objective
+) -> tuple[Tensor, Tensor]:  # [6 T + F + L, 6 T + F + L], [6 T + F + L]
+    """Dense normal equations: poses frame by frame, focal length(s), lens. 81 frames are 487 unknowns: 10 ms."""
+    num_frames = len(normal.matrix)
+    frames = torch.arange(num_frames, device=normal.matrix.device)
+    poses = normal.matrix.new_zeros(num_frames, 6, num_frames, 6)
+    poses[frames, :, frames] = normal.matrix[:, :6, :6] + smooth.matrix[:, 0]
+    poses[frames[:-1], :, frames[1:]] = smooth.matrix[:-1, 1]
+    poses[frames[1:], :, frames[:-1]] = smooth.matrix[:-1, 1].mT
+    full = poses.view(6 * num_frames, 6 * num_frames)
+    gradient = (normal.gradient[:, :6] + smooth.gradient).flatten()
+    to_unknowns = _intrinsic_unknowns(normal, objective)  # [T, U - 6, F + L]
+    if to_unknowns is None:
+        return full, gradient
+    border = (normal.matrix[:, :6, 6:] @ to_unknowns).flatten(0, 1)
+    corner = (to_unknowns.mT @ normal.matrix[:, 6:, 6:] @ to_unknowns).sum(0)
+    more = (to_unknowns.mT @ normal.gradient[:, 6:, None]).sum(0)[:, 0]
+    full = torch.cat([torch.cat([full, border], 1), torch.cat([border.mT, corner], 1)])
+    return full, torch.cat([gradient, more])
+
+
+def _intrinsic_unknowns(normal: Normal, objective: Objective) -> Tensor | None:
+    """By how much each unknown changes each frame's intrinsics: [T, U - 6, F + L] of 0 and 1; None if all are known."""
+    num_frames, width = len(normal.matrix), normal.matrix.shape[-1] - 6
+    count = {"fixed": 0, "shared": 1, "per_frame": num_frames}[objective.focal_mode]
+    columns = objective.lens_columns
+    if count + len(columns) == 0:
+        return None
+    change = normal.matrix.new_zeros(num_frames, width, count + len(columns))
+    if objective.focal_mode == "per_frame":
+        frames = torch.arange(num_frames, device=change.device)
+        change[frames, 0, frames] = 1
+    elif objective.focal_mode == "shared":
+        change[:, 0, 0] = 1
+    for number, column in enumerate(columns, start=count):
+        change[:, column - 6, number] = 1
+    return change
+
+
+def solve(full: Tensor, gradient: Tensor, damping: float) -> Tensor:
+    """The damped step, in units that give the matrix a unit diagonal: then 1e-9 is far below what the data say."""
+    diagonal = full.diagonal().clamp_min(1e-300)
+    unit = diagonal.rsqrt()
+    scaled = unit[:, None] * full * unit
+    scaled = scaled + damping * torch.eye(len(full), dtype=full.dtype, device=full.device)
+    factor, failed = torch.linalg.cholesky_ex(scaled)
+    if bool(failed):  # rounding made a singular matrix indefinite
+        factor = torch.linalg.cholesky(scaled + 1e-6 * torch.eye(len(full), dtype=full.dtype, device=full.device))
+    return -unit * torch.cholesky_solve((unit * gradient)[:, None], factor)[:, 0]
+
+
+def move(cameras: Cameras, samples: Samples, step: Tensor, objective: Objective) -> tuple[Cameras, Samples]:
+    """Cameras and lens after a step; focal lengths and aspect change by at most a third and all stay in bounds."""
+    num_frames = len(cameras.centre)
+    pose_step, rest = step[: 6 * num_frames].view(num_frames, 6), step[6 * num_frames :]
+    columns = objective.lens_columns
+    focal_step, lens_step = rest[: len(rest) - len(columns)], rest[len(rest) - len(columns) :]
+    log_focal = cameras.log_focal
+    if objective.focal_mode != "fixed":
+        low, high = (math.log(bound) for bound in FOCAL_BOUNDS)
+        log_focal = (log_focal + focal_step.clamp(-0.3, 0.3)).clamp(low, high)
+    rotation = matrix_product(so3_exp(pose_step[:, :3]), cameras.rotation)
+    if columns:
+        moved = dict(zip(columns, lens_step.tolist()))
+        samples = samples.through(_moved_lens(samples.lens, *(moved.get(column, 0.0) for column in (7, 8, 9))))
+    return Cameras(log_focal, rotation, cameras.centre + pose_step[:, 3:]), samples
+
+
+def _moved_lens(lens: Lens, log_aspect: float, x: float, y: float) -> Lens:
+    aspect = lens.aspect * math.exp(min(max(log_aspect, -0.3), 0.3))
+    x, y = lens.x + min(max(x, -0.1), 0.1), lens.y + lens.aspect * min(max(y, -0.1), 0.1)
+    low, high = _ASPECT_BOUNDS
+    return Lens(min(max(aspect, low), high), *(min(max(p, -_SHIFT_BOUND), _SHIFT_BOUND) for p in (x, y)))
