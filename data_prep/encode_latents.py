@@ -56,18 +56,18 @@ def encode(arguments: Arguments, config: Config) -> list[str]:
     from one4d_pl.data.datamodule import video_sample_maker
     from one4d_pl.data.encoded import EncodedSet, cache_folder, encode_set, encoding_recipe
     from one4d_pl.data.shards import ShardSet
-    from one4d_pl.models.clip_encoder import FrozenClipEncoder
     from one4d_pl.models.device import device_of
+    from one4d_pl.models.sample_encoder import FrozenSampleEncoder
     from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 
     base = config.base
     device = device_of(config) if arguments.device == "auto" else torch.device(arguments.device)
     recipe = encoding_recipe(fingerprint(base.path, ENCODER_PARTS), base.max_text_tokens, config.data)
-    opened: list[FrozenClipEncoder] = []
+    opened: list[FrozenSampleEncoder] = []
 
-    def open_encoders() -> FrozenClipEncoder:
+    def open_encoders() -> FrozenSampleEncoder:
         if not opened:
-            opened.append(FrozenClipEncoder.of(config, device))
+            opened.append(FrozenSampleEncoder.of(config, device))
         return opened[0]
 
     lines = []

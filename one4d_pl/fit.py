@@ -136,14 +136,14 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.callbacks.throughput import StepBar, StepLine, Throughput
     from one4d_pl.cluster.survival import Heartbeat, Preempted, Preemption
     from one4d_pl.data.shared_memory import refuse_small_shared_memory
-    from one4d_pl.models.driver import driver_mismatch
+    from one4d_pl.models.cuda_driver import driver_mismatch
     from one4d_pl.models.transformer import describe_sizes
-    from one4d_pl.training.average import WeightAverage
     from one4d_pl.training.checkpoint import StepCheckpoint, refuse_other_run
     from one4d_pl.training.checkpoint_files import newest_checkpoint, read_step, refuse_used_folder
     from one4d_pl.training.module import One4DModule
     from one4d_pl.training.step_guard import StepGuard
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
+    from one4d_pl.training.weight_average import WeightAverage
 
     refuse_small_shared_memory(config)
     if config.scale == "tiny" and torch.cuda.device_count() > 1:
@@ -207,11 +207,11 @@ def training_data(config: Config, on_progress: Callable[[], None] = lambda: None
     Its encoders are opened only where some clips are not encoded yet.
     """
     from one4d_pl.data.datamodule import One4DDataModule
-    from one4d_pl.models.clip_encoder import FrozenClipEncoder
+    from one4d_pl.models.sample_encoder import FrozenSampleEncoder
     from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 
     encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    return One4DDataModule(config, lambda device: FrozenClipEncoder.of(config, device), encoders, on_progress)
+    return One4DDataModule(config, lambda device: FrozenSampleEncoder.of(config, device), encoders, on_progress)
 
 
 def scene_callbacks(config: EvalConfig) -> list[Callback]:

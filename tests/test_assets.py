@@ -13,7 +13,7 @@ from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.evaluation.fit_quality import mean_errors
 from one4d_pl.evaluation.toy_clips import render_samples
-from one4d_pl.models.clip_encoder import FrozenClipEncoder
+from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 from one4d_pl.toy.world import render_clip
 
 REPO = Path(__file__).parents[1]
@@ -42,7 +42,7 @@ def test_bent_pointmaps_survive_the_tiny_vae_better():
     seed, errors = config.data.toy.seed + VAL_SEED_OFFSET, {}
     for power in (1.0, 0.5):
         config.data.pointmap_power = power
-        encoder = FrozenClipEncoder.of(config)
+        encoder = FrozenSampleEncoder.of(config)
         encoders, codec = encoder.encoders, encoder.codec
         clips = render_samples(config, range(seed, seed + 4), "clips")
         shown = [codec.decode(encoders, codec.encode(encoders, clip.pointmap[None])) for clip in clips]

@@ -89,7 +89,11 @@ def test_there_is_no_room_for_odds_and_ends() -> None:
         ("one4d_pl/training/module.py", "from one4d_pl import config, geometry", None),
         ("data_prep/stats.py", "from one4d_pl.evaluation.benchmarks import read_tum", None),
         ("one4d_pl/geometry/se3.py", "import one4d_pl.models.wan", "geometry (floor 3) imports models (floor 4)"),
-        ("one4d_pl/data/order.py", "from one4d_pl.metrics import depth", "data (floor 4) imports metrics (floor 4)"),
+        (
+            "one4d_pl/data/sample_order.py",
+            "from one4d_pl.metrics import depth",
+            "data (floor 4) imports metrics (floor 4)",
+        ),
         ("one4d_pl/types.py", "from one4d_pl import config", "types (floor 2) imports config (floor 2)"),
         (
             "one4d_pl/models/wan.py",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from one4d_pl.config import Config, ConfigError
-from one4d_pl.data.order import derived_generator
+from one4d_pl.data.sample_order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, shift_sigma
 from one4d_pl.files import replaced_folder, whole_file, write_json
 from one4d_pl.models.conditioning import encode_condition

@@ -47,7 +47,7 @@ def build(config: Config, vae_folder: Path, images: bool = False) -> None:
     from experiments.tiny_wan.tokenizer import toy_tokenizer
     from one4d_pl.callbacks.throughput import StepBar, Throughput
     from one4d_pl.data.datamodule import One4DDataModule
-    from one4d_pl.models.clip_encoder import FrozenClipEncoder
+    from one4d_pl.models.sample_encoder import FrozenSampleEncoder
     from one4d_pl.models.tiny import build_tiny_wan
     from one4d_pl.models.wan import fingerprint
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
@@ -61,7 +61,7 @@ def build(config: Config, vae_folder: Path, images: bool = False) -> None:
         build_tiny_wan(Path(base.path), base.tiny, vae, toy_tokenizer())
     # the latents depend on the VAE alone; the text encoder is being trained
     encoders = fingerprint(base.path, ("vae",))
-    datamodule = One4DDataModule(config, lambda device: FrozenClipEncoder.of(config, device), encoders)
+    datamodule = One4DDataModule(config, lambda device: FrozenSampleEncoder.of(config, device), encoders)
     state = BaseState(config)
     datamodule.start_step = state.step()
     if datamodule.start_step >= config.train.max_steps:

@@ -204,7 +204,7 @@ def _check_gpus(config: Config) -> None:
 
 
 def _check_driver() -> None:
-    from one4d_pl.models.driver import driver_mismatch
+    from one4d_pl.models.cuda_driver import driver_mismatch
 
     if mismatch := driver_mismatch():
         raise ConfigError(mismatch)
@@ -270,11 +270,11 @@ def _read_sample(config: Config, source: SourceConfig, place: Place) -> None:
 
 def _check_caches(config: Config) -> None:
     from one4d_pl.data.datamodule import One4DDataModule
-    from one4d_pl.models.clip_encoder import FrozenClipEncoder
+    from one4d_pl.models.sample_encoder import FrozenSampleEncoder
     from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 
     encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    One4DDataModule(config, lambda device: FrozenClipEncoder.of(config, device), encoders).check_caches()
+    One4DDataModule(config, lambda device: FrozenSampleEncoder.of(config, device), encoders).check_caches()
 
 
 def _versions() -> dict[str, str]:

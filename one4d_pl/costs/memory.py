@@ -177,7 +177,7 @@ def step_memory(shape: TransformerShape, batch: BatchShape, layout: Layout) -> M
     if layout.offload:
         moved += optimizer + gradients
         optimizer = gradients = 0.0
-    if layout.average:  # it lies where the weights do, see training/average.py
+    if layout.average:  # it lies where the weights do, see training/weight_average.py
         share = FLOAT * n.trainable / (layout.world if layout.zero_stage == 3 else 1)
         if layout.offload and layout.zero_stage == 3:
             moved += share

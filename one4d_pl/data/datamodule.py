@@ -15,8 +15,8 @@ from tqdm import tqdm
 from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, changes
 from one4d_pl.data.decode import ClipStream, Draw, PaddedStream, make_sample
 from one4d_pl.data.encoded import (
-    ClipEncoder,
     EncodedSet,
+    SampleEncoder,
     cache_folder,
     encode_set,
     encoding_recipe,
@@ -24,9 +24,9 @@ from one4d_pl.data.encoded import (
     raw_digest,
 )
 from one4d_pl.data.latent_stats import LatentStats, latent_statistics
-from one4d_pl.data.order import EachOnceOrder, MixtureOrder, rank_positions
 from one4d_pl.data.ranged_reads import RangeReader, is_remote, one_line
 from one4d_pl.data.read_cache import RangeCache
+from one4d_pl.data.sample_order import EachOnceOrder, MixtureOrder, rank_positions
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.data.shared_memory import PREFETCH
 from one4d_pl.data.worker import become_worker
@@ -108,7 +108,7 @@ class One4DDataModule(lightning.LightningDataModule):
     def __init__(
         self,
         config: Config,
-        encoder: Callable[[torch.device], ClipEncoder],
+        encoder: Callable[[torch.device], SampleEncoder],
         encoder_fingerprint: str,
         on_progress: Callable[[], None] = lambda: None,
     ) -> None:
@@ -305,13 +305,13 @@ class One4DDataModule(lightning.LightningDataModule):
         A set made by data_prep.encode_latents serves as cache, too.
         """
         self.check_caches()
-        encoder: list[ClipEncoder] = []
+        encoder: list[SampleEncoder] = []
         rank, world, device = 0, 1, torch.device("cpu")
         if self.trainer:
             rank, world = self.trainer.global_rank, self.config.train.world_size
             device = self.trainer.strategy.root_device
 
-        def open_encoder() -> ClipEncoder:
+        def open_encoder() -> SampleEncoder:
             if not encoder:
                 encoder.append(self.encoder(device))
             return encoder[0]

@@ -24,8 +24,8 @@ from torch.utils.data import Dataset
 from one4d_pl.config import DataConfig, MaskingConfig
 from one4d_pl.data.encoded import EncodedSet, StoredClip
 from one4d_pl.data.masking import draw_frame_mask, draw_task
-from one4d_pl.data.order import EachOnceOrder, MixtureOrder, derived_numpy_generator, derived_seed
 from one4d_pl.data.ranged_reads import own_text
+from one4d_pl.data.sample_order import EachOnceOrder, MixtureOrder, derived_numpy_generator, derived_seed
 from one4d_pl.data.shards import SampleError, ShardSet
 from one4d_pl.geometry.camera import resize_frames, resize_nearest_valid
 from one4d_pl.geometry.pointmap import normalise_pointmap

@@ -32,8 +32,8 @@ from tqdm import tqdm
 from one4d_pl.config import Config, DataConfig
 from one4d_pl.data.clip_codec import tar_members
 from one4d_pl.data.masking import draw_frame_mask
-from one4d_pl.data.order import derived_numpy_generator
 from one4d_pl.data.ranged_reads import PLAIN_READER, RangeReader, StoreError, one_line
+from one4d_pl.data.sample_order import derived_numpy_generator
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.staging import Dropped, Plan, Staging, is_finished
 from one4d_pl.data.tar_set import (
@@ -53,7 +53,7 @@ FORMAT = 2  # version of an encoded sample; each version gets a folder of its ow
 FIELDS = ("latents", "prompt_embeds", "empty_prompt", "scale", "intrinsics", "cam2world", "sparse_masks")
 
 
-class ClipEncoder(Protocol):
+class SampleEncoder(Protocol):
     """The frozen encoders as this room sees them: it does not import the models."""
 
     def encode_sample(self, sample: Sample) -> Encoded: ...
@@ -178,7 +178,7 @@ def encode_set(
     folder: Path,
     recipe: Recipe,
     sparse_draws: int,
-    open_encoder: Callable[[], ClipEncoder],
+    open_encoder: Callable[[], SampleEncoder],
     make_sample: Callable[[int], Sample],  # of a clip's index in `raw`; SampleError or ValueError if it is broken
     rank: int = 0,
     world: int = 1,
@@ -217,7 +217,7 @@ def _encode_clip(
     raw: ShardSet,
     index: int,
     sparse_draws: int,
-    encoder: ClipEncoder,
+    encoder: SampleEncoder,
     empty_prompt: Tensor,  # [m, D]
     make_sample: Callable[[int], Sample],
     dropped: list[Dropped],

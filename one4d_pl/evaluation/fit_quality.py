@@ -26,7 +26,7 @@ from torchmetrics.functional.image import peak_signal_noise_ratio
 
 from one4d_pl.config import ConfigError
 from one4d_pl.data.masking import draw_frame_mask
-from one4d_pl.data.order import derived_generator, derived_numpy_generator
+from one4d_pl.data.sample_order import derived_generator, derived_numpy_generator
 from one4d_pl.evaluation.recovered import geometry_errors, recover_scenes, self_consistency
 from one4d_pl.evaluation.toy_clips import HeldOut
 from one4d_pl.evaluation.toy_colours import caption_colours

@@ -17,14 +17,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from one4d_pl.data.order import derived_generator
+from one4d_pl.data.sample_order import derived_generator
 from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.sweeps import sparse_indices
 from one4d_pl.geometry.pointmap import is_sky, normalise_pointmap
 from one4d_pl.geometry.se3 import rebase_to_first
 from one4d_pl.inference.long_video import fill_window, recover_video
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.models.clip_encoder import FrozenClipEncoder
+from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 from one4d_pl.postopt.recover import RecoveredScene, RecoverOptions
 from one4d_pl.postopt.windows import Window, plan_windows
 from one4d_pl.scene.framing import Framing, Shape, frame_images
@@ -87,7 +87,7 @@ def predict_sequence(
 
 
 def ceiling_sequence(
-    encoder: FrozenClipEncoder | None,  # None = without the VAE: normalisation and solver alone
+    encoder: FrozenSampleEncoder | None,  # None = without the VAE: normalisation and solver alone
     sequence: EvalSequence,
     options: PredictOptions,
     folder: Path,
@@ -123,7 +123,7 @@ def ceiling_sequence(
     _store(scene, windows, framing, torch.ones(len(depth), dtype=torch.bool), folder)
 
 
-def _through_vae(encoder: FrozenClipEncoder, points: Tensor, window: Window, framing: Framing) -> Tensor:
+def _through_vae(encoder: FrozenSampleEncoder, points: Tensor, window: Window, framing: Framing) -> Tensor:
     """Encode and decode [T, h, w, 3]; where the frame has bars they repeat the pointmap's edge."""
     encoders, codec = encoder.encoders, encoder.codec
     video = fill_window(points.permute(3, 0, 1, 2), window)

@@ -27,8 +27,8 @@ from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
 from one4d_pl.files import read_json, write_text
 from one4d_pl.inference.pipeline import One4DPipeline
 from one4d_pl.models.adapters import AdapterCard
-from one4d_pl.models.clip_encoder import FrozenClipEncoder
 from one4d_pl.models.device import device_of
+from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 from one4d_pl.models.wan import fingerprint
 from one4d_pl.scene.framing import Shape
 from one4d_pl.scene.predictions import find_prediction, read_prediction
@@ -127,7 +127,7 @@ def _predict(
         pipeline = One4DPipeline.open(config, folder, device)
         card = pipeline.card
         assert card is not None  # an adapter's folder has one
-        encoder = FrozenClipEncoder(pipeline.encoders, pipeline.transformer.codec)
+        encoder = FrozenSampleEncoder(pipeline.encoders, pipeline.transformer.codec)
         model = _model_settings(config, folder, card)
         for label, variant, row_options in _variants(request, pipeline, options, card.step):
             settings = model | {"sampler": asdict(variant.config), "options": asdict(row_options)}
@@ -147,7 +147,7 @@ def _predict(
             _fill_folder(row, sequences, predict)
             stored.append(row)
     if "ceiling" in request.rows and request.sweep is None:
-        encoder = encoder or FrozenClipEncoder.of(config, device)
+        encoder = encoder or FrozenSampleEncoder.of(config, device)
         for label, encoder_used in (("ceiling with VAE", encoder), ("ceiling without VAE", None)):
             settings = _model_settings(config, None, None) | {"options": asdict(options)}
             if encoder_used is not None and encoder_used.codec.power != 1:
@@ -155,7 +155,7 @@ def _predict(
             row = _StoredRow(label, request.out / "predictions" / label.replace(" ", "_"), settings)
 
             def predict_ceiling(
-                sequence: EvalSequence, target: Path, encoder_used: FrozenClipEncoder | None = encoder_used
+                sequence: EvalSequence, target: Path, encoder_used: FrozenSampleEncoder | None = encoder_used
             ) -> None:
                 ceiling_sequence(encoder_used, sequence, options, target)
 

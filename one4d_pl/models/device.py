@@ -7,7 +7,7 @@ import os
 import torch
 
 from one4d_pl.config import Config, ConfigError
-from one4d_pl.models.driver import driver_mismatch
+from one4d_pl.models.cuda_driver import driver_mismatch
 
 
 def device_of(config: Config) -> torch.device:

@@ -11,8 +11,8 @@ from diffusers.models.attention_dispatch import attention_backend
 from torch import Tensor, nn
 
 from one4d_pl.config import ConfigError, DLCConfig
+from one4d_pl.models.activation_checkpointing import compile_selective, run_checkpointed
 from one4d_pl.models.attention_norms import norm_without_autocast
-from one4d_pl.models.checkpointing import compile_selective, run_checkpointed
 from one4d_pl.models.control_links import ControlLink, link_positions
 from one4d_pl.models.lora import BranchPatchEmbedding, wrap_linears
 from one4d_pl.models.pointmap_codec import PointmapCodec

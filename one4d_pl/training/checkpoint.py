@@ -9,7 +9,7 @@
 Under every strategy whole tensors are gathered to rank 0 (training/zero.py), so a run can be
 resumed with any other strategy and number of processes. Rank 0 writes them while training goes on,
 into a temporary folder that is then renamed: a folder named step-* may be damaged later, but is
-never half-written. The position in the data (data/order.py) and the learning rate (optim.py) follow
+never half-written. The position in the data (data/sample_order.py) and the learning rate (optim.py) follow
 from the step.
 """
 
@@ -37,7 +37,6 @@ from one4d_pl.errors import RunFailed
 from one4d_pl.files import settle, sync
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
 from one4d_pl.models.transformer import CoupledTransformer
-from one4d_pl.training.average import WeightAverage
 from one4d_pl.training.checkpoint_files import (
     STATE,
     checkpoint_folder,
@@ -51,6 +50,7 @@ from one4d_pl.training.checkpoint_files import (
 )
 from one4d_pl.training.module import WEIGHTS, One4DModule
 from one4d_pl.training.step_guard import SkippedSteps, gather
+from one4d_pl.training.weight_average import WeightAverage
 from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
 from one4d_pl.types import TASKS
 

@@ -15,7 +15,7 @@ from torchmetrics import MeanMetric
 from one4d_pl.config import TEMPORAL_FACTOR, Config, ConfigError
 from one4d_pl.data.datamodule import datamodule_of
 from one4d_pl.data.latent_stats import LatentStats
-from one4d_pl.data.order import derived_generator
+from one4d_pl.data.sample_order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, mse_per_sample, shift_sigma
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.models.conditioning import encode_condition

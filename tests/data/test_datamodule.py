@@ -18,10 +18,10 @@ from torch.utils.data._utils.pin_memory import pin_memory
 
 from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, TrainConfig, ValConfig
 from one4d_pl.data import datamodule as datamodule_file
-from one4d_pl.data import order as order_module
-from one4d_pl.data.datamodule import ClipEncoder, One4DDataModule, StepSampler
-from one4d_pl.data.order import MixtureOrder
+from one4d_pl.data import sample_order as order_module
+from one4d_pl.data.datamodule import One4DDataModule, SampleEncoder, StepSampler
 from one4d_pl.data.ranged_reads import RangeReader
+from one4d_pl.data.sample_order import MixtureOrder
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Batch, Encoded, Sample
@@ -48,7 +48,7 @@ class PlainEncoder:
         return torch.stack([(sample.frames * given[:, None, None])[:, ::4, ::8, ::8] for given in frame_masks])
 
 
-def no_encoder(device: torch.device) -> ClipEncoder:
+def no_encoder(device: torch.device) -> SampleEncoder:
     raise AssertionError("the encoders were opened")
 
 

@@ -24,7 +24,7 @@ from one4d_pl.data.decode import (
     resize_clip,
 )
 from one4d_pl.data.masking import task_of
-from one4d_pl.data.order import MixtureOrder
+from one4d_pl.data.sample_order import MixtureOrder
 from one4d_pl.data.shards import SampleError, ShardSet, write_shards
 from one4d_pl.geometry.camera import project, to_camera
 from one4d_pl.geometry.pointmap import GEOMETRY_EXTENT, SKY_EXTENT, denormalise

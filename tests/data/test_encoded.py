@@ -25,8 +25,8 @@ from one4d_pl.data.encoded import (
     open_set,
 )
 from one4d_pl.data.masking import task_of
-from one4d_pl.data.order import MixtureOrder
 from one4d_pl.data.ranged_reads import PLAIN_READER
+from one4d_pl.data.sample_order import MixtureOrder
 from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_shards
 from one4d_pl.data.tar_set import tar_bytes
 from one4d_pl.toy.world import render_clip

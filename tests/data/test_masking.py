@@ -11,7 +11,7 @@ import torch
 
 from one4d_pl.config import MaskingConfig
 from one4d_pl.data.masking import draw_frame_mask, draw_task, task_of
-from one4d_pl.data.order import derived_numpy_generator
+from one4d_pl.data.sample_order import derived_numpy_generator
 from one4d_pl.types import TASKS
 
 DRAWS = 4000

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from one4d_pl.data.order import (
+from one4d_pl.data.sample_order import (
     MixtureOrder,
     Place,
     derived_generator,

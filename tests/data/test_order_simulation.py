@@ -1,6 +1,6 @@
 """Simulated runs over any ranks, workers, shards and resume points, against the order written down a second time.
 
-The second writing follows the documentation of order.py and shares no code with it: it enumerates the stream position
+The second writing follows the documentation of sample_order.py and shares no code with it: it enumerates the stream position
 by position, knows neither epochs nor blocks ahead of time and takes nothing from the package.
 """
 
@@ -18,7 +18,7 @@ import pytest
 
 from one4d_pl.config import legal_worlds
 from one4d_pl.data.datamodule import StepSampler, validation_batches
-from one4d_pl.data.order import EachOnceOrder, MixtureOrder
+from one4d_pl.data.sample_order import EachOnceOrder, MixtureOrder
 
 Where = tuple[int, int, int]  # source, index, epoch
 LENGTH = 1500  # positions enumerated of a mixture: more than one cycle of turns, and many epochs

@@ -23,9 +23,9 @@ from torch._utils import ExceptionWrapper
 from one4d_pl.config import DataConfig, MaskingConfig
 from one4d_pl.data import ranged_reads, read_cache
 from one4d_pl.data.decode import ClipStream
-from one4d_pl.data.order import MixtureOrder
 from one4d_pl.data.ranged_reads import RangeReader, StoreError
 from one4d_pl.data.read_cache import LEDGER, RangeCache
+from one4d_pl.data.sample_order import MixtureOrder
 from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_shards
 from one4d_pl.toy.world import render_clip
 from tests.own_process import in_own_process

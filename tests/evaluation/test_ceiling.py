@@ -10,7 +10,7 @@ import pytest
 from one4d_pl.config import load_config
 from one4d_pl.evaluation.benchmarks import open_benchmark
 from one4d_pl.evaluation.predict import PredictOptions, ceiling_sequence
-from one4d_pl.models.clip_encoder import FrozenClipEncoder
+from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 
 REPO = Path(__file__).parents[2]
 # reweighted squares alone creep for more than 25 steps on these, as plain pointmaps through the VAE
@@ -22,7 +22,7 @@ def reports(tmp_path_factory) -> dict[str, dict[str, object]]:
     folder = tmp_path_factory.mktemp("ceiling")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(REPO)  # the embedded base's path is relative
-        encoder = FrozenClipEncoder.of(load_config([str(REPO / "configs/dlc.yaml")], [PLAIN]))
+        encoder = FrozenSampleEncoder.of(load_config([str(REPO / "configs/dlc.yaml")], [PLAIN]))
     for sequence in open_benchmark("toy", None, SCENES):
         ceiling_sequence(encoder, sequence, PredictOptions(48, 64, 9), folder / sequence.name)
     return {name: json.loads((folder / name / "cameras.json").read_text())["report"] for name in SCENES}

@@ -15,8 +15,8 @@ from experiments.tiny_wan import build_base
 from experiments.tiny_wan.base import TinyBaseModule
 from experiments.tiny_wan.build_base import build
 from one4d_pl.config import DLCConfig, TinyWanConfig, load_config
-from one4d_pl.models.clip_encoder import FrozenClipEncoder
 from one4d_pl.models.pointmap_codec import PointmapCodec
+from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.models.wan import WanEncoders, load_transformer
 from one4d_pl.types import Encoded, collate
@@ -75,8 +75,8 @@ def _stop_at(config, vae: Path, step: int) -> None:
     assert json.loads(next(p for p in kept if p.suffix == ".json").read_text())["step"] == step
 
 
-def clip_encoder(module: TinyBaseModule) -> FrozenClipEncoder:
-    return FrozenClipEncoder(module.encoders, PointmapCodec(1.0, module.encoders.latent_channels))
+def clip_encoder(module: TinyBaseModule) -> FrozenSampleEncoder:
+    return FrozenSampleEncoder(module.encoders, PointmapCodec(1.0, module.encoders.latent_channels))
 
 
 def test_the_base_never_sees_geometry(base_config, tiny_base_plain):

@@ -10,7 +10,7 @@ from torch import nn
 
 from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.models import wan
-from one4d_pl.models.clip_encoder import FrozenClipEncoder
+from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 from one4d_pl.models.wan import ENCODER_PARTS, WanEncoders, fingerprint
 from one4d_pl.training import module as training_module
 from one4d_pl.training.module import One4DModule
@@ -84,7 +84,7 @@ def test_a_step_on_encodings_opens_no_encoder_and_a_step_on_pixels_does(run_conf
     module = One4DModule(config, adapters=None)
     module.configure_model()
     prints = fingerprint(config.base.path, ENCODER_PARTS)
-    data = One4DDataModule(config, lambda device: FrozenClipEncoder.of(config, device), prints)
+    data = One4DDataModule(config, lambda device: FrozenSampleEncoder.of(config, device), prints)
     data.prepare_data()
     data.setup("fit")
     opened.clear()

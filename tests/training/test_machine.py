@@ -15,8 +15,8 @@ import torch
 from one4d_pl.commands import preflight
 from one4d_pl.config import to_yaml
 from one4d_pl.fit import fit
-from one4d_pl.models import driver as driver_module
-from one4d_pl.models.driver import driver_mismatch
+from one4d_pl.models import cuda_driver as driver_module
+from one4d_pl.models.cuda_driver import driver_mismatch
 from tests.conftest import REPO
 
 HEADER = "| NVIDIA-SMI 550.54.15    Driver Version: 550.54.15    CUDA Version: {} |"

@@ -13,17 +13,17 @@ from one4d_pl.models.wan import WanEncoders
 from one4d_pl.types import Encoded, Sample
 
 
-class FrozenClipEncoder:
+class FrozenSampleEncoder:
     """Encodes whole clips with the frozen encoders; the codec prepares pointmaps for the VAE."""
 
     def __init__(self, encoders: WanEncoders, codec: PointmapCodec) -> None:
         self.encoders, self.codec = encoders, codec
 
     @staticmethod
-    def of(config: Config, device: torch.device = CPU) -> FrozenClipEncoder:
+    def of(config: Config, device: torch.device = CPU) -> FrozenSampleEncoder:
         """Open a run's encoders and the codec of its `data.pointmap_power`."""
         encoders = WanEncoders.of(config.base).to(device)
-        return FrozenClipEncoder(encoders, PointmapCodec(config.data.pointmap_power, encoders.latent_channels))
+        return FrozenSampleEncoder(encoders, PointmapCodec(config.data.pointmap_power, encoders.latent_channels))
 
     def encode_sample(self, sample: Sample) -> Encoded:
         """Encode frames, pointmap, caption and first frame of a clip."""
