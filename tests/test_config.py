@@ -116,7 +116,7 @@ def test_nothing_tiny_or_toy_is_left_in_the_large_scale(scale):
     assert load_config([DLC, *large], []) == load_config(large, ["run_dir=runs/dlc"])
 
 
-RECIPE = {  # paper.md sec. 6, then sec. 8
+RECIPE = {  # One4D, sec. 4.1, then what we chose where it is silent
     "scale": "wan_14b",
     "dlc.rank": 64,
     "dlc.num_links": 5,

@@ -1,7 +1,7 @@
 """Simulated runs over any ranks, workers, shards and resume points, against the order written down a second time.
 
-The second writing follows the documentation of sample_order.py and shares no code with it: it enumerates the stream position
-by position, knows neither epochs nor blocks ahead of time and takes nothing from the package.
+The second writing follows the documentation of sample_order.py and shares no code with it: it enumerates the stream
+position by position, knows neither epochs nor blocks ahead of time and takes nothing from the package.
 """
 
 from __future__ import annotations

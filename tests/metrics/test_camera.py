@@ -38,7 +38,7 @@ def score(preds: Tensor, target: Tensor) -> CameraErrors:
 
 
 def from_evo(preds: Tensor, target: Tensor) -> tuple[float, float, float]:
-    """ATE, RPE-T, RPE-R as evo computes them, with the settings of protocol.md, section 2."""
+    """ATE, RPE-T, RPE-R as evo computes them, with the settings that MonST3R publishes."""
     metrics = pytest.importorskip("evo.core.metrics", reason="evo (dev extra) is not installed")
     from evo import main_ape, main_rpe
     from evo.core.trajectory import PosePath3D

@@ -1,4 +1,4 @@
-"""Closed form + Gauss-Newton against a gradient fit of depth and cameras, the way 4DNeX does it (protocol.md, 3-4).
+"""Closed form + Gauss-Newton against a gradient fit of depth and cameras, the way 4DNeX does it.
 
     python -m tests.postopt.benchmark_gradient_fit --out fits.jsonl [--cases orbit:0.01:0,...] [--renew] [--every-rate]
 
