@@ -27,7 +27,7 @@ from one4d_pl.postopt.normal_equations import (
     weighted_normal,
 )
 from one4d_pl.postopt.refine import DAMPING, Linearised
-from one4d_pl.postopt.trajectory import Cameras
+from one4d_pl.postopt.trajectory import Cameras, ray_distance
 
 _TILES = 8  # along each side of the picture
 _CREDIBLE = 0.2  # of the errors of a fit without smoothing: a smaller gain on left-out pixels is chance
@@ -84,6 +84,8 @@ def gains(
     points are exact, and where no alternative fits its own pixels better by more than a trifle.
     """
     samples = samples.pixels(slice(None, None, max(1, len(samples.x) // _WITNESSES)))
+    inside = ray_distance(samples, cameras) < noise.gate[:, None]  # outliers have no say, nor a share of the data term
+    samples = replace(samples, weights=samples.weights * inside)
     normals = [linearise(cameras, part, noise, objective, whole_lens=True) for part in _quarters(samples)]
     none = [noise.level.new_zeros(max(1, len(normals))) for _ in alternatives]
     if len(normals) < 2 or bool((noise.level < 3 * NOISE_FLOOR).all()):

@@ -48,6 +48,11 @@ def test_what_a_wrong_model_fits_exactly_does_not_hide_the_rest(seed: int, name:
     assert row.worst <= row.stated, row.errors
 
 
+def test_outliers_do_not_hide_what_is_unusual() -> None:
+    case = Case(noise=0.01, outliers=0.3, seed=3, picture=CLEAN[OFF])
+    assert measure(case, build(case, *SIZE)).flags == (OFF,)
+
+
 @pytest.mark.parametrize("path", ["static", "forward", "hand-held"])
 def test_bent_surfaces_are_no_reason_to_doubt_the_camera(path: str) -> None:
     world = build_world(path, *SIZE)
