@@ -22,7 +22,7 @@ APT := export DEBIAN_FRONTEND=noninteractive; apt-get -qq update && apt-get -qq 
 INSTALL_SYSTEM = $(APT) $(SYSTEM_PACKAGES) && { $(APT) $(BROWSER_PACKAGE) || echo "setup-system: no $(BROWSER_PACKAGE): the browser tests are skipped"; }
 
 .DEFAULT_GOAL := help
-.PHONY: help setup setup-system slurm-setup slurm-test demo eval nano test test-long test-elsewhere bench bench-gpu gpu-proof chaos lint types clean
+.PHONY: help setup setup-system slurm-setup slurm-test demo eval nano test test-long test-elsewhere bench bench-gpu gpu-proof chaos docs docs-tables lint types clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -107,13 +107,22 @@ gpu-proof: $(STAMP)  ## everything once on one GPU in ten minutes, with a report
 chaos: $(STAMP)  ## KILLS=200: SIGKILL a 2-rank run again and again; survivors must equal the undisturbed one bit for bit
 	PYTHONPATH=. $(VENV)/bin/python -m tests.training.chaos
 
+# the variable silences Material's advertisement for its successor
+docs: $(STAMP)  ## build the documentation into site/; a broken link is an error
+	@$(VENV)/bin/python -c 'import material' 2>/dev/null || $(PIP) install -q -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+	@echo "docs: open site/index.html, or look at it with: $(VENV)/bin/mkdocs serve"
+
+docs-tables: $(STAMP)  ## make the tables of README and docs/ again that the code knows
+	$(VENV)/bin/python -m docs.tables
+
 lint: $(STAMP)  ## ruff: rules and format
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
-types: $(STAMP)  ## mypy on the package, data_prep and experiments
+types: $(STAMP)  ## mypy on the package, data_prep, experiments and docs
 	$(VENV)/bin/mypy
 
 clean:  ## remove build products and caches; VENV, runs and data stay
-	rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
-	find one4d_pl data_prep experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +
+	rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find one4d_pl data_prep docs experiments tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,4 +1,4 @@
-"""The report in docs/nano: printed by the command from the results beside it, quoted by the README."""
+"""The report in docs/nano: printed by the command from the results beside it, told in words by docs/nano.md."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ def test_a_result_of_another_config_is_left_out_and_counted_and_a_younger_knob_i
     assert "a run of another config (optim.lr)" in capsys.readouterr().err
 
 
-def test_the_readme_quotes_rows_of_the_report():
-    text = (SHIPPED / "report.md").read_text()
-    report = text.splitlines()
-    section = (REPO / "README.md").read_text().split("## Nano-One4D")[1].split("\n## ")[0].splitlines()
-    rows = [line for line in section if line.startswith("| ") and not line.startswith(("| claim |", "| run |"))]
-    assert len(rows) > 10 and not [row for row in rows if row not in report]
-    (compute,) = re.findall(r"\d+ of \d+ runs, \d+ minutes added up", "\n".join(section))
-    assert compute in text
+def test_the_page_about_it_names_its_parts_and_rows():
+    report, page = (SHIPPED / "report.md").read_text(), (REPO / "docs" / "nano.md").read_text()
+    parts = set(re.findall(r"nano/report\.md#(\w+)", page))
+    assert (
+        parts == {experiment.name for experiment in EXPERIMENTS} == set(re.findall(r"^## (\w+)$", report, re.MULTILINE))
+    )
+    named = re.findall(r"`(\w+)`", page.split("What came out")[1])
+    assert named and not [name for name in named if f"| `{name}` |" not in report]
