@@ -56,7 +56,7 @@ class ToyConfig:
     """
 
     root: str = "data/toy"
-    # clear: narrow depth, one lens, few large things far apart; an hour of training suffices
+    # clear: narrow depth, one lens, few large things far apart; made for a laptop to learn
     level: str = knob("hard", one_of=TOY_LEVELS)
     train_synthetic: int = knob(192, low=0)  # clips
     train_real: int = knob(64, low=0)  # clips with sensor noise, holes and pseudo cameras
