@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 from torch import Tensor, nn
 
 from one4d_pl.config import ConfigError
 from one4d_pl.geometry.pointmap import bend, unbend
-from one4d_pl.models.wan import WanEncoders
+
+
+class VideoEncoder(Protocol):
+    """What the codec needs of `WanEncoders`, whose libraries a bench of the network alone does without."""
+
+    def encode(self, video: Tensor) -> Tensor: ...  # [B, 3, T, H, W] -> [B, C, t, h, w]
+
+    def decode(self, latents: Tensor) -> Tensor: ...  # [B, C, t, h, w] -> [B, 3, T, H, W]
 
 
 class PointmapCodec(nn.Module):
@@ -33,17 +42,17 @@ class PointmapCodec(nn.Module):
         self.register_buffer("mean", torch.zeros(channels, 1, 1, 1, device=device), persistent=False)
         self.register_buffer("std", torch.ones(channels, 1, 1, 1, device=device), persistent=False)
 
-    def encode(self, encoders: WanEncoders, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, C, t, h, w]
+    def encode(self, encoders: VideoEncoder, pointmap: Tensor) -> Tensor:  # [B, 3, T, H, W] -> [B, C, t, h, w]
         """Encode normalised pointmaps; the latents are not standardised yet."""
         return encoders.encode(self._bend(pointmap))
 
     def encode_clips(
-        self, encoders: WanEncoders, frames: Tensor, pointmap: Tensor
+        self, encoders: VideoEncoder, frames: Tensor, pointmap: Tensor
     ) -> Tensor:  # [B, 3, T, H, W] x 2 -> [2B, C, t, h, w]
         """Encode both branches, frames first; the latents are not standardised yet."""
         return encoders.encode(torch.cat([frames, self._bend(pointmap)]))
 
-    def decode(self, encoders: WanEncoders, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W]
+    def decode(self, encoders: VideoEncoder, latents: Tensor) -> Tensor:  # [B, C, t, h, w] -> [B, 3, T, H, W]
         """Undo `encode`."""
         return unbend(encoders.decode(latents).movedim(1, -1), self.power).movedim(-1, 1)
 
