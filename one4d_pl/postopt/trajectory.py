@@ -22,6 +22,7 @@ _ROUGH_STEPS, _ROUGH_STARTS = 5, 2  # for a pose of six pixels, which is only a 
 _TAIL = 5.0  # median distances; of Gaussian noise nothing lies beyond
 _TAIL_SHARE = 0.05  # of points beyond: more are no accident
 _DRAWS, _DRAW_SIZE = 48, 6  # with 30 % of outliers all 48 draws of 6 hold one with a chance of 0.3 %
+_SAME_DISTANCE = 1.05  # ratio of median distances of two focal lengths that noise explains
 _PROBE = 24  # every so many frames one is solved again without a doubt
 _CLEARLY = 0.8  # of the median distance before
 _JUDGES = 250  # points that judge a drawn pose
@@ -174,7 +175,11 @@ def _size(samples: Samples) -> Tensor:  # [T]
 
 
 def best_focal(samples: Samples, candidates: Tensor, frames: int = 9) -> Tensor:  # [F] -> scalar
-    """The candidate whose poses bring the points of a few frames nearest to their rays (median distance)."""
+    """Choose the candidate whose poses bring the points of a few frames nearest to their rays.
+
+    Measured by the median distance. The first candidates are the closed form's votes: they win unless another is nearer
+    by more than noise in the median explains, since a plane's distances hardly differ over a wide range of focals.
+    """
     chosen = torch.linspace(0, len(samples.points) - 1, min(frames, len(samples.points))).round().long()
     some = samples.take(chosen.to(candidates.device))
     # Candidates are stacked as if they were frames: one batch for all.
@@ -183,8 +188,8 @@ def best_focal(samples: Samples, candidates: Tensor, frames: int = 9) -> Tensor:
     )
     cameras = solve_poses(stacked, candidates.repeat_interleave(len(chosen)))
     distance = weighted_median(ray_distance(stacked, cameras), stacked.weights)
-    # The first candidate is the DLT's: on a tie (a fronto-parallel plane fits every focal length) it is kept.
-    return candidates[distance.view(len(candidates), -1).median(-1).values.argmin()]
+    nearest = distance.view(len(candidates), -1).median(-1).values
+    return candidates[int((nearest <= _SAME_DISTANCE * nearest.min() + 1e-12).nonzero()[0])]
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:  # [T, N] x 2 -> [T]
