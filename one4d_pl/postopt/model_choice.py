@@ -9,7 +9,8 @@ follows one rule:
 - How: by pixels left out (`held_out.gains`). An alternative is fitted by one step to three quarters of the picture and
   judged by the data term of the fourth, each once. It convinces if it lowers every quarter's, and by 10 % on average;
   0.3 % are enough for what the user asks for ("solve"). Of those within 90 % of the best, the one with the fewest
-  unknowns is chosen, and all is fitted again.
+  unknowns is chosen, and all is fitted again. The change stays if that brings the points 5 % nearer to their rays, or
+  if the user asked for it.
 - Only a warning: what the user has given is kept. Where the choice includes it, a flag says so and nothing is given up,
   as other unknowns would only make up for the wrong value.
 
@@ -47,6 +48,7 @@ _NEARLY_BEST = 0.9  # of the best gain
 _TRIFLE = 0.005  # of a focal length, or of the longer side: not worth a word
 _NEAR, _MANY = 2e-3, 0.1  # of the scene's unit: never far off; share of the blocks
 _CLEARLY, _NOTHING = 0.7, 1.1  # times the mean distance: what is clearly nearer, and what costs nothing
+_KEPT = 0.95  # times the mean distance: what a change has to reach that the user did not ask for
 _MOST_CHANGES = 3  # of the model, on blocks or on the grid
 
 # The plain model's assumptions, in the order in which they are given up; what is said where one is, or would be.
@@ -128,8 +130,11 @@ def _free_contradicted(
         chosen = _choose(refined, samples, objective, options)
         if not chosen or _given(options) & set(chosen):
             return refined, objective, chosen
-        objective = _freed(objective, chosen)
-        refined = refit(refined, objective)
+        freer = _freed(objective, chosen)
+        fitted = refit(refined, freer)
+        if not set(chosen) <= _asked(options) and _distance(fitted, samples) > _KEPT * _distance(refined, samples):
+            break  # one step promised what the whole fit does not keep
+        objective, refined = freer, fitted
     return refined, objective, ()
 
 
@@ -142,12 +147,10 @@ def _choose(refined: Refined, samples: Samples, objective: Objective, options: R
     at_rest, seen = replace(objective, alpha2=refined.alpha2), samples.through(refined.lens)
     noise = measure_noise(seen, refined.cameras)
     found = gains(refined.cameras, seen, noise, at_rest, [_freed(objective, change) for change in changes])
-    asked = {_POINT: options.principal_point == "solve", _ASPECT: options.aspect == "solve"}
     convincing = {
         change: float(gain.mean())
         for change, gain in zip(changes, found, strict=True)
-        if float(gain.amin()) > 0
-        and float(gain.mean()) >= (_ENOUGH if all(asked.get(name) for name in change) else _CONVINCING)
+        if float(gain.amin()) > 0 and float(gain.mean()) >= (_ENOUGH if set(change) <= _asked(options) else _CONVINCING)
     }
     least = _NEARLY_BEST * max(convincing.values(), default=0.0)
     return next((change for change, gain in convincing.items() if gain >= least), ())
@@ -248,6 +251,12 @@ def _given(options: RecoverOptions) -> set[str]:
         _ASPECT: isinstance(options.aspect, (int, float)),
     }
     return {name for name, sure in known.items() if sure}
+
+
+def _asked(options: RecoverOptions) -> set[str]:
+    """Name what the user wants solved for."""
+    wanted = {_POINT: options.principal_point == "solve", _ASPECT: options.aspect == "solve"}
+    return {name for name, sure in wanted.items() if sure}
 
 
 def _freed(objective: Objective, names: tuple[str, ...]) -> Objective:
