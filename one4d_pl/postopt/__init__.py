@@ -1,1 +1,4 @@
-"""Pointmaps in, cameras and depth out (One4D, Eq. 11-12): closed form first, then a few robust Gauss-Newton steps."""
+"""Cameras and depth from pointmaps (One4D, Eq. 11-12).
+
+A closed form gives the start, a few robust Gauss-Newton steps the answer.
+"""

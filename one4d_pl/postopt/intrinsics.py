@@ -1,8 +1,9 @@
-"""Pixels with their points, and what they say of the focal length alone: one vote per frame by DLT, a median, a prior.
+"""Pixels with their points, and the focal length from them alone: one vote per frame, or a prior.
 
-Inside this room pixels are measured from the principal point in units of the longer side, y divided by the aspect
-fy / fx, so that one number, the focal length in longer sides, makes the ray (x / focal, y / focal, 1). Aspect and
-principal point are the `Lens` of the samples. Everything is float64: the normal matrices have conditions up to 1e12.
+In this package pixels are measured from the principal point in units of the picture's longer side,
+y divided by the aspect fy / fx. One number, the focal length in longer sides, then gives the ray
+(x / focal, y / focal, 1). Aspect and principal point are the `Lens` of the samples. Everything is
+float64: the normal matrices have conditions up to 1e12.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-PRIOR_FIELD_OF_VIEW = math.radians(60)  # of the longer side, where the points do not tell; DUSt3R's default too
+PRIOR_FIELD_OF_VIEW = math.radians(60)  # of the longer side; DUSt3R's default too
 FOCAL_BOUNDS = (0.1, 60.0)  # longer sides: fields of view of 157 and 1 degrees
-_THIN = 0.1  # thickness in widths: points may be a plane, and a camera matrix from them may be noise
+_FLAT = 0.1  # thickness in widths: thinner points may be a plane with noise
 
 
 @dataclass(frozen=True)
@@ -38,29 +39,28 @@ class Samples:
     lens: Lens = Lens()  # whose principal point and aspect these are
 
     def take(self, frames: Tensor) -> Samples:  # frames: [T] bool, or indices
-        """The samples of some frames."""
+        """Return the samples of some frames."""
         return replace(self, points=self.points[frames], weights=self.weights[frames])
 
     def pixels(self, chosen: Tensor | slice) -> Samples:  # chosen: [N] bool
-        """The samples at some positions."""
+        """Return the samples at some positions."""
         return Samples(self.points[:, chosen], self.weights[:, chosen], self.x[chosen], self.y[chosen], self.lens)
 
     def normalised(self, centre: Tensor, unit: Tensor) -> Samples:  # [3], scalar
-        """The points in the frame whose origin is `centre`, measured in `unit`s."""
+        """Return the samples with their points measured from `centre` in units of `unit`."""
         return replace(self, points=torch.where(self.weights[..., None] > 0, (self.points - centre) / unit, 0))
 
     def through(self, lens: Lens) -> Samples:
-        """The same pixels, measured through another lens."""
+        """Return the same pixels, measured through another lens."""
         x = self.x + (self.lens.x - lens.x)
         y = (self.y * self.lens.aspect + (self.lens.y - lens.y)) / lens.aspect
         return replace(self, x=x, y=y, lens=lens)
 
 
 def prior_focal(height: int, width: int, aspect: float) -> float:
-    """Focal length fx in longer sides of a picture whose longer side spans the prior field of view."""
-    ratio = (
-        1.0 if width >= height else 1 / aspect
-    )  # fy = fx · aspect is the one that a tall picture's side is seen with
+    """Return the fx, in longer sides, with which the longer side spans the prior field of view."""
+    # The longer side of a tall picture is seen with fy = fx · aspect.
+    ratio = 1.0 if width >= height else 1 / aspect
     return ratio / (2 * math.tan(PRIOR_FIELD_OF_VIEW / 2))
 
 
@@ -70,7 +70,7 @@ def intrinsics_matrix(
     width: int,
     lens: Lens,
 ) -> Tensor:  # [..., 3, 3], pixels, dtype of focal
-    """Intrinsics in pixels."""
+    """Build the matrix of intrinsics in pixels."""
     side = max(height, width)
     matrix = torch.zeros(*focal.shape, 3, 3, dtype=focal.dtype, device=focal.device)
     matrix[..., 0, 0], matrix[..., 1, 1] = focal * side, focal * side * lens.aspect
@@ -84,7 +84,7 @@ def sample_grid(
     weights: Tensor | None,  # [T, H, W] bool or >= 0
     count: int,  # most pixels per frame
 ) -> Samples:
-    """Every n-th pixel of every n-th row, n the smallest that keeps at most `count` of them."""
+    """Sample every n-th pixel of every n-th row, n the smallest that keeps at most `count`."""
     height, width = pointmap.shape[1:3]
     step = 1
     while -(-height // step) * -(-width // step) > count:
@@ -92,7 +92,7 @@ def sample_grid(
     rows = torch.arange((height - 1) % step // 2, height, step, device=pointmap.device)
     columns = torch.arange((width - 1) % step // 2, width, step, device=pointmap.device)
     points = pointmap[:, rows[:, None], columns].flatten(1, 2).double()
-    known = _known(points)
+    known = _finite(points)
     if weights is not None:
         known = known * weights[:, rows[:, None], columns].flatten(1, 2).double()
     x, y = _positions(rows, columns, height, width)
@@ -104,23 +104,24 @@ def sample_medians(
     weights: Tensor | None,  # [T, H, W] bool or >= 0
     count: int,  # about so many pixels per frame
 ) -> Samples:
-    """An even grid of pixels, each with the median of the 3x3 points around it, coordinate by coordinate.
+    """Sample an even grid of pixels, each with the median of the 3x3 points around it.
 
-    On a smooth surface that is the pixel's own point, and it stands up to four flying points of nine: a start that
-    outliers cannot spoil. Pictures of less than three rows or columns are sampled as they are.
+    The median is taken per coordinate. On a smooth surface it is the pixel's own point, and up to
+    four flying points of nine do not move it far: a start that outliers cannot spoil. Pictures of
+    less than three rows or columns are sampled whole.
     """
     height, width = pointmap.shape[1:3]
     if min(height, width) < 3:
         return sample_grid(pointmap, weights, height * width)
     num_rows = min(height - 2, max(1, round(math.sqrt(count * height / width))))
     num_columns = min(width - 2, max(1, round(count / num_rows)))
-    rows = _even(height, num_rows, pointmap.device)
-    columns = _even(width, num_columns, pointmap.device)
+    rows = _spaced_indices(height, num_rows, pointmap.device)
+    columns = _spaced_indices(width, num_columns, pointmap.device)
     around = torch.arange(-1, 2, device=pointmap.device)
     block_rows = (rows[:, None] + around)[:, None, :, None]  # [h, 1, 3, 1]
     block_columns = (columns[:, None] + around)[None, :, None, :]  # [1, w, 1, 3]
     points = pointmap[:, block_rows, block_columns].flatten(3, 4).flatten(1, 2).double()  # [T, N, 9, 3]
-    known = _known(points)  # [T, N, 9]
+    known = _finite(points)  # [T, N, 9]
     if weights is not None:
         known = known * weights[:, block_rows, block_columns].flatten(3, 4).flatten(1, 2).double()
     median = torch.where(known[..., None] > 0, points, torch.nan).nanmedian(2).values
@@ -130,21 +131,22 @@ def sample_medians(
 
 
 def camera_votes(samples: Samples) -> tuple[Tensor, Tensor]:  # [T], longer sides; [T, 3]: aspect, principal point
-    """Focal length and lens of each frame by itself, from its camera matrix (normalised DLT, Hartley & Zisserman 7.1).
+    """Estimate focal length and lens of each frame by itself, from its camera matrix.
 
-    The focal length is that of square pixels, √(fx fy); aspect and principal point are relative to the samples' lens.
-    A frame whose camera matrix is not unique (planar or far too few points) has no vote: nan. Nor has one that sees
-    its points mirrored (camera matrix of negative determinant).
+    The matrix is that of the normalised DLT (Hartley & Zisserman 7.1). The focal length is that of
+    square pixels, √(fx fy); aspect and principal point are relative to the samples' lens. A frame
+    has no vote (nan) where its camera matrix is not unique (planar or too few points) or where it
+    sees its points mirrored (negative determinant).
     """
-    points = _unit_points(samples)
+    points = _normalised_points(samples)
     eigenvalues, eigenvectors = _direct_linear_transform(points, samples)
     camera = eigenvectors[..., 0].unflatten(-1, (3, 4))  # [T, 3, 4], up to its sign
     unique = eigenvalues[:, 1] > 1e-9 * eigenvalues[:, -1]
-    # Its sign by cheirality: the mean point, now the origin, lies in front.
+    # The sign follows from cheirality: the mean point, now the origin, lies in front.
     camera = camera * camera[:, 2, 3].sign()[:, None, None]
     first, second, third = camera[..., :3].unbind(-2)
     upright = torch.linalg.det(camera[..., :3]) > 0
-    # m1 = fx r1 + cx r3 and m3 = r3: the cross product drops what noise put into the principal point.
+    # m1 = fx r1 + cx r3 and m3 = r3: their cross product does not depend on the principal point.
     fx, fy = (torch.linalg.vector_norm(torch.linalg.cross(row, third), dim=-1) for row in (first, second))
     square = third.square().sum(-1)
     x, y = ((row * third).sum(-1) / square for row in (first, second))
@@ -154,26 +156,27 @@ def camera_votes(samples: Samples) -> tuple[Tensor, Tensor]:  # [T], longer side
 
 
 def plane_votes(samples: Samples) -> Tensor:  # [T], longer sides; nan = no vote
-    """The focal length of each frame whose points nearly lie on a plane, from the homography to its pixels.
+    """Estimate the focal length of each frame of nearly planar points, from their homography.
 
-    Two axes of the plane, orthogonal and equally long in space, give two conditions (Zhang 2000). With the two entries
-    of each row of the homography as one complex number they are one: (row1² + row2²) / f² + row3² = 0. A plane seen
-    straight on makes both terms vanish: it has no vote, or an arbitrary one.
+    Two axes of the plane, orthogonal and equally long in space, give two conditions (Zhang 2000).
+    With the first two entries of each row of the homography as one complex number they become one:
+    (row1² + row2²) / f² + row3² = 0. A plane seen straight on makes both terms vanish: it has no
+    vote, or an arbitrary one.
     """
-    points = _unit_points(samples)
+    points = _normalised_points(samples)
     spread, axes = principal_axes(points, samples.weights)
     eigenvectors = _direct_linear_transform(points @ axes[..., :2], samples)[1]
     homography = eigenvectors[..., 0].unflatten(-1, (3, 3))  # [T, 3, 3], up to its sign
     x, y, z = torch.complex(homography[..., 0], homography[..., 1]).square().unbind(-1)
     across = x + y
     focal = across.abs() / (-(across.conj() * z).real).sqrt()  # least squares; a negative square is nan
-    return _within_bounds(torch.where(spread[:, 2] < _THIN * spread[:, 1], focal, torch.nan))
+    return _within_bounds(torch.where(spread[:, 2] < _FLAT * spread[:, 1], focal, torch.nan))
 
 
 def principal_axes(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:  # [T, N, 3], [T, N] -> [T, 3], [T, 3, 3]
-    """Deviation of each frame's points from their mean along their principal axes, and these axes as columns.
+    """Return the deviations of each frame's points along their principal axes, and these axes.
 
-    The widest comes first, so a plane's normal is the last.
+    The axes are columns. The widest comes first, so a plane's normal is the last.
     """
     weights = (weights / weights.sum(-1, keepdim=True).clamp_min(1e-300))[..., None]
     centred = points - (weights * points).sum(1, keepdim=True)
@@ -182,14 +185,14 @@ def principal_axes(points: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:  #
 
 
 def focal_candidates(votes: Tensor, prior: float) -> Tensor:  # [..., T] -> [F], longer sides
-    """Focal lengths worth trying: the frames' median vote of each kind and a coarse ladder around the prior."""
+    """List focal lengths to try: the median vote of each kind and a ladder around the prior."""
     ladder = prior * torch.tensor([0.4, 0.65, 1.0, 1.6, 2.5, 4.5, 9.0], dtype=votes.dtype, device=votes.device)
     medians = votes.nanmedian(-1).values.flatten()
     return torch.cat([medians[medians.isfinite()], ladder])
 
 
-def _unit_points(samples: Samples) -> Tensor:  # [T, N, 3]
-    """Every frame's points, moved to zero mean and scaled to unit size."""
+def _normalised_points(samples: Samples) -> Tensor:  # [T, N, 3]
+    """Move every frame's points to zero mean and scale them to unit size."""
     weights = (samples.weights / samples.weights.sum(-1, keepdim=True).clamp_min(1e-300))[..., None]
     mean = (weights * samples.points).sum(1, keepdim=True)
     centred = torch.where(weights > 0, samples.points - mean, 0)
@@ -198,9 +201,10 @@ def _unit_points(samples: Samples) -> Tensor:  # [T, N, 3]
 
 
 def _direct_linear_transform(points: Tensor, samples: Samples) -> tuple[Tensor, Tensor]:
-    """Points [T, N, D] -> eigenvalues and eigenvectors of the normal matrix [T, 3 (D+1), 3 (D+1)], ascending.
+    """Decompose the DLT's normal matrix [T, 3 (D+1), 3 (D+1)] for points [T, N, D].
 
-    Its equations are p1·X - x p3·X = 0 and p2·X - y p3·X = 0, put together from four moments.
+    Returns eigenvalues, ascending, and eigenvectors. The equations are p1·X - x p3·X = 0 and
+    p2·X - y p3·X = 0; their normal matrix is made of four moments.
     """
     weights = samples.weights / samples.weights.sum(-1, keepdim=True).clamp_min(1e-300)
     homogeneous = torch.nn.functional.pad(points, (0, 1), value=1.0)
@@ -215,20 +219,20 @@ def _direct_linear_transform(points: Tensor, samples: Samples) -> tuple[Tensor, 
     return torch.linalg.eigh(torch.cat([torch.cat(row, -1) for row in rows], -2))
 
 
-def _within_bounds(focal: Tensor) -> Tensor:
+def _within_bounds(focal: Tensor) -> Tensor:  # nan outside
     return torch.where((focal > FOCAL_BOUNDS[0]) & (focal < FOCAL_BOUNDS[1]), focal, torch.nan)
 
 
-def _known(points: Tensor) -> Tensor:  # [..., 3] -> [...] float64, 1 = finite
+def _finite(points: Tensor) -> Tensor:  # [..., 3] -> [...] float64, 1 = finite
     return points.isfinite().all(-1).double()
 
 
-def _even(size: int, count: int, device: torch.device) -> Tensor:  # -> [count] int64, 1 .. size - 2
+def _spaced_indices(size: int, count: int, device: torch.device) -> Tensor:  # -> [count] int64, 1 .. size - 2
     return (1 + (torch.arange(count, device=device) + 0.5) * (size - 2) / count).long()
 
 
 def _positions(rows: Tensor, columns: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Pixel centres [h·w] each, from the image centre in longer sides."""
+    """Return x and y of the pixel centres, [h·w] each, from the image centre in longer sides."""
     side = max(height, width)
     y, x = torch.meshgrid(
         (rows.double() + 0.5 - height / 2) / side, (columns.double() + 0.5 - width / 2) / side, indexing="ij"

@@ -1,23 +1,25 @@
-"""Which intrinsics are solved for, and the cameras that go with them.
+"""Choose which intrinsics are solved for, and fit the cameras that go with them.
 
-The plain model is one focal length, square pixels and the principal point at the image centre. What of it is given up
-follows one rule:
+The plain model is one focal length, square pixels and the principal point at the image centre.
+One rule decides which of these assumptions are given up:
 
-- Alternatives: one focal length per frame, a free principal point, a free aspect, and, where a focal length is given,
-  a free one; each alone and every combination.
+- Alternatives: one focal length per frame, a free principal point, a free aspect, and, where a
+  focal length is given, a free one; each alone and every combination.
 - When: after each fit, first on the blocks, then on the grid, until nothing more is given up.
-- How: by pixels left out (`held_out.gains`). An alternative is fitted by one step to three quarters of the picture and
-  judged by the data term of the fourth, each once. It convinces if it lowers every quarter's, and by 10 % on average;
-  0.3 % are enough for what the user asks for ("solve"). Of those within 90 % of the best, the one with the fewest
-  unknowns is chosen, and all is fitted again. The change stays if that brings the points 5 % nearer to their rays, or
-  if the user asked for it.
-- Only a warning: what the user has given is kept. Where the choice includes it, a flag says so and nothing is given up,
-  as other unknowns would only make up for the wrong value.
+- How: by cross-validation (`held_out.gains`). An alternative is fitted by one step to three
+  quarters of the picture and scored by the data term of the fourth, each once. It convinces if it
+  lowers the data term of every quarter, and by 10 % on average; 0.3 % are enough for what the user
+  asks for ("solve"). Of those within 90 % of the best, the one with the fewest unknowns is chosen,
+  and everything is fitted again. The change stays if that brings the points 5 % nearer to their
+  rays, or if the user asked for it.
+- Known values: what the user has given is kept. Where the choice includes it, a flag says so and
+  nothing is given up, as other unknowns would only make up for the wrong value.
 
-One step is not enough where the plain model fits a part of the scene, a plane for example, and takes the rest for
-outliers. So where more than a tenth of the blocks lie far off, all that is assumed is freed at once, from the frames'
-own camera matrices. If that brings the points clearly nearer, plain values come back one by one where they cost
-nothing, and what is still free is the choice.
+One step is not enough where the plain model fits a part of the scene, a plane for example, and
+takes the rest for outliers. So where more than a tenth of the blocks lie far off, all assumptions
+are given up at once, starting from the frames' own camera matrices. If that brings the points
+clearly nearer, plain values come back one by one where they cost nothing, and what is still free
+is the choice.
 
 A focal length that the points do not determine is taken from the prior.
 """
@@ -41,17 +43,17 @@ from one4d_pl.postopt.refine import Refined, refine
 from one4d_pl.postopt.trajectory import Cameras, best_focal, ray_distance, solve_poses
 
 MAX_FOCAL_DEVIATION = 0.1  # of log focal
-_AT_BOUND = 0.1  # of log focal: what runs so close to a bound runs away, as on a wall with noise
-_CONVINCING = 0.1  # mean gain in left-out quarters of the picture, as a share of the data term
-_ENOUGH = 0.003  # the same where the user asks for it
+_BOUND_MARGIN = 0.1  # of log focal: so close to a bound it diverges, as on a flat wall with noise
+_CONVINCING = 0.1  # mean gain in held-out quarters of the picture, as a share of the data term
+_CONVINCING_IF_ASKED = 0.003  # the same where the user asks for it
 _NEARLY_BEST = 0.9  # of the best gain
-_TRIFLE = 0.005  # of a focal length, or of the longer side: not worth a word
-_NEAR, _MANY = 2e-3, 0.1  # of the scene's unit: never far off; share of the blocks
-_CLEARLY, _NOTHING = 0.7, 1.1  # times the mean distance: what is clearly nearer, and what costs nothing
-_KEPT = 0.95  # times the mean distance: what a change has to reach that the user did not ask for
-_MOST_CHANGES = 3  # of the model, on blocks or on the grid
+_MIN_DIFFERENCE = 0.005  # of a focal length, or of the longer side, that is worth a flag
+_MIN_FAR, _MANY = 2e-3, 0.1  # of the scene's unit: nearer is never far off; share of the blocks
+_CLEARLY_NEARER, _NO_WORSE = 0.7, 1.1  # times the mean distance
+_KEPT = 0.95  # times the mean distance, which a change has to reach that the user did not ask for
+_MAX_CHANGES = 3  # of the model, on blocks or on the grid
 
-# The plain model's assumptions, in the order in which they are given up; what is said where one is, or would be.
+# The plain model's assumptions, in the order in which they are given up, and their flags.
 _FOCAL, _ZOOM, _POINT, _ASPECT = "focal", "zoom", "principal point", "aspect"
 _UNUSUAL = {
     _ZOOM: "focal length changes",
@@ -73,45 +75,49 @@ def fit(
     known_focal: float | None,  # longer sides
     options: RecoverOptions,
 ) -> tuple[Refined, tuple[str, ...]]:
-    """Cameras at the minimum, and in words what is unusual about their intrinsics, contradicted or not determined."""
+    """Fit cameras and choose the intrinsics that are solved for.
+
+    Returns the fit and the flags: what is unusual about its intrinsics, contradicted by the points
+    or not determined by them.
+    """
     mode: FocalMode = "per_frame" if options.shared_focal is False else "shared"
     if known_focal is not None:
         mode, focal = "fixed", blocks.points.new_tensor(known_focal)
     else:
         focal = best_focal(blocks, focal_candidates(torch.stack([camera_votes(blocks)[0], plane_votes(blocks)]), prior))
     objective = first = Objective(options.alpha1, options.alpha2, mode)
-    coarse = _coarse(solve_poses(blocks, focal.expand(len(blocks.points))), blocks, objective)
+    coarse = _refine_on_blocks(solve_poses(blocks, focal.expand(len(blocks.points))), blocks, objective)
 
     def on_blocks(fit: Refined, objective: Objective) -> Refined:
-        return _coarse(fit.cameras, blocks.through(fit.lens), objective)
+        return _refine_on_blocks(fit.cameras, blocks.through(fit.lens), objective)
 
     def on_both(fit: Refined, objective: Objective) -> Refined:
-        return _finish(on_blocks(fit, objective), grid, objective)
+        return _refine_on_grid(on_blocks(fit, objective), grid, objective)
 
     given = _given(options)
     chosen, freer = _choose_at_once(coarse, blocks, objective)
     if not given & set(chosen):
         coarse, objective = freer, _freed(objective, chosen)
-        coarse, objective, chosen = _free_contradicted(coarse, blocks, objective, options, on_blocks)  # costs little
-    refined = _finish(coarse, grid, objective)
+        coarse, objective, chosen = _free_contradicted(coarse, blocks, objective, options, on_blocks)  # cheap
+    refined = _refine_on_grid(coarse, grid, objective)
     if not given & set(chosen):
-        refined, objective, chosen = _free_contradicted(refined, grid, objective, options, on_both)  # sees more
-    different = set(_different(refined, blocks.lens)) & set(_assumed(first, len(blocks.points)))
-    flags = tuple(words for name, words in _UNUSUAL.items() if name in different)
-    flags += tuple(words for name, words in _CONTRADICTED.items() if name in given & set(chosen))
+        refined, objective, chosen = _free_contradicted(refined, grid, objective, options, on_both)  # more exact
+    unusual = set(_unusual(refined, blocks.lens)) & set(_assumed(first, len(blocks.points)))
+    flags = tuple(flag for name, flag in _UNUSUAL.items() if name in unusual)
+    flags += tuple(flag for name, flag in _CONTRADICTED.items() if name in given & set(chosen))
     if known_focal is not None:
         return refined, flags
-    refined, hidden = _with_seen_focal(refined, blocks, grid, prior, objective)
-    return refined, flags + hidden
+    refined, focal_flags = _with_observable_focal(refined, blocks, grid, prior, objective)
+    return refined, flags + focal_flags
 
 
-def _coarse(cameras: Cameras, blocks: Samples, objective: Objective) -> Refined:
-    """The first steps, on the blocks, without smoothing."""
+def _refine_on_blocks(cameras: Cameras, blocks: Samples, objective: Objective) -> Refined:
+    """Make the first steps: on the blocks, without smoothing."""
     return refine(cameras, blocks, replace(objective, alpha2=0.0), 1e-4)
 
 
-def _finish(coarse: Refined, grid: Samples, objective: Objective) -> Refined:
-    """The last steps, on the grid, with as much smoothing as its pixels confirm."""
+def _refine_on_grid(coarse: Refined, grid: Samples, objective: Objective) -> Refined:
+    """Make the last steps: on the grid, with as much smoothing as its pixels confirm."""
     seen = grid.through(coarse.lens)
     alpha2, start = credible_alpha2(coarse.cameras, seen, objective)
     dense = refine(coarse.cameras, seen, replace(objective, alpha2=alpha2), 1e-6, start)
@@ -125,8 +131,12 @@ def _free_contradicted(
     options: RecoverOptions,
     refit: Callable[[Refined, Objective], Refined],
 ) -> tuple[Refined, Objective, tuple[str, ...]]:
-    """The last fit, its objective, and what the points contradict there: if anything, it includes something given."""
-    for _ in range(_MOST_CHANGES):
+    """Give up contradicted assumptions and fit again, until there are none or one is given.
+
+    Returns the last fit, its objective, and the assumptions that the points contradict there: none,
+    or some that include a given one.
+    """
+    for _ in range(_MAX_CHANGES):
         chosen = _choose(refined, samples, objective, options)
         if not chosen or _given(options) & set(chosen):
             return refined, objective, chosen
@@ -139,101 +149,106 @@ def _free_contradicted(
 
 
 def _choose(refined: Refined, samples: Samples, objective: Objective, options: RecoverOptions) -> tuple[str, ...]:
-    """The assumptions that the points contradict, the fewest that explain them: none where they fit."""
+    """Return the assumptions that the points contradict, as few as explain them, or none."""
     names = _assumed(objective, len(refined.noise))
     changes = [change for count in range(1, len(names) + 1) for change in combinations(names, count)]
     if not changes:
         return ()
-    at_rest, seen = replace(objective, alpha2=refined.alpha2), samples.through(refined.lens)
+    minimised, seen = replace(objective, alpha2=refined.alpha2), samples.through(refined.lens)
     noise = measure_noise(seen, refined.cameras)
-    found = gains(refined.cameras, seen, noise, at_rest, [_freed(objective, change) for change in changes])
+    gain_of = gains(refined.cameras, seen, noise, minimised, [_freed(objective, change) for change in changes])
+    asked = _asked(options)
     convincing = {
         change: float(gain.mean())
-        for change, gain in zip(changes, found, strict=True)
-        if float(gain.amin()) > 0 and float(gain.mean()) >= (_ENOUGH if set(change) <= _asked(options) else _CONVINCING)
+        for change, gain in zip(changes, gain_of, strict=True)
+        if float(gain.amin()) > 0
+        and float(gain.mean()) >= (_CONVINCING_IF_ASKED if set(change) <= asked else _CONVINCING)
     }
     least = _NEARLY_BEST * max(convincing.values(), default=0.0)
     return next((change for change, gain in convincing.items() if gain >= least), ())
 
 
 def _choose_at_once(coarse: Refined, blocks: Samples, objective: Objective) -> tuple[tuple[str, ...], Refined]:
-    """The assumptions that many far points contradict, and the fit without them."""
+    """Return the assumptions that many far points contradict, and the fit without them."""
     votes, lenses = camera_votes(blocks)
     names = _assumed(objective, len(votes))
     if not names or not bool(votes.isfinite().any()) or not _many_are_far(coarse, blocks):
         return (), coarse
     freest = _freed(objective, tuple(names))
     lens = _voted_lens(lenses, blocks.lens, freest)
-    focal = votes * (blocks.lens.aspect / lens.aspect) ** 0.5  # square pixels' -> fx
+    focal = votes * (blocks.lens.aspect / lens.aspect) ** 0.5  # of square pixels -> fx
     if freest.focal_mode == "per_frame":
         focal = torch.where(focal.isfinite(), focal, focal.nanmedian())
     else:
         focal = focal.nanmedian().expand(len(focal))
     seen = blocks.through(lens)
-    fitted = _coarse(solve_poses(seen, focal), seen, freest)
+    fitted = _refine_on_blocks(solve_poses(seen, focal), seen, freest)
     nearest = _distance(fitted, blocks)
-    if nearest > _CLEARLY * _distance(coarse, blocks):
+    if nearest > _CLEARLY_NEARER * _distance(coarse, blocks):
         return (), coarse
     for name in reversed(names):
         fewer = _freed(objective, tuple(other for other in names if other != name))
-        plainer = _plain_again(fitted, coarse, blocks, fewer)
-        if _distance(plainer, blocks) <= _NOTHING * nearest:
+        plainer = _refit_plainer(fitted, coarse, blocks, fewer)
+        if _distance(plainer, blocks) <= _NO_WORSE * nearest:
             names.remove(name)
             fitted = plainer
     return tuple(names), fitted
 
 
 def _voted_lens(lenses: Tensor, plain: Lens, objective: Objective) -> Lens:
-    """The frames' median lens [T, 3] as far as the objective leaves it free."""
+    """Return the median of the frames' lenses [T, 3], plain where it is not solved for."""
     aspect, x, y = lenses.nanmedian(0).values.tolist()
     voted = Lens(plain.aspect * aspect, plain.x + x, plain.y + plain.aspect * y)
-    return _narrowed(voted, plain, objective)
+    return _plain_where_fixed(voted, plain, objective)
 
 
-def _plain_again(fitted: Refined, coarse: Refined, blocks: Samples, objective: Objective) -> Refined:
-    """The fit with the plain values for what the objective does not leave free."""
+def _refit_plainer(fitted: Refined, coarse: Refined, blocks: Samples, objective: Objective) -> Refined:
+    """Fit again, with the plain values for what the objective does not leave free."""
     log_focal = fitted.cameras.log_focal
     if objective.focal_mode == "shared":
         log_focal = log_focal.median().expand(len(log_focal))
     elif objective.focal_mode == "fixed":
         log_focal = coarse.cameras.log_focal
-    seen = blocks.through(_narrowed(fitted.lens, blocks.lens, objective))
-    return _coarse(replace(fitted.cameras, log_focal=log_focal), seen, objective)
+    seen = blocks.through(_plain_where_fixed(fitted.lens, blocks.lens, objective))
+    return _refine_on_blocks(replace(fitted.cameras, log_focal=log_focal), seen, objective)
 
 
-def _narrowed(lens: Lens, plain: Lens, objective: Objective) -> Lens:
-    """The lens, plain where it is not solved for."""
+def _plain_where_fixed(lens: Lens, plain: Lens, objective: Objective) -> Lens:
+    """Return the lens with plain values where it is not solved for."""
     point = lens if objective.principal_point else plain
     return Lens(lens.aspect if objective.aspect else plain.aspect, point.x, point.y)
 
 
 def _distance(fit: Refined, blocks: Samples) -> float:
-    """Geometric mean of the points' distances from their rays: outliers count little, and so does an exact half."""
+    """Return the geometric mean of the points' distances from their rays.
+
+    Outliers weigh little in it, and an exactly fitted half of the points cannot make it vanish.
+    """
     seen = blocks.through(fit.lens)
     logarithm = (ray_distance(seen, fit.cameras) + NOISE_FLOOR).log()
     return math.exp(float((logarithm * seen.weights).sum() / seen.weights.sum()))
 
 
 def _many_are_far(fit: Refined, blocks: Samples) -> bool:
-    """Whether a fit leaves so many points out that another may be right."""
+    """Tell whether a fit leaves so many points out that another may be right."""
     seen = blocks.through(fit.lens)
-    far = ray_distance(seen, fit.cameras) > (GATE * fit.noise[:, None]).clamp_min(_NEAR)
+    far = ray_distance(seen, fit.cameras) > (GATE * fit.noise[:, None]).clamp_min(_MIN_FAR)
     return float((far * seen.weights).sum() / seen.weights.sum()) > _MANY
 
 
-def _different(refined: Refined, plain: Lens) -> tuple[str, ...]:
-    """Which intrinsics differ from the plain model's by more than a trifle."""
+def _unusual(refined: Refined, plain: Lens) -> tuple[str, ...]:
+    """List the intrinsics that differ from the plain model's by more than `_MIN_DIFFERENCE`."""
     lens, log_focal = refined.lens, refined.cameras.log_focal
     sizes = {
         _ZOOM: float(log_focal.amax() - log_focal.amin()),
         _POINT: max(abs(lens.x - plain.x), abs(lens.y - plain.y)),
         _ASPECT: abs(math.log(lens.aspect / plain.aspect)),
     }
-    return tuple(name for name, size in sizes.items() if size > _TRIFLE)
+    return tuple(name for name, size in sizes.items() if size > _MIN_DIFFERENCE)
 
 
 def _assumed(objective: Objective, num_frames: int) -> list[str]:
-    """What is not solved for."""
+    """List the intrinsics that are assumed, not solved for."""
     return [
         *([_FOCAL] if objective.focal_mode == "fixed" else []),
         *([_ZOOM] if objective.focal_mode == "shared" and num_frames > 1 else []),
@@ -243,7 +258,7 @@ def _assumed(objective: Objective, num_frames: int) -> list[str]:
 
 
 def _given(options: RecoverOptions) -> set[str]:
-    """What the user knows for sure."""
+    """Return the intrinsics that the user has given."""
     known = {
         _FOCAL: options.focal is not None,
         _ZOOM: options.shared_focal is True,
@@ -260,7 +275,7 @@ def _asked(options: RecoverOptions) -> set[str]:
 
 
 def _freed(objective: Objective, names: tuple[str, ...]) -> Objective:
-    """The objective with more unknowns."""
+    """Return the objective with more unknowns."""
     mode: FocalMode = "shared" if _FOCAL in names else "per_frame" if _ZOOM in names else objective.focal_mode
     return replace(
         objective,
@@ -270,23 +285,26 @@ def _freed(objective: Objective, names: tuple[str, ...]) -> Objective:
     )
 
 
-def _with_seen_focal(
+def _with_observable_focal(
     refined: Refined, blocks: Samples, grid: Samples, prior: float, objective: Objective
 ) -> tuple[Refined, tuple[str, ...]]:
-    """The fit with the prior for a focal length that the points do not show."""
-    hidden = (refined.focal_condition < MIN_CONDITION) | (refined.focal_deviation > MAX_FOCAL_DEVIATION)
+    """Replace a focal length that the points do not determine and fit again; return fit and flags.
+
+    The replacement is the median of the frames that determine theirs, or the prior.
+    """
+    unknown = (refined.focal_condition < MIN_CONDITION) | (refined.focal_deviation > MAX_FOCAL_DEVIATION)
     low, high = (math.log(bound) for bound in FOCAL_BOUNDS)
-    at_bounds = (refined.cameras.log_focal < low + _AT_BOUND) | (refined.cameras.log_focal > high - _AT_BOUND)
-    hidden = hidden | (at_bounds if objective.focal_mode == "per_frame" else at_bounds.any())
-    if not bool(hidden.any()):
+    at_bounds = (refined.cameras.log_focal < low + _BOUND_MARGIN) | (refined.cameras.log_focal > high - _BOUND_MARGIN)
+    unknown = unknown | (at_bounds if objective.focal_mode == "per_frame" else at_bounds.any())
+    if not bool(unknown.any()):
         return refined, ()
     blocks, grid = blocks.through(refined.lens), grid.through(refined.lens)
-    if objective.focal_mode == "per_frame" and not bool(hidden.all()):  # the other frames know better than the prior
+    if objective.focal_mode == "per_frame" and not bool(unknown.all()):
         log_focal = refined.cameras.log_focal
-        focal = torch.where(hidden, log_focal[~hidden].median(), log_focal).exp()
+        focal = torch.where(unknown, log_focal[~unknown].median(), log_focal).exp()
         flag = "focal of some frames from the others"
     else:
         focal, flag = blocks.points.new_tensor(prior).expand(len(blocks.points)), "focal from prior"
     known = replace(objective, focal_mode="fixed", aspect=False, principal_point=False)
-    fixed = _finish(_coarse(solve_poses(blocks, focal), blocks, known), grid, known)
+    fixed = _refine_on_grid(_refine_on_blocks(solve_poses(blocks, focal), blocks, known), grid, known)
     return replace(fixed, focal_condition=refined.focal_condition, focal_deviation=refined.focal_deviation), (flag,)

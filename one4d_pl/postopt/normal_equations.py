@@ -1,12 +1,13 @@
-"""The objective of the refinement (One4D, Eq. 12) at some cameras: its cost and its normal equations.
+"""The objective of the refinement (One4D, Eq. 12) at some cameras: cost and normal equations.
 
     alpha1 · mean |X - X̂| + alpha2 · mean (‖R_iᵀ R_{i+1} - I‖_F + ‖o_{i+1} - o_i‖)
 
-With the best depth of each pixel put in, |X - X̂| is the distance from the point to its pixel's ray: 6 T + 1 unknowns
-are left, and up to three more of the lens. The distance enters through Tukey's biweight, whose weights equal those of
-|r| on average over inliers and are nil beyond six times the noise (from the frame's own median distance): flying points
-are left out. In a frame that has no point out there the gate stands so wide that these are least squares, the most
-accurate where noise is Gaussian.
+With the best depth of each pixel put in, |X - X̂| is the distance from the point to its pixel's
+ray: 6 T + 1 unknowns are left, and up to three more of the lens. The distance enters through
+Tukey's biweight. Its weights equal those of |r| on average over inliers and are 0 beyond six times
+the noise, which is measured by the frame's median distance: so flying points are left out. In a
+frame that has no such points the gate is so wide that these are least squares, the most accurate
+where noise is Gaussian.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ FocalMode = Literal["shared", "per_frame", "fixed"]
 NOISE_FLOOR = 1e-7  # of the scene's unit: the rounding of float32 pointmaps
 MEAN_INVERSE = 1.2533  # mean of 1 / length of a 2-D Gaussian: the average weight that |r| gives to noise
 _RAYLEIGH_MEDIAN = 1.1774  # median length of a 2-D Gaussian vector of unit deviation per axis
-GATE = 6.0  # noise deviations; a point farther from its ray is no measurement of it
-_WIDE_GATE = 60.0  # where (nearly) no point is: Gaussian noise has one in 10^8 beyond the narrow gate
-_BEYOND = 1e-4  # share of a frame's points beyond the narrow gate that narrows it
-_STILL = 1e-3  # of the scene's unit (and radians): shorter camera steps are smoothed quadratically
+GATE = 6.0  # noise deviations; a point farther from its ray is an outlier
+_WIDE_GATE = 60.0  # without outliers; of Gaussian noise one point in 10^8 lies beyond the narrow gate
+_OUTLIER_SHARE = 1e-4  # of a frame's points: more beyond the narrow gate mean that there are outliers
+_HUBER_STEP = 1e-3  # of the scene's unit (and radians): shorter camera steps count quadratically
 _CHUNK = 60_000  # points linearised at once: bounds the memory, fits the cache
 _ASPECT_BOUNDS = (0.1, 10.0)
-_SHIFT_BOUND = 1.0  # longer sides, of the principal point from the image centre
+_MAX_SHIFT = 1.0  # longer sides, of the principal point from the image centre
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Objective:
 
     @property
     def lens_columns(self) -> list[int]:
-        """Which of a frame's ten unknowns are of the lens and solved for."""
+        """Return the columns of the lens that are solved for, among a frame's ten unknowns."""
         return [7] * self.aspect + [8, 9] * self.principal_point
 
 
@@ -60,26 +61,27 @@ class Noise:
     gate: Tensor  # [T], distance beyond which a point has no weight
 
     def take(self, frames: Tensor) -> Noise:
+        """Return the noise of some frames."""
         return Noise(self.level[frames], self.gate[frames])
 
 
 @dataclass(frozen=True)
-class Normal:
+class NormalEquations:
     """Normal equations of the data term at some cameras.
 
-    Unknowns of a frame: rotation, centre, log focal, and, where the lens is looked at, log aspect and the principal
-    point's x and y (longer sides, y divided by the aspect): U = 7 or 10.
+    A frame has U = 7 unknowns: rotation, centre and log focal; or 10 with the lens's: log aspect
+    and the principal point's x and y (longer sides, y divided by the aspect).
     """
 
     cost: Tensor  # [], alpha1 · mean loss
     matrix: Tensor  # [T, U, U], of the reweighted squares
     gradient: Tensor  # [T, U]
-    bend: Tensor  # [T, U, U], by how much the loss's Hessian is below matrix
+    excess: Tensor  # [T, U, U], matrix less the loss's Hessian
 
 
 @dataclass(frozen=True)
-class Smooth:
-    """Normal equations of the smoothness term; unknowns of a frame: rotation, centre."""
+class SmoothnessTerm:
+    """Normal equations of the smoothness term; a frame's unknowns are rotation and centre."""
 
     cost: Tensor  # [], alpha2 · mean
     matrix: Tensor  # [T, 2, 6, 6]: a frame with itself, and with the next
@@ -87,18 +89,21 @@ class Smooth:
 
 
 def measure_noise(samples: Samples, cameras: Cameras) -> Noise:
-    """Deviation of each frame's points from their rays, and the gate that their tail asks for."""
+    """Measure how far each frame's points lie from their rays, and choose the gate."""
     distance = ray_distance(samples, cameras)
     level = weighted_median(distance, samples.weights) / _RAYLEIGH_MEDIAN + NOISE_FLOOR
     beyond = ((distance > GATE * level[:, None]) & (samples.weights > 0)).sum(-1)
-    narrow = beyond > _BEYOND * (samples.weights > 0).sum(-1)
+    narrow = beyond > _OUTLIER_SHARE * (samples.weights > 0).sum(-1)
     return Noise(level, level * torch.where(narrow, GATE, _WIDE_GATE))
 
 
 def linearise(
     cameras: Cameras, samples: Samples, noise: Noise, objective: Objective, whole_lens: bool = False
-) -> Normal:
-    """Data term of all frames, a few frames at a time; with the lens's unknowns where one is solved for or if asked."""
+) -> NormalEquations:
+    """Linearise the data term at these cameras, a few frames at a time.
+
+    The lens's unknowns are included where one of them is solved for, or by `whole_lens`.
+    """
     num_frames, num_points = samples.weights.shape
     total = samples.weights.sum()
     size = max(1, _CHUNK // num_points)
@@ -108,14 +113,14 @@ def linearise(
         for part in torch.arange(num_frames, device=total.device).split(size)
     ]
     factor = objective.alpha1 / total
-    cost, matrix, gradient, bend = (torch.cat(field) for field in zip(*parts))
-    return Normal(factor * cost.sum(), factor * matrix, factor * gradient, factor * bend)
+    cost, matrix, gradient, excess = (torch.cat(field) for field in zip(*parts))
+    return NormalEquations(factor * cost.sum(), factor * matrix, factor * gradient, factor * excess)
 
 
 def _linearise_frames(
     cameras: Cameras, samples: Samples, noise: Noise, with_lens: bool
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # cost [t], matrix [t, U, U], gradient [t, U], bend [t, U, U]
-    """Distance to the ray as two coordinates across it, and their derivatives; weights from the loss."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # cost [t], matrix [t, U, U], gradient [t, U], excess [t, U, U]
+    """Linearise the distance to the ray, as two coordinates across it, weighted by the loss."""
     focal = cameras.log_focal.exp()[:, None]  # [t, 1]
     x, y = samples.x / focal, samples.y / focal  # [t, N]
     px, py, pz = camera_points(samples, cameras).unbind(-1)
@@ -129,74 +134,83 @@ def _linearise_frames(
     bx, bz = -x * y * b_scale, -y * b_scale
     residual_a, residual_b = ax * px + az * pz, bx * px + by * py + bz * pz
     depth = (x * px + y * py + pz) / length.square()  # best depth, z
-    cost, weights, bends = _loss(residual_a.square() + residual_b.square(), noise)
+    cost, weights, excess_weights = _loss(residual_a.square() + residual_b.square(), noise)
     weights = weights * samples.weights
 
     zero = torch.zeros_like(ax)
     rows_a = [py * az, pz * ax - px * az, -py * ax, ax, zero, az, depth * x * ax]
     rows_b = [py * bz - pz * by, pz * bx - px * bz, px * by - py * bx, bx, by, bz, depth * y * b_scale]
     if with_lens:
-        away = depth / focal
-        rows_a += [zero, away * ax, zero]
-        rows_b += [depth * y * by, away * bx, away * by]
+        scale = depth / focal
+        rows_a += [zero, scale * ax, zero]
+        rows_b += [depth * y * by, scale * bx, scale * by]
     jacobian = torch.stack([torch.stack(rows_a, 1), torch.stack(rows_b, 1)], 2)  # [t, U, 2, N]
     weighted = (jacobian * weights[:, None, None]).flatten(2)
     matrix = weighted @ jacobian.flatten(2).mT
     # Derivatives of half the squared distance, [t, U, N].
-    along = (jacobian[:, :, 0] * residual_a[:, None]).addcmul_(jacobian[:, :, 1], residual_b[:, None])
-    gradient = (along @ weights[..., None])[..., 0]
-    bend = (along * (bends * samples.weights)[:, None]) @ along.mT
-    # So far the columns are: R <- exp(w) R, shift in camera axes, ... The unknown is the centre, o <- o + v.
+    slope = (jacobian[:, :, 0] * residual_a[:, None]).addcmul_(jacobian[:, :, 1], residual_b[:, None])
+    gradient = (slope @ weights[..., None])[..., 0]
+    excess = (slope * (excess_weights * samples.weights)[:, None]) @ slope.mT
+    # So far columns 3 to 5 shift the points in camera axes; the unknown is the centre, o <- o + v.
     change = torch.eye(jacobian.shape[1], dtype=matrix.dtype, device=matrix.device).repeat(len(matrix), 1, 1)
     change[:, 3:6, 3:6] = -cameras.rotation
     gradient = (change.mT @ gradient[..., None])[..., 0]
-    return (cost * samples.weights).sum(-1), change.mT @ matrix @ change, gradient, change.mT @ bend @ change
+    return (cost * samples.weights).sum(-1), change.mT @ matrix @ change, gradient, change.mT @ excess @ change
 
 
 def _loss(squared: Tensor, noise: Noise) -> tuple[Tensor, Tensor, Tensor]:  # [t, N], [t] -> [t, N] each
-    """Tukey's biweight rho of the distance r, its weight rho'/r, and -(rho'/r)'/r, by which that falls."""
+    """Return Tukey's biweight rho of the distance r, its weight rho'/r, and -(rho'/r)'/r."""
     gate = noise.gate.square()[:, None]
-    left = (1 - squared / gate).clamp_min(0)
+    inlying = (1 - squared / gate).clamp_min(0)  # 1 at the ray, 0 from the gate on
     scale = MEAN_INVERSE / noise.level[:, None]
-    return scale * gate / 6 * (1 - left**3), scale * left.square(), 4 * scale / gate * left
+    return scale * gate / 6 * (1 - inlying**3), scale * inlying.square(), 4 * scale / gate * inlying
 
 
-def weighted_normal(normals: list[Normal], shares: list[float]) -> Normal:
-    parts = ([share * getattr(n, f.name) for n, share in zip(normals, shares, strict=True)] for f in fields(Normal))
-    return Normal(*(torch.stack(part).sum(0) for part in parts))
+def weighted_normal(normals: list[NormalEquations], shares: list[float]) -> NormalEquations:
+    """Add normal equations, each times its share."""
+    parts = (
+        [share * getattr(n, f.name) for n, share in zip(normals, shares, strict=True)] for f in fields(NormalEquations)
+    )
+    return NormalEquations(*(torch.stack(part).sum(0) for part in parts))
 
 
-def less_bend(normal: Normal, reach: float) -> Normal:
-    """The normal equations of longer steps: matrix - bend, but in no direction below matrix / reach."""
-    unit = normal.matrix.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
-    unit = unit[..., None] * unit[..., None, :]
-    eye = torch.eye(unit.shape[-1], dtype=unit.dtype, device=unit.device)
-    root = torch.linalg.cholesky(normal.matrix / unit + 1e-10 * eye)
-    half = torch.linalg.solve_triangular(root, normal.bend / unit, upper=False)
+def towards_newton(normal: NormalEquations, reach: float) -> NormalEquations:
+    """Return the normal equations of longer steps, from reweighted squares towards Newton's.
+
+    The excess is taken off the matrix, which then is the Hessian, but no direction falls below
+    1 / reach of what it was.
+    """
+    scale = normal.matrix.diagonal(dim1=-2, dim2=-1).clamp_min(1e-300).sqrt()
+    scale = scale[..., None] * scale[..., None, :]
+    eye = torch.eye(scale.shape[-1], dtype=scale.dtype, device=scale.device)
+    root = torch.linalg.cholesky(normal.matrix / scale + 1e-10 * eye)
+    half = torch.linalg.solve_triangular(root, normal.excess / scale, upper=False)
     share = torch.linalg.solve_triangular(root, half.mT, upper=False)
     values, vectors = torch.linalg.eigh((share + share.mT) / 2)
     vectors = root @ (vectors * values.clamp(0, 1 - 1 / reach).sqrt()[..., None, :])
-    return replace(normal, matrix=normal.matrix - unit * (vectors @ vectors.mT))
+    return replace(normal, matrix=normal.matrix - scale * (vectors @ vectors.mT))
 
 
-def smoothness(cameras: Cameras, objective: Objective) -> Smooth:
-    """The smoothness term, reweighted like the data term (IRLS)."""
+def smoothness(cameras: Cameras, objective: Objective) -> SmoothnessTerm:
+    """Linearise the smoothness term, reweighted like the data term (IRLS)."""
     num_frames = len(cameras.centre)
     matrix, gradient = cameras.centre.new_zeros(num_frames, 2, 6, 6), cameras.centre.new_zeros(num_frames, 6)
     if objective.alpha2 == 0 or num_frames == 1:
-        return Smooth(gradient.sum(), matrix, gradient)
+        return SmoothnessTerm(gradient.sum(), matrix, gradient)
     factor = objective.alpha2 / (num_frames - 1)
     turn = matrix_product(cameras.rotation[1:], cameras.rotation[:-1].mT)  # [T-1, 3, 3]
     vector, shift = so3_log(turn), cameras.centre[1:] - cameras.centre[:-1]
-    # ‖RᵀR' - I‖_F = 2 √2 sin(angle / 2) = √2 · angle for the turns between frames; the tip is rounded like a Huber's.
+    # ‖RᵀR' - I‖_F = 2 √2 sin(angle / 2), nearly √2 · angle for the turns between frames. Both norms
+    # are quadratic for short steps, as in the Huber loss.
     angle = geodesic_angle(cameras.rotation[:-1], cameras.rotation[1:])
     length = torch.linalg.vector_norm(shift, dim=-1)
     chord = 8**0.5 * (angle / 2).sin()
-    cost = factor * (_rounded(chord, 2**0.5 * _STILL) + _rounded(length, _STILL)).sum()
-    turn_weight = factor * 2**0.5 / angle.clamp_min(_STILL)[:, None, None]
-    shift_weight = factor / length.clamp_min(_STILL)[:, None, None]
+    cost = factor * (_huber(chord, 2**0.5 * _HUBER_STEP) + _huber(length, _HUBER_STEP)).sum()
+    turn_weight = factor * 2**0.5 / angle.clamp_min(_HUBER_STEP)[:, None, None]
+    shift_weight = factor / length.clamp_min(_HUBER_STEP)[:, None, None]
     eye = torch.eye(3, dtype=turn.dtype, device=turn.device)
-    # Perturbed, the turn's vector is v + w' - Q w (to first order in v), the shift s + u' - u.
+    # Turns w, w' and shifts u, u' of both cameras make the turn's vector v + w' - Q w (to first
+    # order in v) and the shift s + u' - u.
     matrix[1:, 0, :3, :3] += turn_weight * eye
     matrix[:-1, 0, :3, :3] += turn_weight * eye
     matrix[:-1, 1, :3, :3] = -turn_weight * turn.mT  # rows: this frame, columns: the next
@@ -207,17 +221,20 @@ def smoothness(cameras: Cameras, objective: Objective) -> Smooth:
     gradient[:-1, :3] -= turn_weight[..., 0] * rotate(turn.mT, vector)
     gradient[1:, 3:] += shift_weight[..., 0] * shift
     gradient[:-1, 3:] -= shift_weight[..., 0] * shift
-    return Smooth(cost, matrix, gradient)
+    return SmoothnessTerm(cost, matrix, gradient)
 
 
-def _rounded(length: Tensor, tip: float) -> Tensor:
-    return torch.where(length < tip, length.square() / (2 * tip), length - tip / 2)
+def _huber(length: Tensor, step: float) -> Tensor:
+    return torch.where(length < step, length.square() / (2 * step), length - step / 2)
 
 
 def assemble(
-    normal: Normal, smooth: Smooth, objective: Objective
+    normal: NormalEquations, smooth: SmoothnessTerm, objective: Objective
 ) -> tuple[Tensor, Tensor]:  # [6 T + F + L, 6 T + F + L], [6 T + F + L]
-    """Dense normal equations: poses frame by frame, focal length(s), lens. 81 frames are 487 unknowns: 10 ms."""
+    """Assemble the dense normal equations: poses frame by frame, focal length(s), lens.
+
+    81 frames have 487 unknowns, which are solved in 10 ms.
+    """
     num_frames = len(normal.matrix)
     frames = torch.arange(num_frames, device=normal.matrix.device)
     poses = normal.matrix.new_zeros(num_frames, 6, num_frames, 6)
@@ -236,8 +253,11 @@ def assemble(
     return full, torch.cat([gradient, more])
 
 
-def _intrinsic_unknowns(normal: Normal, objective: Objective) -> Tensor | None:
-    """By how much each unknown changes each frame's intrinsics: [T, U - 6, F + L] of 0 and 1; None if all are known."""
+def _intrinsic_unknowns(normal: NormalEquations, objective: Objective) -> Tensor | None:
+    """Return which unknown changes which intrinsic: [T, U - 6, F + L] of 0 and 1.
+
+    None where all intrinsics are known.
+    """
     num_frames, width = len(normal.matrix), normal.matrix.shape[-1] - 6
     count = {"fixed": 0, "shared": 1, "per_frame": num_frames}[objective.focal_mode]
     columns = objective.lens_columns
@@ -255,19 +275,25 @@ def _intrinsic_unknowns(normal: Normal, objective: Objective) -> Tensor | None:
 
 
 def solve(full: Tensor, gradient: Tensor, damping: float) -> Tensor:
-    """The damped step, in units that give the matrix a unit diagonal: then 1e-9 is far below what the data say."""
+    """Solve for the damped step.
+
+    The damping is added after scaling the matrix to a unit diagonal.
+    """
     diagonal = full.diagonal().clamp_min(1e-300)
-    unit = diagonal.rsqrt()
-    scaled = unit[:, None] * full * unit
+    scale = diagonal.rsqrt()
+    scaled = scale[:, None] * full * scale
     scaled = scaled + damping * torch.eye(len(full), dtype=full.dtype, device=full.device)
     factor, failed = torch.linalg.cholesky_ex(scaled)
     if bool(failed):  # rounding made a singular matrix indefinite
         factor = torch.linalg.cholesky(scaled + 1e-6 * torch.eye(len(full), dtype=full.dtype, device=full.device))
-    return -unit * torch.cholesky_solve((unit * gradient)[:, None], factor)[:, 0]
+    return -scale * torch.cholesky_solve((scale * gradient)[:, None], factor)[:, 0]
 
 
 def move(cameras: Cameras, samples: Samples, step: Tensor, objective: Objective) -> tuple[Cameras, Samples]:
-    """Cameras and lens after a step; focal lengths and aspect change by at most a third and all stay in bounds."""
+    """Return cameras and lens after a step.
+
+    Focal lengths and aspect change by a factor of exp(0.3) at most, and all stay in bounds.
+    """
     num_frames = len(cameras.centre)
     pose_step, rest = step[: 6 * num_frames].view(num_frames, 6), step[6 * num_frames :]
     columns = objective.lens_columns
@@ -287,4 +313,4 @@ def _moved_lens(lens: Lens, log_aspect: float, x: float, y: float) -> Lens:
     aspect = lens.aspect * math.exp(min(max(log_aspect, -0.3), 0.3))
     x, y = lens.x + min(max(x, -0.1), 0.1), lens.y + lens.aspect * min(max(y, -0.1), 0.1)
     low, high = _ASPECT_BOUNDS
-    return Lens(min(max(aspect, low), high), *(min(max(p, -_SHIFT_BOUND), _SHIFT_BOUND) for p in (x, y)))
+    return Lens(min(max(aspect, low), high), *(min(max(p, -_MAX_SHIFT), _MAX_SHIFT) for p in (x, y)))

@@ -1,4 +1,4 @@
-"""What a user may say about the cameras behind a pointmap."""
+"""Options of the camera recovery."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from typing import Literal
 class RecoverOptions:
     """What is known of the camera, and the objective's weights (One4D, Eq. 12).
 
-    Where nothing is said (None), one focal length, square pixels and a principal point at the image centre are assumed
-    until the points contradict that clearly; "solve" asks for less clarity. What is given is kept, and a contradiction
-    is a flag.
+    None assumes one focal length, square pixels and a principal point at the image centre until the
+    points contradict that clearly. "solve" accepts a weaker contradiction. A given value is kept,
+    and a contradiction becomes a flag.
     """
 
     alpha1: float = 1.0  # mean distance of points and recovered points
-    alpha2: float = 0.01  # mean smoothness of the trajectory at most, see `credible_alpha2` (MonST3R 0.01); 0 = off
+    alpha2: float = 0.01  # mean smoothness of the trajectory, less if `credible_alpha2` says so (MonST3R 0.01); 0 = off
     shared_focal: bool | None = None  # True: one focal length; False: one per frame; None = one, if that fits
     focal: float | None = None  # known fx in pixels; None = solved for
     aspect: float | Literal["solve"] | None = None  # known fy / fx; None = 1 (square pixels), if that fits
     principal_point: tuple[float, float] | Literal["solve"] | None = None  # known, pixels; None = centre, if that fits
-    pixels_per_frame: int = 14000  # pixels of the last steps: 88 x 156 whole, every fourth row and column of 352 x 624
+    pixels_per_frame: int = 14000  # of the last steps: 88 x 156 whole, every fourth row and column of 352 x 624
 
     def __post_init__(self) -> None:
         for name in ("alpha1", "aspect", "pixels_per_frame"):

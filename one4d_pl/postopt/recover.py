@@ -1,12 +1,15 @@
-"""From a pointmap video to intrinsics, one camera per frame and depth (One4D, Eq. 11-12), in seconds.
+"""Recover intrinsics, a camera per frame and depth from a pointmap video (One4D, Eq. 11-12).
 
-1. Some pixels of every frame: medians of 3x3 blocks for the start, a dense even grid for the last steps.
-2. Closed form: a focal vote per frame (DLT) against a ladder of focal lengths, then a pose per frame (SQPnP).
-3. Newton's method on all poses and the focal length, first on the blocks, then on the grid. The smoothness weight is
-   lowered, down to none, where pixels left out of the fit show that it costs accuracy: many pixels need no such help.
-4. One focal length, square pixels and a centred principal point are assumed. Where quarters of the picture left out of
-   the fit all speak against one of these, it is solved for (`model_choice`).
-5. A focal length that the points do not determine is replaced by the prior, and the poses are solved again for it.
+1. Sample pixels of every frame: medians of 3x3 blocks for the start, a dense grid for the last
+   steps.
+2. Closed form: compare focal votes of the frames (DLT) with a ladder of focal lengths, then solve
+   for a pose per frame (SQPnP).
+3. Newton's method on all poses and the focal length, first on the blocks, then on the grid. The
+   smoothness weight is lowered, down to 0, where cross-validation shows that it costs accuracy.
+4. One focal length, square pixels and a centred principal point are assumed. Where held-out
+   quarters of the picture all contradict one of these, it is solved for (`model_choice`).
+5. A focal length that the points do not determine is replaced by the prior, and the poses are
+   solved again for it.
 6. Depth: each point's projection onto its pixel's ray.
 """
 
@@ -47,19 +50,17 @@ class RecoverReport:
     """How far to trust a recovery."""
 
     residual: Tensor  # [T] float64, mean |X - X̂| over sampled pixels with weight, unit of the pointmap; nan = none
-    noise: (
-        Tensor  # [T] float64, robust deviation per axis across the rays, unit of the pointmap; nan = frame not solved
-    )
+    noise: Tensor  # [T] float64, robust deviation per axis across the rays, unit of the pointmap; nan = not solved
     inliers: Tensor  # [T] float64, share of sampled weight within five deviations
     solved: Tensor  # [T] bool; False = too few or degenerate points, the pose is interpolated
     behind: Tensor  # [T] float64, share of points behind their camera: their depth is 0
     iterations: int  # Gauss-Newton steps
     converged: bool
     alpha2: float  # used: at most the option's
-    focal_condition: float  # 0 .. 1; 0 = a change of focal length looks like a change of pose; worst frame if per frame
+    focal_condition: float  # 0 .. 1; 0 = a change of focal length looks like a change of pose; of the worst frame
     focal_deviation: float  # of log focal, as if pixels were independent; 0 = known; inf = not observable
     flags: tuple[str, ...]  # what is unusual or degenerate, in words
-    seams: tuple[Seam, ...] = ()  # of a video in several windows (`windows`), one fewer than those
+    seams: tuple[Seam, ...] = ()  # between the windows of a long video (`windows`)
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class RecoveredScene:
     """A pointmap video with its cameras and depth, in the pointmap's frame and unit."""
 
     pointmap: Tensor  # [T, H, W, 3]
-    known: Tensor  # [T, H, W] bool, the point had a say
+    known: Tensor  # [T, H, W] bool, the point was used
     intrinsics: Tensor  # [T, 3, 3] float32, pixels, pixel centres at +0.5
     world2cam: Tensor  # [T, 4, 4] float64, world = frame of the pointmap
     depth: Tensor  # [T, H, W] float32, z in the frame's own camera; 0 = behind it, nan = no finite point
@@ -75,6 +76,7 @@ class RecoveredScene:
 
     @property
     def cam2world(self) -> Tensor:  # [T, 4, 4] float64
+        """Invert world2cam."""
         return invert_se3(self.world2cam)
 
     @property
@@ -94,10 +96,10 @@ def recover_scene(
     valid: Tensor | None = None,  # [T, H, W] bool or weights >= 0; None = every finite point
     options: RecoverOptions | None = None,
 ) -> RecoveredScene:
-    """Cameras and depth whose recovered points are nearest to the pointmap (One4D, Eq. 12).
+    """Recover the cameras and depth whose points are nearest to the pointmap (One4D, Eq. 12).
 
-    Never raises for degenerate geometry: its answers are defined and named in `report.flags`. Wrong shapes raise
-    ValueError. Results turn, shift and scale with the pointmap.
+    Degenerate geometry raises nothing: the answer is defined, and `report.flags` names it. Wrong
+    shapes raise ValueError. Results turn, shift and scale with the pointmap.
     """
     options = options or RecoverOptions()
     _check(pointmap, valid)
@@ -139,13 +141,13 @@ def project_depth(
     intrinsics: Tensor,  # [T, 3, 3]
     world2cam: Tensor,  # [T, 4, 4]
 ) -> tuple[Tensor, Tensor]:  # [T, H, W] float32; share behind the camera [T] float64
-    """The z-depth of each ray's nearest point to the pointmap, cut at 0: the exact minimum of |X - X̂| over depth."""
+    """Return the z-depth, at least 0, that minimises |X - X̂| along each pixel's ray."""
     num_frames, height, width = pointmap.shape[:3]
     depth = torch.empty(num_frames, height, width, dtype=torch.float32, device=pointmap.device)
     behind = torch.zeros(num_frames, dtype=torch.float64, device=pointmap.device)
     rows = world2cam[:, :3].double().tolist()
     last = None
-    for t in range(num_frames):  # frame by frame: bounded memory, and what is read twice is still in the cache
+    for t in range(num_frames):  # frame by frame: bounded memory, and data read twice are still in the cache
         points = pointmap[t].to(torch.promote_types(pointmap.dtype, torch.float32)).unbind(-1)
         if last is None or not torch.equal(intrinsics[t], last):
             last = intrinsics[t]
@@ -168,7 +170,7 @@ def _check(pointmap: Tensor, valid: Tensor | None) -> None:
 
 
 def _known_lens(options: RecoverOptions, height: int, width: int) -> Lens:
-    """What is given of the lens, and the plain one for the rest."""
+    """Return the lens that the user has given, and square pixels and the image centre otherwise."""
     aspect = options.aspect if isinstance(options.aspect, (int, float)) else 1.0
     if not isinstance(options.principal_point, tuple):
         return Lens(aspect)
@@ -178,7 +180,10 @@ def _known_lens(options: RecoverOptions, height: int, width: int) -> Lens:
 
 
 def _scene_frame(blocks: Samples) -> tuple[Tensor, Tensor]:  # [3], []
-    """A robust centre and size of the scene: rounding and thresholds must not depend on where it lies or its unit."""
+    """Return a robust centre and size of the scene.
+
+    With them rounding and thresholds do not depend on the scene's place and unit.
+    """
     points = blocks.points[blocks.weights > 0]
     if len(points) == 0:
         return blocks.points.new_zeros(3), blocks.points.new_ones(())
@@ -188,7 +193,7 @@ def _scene_frame(blocks: Samples) -> tuple[Tensor, Tensor]:  # [3], []
 
 
 def _default_cameras(pointmap: Tensor, focal: float) -> Cameras:
-    """Where nothing can be solved: every camera at the origin of the pointmap's frame, looking along its z."""
+    """Put every camera at the origin of the pointmap's frame, looking along its z."""
     shape, device = pointmap.shape[0], pointmap.device
     eye = torch.eye(3, dtype=torch.float64, device=device).expand(shape, 3, 3)
     log_focal = torch.full((shape,), math.log(focal), dtype=torch.float64, device=device)
@@ -205,6 +210,7 @@ def _report(
     focal_known: bool,
     flags: tuple[str, ...],
 ) -> RecoverReport:
+    """Measure the result on the grid, in the pointmap's unit."""
     weight = grid.weights.sum(-1)
     distance = ray_distance(grid, cameras)
     residual = unit * (distance * grid.weights).sum(-1) / weight  # 0 / 0 = nan: no point to measure

@@ -1,8 +1,8 @@
-"""Joint refinement of all poses and the intrinsics on the paper's objective (One4D, Eq. 12), depth eliminated.
+"""Joint refinement of poses and intrinsics on the objective (One4D, Eq. 12), depth eliminated.
 
-Reweighted squares (IRLS) descend surely but overrate the curvature, by far where many points lie near the gate, and
-then creep; Newton's matrix is right near the minimum and wild elsewhere. The steps pass from the one to the other as
-they succeed.
+Reweighted squares (IRLS) always descend, but overestimate the curvature where many points lie near
+the gate, and become slow. Newton's matrix is right near the minimum and unreliable elsewhere. The
+steps pass from the first to the second as they succeed.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from one4d_pl.postopt.intrinsics import Lens, Samples
 from one4d_pl.postopt.normal_equations import (
     NOISE_FLOOR,
     Noise,
-    Normal,
+    NormalEquations,
     Objective,
     assemble,
-    less_bend,
     linearise,
     measure_noise,
     move,
     smoothness,
     solve,
+    towards_newton,
 )
 from one4d_pl.postopt.trajectory import Cameras
 
 _EXACT = 1e-8  # of the scene's unit: a lower cost is rounding, no step can gain
-DAMPING = 1e-9  # of a unit diagonal: far below what the data say, but a singular matrix is no accident
+DAMPING = 1e-9  # of a unit diagonal: far below the data's weight, but enough for a singular matrix
 _ROUNDS, _STEPS = 4, 25  # most estimates of the noise; most Gauss-Newton steps for each
-_REACH = 64.0  # steps are at most so many times longer than those of reweighted squares
+_MAX_REACH = 64.0  # steps are at most this many times longer than those of reweighted squares
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Refined:
     iterations: int
     converged: bool
     alpha2: float  # the objective's
-    focal_condition: Tensor  # [] or [T]: share of the focal's effect that no pose explains, less what noise feigns
+    focal_condition: Tensor  # [] or [T]: see `focal_certainty`
     focal_deviation: Tensor  # [] or [T]: standard deviation of log focal if pixels were independent
     pose_information: Tensor  # [T, 6, 6], inverse covariance of rotation and centre, likewise
 
@@ -54,17 +54,17 @@ class Linearised:
     """The data term at some cameras, for `refine` to start from."""
 
     noise: Noise
-    normal: Normal
+    normal: NormalEquations
 
 
 def refine(
     cameras: Cameras,  # close: the poses of the closed form
     samples: Samples,  # in units of the scene, every frame with weight
     objective: Objective,
-    tolerance: float,  # gain of a step, relative to the objective, that is not worth another
-    start: Linearised | None = None,  # at these cameras, where known: spares a pass over all points
+    tolerance: float,  # a smaller gain of a step, relative to the objective, ends the descent
+    start: Linearised | None = None,  # at these cameras, where known: saves a pass over all points
 ) -> Refined:
-    """Minimise the objective over its unknowns, anew as long as that lowers the measured noise."""
+    """Minimise the objective, and again as long as that lowers the measured noise."""
     iterations, noise = 0, measure_noise(samples, cameras) if start is None else start.noise
     normal = None if start is None else start.normal
     for _ in range(_ROUNDS):
@@ -90,13 +90,17 @@ def refine(
 
 
 def _minimise(
-    cameras: Cameras, samples: Samples, noise: Noise, normal: Normal, objective: Objective, tolerance: float
-) -> tuple[Cameras, Samples, Normal, int, bool]:
-    """Damped steps for fixed noise levels: cameras and lens, normal equations there, steps used, whether at rest."""
+    cameras: Cameras, samples: Samples, noise: Noise, normal: NormalEquations, objective: Objective, tolerance: float
+) -> tuple[Cameras, Samples, NormalEquations, int, bool]:
+    """Take damped steps for fixed noise levels.
+
+    Returns cameras, samples with their lens, normal equations there, the steps used, and whether
+    they converged.
+    """
     smooth = smoothness(cameras, objective)
     cost, damping, reach = normal.cost + smooth.cost, DAMPING, 2.0
     for number in range(1, _STEPS + 1):
-        full, gradient = assemble(less_bend(normal, reach), smooth, objective)
+        full, gradient = assemble(towards_newton(normal, reach), smooth, objective)
         step = solve(full, gradient, damping)
         expected = -float(gradient @ step) / 2  # gain of the quadratic model
         if expected <= 0.1 * tolerance * float(cost) or float(cost) < _EXACT * objective.alpha1:
@@ -107,13 +111,13 @@ def _minimise(
         if gain > 0:
             cameras, samples, normal, smooth = candidate, seen, new, new_smooth
             cost = new.cost + new_smooth.cost
-            damping, reach = max(damping * 0.01, DAMPING), min(2 * reach, _REACH)
+            damping, reach = max(damping * 0.01, DAMPING), min(2 * reach, _MAX_REACH)
             if max(gain, expected) <= tolerance * float(cost):
                 return cameras, samples, normal, number, True
         elif reach > 1:
             reach = max(reach / 8, 1.0)
         else:
-            if expected <= 100 * tolerance * float(cost):  # little was promised, rounding denies even that
+            if expected <= 100 * tolerance * float(cost):  # so small a gain is lost in rounding
                 return cameras, samples, normal, number, True
             damping = max(damping * 100, 1e-6)
     return cameras, samples, normal, _STEPS, False

@@ -1,9 +1,10 @@
-"""One camera per frame for a known focal length, in closed form, and the frames in between that show nothing.
+"""One camera per frame for a known focal length, in closed form; the others are interpolated.
 
-For a fixed focal length the summed squared distance of the points to their pixels' rays is, once the translation is
-eliminated, a quadratic form rᵀ Ω r in the nine entries of the rotation (Terzakis & Lourakis 2020, "SQPnP"): all pixels
-are read once, then rotations are found from 9x9 matrices. Of points on a plane the form knows two columns of the
-rotation only, their homography: every frame is also started from that.
+For a fixed focal length the summed squared distance of the points to their pixels' rays is, once
+the translation is eliminated, a quadratic form rᵀ Ω r in the nine entries of the rotation (Terzakis
+& Lourakis 2020, "SQPnP"): all pixels are read once, then rotations are found from 9x9 matrices.
+Points on a plane determine only two columns of the rotation, their homography, so every frame is
+also started from that.
 """
 
 from __future__ import annotations
@@ -19,16 +20,16 @@ from one4d_pl.postopt.intrinsics import Samples, principal_axes
 _ROUNDS = 4  # reweightings of a pose; the joint refinement does the rest
 _ROTATION_STEPS = 12
 _ROUGH_STEPS, _ROUGH_STARTS = 5, 2  # for a pose of six pixels, which is only a start
-_TAIL = 5.0  # median distances; of Gaussian noise nothing lies beyond
-_TAIL_SHARE = 0.05  # of points beyond: more are no accident
-_DRAWS, _DRAW_SIZE = 48, 6  # with 30 % of outliers all 48 draws of 6 hold one with a chance of 0.3 %
-_SAME_DISTANCE = 1.05  # ratio of median distances of two focal lengths that noise explains
-_PROBE = 24  # every so many frames one is solved again without a doubt
-_CLEARLY = 0.8  # of the median distance before
-_JUDGES = 250  # points that judge a drawn pose
-_LEAST_JUDGES = 4 * _DRAW_SIZE  # half of fewer points are so few that a wrong pose fits them too
-_MIRROR_FACTOR = 4.0  # a fit with its points behind the camera must be this much better to be believed
-_ROUNDING = 1e-14  # of the form's trace: differences of costs below it mean nothing
+_TAIL = 5.0  # median distances; Gaussian noise has nothing beyond
+_TAIL_SHARE = 0.05  # of the points beyond: more is too much for chance
+_DRAWS, _DRAW_SIZE = 48, 6  # at 30 % outliers the chance that all 48 draws of 6 hold one is 0.3 %
+_SAME_DISTANCE = 1.05  # ratio of two focal lengths' median distances that noise explains
+_PROBE_EVERY = 24  # frames: one is solved again even if nothing is suspect
+_CLEARLY_NEARER = 0.8  # of the median distance before
+_SCORED_POINTS = 250  # on which a drawn pose is scored
+_MIN_SCORED_POINTS = 4 * _DRAW_SIZE  # half of fewer points are so few that a wrong pose fits them too
+_MIRROR_FACTOR = 4.0  # a fit with its points behind the camera must be this much better to be taken
+_ROUNDING = 1e-14  # of the form's trace: smaller differences of costs are rounding
 
 
 @dataclass(frozen=True)
@@ -40,27 +41,27 @@ class Cameras:
     centre: Tensor  # [T, 3], world
 
     def take(self, frames: Tensor) -> Cameras:  # frames: [T] bool, or indices
-        """The cameras of some frames."""
+        """Return the cameras of some frames."""
         return Cameras(self.log_focal[frames], self.rotation[frames], self.centre[frames])
 
 
 def rays(samples: Samples, focal: Tensor) -> Tensor:  # focal [...] -> [..., N, 3]
-    """Directions (x / f, y / f, 1) of the sampled pixels, camera frame."""
+    """Return the directions (x / f, y / f, 1) of the sampled pixels, camera frame."""
     x, y = samples.x / focal[..., None], samples.y / focal[..., None]
     return torch.stack([x, y, torch.ones_like(x)], dim=-1)
 
 
 def camera_points(samples: Samples, cameras: Cameras) -> Tensor:  # [T, N, 3]
-    """The sampled points in their own cameras' frames."""
+    """Move the sampled points into their own cameras' frames."""
     return (samples.points - cameras.centre[:, None]) @ cameras.rotation.mT
 
 
 def ray_distance(samples: Samples, cameras: Cameras) -> Tensor:  # [T, N], unit of the points
-    """Distance of every sampled point from the line through its camera along its pixel's ray: |X - X̂| at best depth."""
+    """Return each point's distance from the line along its pixel's ray: |X - X̂| at best depth."""
     focal = cameras.log_focal.exp()[:, None]
     x, y = samples.x / focal, samples.y / focal
     px, py, pz = camera_points(samples, cameras).unbind(-1)
-    # |p x (x, y, 1)| / |(x, y, 1)|: no difference of squares, exact points stay at the level of rounding.
+    # |p x (x, y, 1)| / |(x, y, 1)| subtracts no squares: exact points are off by rounding alone.
     across = (py - pz * y).square() + (pz * x - px).square() + (px * y - py * x).square()
     return (across / (1 + x * x + y * y)).sqrt()
 
@@ -69,31 +70,32 @@ def solve_poses(
     samples: Samples,  # every frame with at least three points that do not lie on a line
     focal: Tensor,  # [T], longer sides
 ) -> Cameras:
-    """The robust pose of every frame by itself: SQPnP, then reweighted by the inverse distance (least absolute sum).
+    """Solve for the robust pose of every frame by itself: SQPnP, then reweighted by 1 / distance.
 
-    Frames whose distances have a long tail are solved again from the best of some poses of six pixels each, which
-    stands up to flying points that lean all one way; of both answers the one with the lower median distance is kept.
+    The weights make it the least sum of absolute distances. Frames whose distances have a long tail
+    are solved again from the best of some poses of six pixels each, which flying points that all
+    lie on one side do not spoil. Of both answers the one with the lower median distance is kept.
     """
     cameras = _reweight(samples, focal, None)
     distance = ray_distance(samples, cameras)
     tail = _TAIL * weighted_median(distance, samples.weights)[:, None] + 1e-9 * _size(samples)[:, None]
-    doubted = ((distance > tail) * (samples.weights > 0)).double().mean(-1) > _TAIL_SHARE
-    probe = doubted | (torch.arange(len(focal), device=focal.device) % _PROBE == 0)
-    judged = (samples.weights > 0).sum(-1) >= _LEAST_JUDGES
-    cameras, improved = _try_again(samples, cameras, probe & judged)
-    if bool((improved & ~doubted).any()):  # a compromise between two groups of points has no tail: doubt all frames
-        cameras, _ = _try_again(samples, cameras, ~probe & judged)
+    suspect = ((distance > tail) * (samples.weights > 0)).double().mean(-1) > _TAIL_SHARE
+    probe = suspect | (torch.arange(len(focal), device=focal.device) % _PROBE_EVERY == 0)
+    scorable = (samples.weights > 0).sum(-1) >= _MIN_SCORED_POINTS
+    cameras, improved = _solve_again(samples, cameras, probe & scorable)
+    if bool((improved & ~suspect).any()):  # a compromise between two groups of points has no tail: try all frames
+        cameras, _ = _solve_again(samples, cameras, ~probe & scorable)
     return cameras
 
 
-def _try_again(samples: Samples, cameras: Cameras, frames: Tensor) -> tuple[Cameras, Tensor]:
-    """Solve some frames [T] bool from drawn poses; keep what lowers the median distance clearly, and say where [T]."""
+def _solve_again(samples: Samples, cameras: Cameras, frames: Tensor) -> tuple[Cameras, Tensor]:
+    """Solve some frames [T] bool from drawn poses; keep clearly nearer ones, and say which [T]."""
     improved = torch.zeros_like(frames)
     if not bool(frames.any()):
         return cameras, improved
     some, old = samples.take(frames), cameras.take(frames)
     new = _reweight(some, old.log_focal.exp(), _consensus(some, old.log_focal.exp()))
-    better = _misfit(some, new) < _CLEARLY * _misfit(some, old)
+    better = _misfit(some, new) < _CLEARLY_NEARER * _misfit(some, old)
     improved[frames.nonzero()[better, 0]] = True
     rotation, centre = cameras.rotation.clone(), cameras.centre.clone()
     rotation[improved], centre[improved] = new.rotation[better], new.centre[better]
@@ -101,16 +103,19 @@ def _try_again(samples: Samples, cameras: Cameras, frames: Tensor) -> tuple[Came
 
 
 def _reweight(samples: Samples, focal: Tensor, cameras: Cameras | None) -> Cameras:
-    """Poses by reweighted SQPnP; from given cameras on, points far beyond the median distance have no weight."""
+    """Solve for poses by reweighted SQPnP, from given cameras or from none.
+
+    From given cameras, points far beyond the median distance have no weight.
+    """
     directions = torch.nn.functional.normalize(rays(samples, focal), dim=-1)  # [T, N, 3]
     gated, weights = cameras is not None, samples.weights
     for _ in range(_ROUNDS):
         if cameras is not None:
             distance = ray_distance(samples, cameras)
-            # Half the median rounds the tip of |r|: sharper weights would not converge in these few rounds.
-            middle = weighted_median(distance, samples.weights)[:, None] + 1e-12
-            weights = samples.weights / torch.maximum(distance, middle / 2)
-            weights = weights * (distance <= _TAIL * middle) if gated else weights
+            # Below half the median the loss is quadratic: sharper weights need more rounds.
+            median = weighted_median(distance, samples.weights)[:, None] + 1e-12
+            weights = samples.weights / torch.maximum(distance, median / 2)
+            weights = weights * (distance <= _TAIL * median) if gated else weights
         rotation = None if cameras is None else cameras.rotation[:, None]
         cameras = _solve_weighted(replace(samples, weights=weights), focal, directions, rotation)
     assert cameras is not None
@@ -120,7 +125,7 @@ def _reweight(samples: Samples, focal: Tensor, cameras: Cameras | None) -> Camer
 def _solve_weighted(
     samples: Samples, focal: Tensor, directions: Tensor, starts: Tensor | None, rough: bool = False
 ) -> Cameras:
-    """SQPnP (weighted least squares) from given rotations [T, C, 3, 3], or from the form's own."""
+    """Solve SQPnP (weighted least squares) from the given rotations [T, C, 3, 3] or its own."""
     weights = samples.weights / samples.weights.sum(-1, keepdim=True)
     mean = (weights[..., None] * samples.points).sum(1)
     centred = replace(samples, points=samples.points - mean[:, None], weights=weights)
@@ -129,7 +134,7 @@ def _solve_weighted(
         starts = _starts(omega, principal_axes(centred.points, weights)[1][..., :2], _ROUGH_STARTS if rough else 4)
     rotation, cost = _descend(omega, starts, _ROUGH_STEPS if rough else _ROTATION_STEPS)  # [T, C, 3, 3], [T, C]
     translation = _times_rotation(to_translation[:, None], rotation)  # [T, C, 3]
-    # A plane fits behind the camera just as well as in front of it: where both costs are rounding, neither is better.
+    # A plane fits as well behind the camera as in front of it: let costs within rounding be equal.
     cost = cost + _ROUNDING * omega.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
     # Cheirality: the mean point lies in front, unless only a mirrored scene fits.
     best = (cost * torch.where(translation[..., 2] > 0, 1, _MIRROR_FACTOR)).argmin(-1)
@@ -139,7 +144,7 @@ def _solve_weighted(
 
 
 def _consensus(samples: Samples, focal: Tensor) -> Cameras:
-    """Per frame the pose, of some from six random points each, that has the lowest median distance (least median)."""
+    """Return each frame's pose of least median distance, among those of six random points."""
     num_frames = len(focal)
     generator = torch.Generator().manual_seed(0)  # the same answer every time
     chances = (samples.weights > 0).double().cpu().repeat_interleave(_DRAWS, 0)
@@ -150,9 +155,11 @@ def _consensus(samples: Samples, focal: Tensor) -> Cameras:
     directions = torch.stack([samples.x[drawn], samples.y[drawn], drawn_focal[:, None].expand(drawn.shape)], -1)
     few = Samples(points, torch.ones_like(points[..., 0]), samples.x, samples.y)
     cameras = _solve_weighted(few, drawn_focal, torch.nn.functional.normalize(directions, dim=-1), None, rough=True)
-    judges = samples.pixels(torch.arange(len(samples.x), device=focal.device) % max(1, len(samples.x) // _JUDGES) == 0)
+    scored = samples.pixels(
+        torch.arange(len(samples.x), device=focal.device) % max(1, len(samples.x) // _SCORED_POINTS) == 0
+    )
     parts = [
-        _misfit(judges.take(frame[part]), cameras.take(part))
+        _misfit(scored.take(frame[part]), cameras.take(part))
         for part in torch.arange(len(frame), device=focal.device).split(4 * _DRAWS)  # bounds the memory
     ]
     best = torch.cat(parts).view(num_frames, _DRAWS).argmin(-1)
@@ -160,7 +167,7 @@ def _consensus(samples: Samples, focal: Tensor) -> Cameras:
 
 
 def _misfit(samples: Samples, cameras: Cameras) -> Tensor:  # [T]
-    """Median distance of the points from their rays, and more where their mean lies behind the camera."""
+    """Return the points' median distance from their rays, doubled where their mean lies behind."""
     weights = samples.weights[..., None]
     mean = (weights * samples.points).sum(1) / weights.sum(1)
     front = ((mean - cameras.centre) * cameras.rotation[:, 2]).sum(-1) > 0
@@ -170,15 +177,16 @@ def _misfit(samples: Samples, cameras: Cameras) -> Tensor:  # [T]
 
 
 def _size(samples: Samples) -> Tensor:  # [T]
-    """Largest coordinate of a frame's points: what rounding is relative to."""
+    """Return the largest coordinate of a frame's points, to which rounding is relative."""
     return (samples.points.abs().amax(-1) * (samples.weights > 0)).amax(-1)
 
 
 def best_focal(samples: Samples, candidates: Tensor, frames: int = 9) -> Tensor:  # [F] -> scalar
-    """Choose the candidate whose poses bring the points of a few frames nearest to their rays.
+    """Return the focal length whose poses bring the points of some frames nearest to their rays.
 
-    Measured by the median distance. The first candidates are the closed form's votes: they win unless another is nearer
-    by more than noise in the median explains, since a plane's distances hardly differ over a wide range of focals.
+    Measured by the median distance. The first candidates are the closed form's votes. They win
+    unless another is nearer by more than noise explains: on a plane, distances hardly differ over a
+    wide range of focal lengths.
     """
     chosen = torch.linspace(0, len(samples.points) - 1, min(frames, len(samples.points))).round().long()
     some = samples.take(chosen.to(candidates.device))
@@ -193,17 +201,17 @@ def best_focal(samples: Samples, candidates: Tensor, frames: int = 9) -> Tensor:
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:  # [T, N] x 2 -> [T]
-    """The lower median of the values that have weight, however much; 0 where none has."""
+    """Return the lower median of the values that have weight, counted once each; 0 for none."""
     return torch.where(weights > 0, values, torch.nan).nanmedian(-1).values.nan_to_num(0.0)
 
 
 def solvable_frames(samples: Samples, least: int = 8) -> Tensor:  # [T] bool
-    """Frames with at least `least` points that are not all on one line: the others have no pose of their own."""
+    """Tell which frames have a pose of their own: at least `least` points, not all on one line."""
     weights = samples.weights / samples.weights.sum(-1, keepdim=True).clamp_min(1e-300)
     mean = (weights[..., None] * samples.points).sum(1, keepdim=True)
     centred = (samples.points - mean) * weights[..., None].sqrt()
     spread = torch.linalg.eigvalsh(centred.mT @ centred)  # ascending
-    size = (weights[..., None] * samples.points.square()).sum((1, 2))  # equal points leave rounding errors, no spread
+    size = (weights[..., None] * samples.points.square()).sum((1, 2))  # equal points have a spread of rounding errors
     return (
         ((samples.weights > 0).sum(-1) >= least) & (spread[:, 1] > 1e-8 * spread[:, 2]) & (spread[:, 2] > 1e-14 * size)
     )
@@ -213,7 +221,7 @@ def fill_missing(
     cameras: Cameras,  # of the solved frames
     solved: Tensor,  # [T] bool
 ) -> Cameras:  # of all T frames
-    """Frames without a pose lie on the way between their solved neighbours (constant speed), or stay at the nearest."""
+    """Interpolate frames without a pose between their solved neighbours, or copy the only one."""
     index = solved.nonzero()[:, 0]
     frames = torch.arange(len(solved), device=solved.device)
     after = torch.searchsorted(index, frames)  # number of the first solved frame at or after
@@ -231,7 +239,10 @@ def fill_missing(
 
 
 def _quadratic_form(samples: Samples, directions: Tensor) -> tuple[Tensor, Tensor]:
-    """Ω [T, 9, 9] of the cost rᵀ Ω r, and the matrix [T, 3, 9] that gives the best translation from r (row-major)."""
+    """Build Ω [T, 9, 9] of the cost rᵀ Ω r, and the matrix [T, 3, 9] from r to the translation.
+
+    The rotation's entries r are row-major; the translation is the best one for them.
+    """
     points = torch.nn.functional.pad(samples.points, (0, 1), value=1.0)  # [T, N, 4]
     eye = torch.eye(3, dtype=points.dtype, device=points.device)
     off_ray = eye - directions[..., :, None] * directions[..., None, :]  # [T, N, 3, 3]
@@ -249,10 +260,11 @@ def _times_rotation(matrix: Tensor, rotation: Tensor) -> Tensor:  # [..., K, 9],
 
 
 def _starts(omega: Tensor, plane: Tensor, count: int) -> Tensor:  # [T, 9, 9], [T, 3, 2] -> [T, 2 · count + 2, 3, 3]
-    """Rotations nearest to the weakest eigenvectors, with either sign, and to the homography of the points' plane.
+    """Return the rotations nearest to the weakest eigenvectors and to the plane's homography.
 
-    Points on a plane say nothing of what a matrix does to the normal: there the form has four null directions, and its
-    eigenvectors are any mixture of them. The form of the two axes in the plane, 6x6, has one: the homography.
+    Each is taken with either sign. Points on a plane do not determine what a matrix does to the
+    normal: the form then has four null directions, and its eigenvectors are any mixture of them.
+    The 6x6 form of the two axes in the plane has a single one: the homography.
     """
     vectors = torch.linalg.eigh(omega).eigenvectors[..., :count].mT.unflatten(-1, (3, 3))
     eye = torch.eye(3, dtype=omega.dtype, device=omega.device)
@@ -266,7 +278,7 @@ def _starts(omega: Tensor, plane: Tensor, count: int) -> Tensor:  # [T, 9, 9], [
 
 
 def _descend(omega: Tensor, rotation: Tensor, steps: int) -> tuple[Tensor, Tensor]:  # [T, C, 3, 3]; cost [T, C]
-    """Levenberg-Marquardt on rotations, every start by itself."""
+    """Minimise the form over rotations by Levenberg-Marquardt, every start by itself."""
     omega = omega[:, None]
     scale = omega.diagonal(dim1=-2, dim2=-1).sum(-1)  # [T, 1]
     eye = torch.eye(3, dtype=omega.dtype, device=omega.device)

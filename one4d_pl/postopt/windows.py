@@ -1,8 +1,9 @@
-"""Videos longer than the model's window: which windows to run, what conditions each, and how their scenes are joined.
+"""Videos longer than the model's window: plan the windows, condition each, and join their scenes.
 
-Every window has its own world (its first camera) and unit. Frames that two windows share tie them: the ratio of their
-depths gives the scale, their cameras the rotation, their points the shift, and reweighted least squares (Umeyama) over
-points and cameras the final similarity. In shared frames the result passes linearly from one window to the next.
+Every window has its own world (its first camera) and unit. The frames that two windows share align
+them: the ratio of their depths gives the scale, their cameras the rotation, their points the shift,
+and reweighted least squares (Umeyama) over points and cameras the final similarity. In shared
+frames the result is blended linearly from one window to the next.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _ROUNDING = 1e-6  # of the distance: depth is float32
 
 @dataclass(frozen=True)
 class Window:
-    """Frames start .. stop - 1 of a video, run as `length` = 4k+1 frames: the last one is repeated to fill it."""
+    """Frames start .. stop - 1 of a video, filled to `length` = 4k+1 by repeating the last one."""
 
     start: int
     stop: int
@@ -33,25 +34,28 @@ class Window:
 
     @property
     def padding(self) -> int:
+        """Return how often the last frame is repeated."""
         return self.length - (self.stop - self.start)
 
 
 @dataclass(frozen=True)
 class WindowCondition:
-    """Which frames the model is shown in a window; a frame is never both."""
+    """Which frames the model is shown in a window; no frame is both given and carried."""
 
     given: Tensor  # [length] bool, frames of the user
-    carried: Tensor  # [length] bool, frames that the window before has generated
+    carried: Tensor  # [length] bool, frames that the previous window has generated
 
     @property
     def frame_mask(self) -> Tensor:  # [length] bool, 1 = shown
+        """Return which frames are shown at all."""
         return self.given | self.carried
 
 
 def plan_windows(num_frames: int, window: int, overlap: int) -> tuple[Window, ...]:
-    """Windows of `window` = 4k+1 frames, neighbours sharing at least `overlap`; the last one is right-aligned.
+    """Cover a video by windows of `window` = 4k+1 frames, neighbours sharing at least `overlap`.
 
-    A video that fits into one window gets the smallest 4k+1 that holds it. ValueError where nothing works.
+    The last window ends with the video. A video that fits into one window gets the smallest 4k+1
+    that holds it. ValueError for lengths that cannot work.
     """
     if num_frames < 1:
         raise ValueError(f"windows: a video of {num_frames} frames, need at least 1")
@@ -70,12 +74,12 @@ def window_condition(
     windows: tuple[Window, ...],
     index: int,
 ) -> WindowCondition:
-    """What window `index` is shown: the frames given in it, and of its hidden ones those that the one before made.
+    """Decide what window `index` is shown: given frames, and hidden ones made by the one before.
 
-    text: window 0 nothing, later ones the shared frames. image: window 0 frame 0, later ones the shared frames.
-    sparse: the given frames, later windows also the shared ones. video: all frames are given, nothing is carried.
-    So every window after the first begins with a shown frame, which defines its world. Repeated frames at the end of a
-    short video carry the last one's flag.
+    text: window 0 nothing, later ones the shared frames. image: window 0 frame 0, later ones the
+    shared frames. sparse: the given frames, later windows also the shared ones. video: all frames
+    are given, nothing is carried. So every window after the first begins with a shown frame, which
+    defines its world. The frames that pad a short video are flagged like the last one.
     """
     if len(frame_mask) != windows[-1].stop:
         raise ValueError(f"windows: frame_mask of {len(frame_mask)} frames, the windows cover {windows[-1].stop}")
@@ -95,8 +99,8 @@ def join_windows(
 ) -> RecoveredScene:
     """Join the windows' scenes, first to last, into one in the first window's world and unit.
 
-    In shared frames points, depth and cameras pass evenly from one window to the next, and a point is known where both
-    windows know it. ValueError where scenes and windows do not match.
+    In shared frames points, depth and cameras are blended evenly from one window to the next, and a
+    point is known where both windows know it. ValueError where scenes and windows do not match.
     """
     if [len(scene.depth) for scene in scenes] != [window.stop - window.start for window in windows]:
         raise ValueError(
@@ -116,7 +120,7 @@ def join_windows(
 def join_shared(
     first: Tensor, second: Tensor, shared: int
 ) -> Tensor:  # [T1, ...], [T2, ...] -> [T1 + T2 - shared, ...]
-    """Join two stretches of video; in shared frames the second's part grows evenly, between none and all."""
+    """Join two parts of a video; over the shared frames the second's weight grows evenly."""
     share = (torch.arange(shared) + 1.0) / (shared + 1)
     share = share.view(-1, *[1] * (first.ndim - 1)).to(first.dtype)
     middle = torch.lerp(first[-shared:], second[:shared], share)
@@ -124,7 +128,7 @@ def join_shared(
 
 
 def _align(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
-    """The robust similarity from one scene's world to the other's, from the same frames seen in both."""
+    """Align one scene's world with the other's by a robust similarity on the frames of both."""
     height, width = fixed.depth.shape[1:]
     step = 1
     while -(-height // step) * -(-width // step) > _SEAM_POINTS:
@@ -133,16 +137,17 @@ def _align(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
     depths = fixed.depth[grid].double(), moving.depth[grid].double()
     seen = (depths[0] > 0) & (depths[1] > 0) & depths[0].isfinite() & depths[1].isfinite()
     if not bool(seen.any()):
-        return _seam_of_cameras(fixed, moving)
+        return _align_by_cameras(fixed, moving)
     target, source = (_world_points(scene)[grid][seen] for scene in (fixed, moving))
-    # 1. Start: a median of depth ratios, of cameras' rotations and of shifts: no outlier moves it far.
+    # 1. Start from medians of depth ratios, rotations and shifts, which outliers hardly move.
     scale = (depths[0][seen] / depths[1][seen]).median()
-    start = _with_shift(scale, _mean_turn(fixed, moving), source, target)
-    # 2. Cameras join the points: each counts as much as all points of a frame, else far points decide the shift alone.
+    start = _with_median_shift(scale, _median_rotation(fixed, moving), source, target)
+    # 2. Refine on points and cameras, each group of the same total weight: otherwise the many
+    # points, which may be far, would decide the shift alone.
     distance = depths[0][seen].median()
-    target_rig, source_rig = _rig(fixed, distance), _rig(moving, distance / scale)
-    both = torch.cat([source, source_rig]), torch.cat([target, target_rig])
-    share = torch.cat([source.new_full((len(part),), 1 / len(part)) for part in (source, source_rig)])
+    target_axes, source_axes = _camera_axes(fixed, distance), _camera_axes(moving, distance / scale)
+    both = torch.cat([source, source_axes]), torch.cat([target, target_axes])
+    share = torch.cat([source.new_full((len(part),), 1 / len(part)) for part in (source, source_axes)])
     similarity = start
     flags: tuple[str, ...] = ()
     try:
@@ -151,7 +156,7 @@ def _align(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
             noise = (error[: len(source)].median() / 1.54).clamp_min(_ROUNDING * distance)  # 3-D Gaussian
             weights = share * (1 - (error / (_GATE * noise)).square()).clamp_min(0).square()
             similarity = align_sim3(both[0], both[1], weights)
-    except ValueError:  # shared points on a line or at one place: the start is the answer
+    except ValueError:  # the shared points lie on a line or at one place: keep the start
         similarity, flags = start, ("seam from medians: shared points are degenerate",)
     error = torch.linalg.vector_norm(similarity.apply(source) - target, dim=-1)
     residual = error.median()
@@ -159,26 +164,29 @@ def _align(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
     return Seam(similarity, float(residual / distance), inliers, flags)
 
 
-def _seam_of_cameras(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
-    """Without a shared point the unit is kept and the cameras alone are laid upon each other."""
+def _align_by_cameras(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
+    """Align the cameras alone and keep the unit: no point is shared."""
     centres = [split_se3(scene.cam2world)[1] for scene in (moving, fixed)]
-    similarity = _with_shift(centres[0].new_ones(()), _mean_turn(fixed, moving), *centres)
+    similarity = _with_median_shift(centres[0].new_ones(()), _median_rotation(fixed, moving), *centres)
     return Seam(similarity, float("inf"), 0.0, ("no shared point: scale unknown, taken as 1",))
 
 
-def _with_shift(scale: Tensor, rotation: Tensor, source: Tensor, target: Tensor) -> Similarity:
+def _with_median_shift(scale: Tensor, rotation: Tensor, source: Tensor, target: Tensor) -> Similarity:
     return Similarity(scale, rotation, (target - scale * rotate(rotation, source)).median(0).values)
 
 
-def _mean_turn(fixed: RecoveredScene, moving: RecoveredScene) -> Tensor:  # -> [3, 3]
-    """Rotation from one world to the other: of the shared frames' rotations the one that is nearest to all others."""
+def _median_rotation(fixed: RecoveredScene, moving: RecoveredScene) -> Tensor:  # -> [3, 3]
+    """Return the shared frames' rotation between the worlds that is nearest to all others."""
     turns = matrix_product(fixed.cam2world[:, :3, :3], moving.world2cam[:, :3, :3])
     apart = (turns[:, None] - turns[None]).square().sum((-2, -1)).sqrt().sum(1)
     return turns[apart.argmin()]
 
 
-def _rig(scene: RecoveredScene, distance: Tensor) -> Tensor:  # -> [4 T, 3]
-    """Each camera as its centre and a point one scene distance along each axis: position and attitude in one unit."""
+def _camera_axes(scene: RecoveredScene, distance: Tensor) -> Tensor:  # -> [4 T, 3]
+    """Return each camera as its centre and the points at `distance` along its axes.
+
+    Position and orientation thus have one unit.
+    """
     rotation, centre = split_se3(scene.cam2world)
     axes = centre[:, None] + distance * rotation.mT
     return torch.cat([centre[:, None], axes], dim=1).flatten(0, 1)
@@ -189,7 +197,7 @@ def _world_points(scene: RecoveredScene) -> Tensor:  # [T, H, W, 3]
 
 
 def _transform(scene: RecoveredScene, similarity: Similarity) -> RecoveredScene:
-    """The scene in another world: cameras move, depth and lengths in the report change their unit."""
+    """Move the scene into another world, with depth and the report's lengths in its unit."""
     rotation, centre = split_se3(scene.cam2world)
     moved = se3_matrix(matrix_product(similarity.rotation, rotation), similarity.apply(centre))
     report = replace(
@@ -201,6 +209,7 @@ def _transform(scene: RecoveredScene, similarity: Similarity) -> RecoveredScene:
 
 
 def _frames(scene: RecoveredScene, frames: slice) -> RecoveredScene:
+    """Return some frames of a scene; the report stays whole."""
     return RecoveredScene(
         scene.pointmap[frames],
         scene.known[frames],
@@ -212,7 +221,7 @@ def _frames(scene: RecoveredScene, frames: slice) -> RecoveredScene:
 
 
 def _blend(first: RecoveredScene, second: RecoveredScene, shared: int) -> RecoveredScene:
-    """All frames of both; in shared ones the second's part grows evenly, strictly between none and all."""
+    """Join all frames of both; over the shared ones the second's weight grows evenly."""
     share = (torch.arange(shared, device=first.depth.device) + 1.0).double() / (shared + 1)
     old, new = first.cam2world[-shared:], second.cam2world[:shared]
     turn = so3_log(matrix_product(new[:, :3, :3], old[:, :3, :3].mT))
@@ -240,7 +249,7 @@ def _blend(first: RecoveredScene, second: RecoveredScene, shared: int) -> Recove
 
 
 def _join_reports(first: RecoverReport, second: RecoverReport, shared: int) -> RecoverReport:
-    """Per frame the first window's word up to the end of the shared frames; of single numbers the worse."""
+    """Join two reports: the first's values for shared frames, of single numbers the worse."""
     return RecoverReport(
         residual=torch.cat([first.residual, second.residual[shared:]]),
         noise=torch.cat([first.noise, second.noise[shared:]]),

@@ -78,7 +78,7 @@ def test_the_curvature_is_that_of_the_loss_where_the_distances_are_straight(gate
         return linearise(moved, samples, noise, objective).gradient[:, 3:6]
 
     numeric = torch.stack([(gradient(axis, 1e-6) - gradient(axis, -1e-6)) / 2e-6 for axis in range(3)], dim=1)
-    hessian = (normal.matrix - normal.bend)[:, 3:6, 3:6]  # a ray's two coordinates are linear in the centre
+    hessian = (normal.matrix - normal.excess)[:, 3:6, 3:6]  # a ray's two coordinates are linear in the centre
     torch.testing.assert_close(hessian, numeric, rtol=1e-5, atol=1e-6 * float(numeric.abs().amax()))
 
 
@@ -159,5 +159,5 @@ def test_what_judging_the_smoothness_has_linearised_is_the_data_term():
     alpha2, start = credible_alpha2(cameras, samples, objective)
     assert start is not None and alpha2 <= 0.01
     expected = linearise(cameras, samples, start.noise, objective)
-    for name in ("cost", "matrix", "gradient", "bend"):
+    for name in ("cost", "matrix", "gradient", "excess"):
         torch.testing.assert_close(getattr(start.normal, name), getattr(expected, name), rtol=1e-9, atol=1e-9)
