@@ -1,7 +1,7 @@
-"""An animated picture of scenes side by side: what was given, the frames that were generated, and the scene in 3-D.
+"""Animations of scenes side by side: what was given, the generated frames, and the scene in 3-D.
 
-Time runs forwards and back while the view of the point cloud swings once, so that the end joins the beginning. Frames
-are enlarged smoothly: it is a picture for people, the pixels themselves are in the other files.
+Time runs forwards and back while the view of the point cloud swings once, so that the end joins the
+beginning. Frames are enlarged smoothly for the eye; the other files hold the pixels themselves.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from one4d_pl.scene.point_cloud import draw_points, solid_pixels, static_pixels
 PICTURES = 64
 FPS = 16.0
 GAP = 8  # pixels
-STRIP = 24  # height of a line of words
-FINE = 2  # clouds are drawn this much larger and averaged
+STRIP = 24  # height of a line of text
+SUPERSAMPLING = 2  # clouds are drawn this much larger and averaged
 INK, PAPER, CARD = (40, 40, 46), (255, 255, 255), (241, 241, 244)
 BACKGROUND = (30, 32, 40)  # of the clouds: far things are pale
 SWING, PITCH = math.radians(22), math.radians(15)  # of the view
 CAMERA_DEPTH = 0.16  # of a drawn pyramid, in median distances
 OVERLAP = 1.6  # a point's edge over its pixel's footprint
-STILL_POINTS = 6000
+STATIC_POINTS = 6000
 FITTED_POINTS = 2000  # that decide the lens
 FILLED = 0.94  # of a cell
 
@@ -42,13 +42,13 @@ class Column:
     """One scene, and what it was made from."""
 
     title: str
-    given: Tensor | str  # [T, H, W, 3] uint8; [1, H, W, 3] for a picture; words
+    given: Tensor | str  # [T, H, W, 3] uint8; [1, H, W, 3] for a picture; or a prompt
     frames: Tensor  # [T, H, W, 3] uint8, generated
     scene: RecoveredScene  # of the generated pointmap
 
 
 def animate(columns: list[Column], width: int) -> Tensor:  # [PICTURES, h, w, 3] uint8
-    """Draw columns of `width` pixels side by side: what was given, the frames, the point cloud with its cameras."""
+    """Draw columns of `width` pixels: what was given, the frames, the point cloud with cameras."""
     height = round(width * columns[0].frames.shape[1] / columns[0].frames.shape[2])
     clouds = [_turning_cloud(column, height, width) for column in columns]
     rows = ("given (and to each the caption)", "generated frames", "generated 4D scene: point cloud and cameras")
@@ -57,8 +57,8 @@ def animate(columns: list[Column], width: int) -> Tensor:  # [PICTURES, h, w, 3]
     for k in range(PICTURES):
         sheet = Image.new("RGB", size, PAPER)
         draw = ImageDraw.Draw(sheet)
-        for row, words in enumerate(rows):
-            _write(draw, (GAP, STRIP + row * (height + STRIP) + STRIP // 2), words, 13, "lm")
+        for row, label in enumerate(rows):
+            _write(draw, (GAP, STRIP + row * (height + STRIP) + STRIP // 2), label, 13, "lm")
         for i, column in enumerate(columns):
             left = GAP + i * (width + GAP)
             _write(draw, (left + width // 2, STRIP // 2 + 2), column.title, 18, "mm")
@@ -74,7 +74,7 @@ def animate(columns: list[Column], width: int) -> Tensor:  # [PICTURES, h, w, 3]
 
 
 def time_at(picture: int, num_frames: int) -> int:
-    """The frame of a picture: forwards and back, two pictures a frame where that fits."""
+    """Return the frame that a picture shows, forwards and back, each twice where that fits."""
     rounds = max(1, PICTURES // (4 * max(1, num_frames - 1)))
     phase = picture * rounds / PICTURES % 1
     return round((num_frames - 1) * (1 - abs(1 - 2 * phase)))
@@ -97,16 +97,14 @@ def _enlarged(frame: Tensor, height: int, width: int) -> Image.Image:  # [H, W, 
     return Image.fromarray(frame.numpy()).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], words: str, size: int, anchor: str) -> None:
-    draw.multiline_text(
-        at, words, fill=INK, font=ImageFont.load_default(size), anchor=anchor, align="center", spacing=6
-    )
+def _write(draw: ImageDraw.ImageDraw, at: tuple[int, int], text: str, size: int, anchor: str) -> None:
+    draw.multiline_text(at, text, fill=INK, font=ImageFont.load_default(size), anchor=anchor, align="center", spacing=6)
 
 
 def _turning_cloud(column: Column, height: int, width: int) -> list[Image.Image]:
-    """The scene's points and cameras from a view that swings about them.
+    """Draw the scene's points and cameras from a view that swings about them.
 
-    What stands still is drawn from all frames: one frame alone leaves holes behind its near things.
+    Static points are drawn from all frames: one frame alone leaves holes behind near objects.
     """
     points, scene = column.scene.pointmap.double(), column.scene
     solid = solid_pixels(column.scene.pointmap, scene.depth)
@@ -118,20 +116,20 @@ def _turning_cloud(column: Column, height: int, width: int) -> list[Image.Image]
         ]
     )  # [T, 8, 2, 3]
     views = [_swinging_view(k / PICTURES, distance) for k in range(PICTURES)]
-    lenses = _fitting_lenses(points[solid], frusta.view(-1, 3), views, FINE * height, FINE * width)
+    lenses = _fitting_lenses(points[solid], frusta.view(-1, 3), views, SUPERSAMPLING * height, SUPERSAMPLING * width)
     size = scene.depth / scene.intrinsics[:, 0, 0, None, None] * OVERLAP
-    still = solid & static_pixels(
+    static = solid & static_pixels(
         points, ~is_sky(column.scene.pointmap), solid, scene.depth, scene.intrinsics, scene.cam2world
     )
-    still = still.flatten().nonzero()[:, 0]
-    still = still[:: max(1, len(still) // STILL_POINTS)]
+    static = static.flatten().nonzero()[:, 0]
+    static = static[:: max(1, len(static) // STATIC_POINTS)]
     pictures = []
     for k, (view, intrinsics) in enumerate(zip(views, lenses, strict=True)):
         t = time_at(k, len(points))
-        now = torch.cat([still, t * solid[0].numel() + solid[t].flatten().nonzero()[:, 0]])
+        drawn = torch.cat([static, t * solid[0].numel() + solid[t].flatten().nonzero()[:, 0]])
         cloud = draw_points(
-            points.view(-1, 3)[now], column.frames.reshape(-1, 3)[now], intrinsics, view, FINE * height, FINE * width,
-            size.flatten()[now], BACKGROUND,
+            points.view(-1, 3)[drawn], column.frames.reshape(-1, 3)[drawn], intrinsics, view,
+            SUPERSAMPLING * height, SUPERSAMPLING * width, size.flatten()[drawn], BACKGROUND,
         )  # fmt: skip
         image = Image.fromarray(cloud.numpy())
         _draw_cameras(ImageDraw.Draw(image), frusta, t, intrinsics, view)
@@ -140,7 +138,7 @@ def _turning_cloud(column: Column, height: int, width: int) -> list[Image.Image]
 
 
 def _swinging_view(phase: float, distance: float) -> Tensor:  # cam2world [4, 4]
-    """From behind the first camera and above it, about a point before the scene's middle."""
+    """Look from behind and above the first camera, swinging about a point before the middle."""
     angle = 2 * math.pi * phase
     yaw = so3_exp(torch.tensor([0.0, SWING * math.sin(angle), 0.0], dtype=torch.float64))
     rotation = yaw @ so3_exp(torch.tensor([-PITCH, 0.0, 0.0], dtype=torch.float64))
@@ -149,16 +147,17 @@ def _swinging_view(phase: float, distance: float) -> Tensor:  # cam2world [4, 4]
 
 
 def _fitting_lenses(points: Tensor, cameras: Tensor, views: list[Tensor], height: int, width: int) -> list[Tensor]:
-    """A lens for every view, [3, 3] in pixels: the scene, but for its outermost points, and all cameras in the middle.
+    """Return intrinsics [3, 3] for every view that centre the scene and all cameras in it.
 
-    All have one focal length, the longest that holds them in every view.
+    The outermost 1 % of the points on each side may be cut off. All views have one focal length,
+    the longest that fits.
     """
     size, corners = torch.tensor([width, height], dtype=torch.float64), []
     points = points[:: max(1, len(points) // FITTED_POINTS)]
     for view in views:
         box = []
-        for some, outside in ((points, 0.01), (cameras, 0.0)):
-            x, y, z = to_camera(some, view).unbind(-1)
+        for shown, outside in ((points, 0.01), (cameras, 0.0)):
+            x, y, z = to_camera(shown, view).unbind(-1)
             seen = torch.stack([x, y], dim=-1)[z > 1e-3] / z[z > 1e-3, None]
             if len(seen):
                 box.append(torch.quantile(seen, seen.new_tensor([outside, 1 - outside]), dim=0))
@@ -172,7 +171,7 @@ def _fitting_lenses(points: Tensor, cameras: Tensor, views: list[Tensor], height
 
 
 def _draw_cameras(draw: ImageDraw.ImageDraw, frusta: Tensor, now: int, intrinsics: Tensor, view: Tensor) -> None:
-    """All cameras as thin pyramids coloured by time, the present one thick and bright."""
+    """Draw all cameras as thin pyramids coloured by time, the present one thick and bright."""
     bright = near_to_far(torch.linspace(0.1, 0.6, len(frusta)))  # [T, 3]
     dim = (bright + torch.tensor(BACKGROUND) / 255) / 2
     for t in [*(t for t in range(len(frusta)) if t != now), now]:
@@ -180,7 +179,7 @@ def _draw_cameras(draw: ImageDraw.ImageDraw, frusta: Tensor, now: int, intrinsic
         for (a, b), z in zip(pixels.tolist(), depth.tolist(), strict=True):
             if min(z) > 1e-3:
                 colour = tuple(to_bytes((bright if t == now else dim)[t]).tolist())
-                draw.line([tuple(a), tuple(b)], fill=colour, width=3 * FINE if t == now else FINE)
+                draw.line([tuple(a), tuple(b)], fill=colour, width=3 * SUPERSAMPLING if t == now else SUPERSAMPLING)
 
 
 def frustum_lines(
@@ -190,7 +189,10 @@ def frustum_lines(
     width: int,
     depth: float,
 ) -> Tensor:  # [8, 2, 3], world
-    """The edges of a camera's pyramid: four from its centre, four about its picture, which is `depth` ahead."""
+    """Return the edges of a camera's pyramid: four from its centre, four about its picture.
+
+    The picture lies `depth` ahead of the centre.
+    """
     corners = torch.tensor([[[0, 0], [width, 0], [width, height], [0, height]]], dtype=torch.float64)
     u, v = corners.unbind(-1)
     fx, fy, cx, cy = split_intrinsics(intrinsics)

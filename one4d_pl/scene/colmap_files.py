@@ -1,7 +1,8 @@
 """COLMAP's sparse models, binary and text: cameras, images, points3D.
 
-A PINHOLE camera for every distinct intrinsics; pixel centres at +0.5 are COLMAP's convention too. Images are stored as
-world to camera, w first. Every point is observed once, by the pixel it comes from.
+There is one PINHOLE camera for every distinct intrinsics; pixel centres at +0.5 are COLMAP's
+convention too. Images hold their pose as world to camera, the quaternion's w first. Every point is
+observed once, by the pixel it comes from.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ def write_colmap(
     colour: Tensor,  # [N, 3] uint8
     pixel: Tensor,  # [N, 3] int64: frame, row, column; in the order of frames
 ) -> None:
-    """Write the model twice, as COLMAP's tools read it: images are images/000000.png ..., ids count from 1."""
+    """Write the model in binary and in text; images are images/000000.png ..., ids count from 1."""
     cameras, camera_of = torch.unique(scene.intrinsics, dim=0, return_inverse=True)
     lenses = cameras[:, [0, 1, 0, 1], [0, 1, 2, 2]].numpy()  # [C, 4] fx fy cx cy
     size = scene.frames.shape[2], scene.frames.shape[1]
@@ -53,11 +54,12 @@ Images = list[tuple[NDArray[np.float64], int, NDArray[np.void]]]  # qw qx qy qz 
 def _observed(
     scene: Scene, position: Tensor, colour: Tensor, pixel: Tensor
 ) -> tuple[NDArray[np.void], NDArray[np.void]]:  # POINT [N], OBSERVATION [N]
+    """Tie each point to its pixel; a point's error is its reprojection error in pixels."""
     frame, count = pixel[:, 0], len(pixel)
     centres = pixel[:, [2, 1]].double() + 0.5  # [N, 2] u, v
     local = to_camera(position.double()[:, None, None], scene.cam2world[frame])
     landed = project(local, scene.intrinsics[frame])[0][:, 0, 0]  # [N, 2]
-    rank = torch.arange(count) - torch.searchsorted(frame.contiguous(), frame.contiguous())  # within its frame
+    rank = torch.arange(count) - torch.searchsorted(frame.contiguous(), frame.contiguous())  # in its frame
     points, observations = np.zeros(count, POINT), np.zeros(count, OBSERVATION)
     points["id"] = observations["point"] = np.arange(1, count + 1)
     points["xyz"], points["rgb"], points["length"] = position.double().numpy(), colour.numpy(), 1
@@ -107,7 +109,7 @@ def _write_text(
 
 
 def _numbers(values: Iterable[float]) -> str:
-    return " ".join(map(repr, values))  # to the last bit
+    return " ".join(map(repr, values))  # reads back exactly
 
 
 def _lines(header: str, rows: list[str]) -> str:

@@ -1,14 +1,15 @@
-"""A scene in other programs' formats: point clouds, glTF, COLMAP, nerfstudio, TUM trajectories, 16-bit depth.
+"""Export a scene to point clouds, glTF, COLMAP, nerfstudio, TUM trajectories and 16-bit depth.
 
-OUT/ply/         000000.ply ... and merged.ply: world points as they are (OpenCV: x right, y down, z forward)
+OUT/ply/         000000.ply ... and merged.ply: world points (OpenCV: x right, y down, z forward)
 OUT/glb/         scene.glb: points and camera of every frame, played by its animation (`gltf`)
 OUT/colmap/      images/, sparse/0 (binary) and text/: cameras, images, points3D (`colmap_files`)
-OUT/nerfstudio/  images/, points.ply, transforms.json (OpenGL cameras: y up, z back; the world stays OpenCV's)
+OUT/nerfstudio/  images/, points.ply, transforms.json (cameras are OpenGL's: y up, z back; the world
+                 stays OpenCV's)
 OUT/tum/         trajectory.txt: t x y z qx qy qz qw, camera to world, t in seconds
 OUT/depth16/     000000.png ... and depth.json, which states the scale; 0 = no surface
 
-All frames of a moving scene share its clouds: COLMAP and nerfstudio know no time. Frames are numbered anew, so that no
-name from a file becomes a name on disk.
+COLMAP and nerfstudio know no time: their cloud holds the points of all frames. Frames are numbered
+anew, so that no name from a file becomes a name on disk.
 """
 
 from __future__ import annotations
@@ -44,8 +45,8 @@ class Cloud:
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What every format is made of."""
+class ExportSource:
+    """A scene with the points that every format exports."""
 
     scene: Scene
     pixels: Tensor  # [T, H, W] bool, whose points are exported
@@ -59,19 +60,22 @@ def export_scene(
     keep_flying_points: bool = False,  # at depth edges, see point_cloud.not_flying
     point_limit: int = POINT_LIMIT,  # evenly thinned to it
 ) -> None:
-    """Write one folder per format; FileExistsError where `out` exists, OSError where it cannot be written."""
+    """Write one folder per format.
+
+    FileExistsError where `out` exists, OSError where it cannot be written.
+    """
     if out.exists():
         raise FileExistsError(f"{out} exists")
     pixels = shown_pixels(scene, keep_flying_points)
-    shown = Shown(scene, pixels, collect_points(scene, pixels, point_limit))
+    source = ExportSource(scene, pixels, collect_points(scene, pixels, point_limit))
     with whole_folder(out) as staging:
         for name in formats:
             (staging / name).mkdir()
-            FORMATS[name](shown, staging / name)
+            FORMATS[name](source, staging / name)
 
 
 def shown_pixels(scene: Scene, keep_flying_points: bool) -> Tensor:  # [T, H, W] bool
-    """Pixels whose points are exported."""
+    """Return the pixels whose points are exported: on a surface, by default no flying points."""
     valid = scene.valid & scene.pointmap.isfinite().all(-1)
     return valid if keep_flying_points else not_flying(valid, scene.depth)
 
@@ -81,7 +85,7 @@ def collect_points(
     shown: Tensor,  # [T, H, W] bool
     limit: int,
 ) -> Cloud:
-    """The shown points of all frames in the order of their pixels, evenly thinned to at most `limit`."""
+    """Collect the shown points of all frames in the order of their pixels, thinned to `limit`."""
     pixel = shown.nonzero()  # [N, 3]
     if len(pixel) > limit:
         pixel = pixel[torch.arange(limit) * len(pixel) // limit]
@@ -90,7 +94,10 @@ def collect_points(
 
 
 def save_depth16(folder: Path, depth: Tensor, valid: Tensor) -> None:  # [T, H, W] x 2
-    """Depth as 16-bit png, depth = value * scale, rounded to half a scale at most; 0 where there is no surface."""
+    """Write depth as 16-bit png, depth = value * scale; 0 where there is no surface.
+
+    Rounding is off by half a scale at most.
+    """
     known = valid & depth.isfinite() & (depth > 0)
     farthest = float(depth[known].max()) if bool(known.any()) else 1.0
     scale = farthest / 65535
@@ -99,34 +106,34 @@ def save_depth16(folder: Path, depth: Tensor, valid: Tensor) -> None:  # [T, H, 
         picture = Image.fromarray(value)
         with whole_file(folder / f"{i:06d}.png") as staging:
             picture.save(staging, format="png")
-    about = {"depth": "value * scale, z in the frame's camera, unit of the scene", "scale": scale, "no_surface": 0}
-    write_json(folder / "depth.json", about)
+    metadata = {"depth": "value * scale, z in the frame's camera, unit of the scene", "scale": scale, "no_surface": 0}
+    write_json(folder / "depth.json", metadata)
 
 
-def _write_ply(shown: Shown, folder: Path) -> None:
-    scene, pixels = shown.scene, shown.pixels
+def _write_ply(source: ExportSource, folder: Path) -> None:
+    scene, pixels = source.scene, source.pixels
     for i in range(scene.num_frames):
         save_ply(folder / f"{i:06d}.ply", scene.pointmap[i][pixels[i]], scene.frames[i][pixels[i]])
-    save_ply(folder / "merged.ply", shown.cloud.position, shown.cloud.colour)
+    save_ply(folder / "merged.ply", source.cloud.position, source.cloud.colour)
 
 
-def _write_glb(shown: Shown, folder: Path) -> None:
-    scene, cloud, frame = shown.scene, shown.cloud, shown.cloud.pixel[:, 0]
+def _write_glb(source: ExportSource, folder: Path) -> None:
+    scene, cloud, frame = source.scene, source.cloud, source.cloud.pixel[:, 0]
     clouds = [(cloud.position[frame == i], cloud.colour[frame == i]) for i in range(scene.num_frames)]
     frusta = camera_frusta(scene)
     with open_whole(folder / "scene.glb") as file:
         file.write(glb_bytes(clouds, frusta, scene.fps))
 
 
-def _write_colmap(shown: Shown, folder: Path) -> None:
-    _save_frames(folder / "images", shown.scene.frames)
-    write_colmap(folder, shown.scene, shown.cloud.position, shown.cloud.colour, shown.cloud.pixel)
+def _write_colmap(source: ExportSource, folder: Path) -> None:
+    _save_frames(folder / "images", source.scene.frames)
+    write_colmap(folder, source.scene, source.cloud.position, source.cloud.colour, source.cloud.pixel)
 
 
-def _write_nerfstudio(shown: Shown, folder: Path) -> None:
-    scene = shown.scene
+def _write_nerfstudio(source: ExportSource, folder: Path) -> None:
+    scene = source.scene
     _save_frames(folder / "images", scene.frames)
-    save_ply(folder / "points.ply", shown.cloud.position, shown.cloud.colour)
+    save_ply(folder / "points.ply", source.cloud.position, source.cloud.colour)
     height, width = scene.frames.shape[1:3]
     lenses = [
         {"fl_x": k[0][0], "fl_y": k[1][1], "cx": k[0][2], "cy": k[1][2], "w": width, "h": height}
@@ -138,23 +145,23 @@ def _write_nerfstudio(shown: Shown, folder: Path) -> None:
         {"file_path": f"images/{i:06d}.png", "transform_matrix": camera} | ({} if shared else lenses[i])
         for i, camera in enumerate(cameras.tolist())
     ]
-    about = {"camera_model": "OPENCV", **shared, "ply_file_path": "points.ply", "frames": frames}
-    write_json(folder / "transforms.json", about)
+    transforms = {"camera_model": "OPENCV", **shared, "ply_file_path": "points.ply", "frames": frames}
+    write_json(folder / "transforms.json", transforms)
 
 
-def _write_tum(shown: Shown, folder: Path) -> None:
-    scene = shown.scene
+def _write_tum(source: ExportSource, folder: Path) -> None:
+    scene = source.scene
     rows = torch.cat([scene.cam2world[:, :3, 3], matrix_to_xyzw(scene.cam2world[:, :3, :3])], dim=1).tolist()
     lines = [" ".join(f"{number:.12g}" for number in [i / scene.fps, *row]) for i, row in enumerate(rows)]
     write_text(folder / "trajectory.txt", "# t x y z qx qy qz qw\n" + "\n".join(lines) + "\n")
 
 
-def _write_depth16(shown: Shown, folder: Path) -> None:
-    save_depth16(folder, shown.scene.depth, shown.scene.valid)
+def _write_depth16(source: ExportSource, folder: Path) -> None:
+    save_depth16(folder, source.scene.depth, source.scene.valid)
 
 
 def camera_frusta(scene: Scene) -> Tensor:  # [T, 5, 3] float32, world
-    """Each camera as a pyramid: its centre, then the image's corners clockwise from the top left."""
+    """Return each camera as a pyramid: centre, then image corners clockwise from the top left."""
     size = frustum_depth(scene.depth, scene.valid)
     height, width = scene.frames.shape[1:3]
     corners = torch.tensor([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], dtype=torch.float64)
@@ -168,7 +175,7 @@ def _save_frames(folder: Path, frames: Tensor) -> None:  # [T, H, W, 3] uint8
         save_picture(folder / f"{i:06d}.png", frame, [])
 
 
-FORMATS: dict[str, Callable[[Shown, Path], None]] = {
+FORMATS: dict[str, Callable[[ExportSource, Path], None]] = {
     "ply": _write_ply,
     "glb": _write_glb,
     "colmap": _write_colmap,

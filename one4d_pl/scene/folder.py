@@ -1,4 +1,7 @@
-"""Scenes as files that people open: videos, pictures, point clouds. Every file appears whole or not at all."""
+"""Writers of the files that people open: videos, pictures, point clouds.
+
+Every file appears whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ def save_video(
     fps: float,
     crf: int = 16,  # x264's quality, lower = better
 ) -> None:
-    """H.264 in an mp4 that browsers play."""
+    """Write H.264 in an mp4 that browsers play."""
     with whole_file(path) as staging, av.open(str(staging), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
         stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
@@ -39,7 +42,7 @@ def save_animation(
     fps: float,
     limit: int,  # bytes
 ) -> None:
-    """A webp that repeats for ever, of the finest quality that stays within `limit` bytes.
+    """Write a webp that repeats for ever, of the finest quality that stays within `limit` bytes.
 
     ValueError where none does.
     """
@@ -57,7 +60,7 @@ def save_animation(
 
 
 def save_picture(path: Path, picture: Tensor, rows: list[str]) -> None:  # [H, W, 3] uint8
-    """A png, with the names of its equally high rows in a margin on the left where there are any."""
+    """Write a png, with the names of its equally high rows in a margin on the left if given."""
     image = Image.fromarray(picture.numpy())
     if rows:
         labelled = Image.new("RGB", (image.width + MARGIN, image.height), "white")
@@ -71,7 +74,7 @@ def save_picture(path: Path, picture: Tensor, rows: list[str]) -> None:  # [H, W
 
 
 def save_ply(path: Path, points: Tensor, colours: Tensor) -> None:  # [N, 3] float, [N, 3] uint8
-    """A binary point cloud with colours; axes as they are (OpenCV: x right, y down, z forward)."""
+    """Write a binary point cloud with colours; axes stay OpenCV's (x right, y down, z forward)."""
     vertices = np.empty(len(points), [(a, "<f4") for a in "xyz"] + [(c, "u1") for c in ("red", "green", "blue")])
     for i, axis in enumerate("xyz"):
         vertices[axis] = points[:, i].numpy()

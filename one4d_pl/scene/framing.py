@@ -1,8 +1,9 @@
-"""How a benchmark's image lies in the model's frame, and how its predictions come back to the image's own pixels.
+"""Place a benchmark's images in the model's frame, and bring predictions back to their pixels.
 
-Square pixels stay square. `no_squash` takes the multiple-of-16 size that is nearest to the image's shape and to the
-model's number of tokens, covers it and cuts what hangs over (a few pixels). `letterbox` keeps the model's own size,
-fits the whole image in and leaves black bars; the bars are cut from every prediction before anything is read from it.
+Square pixels stay square. `no_squash` takes the multiple-of-16 size that is nearest to the image's
+shape and to the model's number of tokens, covers it and crops the overhang (a few pixels).
+`letterbox` keeps the model's own size, fits the whole image in and leaves black bars; the bars are
+cut from every prediction before anything is read from it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,10 @@ BLACK = 0
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a map lies on its image: position (u, v) of the map shows ((u + left) / scale, (v + top) / scale)."""
+    """Where a map lies on its image.
+
+    Position (u, v) of the map shows ((u + left) / scale, (v + top) / scale) of the image.
+    """
 
     scale: float  # map pixels per image pixel, the same for both axes
     top: float
@@ -44,7 +48,7 @@ class Framing:
 
     @property
     def bars(self) -> tuple[int, int]:
-        """Rows above and columns left of the image."""
+        """Return the rows above and the columns left of the image."""
         return (self.height - self.inner_height) // 2, (self.width - self.inner_width) // 2
 
     def place_frames(
@@ -52,16 +56,16 @@ class Framing:
         frames: Tensor,  # [T, H, W, 3] uint8
         intrinsics: Tensor,  # [T, 3, 3], pixels
     ) -> tuple[Tensor, Tensor]:  # [T, height, width, 3] uint8 with bars; [T, 3, 3] of the inner part
-        """Images as the model sees them."""
+        """Resize images and add the bars, as the model sees them."""
         resized, intrinsics = resize_frames(frames, intrinsics, self.inner_height, self.inner_width)
         return self._with_bars(resized.movedim(-1, 1)).movedim(1, -1), intrinsics
 
     def place_map(self, maps: Tensor) -> Tensor:  # [T, H, W] -> [T, inner_height, inner_width]
-        """Geometry by nearest pixel, without bars."""
+        """Resize geometry by nearest pixel, without bars."""
         return resize_nearest_valid(maps, self.inner_height, self.inner_width)
 
     def cut(self, maps: Tensor) -> Tensor:  # [..., height, width] -> [..., inner_height, inner_width]
-        """Take the bars off."""
+        """Cut off the bars."""
         top, left = self.bars
         return maps[..., top : top + self.inner_height, left : left + self.inner_width]
 
@@ -78,7 +82,7 @@ def frame_images(
     width: int,
     shape: Shape,
 ) -> Framing:
-    """The model's frame for images of from_height x from_width."""
+    """Choose the model's frame for images of from_height x from_width."""
     if shape == "letterbox":
         scale = min(height / from_height, width / from_width)
         inner = min(height, max(1, round(from_height * scale))), min(width, max(1, round(from_width * scale)))
@@ -92,7 +96,7 @@ def nearest_size(
     aspect: float,  # height / width
     tokens: int,  # 16x16 blocks
 ) -> tuple[int, int]:  # height, width
-    """The multiple-of-16 size of least |log| of both ratios, shape's and token count's."""
+    """Return the multiple-of-16 size nearest in shape and tokens: the least sum of |log ratio|."""
 
     def cost(size: tuple[int, int]) -> float:
         rows, columns = size
@@ -111,14 +115,15 @@ def to_image(
     width: int,
     placement: Placement | None,  # None = the map shows the whole image, stretched if need be
 ) -> Tensor:  # [T, height, width]
-    """Maps in the image's pixels, bicubic as the published protocols; beyond the map its edge is repeated.
+    """Resample maps to the image's pixels, bicubic as in the published protocols.
 
-    A pixel whose nearest prediction is not finite gets nan. One whose neighbours are partly not finite gets the mean of
-    the others by the positive weights among its own: a hole changes nothing around it.
+    Beyond the map its edge is repeated. A pixel whose nearest prediction is not finite gets nan.
+    One with some neighbours that are not finite gets the mean of the others, by its own weights
+    where they are positive: holes do not spread.
     """
     rows, columns = maps.shape[1:]
     if (rows, columns) == (height, width) and placement in (None, Placement(1.0, 0.0, 0.0)):
-        return maps  # the same grid: not even rounding changes
+        return maps  # the same grid: resampling would only round
     y, x = _positions(rows, columns, height, width, placement)
     weights_y, weights_x = cubic_weights(y, rows), cubic_weights(x, columns)  # [height, rows], [width, columns]
     finite = maps.isfinite()
@@ -127,8 +132,8 @@ def to_image(
     maps = torch.where(finite, maps, 0).float()
     holes = (~finite).float()
     touches_hole = weights_y.abs() @ holes @ weights_x.T.abs() > 0
-    around = [w.clamp_min(0) for w in (weights_y, weights_x)]  # with negative ones the sum of what is left may vanish
-    mean = (around[0] @ maps @ around[1].T) / (around[0] @ (1 - holes) @ around[1].T)  # 0 / 0 in the middle of a hole
+    positive = [w.clamp_min(0) for w in (weights_y, weights_x)]  # with negative ones the sum may vanish
+    mean = (positive[0] @ maps @ positive[1].T) / (positive[0] @ (1 - holes) @ positive[1].T)  # 0 / 0 inside a hole
     result = torch.where(touches_hole, mean, weights_y @ maps @ weights_x.T)
     return torch.where(nearest_to_image(finite, height, width, placement), result, torch.nan)
 
@@ -139,7 +144,7 @@ def nearest_to_image(
     width: int,
     placement: Placement | None,
 ) -> Tensor:  # [T, height, width], same dtype
-    """As `to_image`, each pixel of the image taking the map's pixel that it falls into: no value is made up."""
+    """Resample as `to_image`, but by nearest pixel: no value is interpolated."""
     rows, columns = maps.shape[1:]
     y, x = _positions(rows, columns, height, width, placement)
     return maps[:, y.long().clamp(0, rows - 1)[:, None], x.long().clamp(0, columns - 1)]
@@ -148,7 +153,7 @@ def nearest_to_image(
 def _positions(
     rows: int, columns: int, height: int, width: int, placement: Placement | None
 ) -> tuple[Tensor, Tensor]:  # [height], [width] float64
-    """Where the image's pixel centres lie on the map, in its pixels."""
+    """Return where the image's pixel centres lie on the map, in its pixels."""
     y = torch.arange(height, dtype=torch.float64) + 0.5
     x = torch.arange(width, dtype=torch.float64) + 0.5
     if placement is None:
@@ -157,7 +162,10 @@ def _positions(
 
 
 def cubic_weights(positions: Tensor, size: int) -> Tensor:  # [N] float64 in pixels, centres at +0.5 -> [N, size]
-    """Keys' cubic with a = -0.75 (OpenCV's and torch's) as a matrix; taps beyond the edge fall on it."""
+    """Return the matrix of Keys' cubic interpolation (1981) with OpenCV's and torch's a = -0.75.
+
+    Taps beyond the edge fall on it.
+    """
     centre = positions - 0.5
     first = centre.floor()
     weights = torch.zeros(len(positions), size, dtype=torch.float64)

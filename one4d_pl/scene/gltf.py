@@ -1,7 +1,7 @@
-"""glTF 2.0 binary files: points and cameras of every frame in one scene, and an animation that plays them.
+"""glTF 2.0 binary files: points and cameras of every frame, and an animation that plays them.
 
-The root turns OpenCV's world (y down, z forward) into glTF's (y up, z back), so that positions are stored as they are.
-A viewer that plays no animations shows all frames at once.
+The root turns OpenCV's world (y down, z forward) into glTF's (y up, z back), so that positions are
+stored as they are. A viewer that plays no animations shows all frames at once.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ CAMERA_COLOUR = [0.9, 0.35, 0.1, 1.0]
 EDGES = (0, 1, 0, 2, 0, 3, 0, 4, 1, 2, 2, 3, 3, 4, 4, 1)  # of a frustum's five points
 
 _SRGB = np.arange(256) / 255
-# vertex colours are linear light in glTF (3.7.2.1), frames are sRGB (IEC 61966-2-1); 16 bits tell all 256 values apart
+# Vertex colours are linear light in glTF (3.7.2.1), frames are sRGB (IEC 61966-2-1). Only 16 bits
+# keep all 256 values apart.
 LINEAR = np.where(_SRGB <= 0.04045, _SRGB / 12.92, ((_SRGB + 0.055) / 1.055) ** 2.4)
 LINEAR = (LINEAR * 65535).round().astype("<u2")
 
@@ -34,7 +35,10 @@ class _Buffer:
         self.accessors: list[dict[str, object]] = []
 
     def add(self, values: NDArray[np.float32] | NDArray[np.uint16], kind: str, bounds: bool, normalised: bool) -> int:
-        """Append an array; returns its accessor. Every element is of a multiple of four bytes: all stay aligned."""
+        """Append an array and return its accessor.
+
+        Every element has a multiple of four bytes, so all arrays stay aligned.
+        """
         content = values.tobytes()
         self.views.append({"buffer": 0, "byteOffset": self.size, "byteLength": len(content)})
         accessor: dict[str, object] = {
@@ -58,7 +62,7 @@ def glb_bytes(
     frusta: Tensor,  # [T, 5, 3] float32 world: centre and image corners
     fps: float,
 ) -> bytes:
-    """A .glb file: nodes frame_000000 ... (points) and camera_000000 ... (lines); the clouds are animated."""
+    """Build a .glb file of nodes frame_000000 ... (points, animated), camera_000000 ... (lines)."""
     buffer = _Buffer()
     nodes: list[dict[str, object]] = [{"name": "world", "rotation": UPRIGHT, "children": []}]
     meshes: list[dict[str, object]] = []
@@ -103,7 +107,7 @@ def _unlit(colour: list[float]) -> dict[str, object]:
 
 
 def _animation(buffer: _Buffer, played: list[tuple[int, int]], num_frames: int, fps: float) -> dict[str, object]:
-    """Each frame's cloud has size one while its frame lasts and size nothing otherwise."""
+    """Animate the clouds' size: 1 while their frame lasts, 0 otherwise."""
     samplers, channels = [], []
     times = buffer.add((np.arange(num_frames + 1) / fps).astype("<f4"), "SCALAR", bounds=True, normalised=False)
     for frame, node in played:

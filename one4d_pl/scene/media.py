@@ -1,4 +1,4 @@
-"""Images and videos of any kind as 8-bit sRGB frames of one size, and what is refused in one line."""
+"""Read images and videos of any kind as 8-bit sRGB frames; refuse others in one line."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 100_000_000  # a larger picture costs more memory to open than a scene to make
 MAX_ASPECT = 8.0
 MAX_FPS = 120.0  # of a video as it is read
-# FFmpeg's names of formats that hold a video; guessing among all it would open what a playlist
-# names.
+# FFmpeg's names of formats that hold a video themselves. Without the list FFmpeg would also accept
+# playlists and open the files that they name.
 CONTAINERS = (
     *("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "asf", "mxf", "nut", "ivf", "obu", "h264", "hevc"),
     *("m4v", "mpegvideo", "gif", "apng", "yuv4mpegpipe", "dv", "rm", "wtv"),
@@ -42,10 +42,10 @@ class MediaError(UserError):
 
 
 def load_image(path: Path) -> Tensor:  # [H, W, 3] uint8
-    """A picture upright as its EXIF says, alpha over white, grey as three channels, 16 bits brought to 8.
+    """Load a picture: upright as its EXIF says, alpha over white, grey as RGB, 16 bits as 8.
 
-    Of an animation the first frame. MediaError where the file is missing, broken, too large or no
-    picture.
+    Of an animation this is the first frame. MediaError where the file is missing, broken, too large
+    or no picture.
     """
     if not path.is_file():
         raise MediaError(f"{path}: no such file")
@@ -74,7 +74,7 @@ def load_image(path: Path) -> Tensor:  # [H, W, 3] uint8
 
 
 def check_size(path: Path, height: int, width: int) -> None:
-    """MediaError for pictures that are empty, huge or narrow beyond use."""
+    """Raise MediaError for pictures that are empty, huge or too narrow."""
     if height * width > MAX_PIXELS:
         raise MediaError(f"{path}: {width}x{height} pixels, at most {MAX_PIXELS / 1e6:.0f} million; make it smaller")
     if max(height, width) > MAX_ASPECT * min(height, width):
@@ -84,7 +84,7 @@ def check_size(path: Path, height: int, width: int) -> None:
 class FrameFolder:
     """The pictures of a folder as a video, in the order of their numbers.
 
-    UserError where there is none, or their order is in doubt.
+    UserError where there are none, or their order is ambiguous.
     """
 
     def __init__(self, path: Path, fps: float) -> None:
@@ -99,7 +99,7 @@ class FrameFolder:
 
 
 class VideoReader:
-    """The frames of a video at a constant rate, upright, one at a time: memory for one.
+    """The frames of a video at a constant rate, upright; one at a time is held in memory.
 
     Args:
         path: see `upright_frames`.
@@ -107,12 +107,12 @@ class VideoReader:
             or left out where the video's rate differs or varies: each moment shows the frame that
             was on screen then.
 
-    Raises MediaError where there is no video, or it breaks.
+    Raises MediaError where there is no video, or it is broken.
     """
 
     def __init__(self, path: Path, fps: float | None = None) -> None:
         self.path = path
-        own = frame_rate(path)  # opens it: what is no video is refused here
+        own = frame_rate(path)  # opens the file, and so refuses what is no video
         self.fps = fps or min(own, MAX_FPS)
 
     def __iter__(self) -> Iterator[Tensor]:  # [H, W, 3] uint8 each
@@ -125,8 +125,8 @@ class VideoReader:
             if seconds - first <= last:
                 continue  # a frame out of order was on screen for no time
             last = seconds - first
-            # what was on screen until now fills the moments before this frame's; a quarter of a
-            # frame is rounding
+            # The last frame was on screen until now and fills the moments before this one. A
+            # quarter of a frame counts as rounding.
             while shown is not None and count / self.fps < last - 0.25 / self.fps:
                 yield shown
                 count += 1
@@ -136,12 +136,12 @@ class VideoReader:
 
 
 def upright_frames(path: Path, threads: str = "AUTO") -> Iterator[tuple[float | None, Tensor]]:
-    """Every frame of a video's first stream: its time stamp in seconds (None: it has none), [H, W, 3] uint8 sRGB.
+    """Yield each frame of a video's first stream: seconds, and pixels [H, W, 3] uint8 sRGB.
 
-    Frames are turned and mirrored as the file says (its display matrix, or a `rotate` tag), alpha
-    lies over white, more than 8 bits are brought to 8. `threads` is FFmpeg's; "NONE" where videos
-    are worked in parallel. Only files that hold a video themselves are opened, no playlists. Raises
-    MediaError where there is none, or it breaks.
+    The time is None where the file has no time stamp. Frames are turned and mirrored as the file
+    says (its display matrix, or a `rotate` tag), alpha lies over white, more than 8 bits become 8.
+    `threads` is FFmpeg's; "NONE" where videos are read in parallel. Only files that hold a video
+    themselves are opened, no playlists. Raises MediaError where there is none, or it is broken.
     """
     with _opened(path) as (container, stream):
         stream.thread_type = threads
@@ -157,10 +157,10 @@ def upright_frames(path: Path, threads: str = "AUTO") -> Iterator[tuple[float | 
 
 
 def frame_rate(path: Path) -> float:
-    """Frames per second of a video: what its index tells, else its frames over their time; MediaError as above.
+    """Return the frames per second of a video: from its index, or else from its time stamps.
 
-    Containers without an index (a browser's recording) tell no rate, or one that is a guess.
-    Without an index and time stamps it is the guess or, where that is beyond 120, 24.
+    Containers without an index (a browser's recording) state no rate, or a guess. Without index and
+    time stamps the guess is returned if it is 120 or less, and 24 otherwise. MediaError as above.
     """
     with _opened(path) as (container, stream):
         stated = float(stream.average_rate or stream.guessed_rate or 0)
@@ -169,14 +169,14 @@ def frame_rate(path: Path) -> float:
         try:
             stamps = {packet.pts for packet in container.demux(stream) if packet.pts is not None}
         except (av.FFmpegError, OSError, ValueError):
-            stamps = set()  # it breaks: whoever decodes it says where
+            stamps = set()  # a broken file: the decoder will say where
         if len(stamps) > 1 and stream.time_base:
             return (len(stamps) - 1) / float((max(stamps) - min(stamps)) * stream.time_base)
         return stated if 0 < stated <= MAX_FPS else 24.0
 
 
 def frame_count(path: Path, decode: bool = False) -> int:
-    """Number of frames of a video, from its index; where it has none or on request, by decoding it to its end."""
+    """Count a video's frames: by its index, or by decoding it if asked or without an index."""
     if not decode:
         with _opened(path) as (_, stream):
             if stream.frames > 0:
@@ -200,7 +200,7 @@ def _opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _decoded(container: InputContainer, stream: VideoStream) -> Iterator[av.VideoFrame]:
-    """The decoder's frames; FFmpeg's own decoders of VP8 and VP9 leave their alpha out, libvpx's do not."""
+    """Decode frames, VP8 and VP9 with alpha by libvpx: FFmpeg's own decoders drop the alpha."""
     if stream.metadata.get("alpha_mode") != "1" or stream.codec_context.name not in ALPHA_DECODERS:
         yield from container.decode(stream)
         return
@@ -226,8 +226,8 @@ def _over_white(frame: av.VideoFrame) -> np.ndarray:  # [H, W, 3] uint8
 
 
 def _turned(pixels: np.ndarray, frame: av.VideoFrame, stream: VideoStream) -> np.ndarray:
-    """The picture as the file wants it shown, by the nearest of the eight ways that pixels can lie."""
-    side_data: object = frame.side_data  # PyAV's stubs take it for a dictionary
+    """Turn and mirror a picture as the file asks, by the nearest of the eight orientations."""
+    side_data: object = frame.side_data  # PyAV's stubs call it a dictionary
     assert isinstance(side_data, SideDataContainer)
     matrices = (data for data in side_data if data.type == SideDataType.DISPLAYMATRIX)
     matrix = next(map(bytes, matrices), None)
@@ -247,12 +247,12 @@ def _video_fault(path: Path, error: Exception) -> MediaError:
 
 
 def open_video(path: Path, fps: float | None, folder_fps: float) -> VideoReader | FrameFolder:
-    """A video file at `fps` (None: its own), or a folder of frames at `fps` (None: folder_fps)."""
+    """Open a video file (fps None: its own) or a folder of frames (fps None: folder_fps)."""
     return FrameFolder(path, fps or folder_fps) if path.is_dir() else VideoReader(path, fps)
 
 
 def to_size(frames: Tensor, height: int, width: int) -> Tensor:  # [T, H, W, 3] uint8 -> [T, height, width, 3]
-    """Covered, cropped in the middle and antialiased, as in training."""
+    """Resize frames to cover the size and crop them in the middle, antialiased, as in training."""
     return resize_frames(frames, torch.eye(3).expand(len(frames), 3, 3), height, width)[0]
 
 

@@ -1,4 +1,4 @@
-"""Coloured points of a scene: which pixels are surfaces, and pictures of them from anywhere."""
+"""Coloured points of a scene: which pixels are surfaces, and pictures of them from any view."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from one4d_pl.geometry.pointmap import is_sky
 from one4d_pl.geometry.se3 import se3_matrix, so3_exp
 from one4d_pl.postopt.recover import RecoveredScene
 
-FLYING = 0.15  # of the disparity: a pixel whose neighbours' disparities bend by more lies between two surfaces
+FLYING = 0.15  # of the disparity: where it bends by more, a pixel lies between two surfaces
 SWING = math.radians(25)  # of the turntable's camera to either side
 SEEN_THROUGH = 0.1  # of the distance: a surface this much behind a point shows that the point is not there
 PROBES = 8  # frames, evenly spaced, that a point is compared with
-STEP_BACK = 0.15  # of the distance to the scene's middle, so that its borders are in the picture
+STEP_BACK = 0.15  # of the distance to the scene's middle, so that its borders are in view
 
 
 def solid_pixels(
     pointmap: Tensor,  # [T, H, W, 3], normalised
     depth: Tensor,  # [T, H, W], z in each frame's own camera; not finite or 0 = unknown
 ) -> Tensor:  # [T, H, W] bool
-    """Pixels that show a surface: no sky, and no flying point between a near and a far one (`not_flying`)."""
+    """Tell which pixels show a surface: neither sky nor flying points (`not_flying`)."""
     return not_flying(~is_sky(pointmap), depth)
 
 
@@ -32,9 +32,10 @@ def not_flying(
     valid: Tensor,  # [T, H, W] bool, on a surface
     depth: Tensor,  # [T, H, W], z in each frame's own camera; not finite or 0 = unknown
 ) -> Tensor:  # [T, H, W] bool
-    """The valid pixels of known depth without flying points, which lie between a near and a far surface on neither.
+    """Return the valid pixels of known depth except flying points, which lie between two surfaces.
 
-    Disparity is linear along every plane, however slanted, so what bends it by more than `FLYING` is an edge.
+    Disparity is linear along every plane, however slanted, so where it bends by more than `FLYING`
+    there is an edge.
     """
     known = valid & depth.isfinite() & (depth > 0)
     disparity = torch.where(known, 1 / depth.clamp_min(1e-6), 0.0)
@@ -53,9 +54,10 @@ def static_pixels(
     intrinsics: Tensor,  # [T, 3, 3], pixels of depth
     cam2world: Tensor,  # [T, 4, 4]
 ) -> Tensor:  # [T, h, w] bool
-    """Points that stand still as far as can be seen: none of `PROBES` frames looks through them at something behind.
+    """Tell which points are static as far as can be seen.
 
-    A point that is hidden in another frame, or outside of it, is not contradicted by it.
+    None of `PROBES` frames sees something behind them. A frame that hides a point, or does not
+    contain it, does not contradict it.
     """
     height, width = depth.shape[1:]
     surface = torch.where(valid, depth, torch.inf).where(solid | ~valid, 0.0)  # 0 = nothing is known
@@ -71,7 +73,7 @@ def static_pixels(
 
 
 def frustum_depth(depth: Tensor, valid: Tensor) -> float:  # [T, H, W] x 2
-    """How deep a drawn camera is, in the depth's unit: a tenth of the median distance."""
+    """Return the depth of a drawn camera, in the depth's unit: a tenth of the median depth."""
     seen = depth[valid & depth.isfinite() & (depth > 0)]
     return 0.1 * float(seen[:: max(1, len(seen) // 100_000)].median()) if len(seen) else 0.1
 
@@ -86,7 +88,7 @@ def draw_points(
     size: Tensor,  # [N], edge of each point's square, world units
     background: tuple[int, int, int] = (255, 255, 255),
 ) -> Tensor:  # [H, W, 3] uint8
-    """The picture of a point cloud: each point a square that faces the camera, nearer ones in front."""
+    """Draw a point cloud: each point is a square that faces the camera, nearer ones in front."""
     local = (points - cam2world[:3, 3]) @ cam2world[:3, :3]
     picture = np.full((height, width, 3), background, np.uint8)
     x, y, z = local.double().numpy().T
@@ -95,7 +97,7 @@ def draw_points(
     focal, shift = intrinsics[0, 0].item(), intrinsics[:2, 2].tolist()
     half = 0.5 * focal * size.double().numpy()[ahead] / z[ahead]
     u, v = focal * x[ahead] / z[ahead] + shift[0], focal * y[ahead] / z[ahead] + shift[1]
-    # clipped to the picture on both sides: a slice that ended at a negative number would count from the far side
+    # Clip both sides to the picture: a negative end of a slice would count from the far side.
     left, right = (np.clip(u + side, 0, width).astype(int) for side in (-half, half + 1))
     top, bottom = (np.clip(v + side, 0, height).astype(int) for side in (-half, half + 1))
     for i, colour in enumerate(colours.numpy()[ahead]):
@@ -110,7 +112,7 @@ def turntable(
     width: int,
     turns: int = 48,
 ) -> Tensor:  # [turns, height, width, 3] uint8
-    """The scene from a camera that swings about its middle while time runs to the end and back."""
+    """Draw the scene from a camera that swings about its middle while time runs there and back."""
     pointmap, num_frames = scene.pointmap, len(frames)
     solid = solid_pixels(pointmap, scene.depth)
     shown = solid[0] if bool(solid[0].any()) else torch.ones_like(solid[0])

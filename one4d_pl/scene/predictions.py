@@ -1,19 +1,21 @@
-"""Stored predictions, ours and other people's: whatever made them, they are scored from these files alone.
+"""Stored predictions, ours and other people's, which are scored from these files alone.
 
-A prediction is a folder per sequence, in one of these layouts, which `read_prediction` tells apart by what lies there:
+A prediction is a folder per sequence. `read_prediction` recognises its layout by the files in it:
 
-ours      cameras.json   intrinsics and cam2world per frame, the map's placement on the image, given frames, report
+ours      cameras.json   per frame intrinsics and cam2world; also given frames, report and the map's
+                         placement on the image
           depth.npy      float32 [T, h, w], z-depth in the cameras' unit
           valid.npy      bool [T, h, w], where a depth may be used to fit the alignment (optional)
-folders   frame_%04d.npy float depth [h, w] per frame, and pred_traj.txt with lines `t x y z qw qx qy qz`, camera to
-          world (MonST3R, Geo4D, CUT3R), or pred_poses.npy [T, 4, 4] (Pi3), which goes before it; one may be absent
+folders   frame_%04d.npy float depth [h, w] per frame; and pred_poses.npy [T, 4, 4] (Pi3), or else
+                         pred_traj.txt with lines `t x y z qw qx qy qz`, camera to world (MonST3R,
+                         Geo4D, CUT3R). Depth or cameras may be absent.
 demo      depth/%06d.npy and camera/%06d.npz, whose `pose` is camera to world (CUT3R's demo)
-npz       prediction.npz, or <sequence>.npz beside the folders: arrays `depth` [T, h, w], `cam2world` [T, 4, 4] and
-          `valid` [T, h, w] bool, all optional but one
+npz       prediction.npz, or <sequence>.npz beside the folders: arrays `depth` [T, h, w],
+          `cam2world` [T, 4, 4] and `valid` [T, h, w] bool; depth or cam2world may be absent
 
-Cameras may also be [T, 3, 4]. The folder has the sequence's name, or that of the dataset's own folder for it
-(rgbd_dataset_freiburg3_<sequence>, rgbd_bonn_<sequence>). Numbered files come in the order of their numbers. Nothing is
-unpickled.
+Cameras may also be [T, 3, 4]. The folder has the sequence's name, or that of the dataset's own
+folder for it (rgbd_dataset_freiburg3_<sequence>, rgbd_bonn_<sequence>). Files are ordered by their
+numbers. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -34,16 +36,16 @@ from one4d_pl.postopt.recover import RecoveredScene, RecoverReport
 from one4d_pl.scene.framing import Placement
 
 FORMAT = "one4d_pl cameras 1"
-XYZW = (
+WRONG_QUATERNION_ORDER = (
     "pred_traj.txt begins with the rotation 0 0 0 1, half a turn: its quaternions are x y z w, as TUM's; write w x y z"
 )
-HALF_TURN_WITHIN = 0.02  # radians
+HALF_TURN_TOLERANCE = 0.02  # radians
 DATASET_PREFIXES = ("", "rgbd_dataset_freiburg3_", "rgbd_bonn_")  # of TUM's and Bonn's own folders
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says of one video; at least one of depth and cameras."""
+    """What a model predicts for one video: depth, cameras or both."""
 
     depth: Tensor | None  # [T, h, w] float32
     cam2world: Tensor | None  # [T, 4, 4] float64, OpenCV axes, any world and unit
@@ -57,20 +59,24 @@ class Prediction:
     def of(
         scene: RecoveredScene, placement: Placement | None = None, given: tuple[int, ...] | None = None
     ) -> Prediction:
-        """Take what was recovered of a pointmap video."""
+        """Make a prediction of what was recovered from a pointmap video."""
         return Prediction(
             scene.depth, scene.cam2world, scene.intrinsics.double(), scene.valid, placement, given, scene.flags
         )
 
     @property
     def num_frames(self) -> int:
+        """Count the frames of depth or cameras."""
         first = self.depth if self.depth is not None else self.cam2world
         assert first is not None
         return len(first)
 
 
 def write_prediction(folder: Path, prediction: Prediction, report: dict[str, object]) -> None:
-    """Store a prediction in our layout; `report` is kept as it is. Complete once cameras.json is there."""
+    """Store a prediction in our layout with `report` as it is.
+
+    cameras.json is written last: with it the prediction is complete.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "cameras.json").unlink(missing_ok=True)
     for name, tensor in (("depth", prediction.depth), ("valid", prediction.valid)):
@@ -97,17 +103,17 @@ def write_prediction(folder: Path, prediction: Prediction, report: dict[str, obj
 
 
 def report_dict(report: RecoverReport) -> dict[str, object]:
-    """A recovery's report as json can hold it: nan and infinities become null."""
-    found = {
-        name: _plain(value.tolist() if isinstance(value, Tensor) else value)
+    """Convert a recovery's report to what json can hold: nan and infinities become null."""
+    fields = {
+        name: _json_value(value.tolist() if isinstance(value, Tensor) else value)
         for name, value in vars(report).items()
         if name != "seams"
     }
-    return found | {"seams": [{"residual": _plain(s.residual), "inliers": s.inliers} for s in report.seams]}
+    return fields | {"seams": [{"residual": _json_value(s.residual), "inliers": s.inliers} for s in report.seams]}
 
 
 def find_prediction(root: Path, sequence: str) -> Path | None:
-    """The folder or npz of a sequence below `root`, under its own name or its dataset's; None where there is none."""
+    """Find a sequence's folder or npz below `root`, by its own name or its dataset's, or None."""
     for prefix in DATASET_PREFIXES:
         folder, archive = root / f"{prefix}{sequence}", root / f"{prefix}{sequence}.npz"
         if folder.is_dir() or archive.is_file():
@@ -116,7 +122,7 @@ def find_prediction(root: Path, sequence: str) -> Path | None:
 
 
 def read_prediction(path: Path) -> Prediction:
-    """Read any of the layouts; UserError names what is broken."""
+    """Read a prediction in any of the layouts; UserError names what is broken."""
     with reading(path):
         if path.is_file():
             prediction = _read_npz(path)
@@ -132,8 +138,8 @@ def read_prediction(path: Path) -> Prediction:
 
 
 def write_npy(path: Path, tensor: Tensor) -> None:
-    """An array, whole or not at all."""
-    with open_whole(path) as file:  # np.save would add a suffix to a name
+    """Write an array, whole or not at all."""
+    with open_whole(path) as file:  # np.save would add a suffix to a path
         np.save(file, tensor.cpu().numpy(), allow_pickle=False)
 
 
@@ -156,19 +162,19 @@ def _read_ours(folder: Path) -> Prediction:
 
 def _read_npz(path: Path) -> Prediction:
     with np.load(path, allow_pickle=False) as arrays:
-        found = {name: torch.from_numpy(arrays[name]) for name in ("depth", "cam2world", "valid") if name in arrays}
-    if not {"depth", "cam2world"} & set(found):
+        stored = {name: torch.from_numpy(arrays[name]) for name in ("depth", "cam2world", "valid") if name in arrays}
+    if not {"depth", "cam2world"} & set(stored):
         raise ValueError("holds neither an array depth [T, h, w] nor cam2world [T, 4, 4]")
-    depth, cam2world, valid = (found.get(name) for name in ("depth", "cam2world", "valid"))
+    depth, cam2world, valid = (stored.get(name) for name in ("depth", "cam2world", "valid"))
     return Prediction(
         None if depth is None else depth.float(),
-        None if cam2world is None else _four_rows(cam2world),
+        None if cam2world is None else _to_4x4(cam2world),
         valid=None if valid is None else valid.bool(),
     )
 
 
 def _read_frames(folder: Path) -> Prediction:
-    """MonST3R's, Geo4D's, CUT3R's and Pi3's folders."""
+    """Read a folder as MonST3R, Geo4D, CUT3R or Pi3 write it."""
     files = numbered_files(folder, (".npy",), "frame_")
     poses, trajectory = folder / "pred_poses.npy", folder / "pred_traj.txt"
     if not files and not poses.is_file() and not trajectory.is_file():
@@ -179,21 +185,24 @@ def _read_frames(folder: Path) -> Prediction:
     cam2world = None
     flags: tuple[str, ...] = ()
     if (matrices := _load(poses)) is not None:
-        cam2world = _four_rows(matrices)
+        cam2world = _to_4x4(matrices)
     elif trajectory.is_file():
         cam2world = read_wxyz_trajectory(trajectory)
         if len(cam2world) and _is_half_turn(cam2world[0, :3, :3]):
-            flags = (XYZW,)
+            flags = (WRONG_QUATERNION_ORDER,)
     return Prediction(_stack_maps(files) if files else None, cam2world, flags=flags)
 
 
 def _is_half_turn(rotation: Tensor) -> bool:
-    """Whether a rotation is half a turn about z, or nearly: what the identity's 0 0 0 1 is when w is read first."""
-    return bool(geodesic_angle(rotation, torch.diag(rotation.new_tensor([-1, -1, 1]))) < HALF_TURN_WITHIN)
+    """Tell whether a rotation is half a turn about z, or nearly.
+
+    The identity is read as that if its quaternion is stored as x y z w, 0 0 0 1.
+    """
+    return bool(geodesic_angle(rotation, torch.diag(rotation.new_tensor([-1, -1, 1]))) < HALF_TURN_TOLERANCE)
 
 
 def _read_demo(folder: Path) -> Prediction:
-    """What CUT3R's demo leaves."""
+    """Read a folder as CUT3R's demo writes it."""
     depths, cameras = numbered_files(folder / "depth", (".npy",)), numbered_files(folder / "camera", (".npz",))
     if not depths or [file.stem for file in depths] != [file.stem for file in cameras]:
         raise ValueError(
@@ -205,7 +214,7 @@ def _read_demo(folder: Path) -> Prediction:
             if "pose" not in arrays:
                 raise ValueError(f"camera/{file.name}: no array `pose`")
             poses.append(arrays["pose"])
-    return Prediction(_stack_maps(depths), _four_rows(torch.from_numpy(np.stack(poses))))
+    return Prediction(_stack_maps(depths), _to_4x4(torch.from_numpy(np.stack(poses))))
 
 
 def _stack_maps(files: list[Path]) -> Tensor:  # [T, h, w] float32
@@ -216,7 +225,7 @@ def _stack_maps(files: list[Path]) -> Tensor:  # [T, h, w] float32
     return torch.stack([one.float() for one in maps if one is not None])
 
 
-def _four_rows(cam2world: Tensor) -> Tensor:  # [T, 4, 4] or [T, 3, 4] -> [T, 4, 4] float64; others as they are
+def _to_4x4(cam2world: Tensor) -> Tensor:  # [T, 4, 4] or [T, 3, 4] -> [T, 4, 4] float64; others as they are
     if cam2world.shape[1:] != (3, 4):
         return cam2world.double()
     last = cam2world.new_tensor([0, 0, 0, 1]).double().expand(len(cam2world), 1, 4)
@@ -224,15 +233,15 @@ def _four_rows(cam2world: Tensor) -> Tensor:  # [T, 4, 4] or [T, 3, 4] -> [T, 4,
 
 
 def read_wxyz_trajectory(path: Path) -> Tensor:  # [T, 4, 4] float64, camera to world
-    """Lines `t x y z qw qx qy qz`: not TUM's order, though the tools call the file so."""
+    """Read lines `t x y z qw qx qy qz`: w comes first, unlike in TUM's format."""
     rows = []
     with reading(path):
         for i, line in enumerate(read_text(path).splitlines(), start=1):
-            if not (words := line.split("#")[0].split()):
+            if not (columns := line.split("#")[0].split()):
                 continue
-            if len(words) != 8:
-                raise ValueError(f"line {i}: {len(words)} columns, need t x y z qw qx qy qz")
-            rows.append([float(word) for word in words])
+            if len(columns) != 8:
+                raise ValueError(f"line {i}: {len(columns)} columns, need t x y z qw qx qy qz")
+            rows.append([float(column) for column in columns])
     numbers = torch.tensor(rows, dtype=torch.float64).reshape(-1, 8)
     return se3_matrix(wxyz_to_matrix(numbers[:, 4:]), numbers[:, 1:4])
 
@@ -248,7 +257,10 @@ def _load(path: Path) -> Tensor | None:
 
 
 def _checked(prediction: Prediction) -> Prediction:
-    """Shapes agree; a camera that is not finite or no rotation is a fault of the file, not of the model."""
+    """Return a prediction whose shapes agree and whose cameras are rotations; ValueError otherwise.
+
+    A camera that is not finite or no rotation is taken for a fault of the file, not of the model.
+    """
     depth, cam2world, valid = prediction.depth, prediction.cam2world, prediction.valid
     if depth is not None and depth.ndim != 3:
         raise ValueError(f"depth is {list(depth.shape)}, need [T, h, w]")
@@ -275,9 +287,9 @@ def _stack(matrices: list[list[list[float]] | None]) -> Tensor | None:
     return torch.tensor(known, dtype=torch.float64) if known else None
 
 
-def _plain(value: object) -> object:
+def _json_value(value: object) -> object:
     if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
+        return [_json_value(item) for item in value]
     if isinstance(value, float) and not (-float("inf") < value < float("inf")):
         return None
     return value

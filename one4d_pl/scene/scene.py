@@ -1,9 +1,11 @@
-"""A finished 4D scene and the folder it lives in, which every door can open again.
+"""A finished 4D scene, and the folder that holds it and that every command can open again.
 
-frames/000000.png ...  the frames, lossless              rgb.mp4, depth.mp4  the same and the depth, to look at
-pointmap.npz           pointmap [T, H, W, 3], valid      depth.npy, valid.npy, cameras.json  as `predictions` has them
-panel.png              frames, pointmap and depth side by side
-scene.json             prompt, frames per second, how it was made
+frames/000000.png ...               the frames, lossless
+rgb.mp4, depth.mp4                  frames and depth, to look at
+pointmap.npz                        pointmap [T, H, W, 3] and valid
+depth.npy, valid.npy, cameras.json  as in `predictions`
+panel.png                           frames, pointmap and depth below each other
+scene.json                          prompt, frames per second, how it was made
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from one4d_pl.scene.predictions import Prediction, read_prediction, write_predic
 
 FORMAT = "one4d_pl scene 1"
 FRAMES = "frames"
-STORED = ("depth.npy", "valid.npy", "cameras.json")  # by `predictions`
+STORED = ("depth.npy", "valid.npy", "cameras.json")  # written by `predictions`
 NAMES = frozenset({FRAMES, "rgb.mp4", "depth.mp4", "panel.png", "pointmap.npz", "scene.json", *STORED})
 
 
@@ -44,18 +46,22 @@ class Scene:
     fps: float
     prompt: str = ""
     given: tuple[int, ...] = ()  # frames that the model was shown
-    placement: Placement | None = None  # of the frames on the images they were made from; None = as large
+    placement: Placement | None = None  # of the frames on the given images; None = the same size
     flags: tuple[str, ...] = ()  # what is unusual or degenerate, in words
     report: dict[str, object] = field(default_factory=dict)  # of the camera recovery, as json can hold it
     made: dict[str, object] = field(default_factory=dict)  # seed, steps, guidance, adapters: how it was made
 
     @property
     def num_frames(self) -> int:
+        """Count the frames."""
         return len(self.frames)
 
 
 def save_scene(folder: Path, scene: Scene) -> None:
-    """Write the folder, in the place of a scene that is there once the new one is whole; other files in it stay."""
+    """Write a scene folder.
+
+    A scene that is already there is replaced once the new one is complete; other files stay.
+    """
     with replaced_folder(folder, NAMES, last="scene.json") as staging:
         _write_scene(staging, scene)
 
@@ -64,42 +70,43 @@ def _write_scene(folder: Path, scene: Scene) -> None:
     (folder / FRAMES).mkdir()
     for i, frame in enumerate(scene.frames):
         save_picture(folder / FRAMES / f"{i:06d}.png", frame, [])
-    save_video(folder / "rgb.mp4", _even(scene.frames), scene.fps)
-    save_video(folder / "depth.mp4", _even(depth_pictures(scene.depth, scene.valid)), scene.fps)
+    save_video(folder / "rgb.mp4", _even_sized(scene.frames), scene.fps)
+    save_video(folder / "depth.mp4", _even_sized(depth_pictures(scene.depth, scene.valid)), scene.fps)
     save_picture(folder / "panel.png", _panel(scene), ["frames", "pointmap", "depth"])
-    with open_whole(folder / "pointmap.npz") as file:  # np.savez would add a suffix to a name
+    with open_whole(folder / "pointmap.npz") as file:  # np.savez would add a suffix to a path
         np.savez_compressed(file, pointmap=scene.pointmap.numpy(), valid=scene.valid.numpy())
     prediction = Prediction(
         scene.depth, scene.cam2world, scene.intrinsics, scene.valid, scene.placement, scene.given, scene.flags
     )
     write_prediction(folder, prediction, scene.report)
-    about = {"format": FORMAT, "prompt": scene.prompt, "fps": scene.fps, "made": scene.made}
-    write_json(folder / "scene.json", about)
+    metadata = {"format": FORMAT, "prompt": scene.prompt, "fps": scene.fps, "made": scene.made}
+    write_json(folder / "scene.json", metadata)
 
 
 def _panel(scene: Scene) -> Tensor:  # [H, W, 3] uint8
-    """Frames, pointmap as colours and depth below each other."""
+    """Draw frames, pointmap as colours and depth below each other."""
     depth = depth_pictures(scene.depth, scene.valid) / 255
     rows = [scene.frames / 255, pointmap_colours(scene.pointmap, scene.valid), depth]
     return panel(rows, zoom=max(1, 256 // scene.frames.shape[1]))
 
 
 def may_become_scene(folder: Path) -> bool:
-    """Whether a folder holds a scene, the rest of one that was cut short, or nothing that people can see.
+    """Tell whether a scene may be written to a folder.
 
-    Frames and a video alone may be somebody's own.
+    It may hold a scene, the files of one that was cut short, or no visible file. Frames and a video
+    alone may be the user's own.
     """
-    seen = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
-    return is_scene(folder) or not seen or (seen <= NAMES and bool(seen & {"depth.mp4", "pointmap.npz"}))
+    visible = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
+    return is_scene(folder) or not visible or (visible <= NAMES and bool(visible & {"depth.mp4", "pointmap.npz"}))
 
 
 def is_scene(folder: Path) -> bool:
-    """Whether a folder holds a scene that was written to its end."""
+    """Tell whether a folder holds a complete scene."""
     return (folder / "scene.json").is_file()
 
 
 def open_scene(folder: Path) -> Scene:
-    """Read a scene folder; UserError names the file that is missing or broken. Nothing is unpickled."""
+    """Read a scene folder; UserError names a missing or broken file. Nothing is unpickled."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; need a scene that `one4d generate` wrote")
     if not is_scene(folder):
@@ -107,10 +114,10 @@ def open_scene(folder: Path) -> Scene:
     for name in ("cameras.json", "depth.npy", "pointmap.npz"):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing")
-    about = _about(folder / "scene.json")
+    metadata = _read_metadata(folder / "scene.json")
     prediction = read_prediction(folder)
-    pointmap, valid = _points(folder / "pointmap.npz")
-    frames = _frames(folder / FRAMES)
+    pointmap, valid = _read_points(folder / "pointmap.npz")
+    frames = _read_frames(folder / FRAMES)
     size = tuple(pointmap.shape[:3])
     if prediction.depth is None or prediction.cam2world is None or prediction.intrinsics is None:
         raise UserError(f"{folder / 'cameras.json'}: a camera is missing")
@@ -126,18 +133,21 @@ def open_scene(folder: Path) -> Scene:
         prediction.depth,
         prediction.intrinsics.double(),
         prediction.cam2world,
-        about[1],
-        about[0],
+        metadata[1],
+        metadata[0],
         prediction.given or (),
         prediction.placement,
         prediction.flags,
-        _report(folder / "cameras.json"),
-        about[2],
+        _read_report(folder / "cameras.json"),
+        metadata[2],
     )
 
 
 def depth_pictures(depth: Tensor, valid: Tensor) -> Tensor:  # [T, H, W] x 2 -> [T, H, W, 3] uint8
-    """Log depth as colours, nearer = lighter, one range for the video; the sky's blue where there is no surface."""
+    """Show log depth as colours, nearer = lighter, with one range for the video.
+
+    Pixels without a surface get the sky's blue.
+    """
     seen = depth[valid]
     if len(seen) == 0:
         near, far = 1.0, 2.0
@@ -150,22 +160,22 @@ def depth_pictures(depth: Tensor, valid: Tensor) -> Tensor:  # [T, H, W] x 2 -> 
     return to_bytes(torch.where(valid[..., None], colours, colours.new_tensor(SKY_COLOUR)))
 
 
-def _even(frames: Tensor) -> Tensor:  # [T, H, W, 3]: H.264 in yuv420 has even sides
+def _even_sized(frames: Tensor) -> Tensor:  # [T, H, W, 3]: H.264 in yuv420 has even sides
     return frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
 
 
-def _about(path: Path) -> tuple[str, float, dict[str, object]]:
+def _read_metadata(path: Path) -> tuple[str, float, dict[str, object]]:  # prompt, fps, made
     with reading(path):
-        about = read_json(path)
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
+        metadata = read_json(path)
+        if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
             raise ValueError(f"not of the format {FORMAT!r}")
-        prompt, fps, made = about["prompt"], float(about["fps"]), about["made"]
+        prompt, fps, made = metadata["prompt"], float(metadata["fps"]), metadata["made"]
         if not isinstance(prompt, str) or not isinstance(made, dict) or not 0 < fps < math.inf:
             raise ValueError("prompt, fps or made is of the wrong kind")
     return prompt, fps, made
 
 
-def _report(path: Path) -> dict[str, object]:
+def _read_report(path: Path) -> dict[str, object]:
     content = read_json(path)
     report = content.get("report", {}) if isinstance(content, dict) else None
     if not isinstance(report, dict):
@@ -173,7 +183,7 @@ def _report(path: Path) -> dict[str, object]:
     return report
 
 
-def _points(path: Path) -> tuple[Tensor, Tensor]:  # [T, H, W, 3] float32, [T, H, W] bool
+def _read_points(path: Path) -> tuple[Tensor, Tensor]:  # [T, H, W, 3] float32, [T, H, W] bool
     with reading(path):
         with np.load(path, allow_pickle=False) as arrays:
             pointmap, valid = arrays["pointmap"], arrays["valid"]
@@ -184,7 +194,7 @@ def _points(path: Path) -> tuple[Tensor, Tensor]:  # [T, H, W, 3] float32, [T, H
     return torch.from_numpy(pointmap), torch.from_numpy(valid)
 
 
-def _frames(folder: Path) -> Tensor:  # [T, H, W, 3] uint8
+def _read_frames(folder: Path) -> Tensor:  # [T, H, W, 3] uint8
     pictures = []
     for path in numbered_files(folder, (".png",)) if folder.is_dir() else []:
         with reading(path), Image.open(path, formats=["PNG"]) as image:

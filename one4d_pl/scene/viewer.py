@@ -1,4 +1,4 @@
-"""A scene in the browser, by viser (the `viz` extra): live on this machine, or recorded in one offline html file."""
+"""Show a scene in the browser with viser (the `viz` extra): live, or recorded in one html file."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 HTML_BYTES = 25_000_000
 POINT_BYTES = 9  # three float16 and a colour
-LIVE_POINTS = 100_000  # of a frame at the stride that the viewer starts with
+LIVE_POINTS = 100_000  # of a frame, at most, at the stride that the viewer starts with
 MAX_STRIDE = 16
 BACKGROUND_POINTS = 200_000
 THUMBNAIL = 96  # pixels, the larger side of a picture in a camera
@@ -40,7 +40,7 @@ OVERLAP = 1.5  # edge of a drawn point, in the pixel distances between points: n
 
 @dataclass(frozen=True)
 class Cloud:
-    """What viser draws."""
+    """Coloured points, as viser draws them."""
 
     points: NDArray[np.float32]  # [N, 3]
     colours: NDArray[np.uint8]  # [N, 3]
@@ -48,7 +48,7 @@ class Cloud:
 
 @dataclass(frozen=True)
 class Stage:
-    """A scene and what its pictures in the browser share."""
+    """A scene, and what the live viewer and the recording share."""
 
     scene: Scene
     shown: Tensor  # [T, H, W] bool
@@ -56,17 +56,18 @@ class Stage:
 
     @classmethod
     def of(cls, scene: Scene, keep_flying_points: bool) -> Stage:
-        """Decide which points are drawn; `frustum_depth` is a tenth of the median distance."""
+        """Decide which points are drawn, and measure the scene."""
+        # `frustum_depth` is a tenth of the median.
         return cls(scene, shown_pixels(scene, keep_flying_points), 10 * frustum_depth(scene.depth, scene.valid))
 
     def cloud(self, frame: int, stride: int) -> Cloud:
-        """Every `stride`-th pixel of a frame in both directions."""
+        """Return the points of every `stride`-th pixel of a frame in both directions."""
         keep = self.shown[frame, ::stride, ::stride]
         points = self.scene.pointmap[frame, ::stride, ::stride][keep]
         return Cloud(points.numpy(), self.scene.frames[frame, ::stride, ::stride][keep].numpy())
 
     def background(self, limit: int = BACKGROUND_POINTS) -> Cloud:
-        """The points of all frames that stand still, evenly thinned to `limit`."""
+        """Collect the static points of all frames, evenly thinned to `limit`."""
         scene = self.scene
         stride = max(1, math.isqrt(scene.frames[..., 0].numel() // (4 * limit)))
         points = scene.pointmap[:, ::stride, ::stride]
@@ -78,11 +79,15 @@ class Stage:
         return Cloud(points[t, row, column].numpy(), colours.numpy())
 
     def point_size(self, stride: int) -> float:
-        """Edge of a point at the median distance that leaves no gaps."""
+        """Return the edge of a point that leaves no gaps at the median distance."""
         return OVERLAP * stride * self.middle / float(self.scene.intrinsics[:, 0, 0].median())
 
     def set_up(self, server: ViserServer) -> None:
-        """Up is the mean of the cameras' up; the first view is from behind the first camera, above and to its right."""
+        """Set the up direction and the first view.
+
+        Up is the mean of the cameras' up. The view is from behind the first camera, above it and to
+        its right.
+        """
         cam2world = self.scene.cam2world
         up = -cam2world[:, :3, 1].mean(0)
         up = up / up.norm() if float(up.norm()) > 1e-3 else -cam2world[0, :3, 1]
@@ -96,7 +101,7 @@ class Stage:
         camera.near, camera.far = 0.005 * self.middle, 200 * self.middle
 
     def add_camera(self, server: ViserServer, frame: int, visible: bool) -> CameraFrustumHandle:
-        """The camera of a frame as a pyramid that carries the frame, coloured by time."""
+        """Add the camera of a frame as a pyramid that shows the frame, coloured by time."""
         scene = self.scene
         height, width = scene.frames.shape[1:3]
         focal = scene.intrinsics[frame, [0, 1], [0, 1]].tolist()
@@ -116,7 +121,7 @@ class Stage:
         )
 
     def add_path(self, server: ViserServer, visible: bool) -> None:
-        """The way of the camera, coloured by time."""
+        """Add the path of the camera, coloured by time."""
         centres, colours = self.scene.cam2world[:, :3, 3].float().numpy(), _time_colours(self.scene.num_frames)
         if len(centres) < 2:
             return
@@ -131,7 +136,7 @@ class Stage:
 
 
 class Viewer:
-    """The live viewer: the browser asks, this process sends one frame's points at a time."""
+    """The live viewer: this process sends the browser one frame's points at a time."""
 
     def __init__(self, scene: Scene, port: int, keep_flying_points: bool) -> None:
         self._stage = Stage.of(scene, keep_flying_points)
@@ -161,22 +166,22 @@ class Viewer:
 
     @property
     def address(self) -> str:
-        """Where the browser finds it; the port is the next free one from the port that was asked for."""
+        """Return the address for the browser; its port is the first free one from `port` on."""
         return f"http://{self._server.get_host()}:{self._server.get_port()}"
 
     def play_forever(self) -> None:
-        """Move the time on while `play` is ticked; ends with KeyboardInterrupt."""
+        """Advance the time while `play` is ticked, until KeyboardInterrupt."""
         while True:
             time.sleep(1 / self._stage.scene.fps)
             if self._play.value:
-                self.time.value = (self.time.value + 1) % self._stage.scene.num_frames  # which draws
+                self.time.value = (self.time.value + 1) % self._stage.scene.num_frames  # its callback draws
 
     def close(self) -> None:
         """Stop serving."""
         _stop(self._server)
 
     def _draw(self) -> None:
-        """Send what the controls say now."""
+        """Send the browser what the controls ask for."""
         with self._drawing, self._server.atomic():
             frame, stride = min(self.time.value, self._stage.scene.num_frames - 1), self._stride.value
             size = self._size.value * self._stage.point_size(stride)
@@ -200,15 +205,15 @@ def write_html(
     keep_flying_points: bool,
     limit: int = HTML_BYTES,
 ) -> int:
-    """Record a scene in one offline file of at most `limit` bytes, with a time slider; returns its stride.
+    """Record a scene in one offline file of at most `limit` bytes, with a time slider.
 
-    ValueError where no stride is coarse enough.
+    Returns the stride of its points. ValueError where no stride is coarse enough.
     """
     stage = Stage.of(scene, keep_flying_points)
     background = stage.background(BACKGROUND_POINTS // 2)
     strides = range(1, MAX_STRIDE + 1)
     counts = {s: int(stage.shown[:, ::s, ::s].sum()) + len(background.points) for s in strides}
-    # base64 makes four bytes of three: coarser strides than this one's surely fit, but for what is no point
+    # Base64 makes four bytes of three. Start at the first stride whose points alone would fit.
     stride = next((s for s in strides if counts[s] * POINT_BYTES * 4 / 3 <= limit), MAX_STRIDE)
     while len((html := _record(stage, background, stride)).encode()) > limit:
         if stride == MAX_STRIDE:
@@ -224,7 +229,10 @@ def write_html(
 
 
 def _record(stage: Stage, background: Cloud, stride: int) -> str:
-    """Everything is sent hidden first, then shown in turn: a player that loops or seeks replays only the showing."""
+    """Record a scene: everything is sent hidden first, then shown in turn.
+
+    A player that loops or seeks then replays only what is shown and hidden.
+    """
     server, scene = open_server(0), stage.scene
     try:
         stage.set_up(server)
@@ -251,7 +259,7 @@ def _record(stage: Stage, background: Cloud, stride: int) -> str:
 
 
 def open_server(port: int) -> ViserServer:
-    """A viser server that only this machine reaches; port 0 = any. Ours is the voice, not viser's banner."""
+    """Open a viser server that only this machine reaches, without viser's banner; port 0 = any."""
     import viser
 
     with contextlib.redirect_stdout(io.StringIO()):
@@ -264,7 +272,7 @@ def _stop(server: ViserServer) -> None:
 
 
 def _add_cloud(server: ViserServer, name: str, cloud: Cloud, size: float, visible: bool) -> PointCloudHandle:
-    if len(cloud.points) == 0:  # which viser's client calls an error: one white point of no size instead
+    if len(cloud.points) == 0:  # an error for viser's client, which gets one point of size 0 instead
         cloud, size = Cloud(np.zeros((1, 3), np.float32), np.full((1, 3), 255, np.uint8)), 0.0
     return server.scene.add_point_cloud(
         name, cloud.points, cloud.colours, point_size=size, point_shading="flat", visible=visible
@@ -276,7 +284,7 @@ def _time_colours(count: int) -> NDArray[np.uint8]:  # [T, 3]
 
 
 def _sized(picture: Tensor, side: int) -> NDArray[np.uint8]:  # [H, W, 3] uint8 -> [h, w, 3]
-    """Shrunk to fit `side`, or enlarged by a whole number: small frames as the pixels that they are."""
+    """Shrink a picture to fit `side`, or enlarge it by a whole number to keep its pixels sharp."""
     image = Image.fromarray(picture.numpy())
     zoom = side // max(image.size)
     if zoom > 1:
