@@ -43,7 +43,7 @@ class GuidedText:
 
     @property
     def is_off(self) -> bool:
-        """Whether the unconditional branch has no say."""
+        """Tell whether every scale is 1, so that the unconditional branch is not needed."""
         return bool((self.scale_rgb == 1).all() and (self.scale_xyz == 1).all())
 
 
@@ -56,7 +56,10 @@ def guided_velocity(
     image_embeds: Tensor | None,  # [B, N, D]
     two_calls: bool = False,  # half the batch at a time: half the activations, the same result
 ) -> Tensor:  # [2B, C, t, h, w]
-    """Classifier-free guidance on text alone: given frames and image tokens stay in both passes."""
+    """Predict the velocity with classifier-free guidance (Ho & Salimans 2022) on text alone.
+
+    Given frames and image tokens stay in both passes.
+    """
     if text.is_off:
         return transformer(noisy_latents, condition, sigma, text.prompt_embeds, image_embeds)
     if two_calls:
@@ -65,7 +68,8 @@ def guided_velocity(
         unconditional = transformer(*inputs, text.negative_embeds, image_embeds)
         scale = torch.cat([text.scale_rgb, text.scale_xyz]).view(-1, 1, 1, 1, 1)
         return unconditional + scale * (conditional - unconditional)
-    # [rgb_cond, rgb_uncond, xyz_cond, xyz_uncond]: the usual cat(cond, uncond) would send xyz through the rgb LoRA
+    # The order is [rgb_cond, rgb_uncond, xyz_cond, xyz_uncond]: the usual cat(cond, uncond) would
+    # send xyz through the rgb LoRA.
     rgb, xyz = noisy_latents.chunk(2)
     sigma_rgb, sigma_xyz = sigma.chunk(2)
     velocity = transformer(

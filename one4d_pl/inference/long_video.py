@@ -1,8 +1,11 @@
-"""Videos of any length: what the sampler made of overlapping windows becomes one scene.
+"""Videos of any length: join the sampler's overlapping windows to one scene.
 
-1. Windows of the trained length 4k+1 overlap; a last frame is repeated to fill a window and cut again.
-2. Given frames condition the window they lie in; later windows also see what the one before made of shared frames.
-3. Each window's pointmaps become cameras and depth (`postopt`); shared frames tie the windows' worlds together.
+1. Windows of the trained length 4k+1 overlap. The last frame is repeated to fill a window, and the
+   copies are cut off again.
+2. Given frames condition the window they lie in. Later windows also see the shared frames that the
+   window before has generated.
+3. Each window's pointmaps become cameras and depth (`postopt`); the shared frames align the
+   windows' worlds.
 """
 
 from __future__ import annotations
@@ -21,13 +24,13 @@ def recover_video(
     options: RecoverOptions,
     valid: tuple[Tensor, ...] | None = None,  # [t, h, w] bool each; None = all but the sky
 ) -> RecoveredScene:
-    """Recover cameras and depth of every window and join the windows; sky has no say."""
-    seen = tuple(~is_sky(p) for p in points) if valid is None else valid
-    return join_windows([recover_scene(p, v, options) for p, v in zip(points, seen, strict=True)], windows)
+    """Recover cameras and depth of every window, without the sky, and join the windows."""
+    masks = tuple(~is_sky(p) for p in points) if valid is None else valid
+    return join_windows([recover_scene(p, v, options) for p, v in zip(points, masks, strict=True)], windows)
 
 
 def join_frames(windows: tuple[Window, ...], parts: tuple[Tensor, ...]) -> Tensor:  # [t, h, w, 3] each -> [T, h, w, 3]
-    """Join the windows' frames; shared ones pass from one window to the next."""
+    """Join the windows' frames; shared ones are blended from one window to the next."""
     frames = parts[0]
     for window, part in zip(windows[1:], parts[1:], strict=True):
         frames = join_shared(frames, part, len(frames) - window.start)

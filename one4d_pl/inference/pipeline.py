@@ -1,7 +1,7 @@
 """The only sampler: a prompt and given frames in, RGB frames and pointmaps out.
 
-`One4DPipeline.from_pretrained(base, adapters)` opens it in the manner of a diffusers pipeline, and
-calling it makes a scene of any length. Training and evaluation use the batched `sample` below it.
+`One4DPipeline.from_pretrained(base, adapters)` opens it like a diffusers pipeline, and calling it
+makes a scene of any length. Training and evaluation use its batched `sample`.
 """
 
 from __future__ import annotations
@@ -59,27 +59,27 @@ OVERLAP = 5  # frames that neighbouring windows share: one latent frame and the 
 
 
 class RequestError(UserError):
-    """What was asked of the pipeline cannot be made; one line that names the argument."""
+    """The pipeline cannot make what was asked for; one line that names the argument."""
 
 
 @dataclass(frozen=True)
 class GeneratedScene:
-    """What one call produces, on the encoders' device."""
+    """A generated batch, on the encoders' device."""
 
     frames: Tensor  # [B, 3, T, H, W] in [-1, 1]; given frames are decoded, never pasted
     pointmap: Tensor  # [B, 3, T, H, W] in [-1, 1], camera-0 coordinates, normalised
 
 
 class One4DPipeline:
-    """Sample 4D scenes from an adapted Wan.
+    """A sampler of 4D scenes from an adapted Wan.
 
     Args:
         transformer: base plus adapter.
         encoders: the base's VAE, text and image encoder.
         config: steps, solver and guidance.
         shift: sigma shift, the one the adapter was trained with.
-        negative_prompt: of the unconditional branch.
-        card: of the adapter; None = untrained, or still in training. Calling and saving the
+        negative_prompt: prompt of the unconditional branch.
+        card: the adapter's card; None = untrained, or still in training. Calling and saving the
             pipeline need it.
         bfloat16: run under bfloat16 autocast; a base in bfloat16 needs it, since the adapter's
             own weights are float32.
@@ -106,7 +106,7 @@ class One4DPipeline:
         dtype: str = "float32",  # of the frozen transformer and text encoder; bfloat16 also runs under autocast
         device: torch.device | str = "cpu",
     ) -> One4DPipeline:
-        """Open a base with an adapter, sampled as its card says. ConfigError where they do not belong together."""
+        """Open a base with an adapter, sampled as its card says; ConfigError if they mismatch."""
         card = AdapterCard.read(Path(adapters))
         path, where = base or card.base_path, torch.device(device)
         return One4DPipeline._open(
@@ -116,10 +116,10 @@ class One4DPipeline:
 
     @staticmethod
     def open(config: Config, adapters: Path | None, device: torch.device = CPU) -> One4DPipeline:
-        """Open a run's base, sampled as its config says; what belongs to the adapter is its card's.
+        """Open a run's base, sampled as its config says, with an adapter as its card says.
 
-        None as adapters leaves the base as it is, both branches alike. Raises ConfigError where the adapter is of
-        another base.
+        Without adapters both branches are the base. ConfigError where the adapter is of another
+        base.
         """
         dlc, power, shift = config.dlc, config.data.pointmap_power, config.flow.shift
         if adapters is not None:
@@ -146,7 +146,7 @@ class One4DPipeline:
 
     @property
     def device(self) -> torch.device:
-        """Where it runs; offloaded encoders lie elsewhere between their uses."""
+        """Return the device it runs on; offloaded encoders are on the CPU between their uses."""
         return self.encoders.latents_mean.device
 
     def __call__(
@@ -165,29 +165,34 @@ class One4DPipeline:
         on_step: Progress = lambda done, total: None,
         video: Path | str | None = None,
     ) -> Scene:
-        """Make one 4D scene: text to 4D without frames, image to 4D with frame 0, and so on up to a whole video.
+        """Make one 4D scene from a prompt, given frames or a whole video.
+
+        Without frames this is text to 4D, with frame 0 image to 4D, with all frames video to 4D.
 
         Args:
             prompt: what the scene shows; may be empty where frames are given.
-            frames: index -> picture of the given frames, frame 0 among them. All are covered by and
-                cropped to the scene's size.
-            num_frames: any number; default: the video's, or the adapter's own. What exceeds the
-                adapter's runs in overlapping windows, what is not 4k+1 is filled by repeating the
-                last given frame and cut again.
-            height: of the scene, pixels, with `width` a multiple of what the base takes (16 for
-                Wan). Default: as many pixels as the adapter was trained with, in the shape of the
-                first picture.
+            frames: index -> picture of the given frames, frame 0 among them. Each is resized to
+                cover the scene's size and cropped in the middle.
+            num_frames: any number; default: the video's, or the adapter's own. A longer video than
+                the adapter's runs in overlapping windows. A length that is not 4k+1 is filled by
+                repeating the last frame, and the copies are cut off.
+            height: height of the scene in pixels; like `width` a multiple of what the base takes
+                (16 for Wan). Default: as many pixels as the adapter was trained with, in the shape
+                of the first picture.
             width: see height.
-            steps: of the solver; default: the card's.
-            guidance_scale: of text, for both branches; 1 = off. Default: the card's, by task.
+            steps: steps of the solver; default: the card's.
+            guidance_scale: guidance on text, for both branches; 1 = off. Default: the card's, by
+                task.
             negative_prompt: default: the card's.
-            generator: of the noise, on the CPU; first frames, then pointmaps, window by window.
-            fps: frames per second of the result, and at which a video is read. Default: the video's, else 16.
+            generator: source of the noise, on the CPU; it draws first frames, then pointmaps,
+                window by window.
+            fps: frames per second of the result, and at which a video is read. Default: the
+                video's, else 16.
             zooms: solve for one focal length per frame.
             on_step: called with the finished steps and all steps, over all windows.
             video: file, or folder of pictures, whose frames are all given, instead of `frames`.
 
-        Raises RequestError naming the argument that is wrong.
+        Raises RequestError, which names the argument that is wrong.
         """
         pipeline = self.with_settings(steps, guidance_scale, negative_prompt)
         if video is not None:
@@ -213,7 +218,7 @@ class One4DPipeline:
     def _place_video(
         self, reader: VideoReader | FrameFolder, num_frames: int | None, height: int | None, width: int | None
     ) -> tuple[Tensor, Placement | None]:  # [T, h, w, 3] uint8
-        """Bring frames to the scene's size as they are read, so that one large frame is held at a time."""
+        """Resize frames as they are read, so that only one full-size frame is held at a time."""
         frames, framing = [], None
         for frame in islice(reader, num_frames or MAX_SCENE_FRAMES):
             framing = framing or self.framing((frame.shape[0], frame.shape[1]), height, width)
@@ -237,7 +242,7 @@ class One4DPipeline:
         zooms: bool,
         on_step: Progress = lambda done, total: None,
     ) -> Scene:
-        """Make one scene of frames that have its size already."""
+        """Make one scene of frames that have its size."""
         card = self._card()
         windows = plan_windows(len(frames), card.num_frames, min(OVERLAP, card.num_frames - 1))
         done, total = 0, len(windows) * self.config.steps
@@ -248,7 +253,8 @@ class One4DPipeline:
             on_step(done, total)
 
         def draw_noise(window: int, shape: tuple[int, ...]) -> Tensor:
-            # two draws: a plain Wan pipeline with the same generator starts from the same frames
+            # Two draws: then a plain Wan pipeline with the same generator starts from the same
+            # frames.
             return torch.cat([torch.randn(1, *shape[1:], generator=generator) for _ in MODALITIES])
 
         parts, points = self.sample_windows(prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)
@@ -286,10 +292,10 @@ class One4DPipeline:
         draw_noise: Callable[[int, tuple[int, ...]], Tensor],  # (window, [2, C, t, h', w']) -> noise of that shape
         on_step: Callable[[int], None] = lambda step: None,  # called after every step of every window
     ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Sample the windows of a video in their order; later ones also see what was made of the frames they share.
+        """Sample the windows of a video in order; later ones also see generated frames they share.
 
-        Returns frames [t, h, w, 3] in [-1, 1] and points [t, h, w, 3], normalised and in the world of the window's
-        first camera, per window: on the CPU, repeated frames cut.
+        Returns per window, on the CPU and without repeated frames: frames [t, h, w, 3] in [-1, 1],
+        and points [t, h, w, 3], normalised and in the world of the window's first camera.
         """
         shown, made_frames, made_points = frames, [], []
         for index, window in enumerate(windows):
@@ -301,7 +307,7 @@ class One4DPipeline:
             made = scene.frames[0, :, :count].float().cpu()
             made_frames.append(made.movedim(0, -1))
             made_points.append(scene.pointmap[0, :, :count].float().cpu().movedim(0, -1))
-            if index + 1 < len(windows):  # what the next window is shown of the frames it shares
+            if index + 1 < len(windows):  # show the next window the generated frames
                 hidden = ~frame_mask[window.start : window.stop]
                 shown = shown.clone()
                 shown[:, window.start : window.stop][:, hidden] = made[:, hidden]
@@ -314,7 +320,7 @@ class One4DPipeline:
         negative_prompt: str | None = None,
         solver: str | None = None,  # one of config.SOLVERS
     ) -> One4DPipeline:
-        """The same model at other settings; None keeps what there is. RequestError names a wrong one."""
+        """Return the same model at other settings; None keeps one. RequestError names a bad one."""
         config = self.config
         if guidance is not None:
             if not 0 <= guidance < math.inf:
@@ -340,7 +346,7 @@ class One4DPipeline:
         height: int | None = None,  # of the scene; None with width: as many pixels as in training, in its shape
         width: int | None = None,
     ) -> Framing:
-        """The scene's size, and where it lies on the picture."""
+        """Choose the scene's size, and where it lies on the picture."""
         card = self._card()
         if (height is None) != (width is None):
             raise RequestError("height, width: give both or none")
@@ -356,7 +362,7 @@ class One4DPipeline:
         return Framing(height, width, height, width, Placement(plan.scale, plan.top, plan.left))
 
     def save_pretrained(self, folder: Path | str) -> None:
-        """Write the adapter, its card and a hub model card into a new folder, which appears whole or not at all."""
+        """Write adapter, card and a hub model card into a new folder, whole or not at all."""
         target = Path(folder)
         if target.exists():
             raise RequestError(f"save_pretrained: {target} exists; name a new folder")
@@ -365,7 +371,10 @@ class One4DPipeline:
             write_text(staging / "README.md", model_card(self._card()))
 
     def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes as a model repository, made if need be; returns the commit's address."""
+        """Upload what `save_pretrained` writes to a model repository; return the commit's address.
+
+        The repository is created if it does not exist.
+        """
         from huggingface_hub import HfApi
 
         api = HfApi(token=token)
@@ -376,19 +385,22 @@ class One4DPipeline:
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload One4D adapters"))
 
     def enable_encoder_offload(self) -> None:
-        """Keep text encoder, image encoder and VAE on the CPU; each visits the device while it works."""
+        """Keep text encoder, image encoder and VAE on the CPU except while they work."""
         self.encoders.wait_on_host(self.device)
 
     def enable_vae_tiling(self) -> None:
-        """Encode and decode in overlapping tiles, blended: less memory; neighbouring tiles do not see each other."""
+        """Encode and decode in overlapping, blended tiles: less memory, but each lacks context."""
         self.encoders.vae.enable_tiling()
 
     def enable_guidance_in_two_calls(self) -> None:
-        """Ask the base with the prompt and without it one after the other: half the activations, the same result."""
+        """Run the base with and without the prompt one after the other: half the activations.
+
+        The result is the same.
+        """
         self.two_calls = True
 
     def compile_blocks(self) -> None:
-        """torch.compile of the transformer's blocks, which are all alike: compiled once, used by all."""
+        """Compile the transformer's blocks; they are alike, so one compilation serves them all."""
         self.transformer.compile_blocks()
 
     @torch.no_grad()
@@ -400,7 +412,7 @@ class One4DPipeline:
         noise: Tensor,  # [2B, C, t, h, w], rgb first
         on_step: Callable[[int], None] = lambda step: None,
     ) -> GeneratedScene:
-        """Generate a batch; guidance follows each sample's task (none, first, some or all frames given)."""
+        """Generate a batch, with guidance by each sample's task (no, first, some or all frames)."""
         encoders, codec = self.encoders, self.transformer.codec
         with autocast(self.bfloat16, self.device):
             condition = encode_condition(encoders.encode, frames, frame_mask, encoders.temporal_factor)
