@@ -1,11 +1,13 @@
-"""Run a model, or only its VAE, over a benchmark and store what it says of each sequence.
+"""Run a model, or only its VAE, over a benchmark and store its prediction of each sequence.
 
-1. Frames are placed in the model's frame (`framing`): square pixels, about as many tokens as it was trained with.
-2. One pass of 4k+1 frames up to 113, or overlapping windows of the trained length (`inference.long_video`).
-3. Pointmaps become cameras and depth of one scene, and it is stored.
+1. Place frames in the model's frame (`framing`): square pixels, about as many tokens as it was
+   trained with.
+2. Generate pointmaps in one pass of 4k+1 frames up to 113, or in overlapping windows of the trained
+   length (`inference.long_video`).
+3. Recover cameras and depth of one scene, and store it.
 
-The ceiling replaces step 2: true pointmaps, normalised, through the VAE and back. What it loses no model on this
-base can win; with `vae` off only the normalisation and the solver are left.
+The ceiling replaces step 2 by true pointmaps, normalised, encoded by the VAE and decoded. No model
+on this base can be better than it. Without the VAE it measures the normalisation and the solver.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from one4d_pl.scene.framing import Framing, Shape, frame_images
 from one4d_pl.scene.media import to_network
 from one4d_pl.scene.predictions import Prediction, report_dict, write_prediction
 
-ONE_PASS = 113  # frames at most; 110 is the longest benchmark video
+MAX_ONE_PASS = 113  # frames; the longest benchmark video has 110
 
 
 @dataclass(frozen=True)
@@ -50,18 +52,18 @@ class PredictOptions:
     z_offset: bool = False
 
     def windows(self, num_frames: int) -> tuple[Window, ...]:
-        """The passes over a video of this length."""
-        length = ONE_PASS if self.one_pass else self.num_frames
+        """Plan the passes over a video of this length."""
+        length = MAX_ONE_PASS if self.one_pass else self.num_frames
         return plan_windows(num_frames, length, self.overlap)
 
     def frame_mask(self, num_frames: int) -> Tensor:  # [T] bool, 1 = given
-        """Which frames of a video are shown."""
+        """Return which frames of a video are given."""
         given = torch.zeros(num_frames, dtype=torch.bool)
         given[sparse_indices(num_frames, self.sparsity)] = True
         return given
 
     def framing(self, sequence_size: tuple[int, int]) -> Framing:
-        """The model's frame for images of this size."""
+        """Choose the model's frame for images of this size."""
         return frame_images(*sequence_size, self.height, self.width, self.shape)
 
 
@@ -92,22 +94,22 @@ def ceiling_sequence(
     options: PredictOptions,
     folder: Path,
 ) -> None:
-    """What true pointmaps are worth after normalisation, VAE and post-optimisation, stored as a prediction."""
+    """Store what true pointmaps give after normalisation, VAE and post-optimisation."""
     depth = sequence.read_depth()
     intrinsics, cam2world = sequence.read_cameras()
-    cam2world = rebase_to_first(cam2world).float()  # float32 is exact enough near the origin alone
+    cam2world = rebase_to_first(cam2world).float()  # float32 is exact enough only near the origin
     framing = options.framing((depth.shape[1], depth.shape[2]))
     blank = torch.zeros(*depth.shape, 3, dtype=torch.uint8)
     _, intrinsics = framing.place_frames(blank, intrinsics.float())
     placed = framing.place_map(depth)
     windows = options.windows(len(depth))
-    shown, known = [], []
+    pointmaps, masks = [], []
     for window in windows:
         part = slice(window.start, window.stop)
-        true = placed[part]
+        true_depth = placed[part]
         geometry = normalise_pointmap(
-            true,
-            true.isfinite() & (true > 0),
+            true_depth,
+            true_depth.isfinite() & (true_depth > 0),
             intrinsics[part],
             cam2world[part],
             options.far_limit,
@@ -117,14 +119,14 @@ def ceiling_sequence(
         if encoder is not None:
             points = _through_vae(encoder, points, window, framing)
             valid = ~is_sky(points)
-        shown.append(points)
-        known.append(valid)
-    scene = recover_video(windows, tuple(shown), _recovery(sequence), tuple(known))
+        pointmaps.append(points)
+        masks.append(valid)
+    scene = recover_video(windows, tuple(pointmaps), _recovery(sequence), tuple(masks))
     _store(scene, windows, framing, torch.ones(len(depth), dtype=torch.bool), folder)
 
 
 def _through_vae(encoder: FrozenSampleEncoder, points: Tensor, window: Window, framing: Framing) -> Tensor:
-    """Encode and decode [T, h, w, 3]; where the frame has bars they repeat the pointmap's edge."""
+    """Encode and decode points [T, h, w, 3]; bars of the frame repeat the pointmap's edge."""
     encoders, codec = encoder.encoders, encoder.codec
     video = fill_window(points.permute(3, 0, 1, 2), window)
     top, left = framing.bars
@@ -155,5 +157,5 @@ def _store(
 
 
 def draw_noise(shape: tuple[int, ...], name: str, window: int, seed: int) -> Tensor:
-    """Noise from (seed, sequence, window) alone, whatever ran before."""
+    """Draw noise that depends on seed, sequence and window alone, not on what ran before."""
     return torch.randn(shape, generator=derived_generator(seed, window, f"evaluation {name}"))

@@ -1,8 +1,9 @@
 """Score stored predictions: one sequence in memory at a time, several processes if asked.
 
-Depth maps are brought to the image's pixels, aligned once per sequence over all its frames, and measured on all frames
-and, where the prediction says which frames the model was shown, on those and on the others apart. A prediction must
-have as many frames as the sequence: cameras are paired by rank.
+Depth maps are resampled to the image's pixels, aligned once per sequence over all its frames, and
+scored on all frames. Where the prediction says which frames the model was shown, those and the
+others are also scored apart. A prediction must have as many frames as the sequence: cameras are
+paired in their order.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from one4d_pl.metrics.depth import DepthErrors, ScaleShift, align_depth, depth_e
 from one4d_pl.scene.framing import nearest_to_image, to_image
 from one4d_pl.scene.predictions import Prediction, find_prediction, read_prediction
 
-ODD_SHARE = 1e-3  # of the scored pixels
+SUSPECT_SHARE = 1e-3  # of the scored pixels
 RANKED_PIXELS = 100_000  # of a sequence, about
 DISPARITY_CORRELATION = -0.3
-ODD_TURN = 1.0  # degrees, mean error of turns since frame 0 that is worth a second reading
+SUSPECT_TURN = 1.0  # degrees, mean error of turns since frame 0 from which the other order is tried
 OTHER_UNIT = 100  # times the true depth, or 1 / 100 of it
-PARTS = ("all", "observed", "hidden")  # frames that depth is measured on
+PARTS = ("all", "observed", "hidden")  # frames that depth is scored on
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class SequenceScore:
     fit: tuple[float, float] | None  # scale and shift of the depth alignment
     cameras: dict[str, float] | None  # by metrics.camera.ERROR_NAMES
     degenerate: bool  # evo would refuse to align the cameras
-    notes: tuple[str, ...]  # what is odd, in words
+    notes: tuple[str, ...]  # what is suspect, in words
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class BenchmarkScore:
     sequences: tuple[SequenceScore, ...]
 
     def depth_mean(self, part: str) -> dict[str, float] | None:
-        """Mean of each depth error, sequences weighted by their scored pixels; None where there are none."""
+        """Return the mean of each depth error, weighted by scored pixels; None without any."""
         scores = [s.depth[part] for s in self.sequences if part in s.depth and s.depth[part].num_valid]
         weight = sum(score.num_valid for score in scores)
         if not weight:
@@ -78,13 +79,13 @@ class BenchmarkScore:
         return {n: sum(s.errors[n] * s.num_valid for s in scores) / weight for n in DEPTH_ERRORS}
 
     def camera_mean(self, with_degenerate: bool) -> dict[str, float] | None:
-        """Unweighted mean of each camera error, over all sequences or over those that evo can align."""
+        """Return the mean of each camera error over all sequences, or over those evo can align."""
         scores = [s.cameras for s in self.sequences if s.cameras is not None and (with_degenerate or not s.degenerate)]
         return {name: sum(s[name] for s in scores) / len(scores) for name in CAMERA_ERRORS} if scores else None
 
     @property
     def degenerate(self) -> list[str]:
-        """Sequences that the published protocols would drop."""
+        """List the sequences that the published protocols would drop."""
         return [s.name for s in self.sequences if s.cameras is not None and s.degenerate]
 
 
@@ -108,7 +109,7 @@ def score_benchmark(
 
 
 def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Prediction, protocol: Protocol) -> SequenceScore:
-    """Compare one prediction with its sequence's ground truth; UserError where they cannot be paired."""
+    """Compare a prediction with its sequence's ground truth; UserError if they cannot be paired."""
     if prediction.num_frames != sequence.num_frames:
         raise UserError(
             f"{sequence.name}: {prediction.num_frames} predicted frames, the sequence has {sequence.num_frames}"
@@ -120,9 +121,9 @@ def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Predictio
         if prediction.depth is None:
             notes.append("no depth predicted")
         else:
-            depth, scale_shift, odd = _score_depth(benchmark, sequence, prediction, protocol)
+            depth, scale_shift, warnings = _score_depth(benchmark, sequence, prediction, protocol)
             fit = float(scale_shift.scale), float(scale_shift.shift)
-            notes += odd
+            notes += warnings
     if "cameras" in sequence.scores:
         if prediction.cam2world is None:
             notes.append("no cameras predicted")
@@ -130,7 +131,7 @@ def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Predictio
             target = sequence.read_cameras()[1]
             errors = camera_errors(prediction.cam2world, target, torch.ones(len(target), dtype=torch.bool))
             cameras = {name: float(getattr(errors, name)) for name in CAMERA_ERRORS}
-            notes += odd_rotations(prediction.cam2world, target)
+            notes += rotation_warnings(prediction.cam2world, target)
             degenerate = bool(errors.degenerate)
     return SequenceScore(sequence.name, sequence.num_frames, depth, fit, cameras, degenerate, tuple(notes))
 
@@ -138,6 +139,7 @@ def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Predictio
 def _score_depth(
     benchmark: str, sequence: EvalSequence, prediction: Prediction, protocol: Protocol
 ) -> tuple[dict[str, DepthScore], ScaleShift, list[str]]:
+    """Return the scores by part, the alignment, and warnings."""
     target = sequence.read_depth()  # [T, H, W]
     scored = target.isfinite() & (target > 0) & (target < protocol.max_depth.get(benchmark, math.inf))
     height, width = target.shape[1:]
@@ -145,19 +147,21 @@ def _score_depth(
     preds = to_image(prediction.depth, height, width, prediction.placement)
     fit_valid = None
     if protocol.use_fit_valid and prediction.valid is not None:
-        # the published align mask: a resized 0/1 map above 0.8
+        # The published protocols resize the 0/1 mask and fit where it is above 0.8.
         fit_valid = (to_image(prediction.valid.float(), height, width, prediction.placement) > 0.8)[scored]
         if not bool(fit_valid.any()):
             fit_valid = None
     counts = scored.sum((1, 2)).tolist()  # pixels of each frame
-    # as it was predicted: resizing swings below 0 beside edges
-    notes = odd_depth(nearest_to_image(prediction.depth, height, width, prediction.placement)[scored], target[scored])
+    # Check the depth by nearest pixel: bicubic values overshoot below 0 beside edges.
+    notes = depth_warnings(
+        nearest_to_image(prediction.depth, height, width, prediction.placement)[scored], target[scored]
+    )
     preds, target = preds[scored], target[scored]  # [N]: frame after frame
     del scored
     everywhere = torch.ones(1, dtype=torch.bool).expand(len(target))
     truth = unrounded(target) if benchmark in protocol.float64_truth else target
     fit = align_depth(preds, truth, everywhere if fit_valid is None else fit_valid, protocol.alignment)
-    notes += odd_fit(protocol, fit, preds, target)
+    notes += fit_warnings(protocol, fit, preds, target)
     preds = torch.where(preds.isfinite(), fit.apply(preds.double()), 0)  # float64: as exact as the alignment
     if (clip := protocol.post_clip.get(benchmark)) is not None:
         preds.clamp_(max=clip)
@@ -170,14 +174,15 @@ def _score_depth(
     return scores, fit, notes
 
 
-def odd_depth(
+def depth_warnings(
     preds: Tensor,  # [N], before alignment
     target: Tensor,  # [N], true depth
 ) -> list[str]:
-    """What in a prediction is no depth, in words: no numbers, zeros and negative values, or the order of disparity.
+    """Warn of predictions that are no depth: not a number, zero, negative, or disparity.
 
-    A share of 0.1 % of the pixels is named. Disparity (1 / depth) is large where depth is small: a rank correlation
-    below -0.3 between the positive values and the truth says so, whatever their scale and shift.
+    The first three are named from 0.1 % of the pixels on. Disparity (1 / depth) is large where
+    depth is small: a rank correlation below -0.3 between the positive values and the truth shows
+    it, whatever their scale and shift.
     """
     known = preds.isfinite()
     shares = {
@@ -186,7 +191,7 @@ def odd_depth(
         "negative": float((known & (preds < 0)).double().mean()),
     }
     notes = [f"predicted depth is {name} at {100 * share:.3g} % of the scored pixels" for name, share in shares.items()]
-    notes = [note for note, share in zip(notes, shares.values()) if share >= ODD_SHARE]
+    notes = [note for note, share in zip(notes, shares.values()) if share >= SUSPECT_SHARE]
     usable = (known & (preds > 0)).nonzero()[:, 0]
     usable = usable[:: max(1, len(usable) // RANKED_PIXELS)]
     if len(usable) > 1 and _rank_correlation(preds[usable], target[usable]) < DISPARITY_CORRELATION:
@@ -194,27 +199,28 @@ def odd_depth(
     return notes
 
 
-def odd_rotations(preds: Tensor, target: Tensor) -> list[str]:  # [T, 4, 4] x 2, camera to world
-    """Whether turns agree better with the truth when their quaternions' parts are put in the other order, in words."""
+def rotation_warnings(preds: Tensor, target: Tensor) -> list[str]:  # [T, 4, 4] x 2, camera to world
+    """Warn if rotations agree better with the truth with their quaternions in the other order."""
     w, x, y, z = matrix_to_wxyz(preds[:, :3, :3].double()).unbind(-1)
-    other = wxyz_to_matrix(torch.stack([z, w, x, y], dim=-1))  # a file's x y z w was read as w x y z
-    found = (target[:, :3, :3].double(), preds[:, :3, :3].double(), other)
-    true, given, swapped = (matrix_product(rotation[:1].mT, rotation) for rotation in found)
+    other = wxyz_to_matrix(torch.stack([z, w, x, y], dim=-1))  # if a file's x y z w was read as w x y z
+    rotations = (target[:, :3, :3].double(), preds[:, :3, :3].double(), other)
+    true, given, swapped = (matrix_product(rotation[:1].mT, rotation) for rotation in rotations)
     errors = [math.degrees(float(geodesic_angle(turns, true).mean())) for turns in (given, swapped)]
-    if errors[0] < ODD_TURN or errors[1] > 0.5 * errors[0]:
+    if errors[0] < SUSPECT_TURN or errors[1] > 0.5 * errors[0]:
         return []
     return [f"turns are off by {errors[0]:.1f} degrees; read as x y z w, the quaternions are off by {errors[1]:.1f}"]
 
 
-def odd_fit(
+def fit_warnings(
     protocol: Protocol,
     fit: ScaleShift,
     preds: Tensor,  # [N], before alignment
     target: Tensor,  # [N], true depth
 ) -> list[str]:
-    """What makes an alignment doubtful, in words: a scale that is held at its limit, a unit that it is not made for.
+    """Warn of a scale that is held at its limit, and of a unit that the protocol is not made for.
 
-    Where the unit matters, a prediction 100 times as large as the truth, or as small, is taken to be in another one.
+    Where the unit matters, a prediction 100 times as large as the truth, or as small, is taken to
+    be in another one.
     """
     notes = []
     if float(fit.scale) == protocol.lowest_scale:
@@ -241,7 +247,7 @@ def _rank_correlation(first: Tensor, second: Tensor) -> float:  # [N] each -> -1
 
 
 def _errors_of(preds: Tensor, target: Tensor, counts: list[int], frames: list[bool]) -> DepthErrors:
-    """Errors over the pixels of some frames; all tensors hold frame after frame."""
+    """Measure errors over the pixels of some frames; tensors hold one frame after the other."""
     if not all(frames):
         chosen = torch.repeat_interleave(torch.tensor(frames), torch.tensor(counts))
         preds, target = preds[chosen], target[chosen]
@@ -261,13 +267,16 @@ def _score_stored(benchmark: str, folder: Path, protocol: Protocol, sequence: Ev
 def _run(
     work: Callable[[EvalSequence], SequenceScore], sequences: list[EvalSequence], processes: int
 ) -> Iterator[SequenceScore]:
-    """In order; forked copies of a process that runs OpenMP or CUDA threads can hang, so workers start afresh."""
+    """Yield scores in the sequences' order, from workers that are started afresh.
+
+    Forked copies of a process with OpenMP or CUDA threads can hang.
+    """
     if processes <= 1 or len(sequences) <= 1:
         yield from map(work, sequences)
         return
     before_workers()
     context = multiprocessing.get_context("forkserver")
     with ProcessPoolExecutor(processes, context, initializer=become_worker) as pool:
-        with uninterrupted():  # it starts processes
+        with uninterrupted():  # map starts the processes
             scores = pool.map(work, sequences)
         yield from scores

@@ -13,7 +13,7 @@ from torch import Tensor
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark
 from one4d_pl.evaluation.protocols import PROTOCOLS, Protocol
-from one4d_pl.evaluation.score import BenchmarkScore, odd_rotations, score_benchmark, score_sequence
+from one4d_pl.evaluation.score import BenchmarkScore, rotation_warnings, score_benchmark, score_sequence
 from one4d_pl.evaluation.tables import Row, markdown, sequences_csv, write_report
 from one4d_pl.geometry.pointmap import depth_to_pointmap
 from one4d_pl.geometry.se3 import matrix_to_wxyz, rebase_to_first, so3_exp, wxyz_to_matrix
@@ -303,7 +303,7 @@ def test_turns_that_fit_the_truth_in_the_other_order_are_told(sequences):
     target = sequences[0].read_cameras()[1]
     turned = so3_exp(torch.linspace(0, 0.5, len(target)).double()[:, None] * torch.tensor([0.3, 0.6, -0.2]).double())
     target[:, :3, :3] = target[:, :3, :3] @ turned
-    assert odd_rotations(target, target) == []
+    assert rotation_warnings(target, target) == []
     misread = target.clone()
     misread[:, :3, :3] = wxyz_to_matrix(matrix_to_wxyz(target[:, :3, :3]).roll(-1, dims=-1))  # w x y z -> x y z w
-    assert "x y z w" in odd_rotations(misread, target)[0]
+    assert "x y z w" in rotation_warnings(misread, target)[0]
