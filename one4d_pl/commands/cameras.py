@@ -73,7 +73,7 @@ def _solve_or_point(text: str) -> tuple[float, float] | str:
 
 
 def run(args: argparse.Namespace) -> None:
-    """Recover and write; ConfigError names what is wrong with the input."""
+    """Recover cameras and write them; ConfigError names what is wrong with the input."""
     source = args.pointmaps / "pointmap.npz" if args.pointmaps.is_dir() else args.pointmaps
     if not source.is_file():
         raise ConfigError(f"{source}: no such file, need a .npy or .npz of pointmaps [T, H, W, 3], or a scene folder")
@@ -104,7 +104,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def read_pointmaps(path: Path) -> tuple[Tensor, Tensor | None]:  # [T, H, W, 3] float, [T, H, W] or None
-    """The arrays of a .npy or .npz; ConfigError names a file that holds something else."""
+    """Read the arrays of a .npy or .npz; ConfigError names a file that holds something else."""
     import numpy as np
     import torch
 
@@ -128,7 +128,7 @@ def read_pointmaps(path: Path) -> tuple[Tensor, Tensor | None]:  # [T, H, W, 3] 
 
 
 def summary(scene: RecoveredScene, seconds: float) -> str:
-    """What a person wants to know at once."""
+    """Summarise a recovery in a few lines of text."""
     report = scene.report
     focal = scene.intrinsics[:, 0, 0]
     aspect, (x, y) = float(scene.intrinsics[0, 1, 1] / focal[0]), scene.intrinsics[0, :2, 2].tolist()

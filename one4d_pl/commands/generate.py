@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from one4d_pl.scene.scene import Scene
 
 MAX_SIDE = 4096
-LARGEST_ON_CPU = 2e9  # bytes of a transformer that is sampled on a CPU unasked; the 1.3B has 3e9
+LARGEST_ON_CPU = 2e9  # bytes of a transformer that runs on a CPU without --device; the 1.3B has 3e9
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,8 +69,8 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Check, open, sample, write; ConfigError names the option or file that is wrong."""
-    began = time.monotonic()
+    """Check the options, sample a scene and write it; ConfigError names a wrong option or file."""
+    start = time.monotonic()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
     _check(args)
     numbered = _numbered(args.frames or [])
@@ -90,7 +90,7 @@ def generate(args: argparse.Namespace) -> None:
     try:
         pictures = _load(numbered)
         if args.video:
-            open_video(args.video, args.fps, FPS)  # a wrong file is refused before the model is opened
+            open_video(args.video, args.fps, FPS)  # refuse a wrong file before opening the model
         pipeline = _open(args)
         generator = torch.Generator().manual_seed(args.seed)
         with tqdm(desc="sampling", unit="step") as bar:
@@ -115,11 +115,11 @@ def generate(args: argparse.Namespace) -> None:
         raise ConfigError(
             "out of memory; make --size or --num-frames smaller, or add --offload --tile-vae --guidance-in-two-calls"
         ) from None
-    _report(scene, args.out, time.monotonic() - began)
+    _report(scene, args.out, time.monotonic() - start)
 
 
 def _check(args: argparse.Namespace) -> None:
-    """What can be said without opening anything."""
+    """Check the options that need no file to be opened; ConfigError names a wrong one."""
     given = [name for name in ("image", "video", "frames") if getattr(args, name)]
     if len(given) > 1:
         raise ConfigError(f"--{given[0]}, --{given[1]}: give one of them")
@@ -131,7 +131,7 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError("--prompt, --negative-prompt: not UTF-8 text") from None
     if args.num_frames is not None and not 1 <= args.num_frames <= MAX_SCENE_FRAMES:
         raise ConfigError(f"--num-frames: {args.num_frames}, need 1 to {MAX_SCENE_FRAMES}")
-    if args.fps is not None and not 0.1 <= args.fps <= 240:  # so worded that nan fails
+    if args.fps is not None and not 0.1 <= args.fps <= 240:  # written so that nan is refused
         raise ConfigError(f"--fps: {args.fps}, need 0.1 to 240")
     if args.steps is not None and not 1 <= args.steps <= 1000:
         raise ConfigError(f"--steps: {args.steps}, need 1 to 1000")
@@ -140,17 +140,17 @@ def _check(args: argparse.Namespace) -> None:
     _size(args.size)
 
 
-def _numbered(words: list[str]) -> dict[int, Path]:
-    """FILE@N of every given frame; files are opened later."""
+def _numbered(arguments: list[str]) -> dict[int, Path]:
+    """Parse FILE@N of every given frame; files are opened later."""
     frames: dict[int, Path] = {}
-    for word in words:
-        file, at, number = word.rpartition("@")
+    for argument in arguments:
+        file, at, number = argument.rpartition("@")
         if not at or not file or not number.isdecimal() or len(number) > 9:
-            raise ConfigError(f"--frames: {word!r}, need FILE@N with the frame's number, as in a.png@0")
+            raise ConfigError(f"--frames: {argument!r}, need FILE@N with the frame's number, as in a.png@0")
         if int(number) in frames:
-            raise ConfigError(f"--frames: {word!r}, but frame {int(number)} is given already")
+            raise ConfigError(f"--frames: {argument!r}, but frame {int(number)} is given already")
         if int(number) >= MAX_SCENE_FRAMES:
-            raise ConfigError(f"--frames: {word!r}, numbers go up to {MAX_SCENE_FRAMES - 1}")
+            raise ConfigError(f"--frames: {argument!r}, numbers go up to {MAX_SCENE_FRAMES - 1}")
         frames[int(number)] = Path(file)
     return frames
 
@@ -171,7 +171,7 @@ def _load(numbered: dict[int, Path]) -> dict[int, Tensor]:
 
 
 def _open(args: argparse.Namespace) -> One4DPipeline:
-    """The model, placed and set as the options say."""
+    """Open the model on the device and with the settings that the options ask for."""
     import torch
 
     from one4d_pl.inference.pipeline import One4DPipeline
@@ -200,7 +200,7 @@ def _open(args: argparse.Namespace) -> One4DPipeline:
 
 
 def _refuse_large(args: argparse.Namespace) -> None:
-    """ConfigError where a base made for GPUs would fall to the CPU unasked."""
+    """Raise ConfigError for a base made for GPUs that would run on the CPU without --device."""
     from one4d_pl.models.adapters import AdapterCard
     from one4d_pl.models.base_files import resolve_base, weight_files
 
@@ -214,7 +214,7 @@ def _refuse_large(args: argparse.Namespace) -> None:
 
 
 def _report(scene: Scene, out: Path, seconds: float) -> None:
-    """What was made, how far to trust it, and where to look."""
+    """Print what was made, how far to trust it, and where to look."""
     num_frames, height, width = scene.pointmap.shape[:3]
     focal, surfaces = scene.intrinsics[:, 0, 0], float(scene.valid.float().mean())
     print(f"{scene.made['task']} to 4D: {num_frames} frames of {height}x{width} at {scene.fps:g} fps, {seconds:.0f} s")
