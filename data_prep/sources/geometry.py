@@ -1,4 +1,4 @@
-"""Geometry that somebody estimated: depth or pointmaps with or without cameras -> what a clip holds."""
+"""Estimated geometry (depth or pointmaps, with or without cameras) as a clip holds it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.postopt.recover import project_depth, recover_scene
 from one4d_pl.types import Clip
 
-DEPTH_RANGE = 1e4  # of a clip's median depth, either way: beyond lie outliers that 16-bit log codes cannot hold
-LARGEST_GROWTH = 6.0  # 512x320 labels of 1920x1080 videos grow 3.4 times; the frames shrink again for training
-LEAST_TRUSTED = 0.01  # share of pixels
+DEPTH_RANGE = 1e4  # times the median depth, or 1 / 1e4: 16-bit log codes cannot hold the outliers beyond
+MAX_GROWTH = 6.0  # 512x320 labels of 1920x1080 videos grow 3.4 times; training shrinks the frames again
+MIN_TRUSTED = 0.01  # share of pixels
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,16 @@ class Geometry:
 
     @property
     def num_frames(self) -> int:
+        """Count the frames."""
         return len(self.depth)
 
     @staticmethod
     def of_arrays(arrays: Mapping[str, np.ndarray], name: str, min_confidence: float) -> Geometry:
-        """The geometry in a generic clip's arrays; ValueError tells what is missing or of the wrong shape."""
+        """Read the geometry in a generic clip's arrays.
+
+        Cameras that are missing are recovered from the pointmaps. ValueError names what else is
+        missing or of the wrong shape.
+        """
         if ("depth" in arrays) == ("pointmaps" in arrays):
             raise ValueError(f"{name}: need either depth or pointmaps")
         if ("intrinsics" in arrays) != ("cam2world" in arrays) or ("depth" in arrays and "cam2world" not in arrays):
@@ -60,14 +65,14 @@ class Geometry:
             intrinsics, cam2world, depth = scene.intrinsics, scene.cam2world, scene.depth
         depth = _within_range(depth, name)
         valid = trusted & depth.isfinite()
-        if float(valid.float().mean()) < LEAST_TRUSTED:
+        if float(valid.float().mean()) < MIN_TRUSTED:
             raise ValueError(
-                f"{name}: {float(valid.float().mean()):.1%} of the pixels are valid, need {LEAST_TRUSTED:.0%}"
+                f"{name}: {float(valid.float().mean()):.1%} of the pixels are valid, need {MIN_TRUSTED:.0%}"
             )
         return Geometry(depth, intrinsics, cam2world.float(), valid)
 
     def at(self, frames: Sequence[int]) -> Geometry:
-        """Some of the frames."""
+        """Return the geometry of some frames."""
         rows = list(frames)
         return Geometry(self.depth[rows], self.intrinsics[rows], self.cam2world[rows], self.valid[rows])
 
@@ -82,7 +87,7 @@ class Geometry:
         fps: float,
         licence: str,
     ) -> Clip:
-        """The clip with this geometry."""
+        """Make the clip that has this geometry."""
         return Clip(
             key=key,
             frames=frames,
@@ -105,24 +110,28 @@ def fit_to_frames(
     moving: Tensor | None,  # [T, h, w] bool
     name: str,  # for errors
 ) -> tuple[Tensor, Geometry, Tensor | None]:
-    """Frames and geometry at one size: geometry grows by nearest pixel, and frames lose what is outside its aspect."""
+    """Bring frames and geometry to one size.
+
+    Geometry is enlarged by nearest pixel, and frames are cropped to its aspect. ValueError where it
+    is larger than the frames, or enlarged more than `MAX_GROWTH` times.
+    """
     (height, width), (h, w) = frames.shape[1:3], geometry.depth.shape[1:]
     if (height, width) == (h, w):
         return frames, geometry, moving
-    grow = min(height / h, width / w)
-    if grow < 1:
+    growth = min(height / h, width / w)
+    if growth < 1:
         raise ValueError(f"{name}: geometry is {w}x{h}, larger than the frames' {width}x{height}")
-    if grow > LARGEST_GROWTH:
+    if growth > MAX_GROWTH:
         raise ValueError(f"{name}: geometry is {w}x{h}, too coarse for frames of {width}x{height}")
-    target = round(h * grow), round(w * grow)
-    grown = Geometry(
+    target = round(h * growth), round(w * growth)
+    enlarged = Geometry(
         depth=resize_nearest_valid(geometry.depth, *target),
         intrinsics=resize_intrinsics(geometry.intrinsics, (h, w), target),
         cam2world=geometry.cam2world,
         valid=resize_nearest_valid(geometry.valid, *target),
     )
-    frames, _ = resize_frames(frames, grown.intrinsics, *target)
-    return frames, grown, None if moving is None else resize_nearest_valid(moving, *target)
+    frames, _ = resize_frames(frames, enlarged.intrinsics, *target)
+    return frames, enlarged, None if moving is None else resize_nearest_valid(moving, *target)
 
 
 def _trusted(
@@ -142,7 +151,9 @@ def _trusted(
     return trusted
 
 
-def _cameras(arrays: Mapping[str, np.ndarray], total: int, name: str) -> tuple[Tensor, Tensor]:
+def _cameras(
+    arrays: Mapping[str, np.ndarray], total: int, name: str
+) -> tuple[Tensor, Tensor]:  # [T, 3, 3] float32, [T, 4, 4]
     intrinsics = arrays["intrinsics"]
     if intrinsics.ndim == 2:
         intrinsics = np.repeat(intrinsics[None], total, axis=0)
@@ -155,8 +166,8 @@ def _cameras(arrays: Mapping[str, np.ndarray], total: int, name: str) -> tuple[T
     return torch.from_numpy(matrices).float(), cam2world
 
 
-def _within_range(depth: Tensor, name: str) -> Tensor:  # [T, h, w] -> the same, nan where it cannot be
-    depth = torch.where(depth > 0, depth, torch.nan)  # false for nan
+def _within_range(depth: Tensor, name: str) -> Tensor:  # [T, h, w] -> the same, nan beyond DEPTH_RANGE
+    depth = torch.where(depth > 0, depth, torch.nan)  # nan > 0 is False
     known = depth[depth.isfinite()]
     if len(known) == 0:
         raise ValueError(f"{name}: no depth is known")
