@@ -224,15 +224,15 @@ def _machine() -> str:
 
 
 def _open_pipeline(config: Config, run: Run, adapters: Path) -> One4DPipeline:
-
     from one4d_pl.inference.pipeline import One4DPipeline
+    from one4d_pl.models.adapters import AdapterCard
     from one4d_pl.training.checkpoint_files import newest_checkpoint
 
     if run.kind == "references":
         return One4DPipeline.open(config, None)
     folder = newest_checkpoint(config.run_dir) if run.kind == "train" else adapters
     assert folder is not None  # the training has just written a checkpoint
-    return One4DPipeline.open(config, folder)
+    return One4DPipeline.open(AdapterCard.read(folder).configure(config), folder)
 
 
 def _held_out(config: Config, count: int) -> list[Sample]:

@@ -124,9 +124,8 @@ def _predict(
     encoder, options = None, request.options(config)
     stored = []
     for folder in adapters:
-        pipeline = One4DPipeline.open(config, folder, device)
-        card = pipeline.card
-        assert card is not None  # an adapter's folder has one
+        card = AdapterCard.read(folder)
+        pipeline = One4DPipeline.open(card.configure(config), folder, device)
         encoder = FrozenSampleEncoder(pipeline.encoders, pipeline.transformer.codec)
         model = _model_settings(config, folder, card)
         for label, variant, row_options in _variants(request, pipeline, options, card.step):
@@ -231,7 +230,7 @@ def generate_vbench(request: Request, config: Config, adapters: Path, ratio: str
     tree = read_json(path)
     with reading(path):
         prompts = read_i2v_prompts(tree, images, VBENCH_DIMENSIONS)
-    pipeline = One4DPipeline.open(config, adapters, device_of(config))
+    pipeline = One4DPipeline.open(AdapterCard.read(adapters).configure(config), adapters, device_of(config))
     generate_videos(
         pipeline, prompts, request.options(config), request.out / "videos", fps, lambda p: tqdm(p, unit="prompt")
     )

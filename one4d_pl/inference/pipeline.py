@@ -116,17 +116,13 @@ class One4DPipeline:
 
     @staticmethod
     def open(config: Config, adapters: Path | None, device: torch.device = CPU) -> One4DPipeline:
-        """Open a run's base, sampled as its config says, with an adapter as its card says.
+        """Open a run's base with an adapter, sampled as its config says.
 
         Without adapters both branches are the base. ConfigError where the adapter is of another
-        base.
+        base, or not of the config's shape (`AdapterCard.configure`).
         """
-        dlc, power, shift = config.dlc, config.data.pointmap_power, config.flow.shift
-        if adapters is not None:
-            card = AdapterCard.read(adapters)
-            dlc, power, shift = card.dlc, card.pointmap_power, card.shift
-        bfloat16 = uses_bfloat16(config, device)
-        return One4DPipeline._open(config.base, dlc, power, shift, config.sampler, adapters, device, bfloat16)
+        power, shift, bfloat16 = config.data.pointmap_power, config.flow.shift, uses_bfloat16(config, device)
+        return One4DPipeline._open(config.base, config.dlc, power, shift, config.sampler, adapters, device, bfloat16)
 
     @staticmethod
     def _open(

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from one4d_pl.config import ConfigError, DLCConfig, GuidanceConfig, SamplerConfig
+from one4d_pl.config import Config, ConfigError, DLCConfig, GuidanceConfig, SamplerConfig
 from one4d_pl.errors import reading
 from one4d_pl.models.concat import ConcatTransformer
 from one4d_pl.models.transformer import CoupledTransformer, One4DTransformer
@@ -69,6 +69,11 @@ class AdapterCard:
             standardise_xyz=self.xyz_statistics is not None,
             coupling=self.coupling,
         )
+
+    def configure(self, config: Config) -> Config:
+        """Return the config with what belongs to the adapter: its shape, sigma shift and pointmap power."""
+        flow, data = replace(config.flow, shift=self.shift), replace(config.data, pointmap_power=self.pointmap_power)
+        return replace(config, dlc=self.dlc, flow=flow, data=data)
 
     @property
     def sampler_config(self) -> SamplerConfig:

@@ -10,7 +10,7 @@ One rule decides which of these assumptions are given up:
   quarters of the picture and scored by the data term of the fourth, each once. It convinces if it
   lowers the data term of every quarter, and by 10 % on average; 0.3 % are enough for what the user
   asks for ("solve"). Of those within 90 % of the best, the one with the fewest unknowns is chosen,
-  and everything is fitted again. The change stays if that brings the points 5 % nearer to their
+  and everything is fitted again. The change stays if that brings the points 1 % nearer to their
   rays, or if the user asked for it.
 - Known values: what the user has given is kept. Where the choice includes it, a flag says so and
   nothing is given up, as other unknowns would only make up for the wrong value.
@@ -50,7 +50,7 @@ _NEARLY_BEST = 0.9  # of the best gain
 _MIN_DIFFERENCE = 0.005  # of a focal length, or of the longer side, that is worth a flag
 _MIN_FAR, _MANY = 2e-3, 0.1  # of the scene's unit: nearer is never far off; share of the blocks
 _CLEARLY_NEARER, _NO_WORSE = 0.7, 1.1  # times the mean distance
-_KEPT = 0.95  # times the mean distance, which a change has to reach that the user did not ask for
+_KEPT = 0.99  # times the mean distance, outliers included: what a change has to reach that nobody asked for
 _MAX_CHANGES = 3  # of the model, on blocks or on the grid
 
 # The plain model's assumptions, in the order in which they are given up, and their flags.

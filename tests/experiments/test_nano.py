@@ -41,6 +41,7 @@ from one4d_pl.config import DEMO_ADAPTERS, ConfigError, load_config
 from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.evaluation.fit_quality import links_zeroed
 from one4d_pl.inference.pipeline import One4DPipeline
+from one4d_pl.models.adapters import AdapterCard
 from one4d_pl.models.base_files import resolve_base, transformer_config
 from one4d_pl.models.coupling import couple
 from one4d_pl.toy.world import render_clip
@@ -195,7 +196,7 @@ def test_what_goes_on_starts_from_the_adapters_wherever_they_lie(tmp_path, capsy
 )
 def test_links_are_zeroed_by_name_and_put_back(broken, count):
     config = load_config(["configs/nano.yaml"], [])
-    pipeline = One4DPipeline.open(config, DEMO_ADAPTERS)
+    pipeline = One4DPipeline.open(AdapterCard.read(DEMO_ADAPTERS).configure(config), DEMO_ADAPTERS)
     before = {name: weight.clone() for name, weight in pipeline.transformer.links.named_parameters()}
     assert len(before) == 10 and all(weight.any() for weight in before.values())
     with links_zeroed(pipeline, LINKS_ZEROED[broken]):
@@ -263,7 +264,7 @@ def test_a_verdict_needs_a_difference_beyond_chance(better, worse, metric, slack
         "d": numbered([3.0, 3.1, 2.901] if metric == DB else [3.0, 3.3, 2.71]),
     }
     verdict = judge(Claim("", metric, "a", "b", slack), {"a": numbered(better), "b": numbered(worse), **others})
-    assert (None if verdict is None else verdict.word) == word
+    assert (None if verdict is None else verdict.outcome) == word
 
 
 def numbered(values: Iterable[float]) -> dict[int, float]:

@@ -14,6 +14,7 @@ from lightning.pytorch.accelerators import AcceleratorRegistry
 from one4d_pl.config import TrainConfig
 from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.models.conditioning import encode_condition
+from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 from one4d_pl.training.module import One4DModule
 from one4d_pl.training.optim import build_optimizer, lr_share, set_learning_rates
@@ -33,7 +34,8 @@ def module(run_config) -> One4DModule:
 
 def stream(module: One4DModule, positions: range) -> list[Sample]:
     config = module.config
-    datamodule = One4DDataModule(config, lambda device: module.encoders, fingerprint(config.base.path, ENCODER_PARTS))
+    encoder = FrozenSampleEncoder(module.encoders, module.transformer.codec)
+    datamodule = One4DDataModule(config, lambda device: encoder, fingerprint(config.base.path, ENCODER_PARTS))
     datamodule.prepare_data()
     datamodule.setup("fit")
     clips = datamodule.train_dataloader().dataset
