@@ -59,7 +59,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 
 def _knobs() -> str:
-    """Every section of the config with its knobs, and what the source says beside each."""
+    """List every section of the config with its knobs, and what the source says beside each."""
     parts = []
     for prefix, section, title in _sections(Config, ""):
         head = f"### `{prefix}`" if prefix else "### Top level"
@@ -149,7 +149,7 @@ def _allowed(field: dataclasses.Field[Any], hint: Any) -> str:
 
 
 def _scales() -> str:
-    """The knobs in which the shipped scales differ."""
+    """Compare the shipped scales by the knobs in which they differ."""
     files = {"tiny": LARGE[:1], "1.3B": SMALL, "14B (the paper's)": LARGE, "14B on 8 x 8": NODES}
     flat = {name: flatten(as_dict(load_config(configs, []))) for name, configs in files.items()}
     left_out = re.compile(r"data\.(sources|val_sources|toy)|run_dir|scale$|base\.(negative_prompt|path|tiny)")
@@ -163,7 +163,7 @@ def _scales() -> str:
 
 
 def _configs() -> str:
-    """Every shipped config with the first sentence of its comment."""
+    """List every shipped config with the first sentence of its comment."""
     rows = []
     for path in sorted((REPO / "configs").rglob("*.yaml")):
         lines = path.read_text().splitlines()
@@ -177,7 +177,7 @@ def _configs() -> str:
 
 
 def _sources() -> str:
-    """Every source of training data with its licence tag and default stride."""
+    """List every source of training data with its licence tag and default stride."""
     modules = {
         module.__name__.rsplit(".", 1)[-1]: module
         for module in (bedlam, generic, omniworld, pointodyssey, rgbd, spatialvid, tartanair)
@@ -200,7 +200,7 @@ def _sources() -> str:
 
 
 def _protocols() -> str:
-    """Every protocol with its fit and its limits."""
+    """List every protocol with its fit and its limits."""
     rows = []
     for protocol in PROTOCOLS.values():
         cut = " ".join(f"{name} {limit:g} m" for name, limit in protocol.post_clip.items())
@@ -213,12 +213,12 @@ def _protocols() -> str:
 
 
 def _commands() -> str:
-    """Every command of one4d."""
+    """List every command of one4d."""
     return _table(["command", "what it does"], [[f"`one4d {name}`", words] for name, words in COMMANDS.items()])
 
 
 def _exit_codes() -> str:
-    """Every exit code."""
+    """List every exit code."""
     rows = [
         (0, "done", "every command"),
         (1, "a failure; its line or traceback is in `logs/`", "every command"),
@@ -235,12 +235,12 @@ def _exit_codes() -> str:
 
 
 def _plan() -> str:
-    """What `one4d plan` says of the 14B on 64 GPUs."""
+    """Print what `one4d plan` says of the 14B on 64 GPUs."""
     return f"```text\n{plan_text(plan(load_config(NODES, [ABSENT['14B']]), 64, 'H200', 0.5))}\n```"
 
 
 def _gpus() -> str:
-    """Planned memory per GPU of a few trainings, and which GPUs hold it."""
+    """Plan the memory per GPU of a few trainings, and name the GPUs that hold it."""
     ways: list[tuple[str, list[str], list[str], int]] = [
         ("1.3B, one GPU", SMALL, ["train.strategy=single", "train.devices=1"], 1),
         ("14B, one GPU, ZeRO-3 and offload", LARGE, ["train.strategy=deepspeed", "train.zero_stage=3"], 1),

@@ -75,7 +75,7 @@ def test_every_page_is_on_the_list_and_in_the_menu() -> None:
 
 @cache
 def anchors(path: Path) -> set[str]:
-    """Anchors that a forge and MkDocs agree on."""
+    """Return the anchors that a forge and MkDocs agree on."""
     titles = re.findall(r"^#+ (.+)$", FENCE.sub("", path.read_text()), re.MULTILINE)
     plain = [re.sub(r"[^\w\s-]", "", title.lower()).strip() for title in titles]
     return {text.replace(" ", "-") for text in plain} & {re.sub(r"[\s-]+", "-", text) for text in plain}
@@ -105,7 +105,7 @@ def test_what_is_cited_is_public(page: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Words of every command in a page's shell blocks."""
+    """Yield the words of every command in a page's shell blocks."""
     for language, body in FENCE.findall(page.read_text()):
         if language == "sh":
             for line in body.replace("\\\n", " ").splitlines():
@@ -138,8 +138,8 @@ def understand(words: list[str]) -> None:
     """Fail unless the words are a command of ours that parses, or one of another program."""
     variables = {}
     while "=" in words[0]:
-        key, variables_value = words.pop(0).split("=", 1)
-        variables[key] = variables_value
+        key, value = words.pop(0).split("=", 1)
+        variables[key] = value
     program, rest = words[0].removeprefix(".venv/bin/"), words[1:]
     if words[0] in FOREIGN:
         return
@@ -207,7 +207,7 @@ def parser_of(main: Command) -> argparse.ArgumentParser:
 
 
 def parse(main: Command, words: list[str]) -> None:
-    """SystemExit, which pytest shows, where the words do not parse; ConfigError where a knob is unknown."""
+    """Parse the words; SystemExit, which pytest shows, or ConfigError for an unknown knob where they are wrong."""
     args = parser_of(main).parse_args(words)
     if isinstance(getattr(args, "config", None), list):
         load_config(args.config, args.overrides)
@@ -239,7 +239,7 @@ def test_python_is_as_the_code_has_it(page: Path) -> None:
 
 @cache
 def messages() -> str:
-    """Every string of the code on a line of its own, a hole where a value is put in."""
+    """Return every string of the code on a line of its own, with a hole where a value is put in."""
     found = []
     for folder in ("one4d_pl", "data_prep"):
         for path in (REPO / folder).rglob("*.py"):

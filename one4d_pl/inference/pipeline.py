@@ -24,9 +24,9 @@ from one4d_pl.config import (
     BaseConfig,
     Config,
     ConfigError,
-    DLCConfig,
     GuidanceConfig,
     SamplerConfig,
+    TrainConfig,
 )
 from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
@@ -108,11 +108,17 @@ class One4DPipeline:
     ) -> One4DPipeline:
         """Open a base with an adapter, sampled as its card says; ConfigError if they mismatch."""
         card = AdapterCard.read(Path(adapters))
-        path, where = base or card.base_path, torch.device(device)
-        return One4DPipeline._open(
-            BaseConfig(path, dtype, max_text_tokens=card.max_text_tokens, negative_prompt=card.negative_prompt),
-            card.dlc, card.pointmap_power, card.shift, card.sampler_config, Path(adapters), where, dtype == "bfloat16",
-        )  # fmt: skip
+        config = Config(
+            base=BaseConfig(
+                path=base or card.base_path,
+                dtype=dtype,
+                max_text_tokens=card.max_text_tokens,
+                negative_prompt=card.negative_prompt,
+            ),
+            train=TrainConfig(precision="bf16-mixed" if dtype == "bfloat16" else "32-true"),
+            sampler=card.sampler_config,
+        )
+        return One4DPipeline.open(card.configure(config), Path(adapters), torch.device(device))
 
     @staticmethod
     def open(config: Config, adapters: Path | None, device: torch.device = CPU) -> One4DPipeline:
@@ -121,24 +127,11 @@ class One4DPipeline:
         Without adapters both branches are the base. ConfigError where the adapter is of another
         base, or not of the config's shape (`AdapterCard.configure`).
         """
-        power, shift, bfloat16 = config.data.pointmap_power, config.flow.shift, uses_bfloat16(config, device)
-        return One4DPipeline._open(config.base, config.dlc, power, shift, config.sampler, adapters, device, bfloat16)
-
-    @staticmethod
-    def _open(
-        base: BaseConfig,
-        dlc: DLCConfig,
-        pointmap_power: float,
-        shift: float,
-        sampler: SamplerConfig,
-        adapters: Path | None,
-        device: torch.device,
-        bfloat16: bool,
-    ) -> One4DPipeline:
-        transformer, card = open_model(base.path, base.dtype, dlc, pointmap_power, adapters, device=device)
+        transformer, card = open_model(config, adapters, device)
         transformer.eval().requires_grad_(False)
-        encoders = WanEncoders.of(base).to(device)
-        return One4DPipeline(transformer, encoders, sampler, shift, base.negative_prompt, card, bfloat16)
+        encoders, negative_prompt = WanEncoders.of(config.base).to(device), config.base.negative_prompt
+        bfloat16 = uses_bfloat16(config, device)
+        return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, negative_prompt, card, bfloat16)
 
     @property
     def device(self) -> torch.device:

@@ -24,6 +24,7 @@ _TAIL = 5.0  # median distances; Gaussian noise has nothing beyond
 _TAIL_SHARE = 0.05  # of the points beyond: more is too much for chance
 _DRAWS, _DRAW_SIZE = 48, 6  # at 30 % outliers the chance that all 48 draws of 6 hold one is 0.3 %
 _SAME_DISTANCE = 1.05  # ratio of two focal lengths' median distances that noise explains
+_EXACT = 1e-12  # of the scene's unit: smaller distances of exact points are rounding
 _PROBE_EVERY = 24  # frames: one is solved again even if nothing is suspect
 _CLEARLY_NEARER = 0.8  # of the median distance before
 _SCORED_POINTS = 250  # on which a drawn pose is scored
@@ -197,7 +198,8 @@ def best_focal(samples: Samples, candidates: Tensor, frames: int = 9) -> Tensor:
     cameras = solve_poses(stacked, candidates.repeat_interleave(len(chosen)))
     distance = weighted_median(ray_distance(stacked, cameras), stacked.weights)
     nearest = distance.view(len(candidates), -1).median(-1).values
-    return candidates[int((nearest <= _SAME_DISTANCE * nearest.min() + 1e-12).nonzero()[0])]
+    ties = nearest <= _SAME_DISTANCE * nearest.min() + _EXACT
+    return candidates[int(ties.nonzero()[0])]
 
 
 def weighted_median(values: Tensor, weights: Tensor) -> Tensor:  # [T, N] x 2 -> [T]

@@ -68,17 +68,7 @@ class One4DModule(lightning.LightningModule):
         device = torch.device("cpu") if strategy is None else strategy.root_device
         partitioner = strategy.partitioner() if isinstance(strategy, ZeroStrategy) else None
         statistics = self._measure_latents() if config.dlc.standardise_xyz and self.adapters is None else None
-        base = config.base
-        self.transformer, _ = open_model(
-            base.path,
-            base.dtype,
-            config.dlc,
-            config.data.pointmap_power,
-            self.adapters,
-            config.train.seed,
-            device,
-            partitioner,
-        )
+        self.transformer, _ = open_model(config, self.adapters, device, partitioner)
         if statistics is not None:
             self.transformer.codec.set_statistics(*statistics)
         if self.adapters is not None and self.resume and config.optim.ema_decay:

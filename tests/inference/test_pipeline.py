@@ -85,6 +85,18 @@ def test_pointmaps_leave_the_sampler_in_the_encoders_units_and_in_the_plain_cube
     torch.testing.assert_close(changed.pointmap, straight, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_the_pipeline_enters_its_precision_itself(tiny_base, perturbed, bfloat16):
+    pipeline = One4DPipeline(perturbed, tiny_base.encoders(), SamplerConfig(steps=1), 1.0, "", bfloat16=bfloat16)
+    seen: list[bool] = []
+    hook = perturbed.register_forward_pre_hook(lambda *_: seen.append(torch.is_autocast_enabled("cpu")))
+    frames, noise = torch.rand(1, 3, 5, 32, 48) * 2 - 1, torch.randn(2, 16, 2, 4, 6)
+    pipeline.sample(["p"], frames, torch.ones(1, 5, dtype=torch.bool), noise)
+    pipeline.with_settings(steps=1).sample(["p"], frames, torch.ones(1, 5, dtype=torch.bool), noise)
+    hook.remove()
+    assert set(seen) == {bfloat16} and not torch.is_autocast_enabled("cpu")
+
+
 def test_image_tokens_are_zeros_not_absent_where_frame_0_is_hidden(tiny_base):
     encoders, frames = tiny_base.encoders(), torch.rand(2, 3, 5, 32, 32)
     given = torch.tensor([[True] * 5, [False] * 5])

@@ -1,4 +1,4 @@
-"""Where the cameras come from pointmaps well, where badly, and what is said then: one row per case.
+"""Where the cameras come from pointmaps well, where badly, and what is flagged then: one row per case.
 
     python -m tests.postopt.camera_cases                      # 81 frames of 88x156, a minute
     python -m tests.postopt.camera_cases --beside ../old      # beside the recovery of another checkout, case by case
@@ -82,7 +82,7 @@ class Input:
 
 @dataclass(frozen=True)
 class Row:
-    """What came of a case."""
+    """What a recovery made of a case."""
 
     seconds: float
     errors: dict[str, float]  # path, rotation, focal, point
@@ -95,7 +95,7 @@ class Row:
 
 
 def build(case: Case, frames: int, height: int, width: int) -> Input:
-    """The scene of a case, its points disturbed."""
+    """Build the scene of a case and disturb its points."""
     size = (width, height) if case.portrait else (height, width)
     world = build_world(case.path, case.frames or frames, *size, case.seed, case.picture)
     valid = world.valid.clone()
@@ -116,7 +116,7 @@ def measure(case: Case, given: Input) -> Row:
 def judge(
     case: Case, given: Input, seconds: float, intrinsics: Tensor, cam2world: Tensor, flags: tuple[str, ...]
 ) -> Row:
-    """The errors of cameras against the truth."""
+    """Measure the errors of cameras against the truth."""
     world = given.world
     found = accuracy(world, intrinsics[:, 0, 0], cam2world, world.depth)
     off = intrinsics.double() - world.intrinsics
@@ -144,7 +144,7 @@ for line in sys.stdin:
 
 
 def other_checkout(folder: Path) -> Callable[[Case, Input], Row]:
-    """The recovery of another checkout, run by a process of its own that ends with this one."""
+    """Return the recovery of another checkout, which a process of its own runs; it ends with this one."""
     process = subprocess.Popen(
         [sys.executable, "-c", OTHER], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
@@ -164,7 +164,7 @@ def other_checkout(folder: Path) -> Callable[[Case, Input], Row]:
 
 
 def columns(row: Row) -> str:
-    """The part of a line of the table that a recovery fills."""
+    """Format what a recovery adds to a line of the table."""
     errors = " | ".join(f"{error:.0e}" for error in row.errors.values())
     return f"{errors} | {'; '.join(row.flags) or '-'} | {row.seconds:.2f} |"
 

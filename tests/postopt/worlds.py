@@ -20,7 +20,7 @@ PATHS = ("static", "orbit", "forward", "hand-held")
 
 @dataclass(frozen=True)
 class Picture:
-    """How the pictures differ from what a recovery assumes when it is told nothing."""
+    """How the pictures differ from what a recovery assumes where nothing is given."""
 
     zoom: float = 1.0  # last focal length over the first
     stretch: int = 1  # fy / fx: of so many columns one is kept
@@ -55,7 +55,7 @@ class Accuracy:
 def build_world(
     path: str, num_frames: int, height: int, width: int, seed: int = 0, picture: Picture | None = None
 ) -> World:
-    """A toy scene with its moving things, seen along one of PATHS or from one place ("turning")."""
+    """Render a toy scene with its moving things, seen along one of PATHS or from one place ("turning")."""
     picture = picture or Picture()
     scene = build_scene(seed, "synthetic")
     times = np.arange(num_frames) / 12
@@ -77,7 +77,7 @@ def build_world(
 
 
 def _intrinsics(focal: float, num_frames: int, height: int, width: int, picture: Picture) -> np.ndarray:  # [T, 3, 3]
-    """Of the picture that is drawn, with square pixels, before columns are left out."""
+    """Return the intrinsics of the picture as drawn: square pixels, before columns are left out."""
     stretch, off = picture.stretch, picture.crop / (1 - picture.crop) / 2
     share = np.linspace(0, 1, num_frames) if num_frames > 1 else np.zeros(1)
     matrices = np.zeros((num_frames, 3, 3))
@@ -92,7 +92,7 @@ def _at_start(solid: Solid) -> Solid:
 
 
 def camera_path(path: str, num_frames: int, distance: float) -> Tensor:  # [T, 4, 4] cam2cam0, float64
-    """Rest; 30 degrees around the middle of the scene; ahead by a third of its distance; a hand's sway and tremble."""
+    """Return a path: rest, 30 degrees around the scene's middle, ahead by a third of its distance, a hand's sway."""
     share = torch.linspace(0, 1, num_frames, dtype=torch.float64)
     turn, centre = torch.zeros(num_frames, 3, dtype=torch.float64), torch.zeros(num_frames, 3, dtype=torch.float64)
     if path == "orbit":
@@ -119,7 +119,7 @@ def camera_path(path: str, num_frames: int, distance: float) -> Tensor:  # [T, 4
 
 
 def disturb(world: World, noise: float, outliers: float, seed: int = 0) -> Tensor:  # [T, H, W, 3] float32
-    """The pointmap with Gaussian noise, and with flying points anywhere in the box of the scene's inner 98 %."""
+    """Add Gaussian noise to the pointmap, and flying points anywhere in the box of the scene's inner 98 %."""
     generator = torch.Generator().manual_seed(seed)
     points = world.pointmap + noise * world.distance * torch.randn(
         world.pointmap.shape, generator=generator, dtype=torch.float64
@@ -132,7 +132,7 @@ def disturb(world: World, noise: float, outliers: float, seed: int = 0) -> Tenso
 
 
 def accuracy(world: World, focal: Tensor, cam2world: Tensor, depth: Tensor) -> Accuracy:
-    """Errors of focal [T] (pixels), cameras [T, 4, 4] and depth [T, H, W]."""
+    """Measure the errors of focal [T] (pixels), cameras [T, 4, 4] and depth [T, H, W]."""
     offset = cam2world[:, :3, 3].double() - world.cam2world[:, :3, 3]
     true_focal = world.intrinsics[:, 0, 0]
     relative = (depth.double() - world.depth).abs() / world.depth
