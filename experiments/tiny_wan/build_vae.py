@@ -114,13 +114,14 @@ def render_pools(config: TinyVaeConfig) -> tuple[ClipPool, ClipPool]:
     data = DataConfig()
     whole = config.stages[-1]
     shape = (whole.num_frames, whole.height, whole.width, data.far_limit, data.z_offset)
+    seen = (config.level, config.pointmap_power)
     # domains are mixed, so that the first clips, over which latents are measured, have both
     clips = [(seed, "synthetic") for seed in range(SYNTHETIC_CLIPS)]
     every = SYNTHETIC_CLIPS // REAL_CLIPS
     for i in range(REAL_CLIPS):
         clips.insert(i * (every + 1) + every, (REAL_SEED_OFFSET + i, "real"))
-    train = render_pool(clips, *shape)
-    held_out = render_pool([(VAL_SEED_OFFSET + i, "synthetic") for i in range(HELD_OUT_CLIPS)], *shape)
+    train = render_pool(clips, *shape, *seen)
+    held_out = render_pool([(VAL_SEED_OFFSET + i, "synthetic") for i in range(HELD_OUT_CLIPS)], *shape, *seen)
     return train, held_out
 
 

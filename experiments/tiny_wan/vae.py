@@ -32,7 +32,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from one4d_pl.files import whole_file
-from one4d_pl.geometry.pointmap import normalise_pointmap
+from one4d_pl.geometry.pointmap import bend, normalise_pointmap, unbend
 from one4d_pl.models.encoder_files import CPU
 from one4d_pl.models.precision import computes_bfloat16
 from one4d_pl.toy.world import render_clip
@@ -75,6 +75,8 @@ class TinyVaeConfig:
     ema: float = 0.998
     seed: int = 0
     decoder_only: bool = False
+    level: str = "hard"  # of the toy clips (toy/levels.py)
+    pointmap_power: float = 1.0  # by which pointmaps are bent (data.pointmap_power)
     stages: tuple[Stage, ...] = (
         # two clips a step: in the same time, many small steps learn more than few large ones
         Stage(0.35, 9, 32, 48, 2),
@@ -99,30 +101,40 @@ class ClipPool:
     frames: Tensor  # [N, 3, T, H, W] uint8
     pointmaps: Tensor  # [N, 3, T, H, W] float16, normalised, camera-0 coordinates
     valid: Tensor  # [N, T, H, W] bool
+    pointmap_power: float = 1.0
 
     def __len__(self) -> int:
         return len(self.frames)
 
     def first(self, count: int) -> ClipPool:
-        return ClipPool(self.frames[:count], self.pointmaps[:count], self.valid[:count])
+        return replace(self, frames=self.frames[:count], pointmaps=self.pointmaps[:count], valid=self.valid[:count])
 
     def videos(self, kind: str, clips: slice | int) -> Tensor:  # [..., 3, T, H, W] float32 in [-1, 1]
-        """Return frames or pointmaps as the VAE sees them."""
-        return self.frames[clips].float() / 127.5 - 1 if kind == "frames" else self.pointmaps[clips].float()
+        """Return frames or bent pointmaps as the VAE sees them."""
+        if kind == "frames":
+            return self.frames[clips].float() / 127.5 - 1
+        return bend(self.pointmaps[clips].float().movedim(-4, -1), self.pointmap_power).movedim(-1, -4)
 
 
 def render_pool(
-    clips: Sequence[tuple[int, str]], num_frames: int, height: int, width: int, far_limit: float, z_offset: bool
+    clips: Sequence[tuple[int, str]],
+    num_frames: int,
+    height: int,
+    width: int,
+    far_limit: float,
+    z_offset: bool,
+    level: str = "hard",
+    pointmap_power: float = 1.0,
 ) -> ClipPool:
     """Render the toy clips of (seed, domain); normalise pointmaps as the data module does."""
     frames, pointmaps, valid = [], [], []
     for seed, domain in tqdm(clips, desc="rendering clips", unit="clip", disable=len(clips) < 32):
-        clip = render_clip(seed, num_frames, height, width, domain)
+        clip = render_clip(seed, num_frames, height, width, domain, level)
         geometry = normalise_pointmap(clip.depth, clip.valid, clip.intrinsics, clip.cam2world, far_limit, z_offset)
         frames.append(clip.frames.permute(3, 0, 1, 2))
         pointmaps.append(geometry.points.permute(3, 0, 1, 2).half())
         valid.append(geometry.valid)
-    return ClipPool(torch.stack(frames), torch.stack(pointmaps), torch.stack(valid))
+    return ClipPool(torch.stack(frames), torch.stack(pointmaps), torch.stack(valid), pointmap_power)
 
 
 def build_vae(config: TinyVaeConfig) -> AutoencoderKLWan:
@@ -334,7 +346,8 @@ def measure(decoded: Tensor, pool: ClipPool, kind: str) -> Quality:
     if kind == "frames":
         return quality
     valid = pool.valid[: len(decoded)]
-    distance, size = squared.sum(1).sqrt()[valid], truth.norm(dim=1)[valid]
+    points = [unbend(video.movedim(1, -1), pool.pointmap_power)[valid] for video in (decoded, truth)]
+    distance, size = (points[0] - points[1]).norm(dim=-1), points[1].norm(dim=-1)
     relative, of_sums = (distance / size.clamp_min(1e-6)).mean(), distance.mean() / size.mean()
     return replace(quality, point_error=float(relative), point_error_of_sums=float(of_sums))
 

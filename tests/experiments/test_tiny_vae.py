@@ -242,3 +242,18 @@ def test_the_door_says_what_is_wrong(tmp_path, capsys):
     assert "pass --resume" in capsys.readouterr().err
     assert build_vae.main(["--out", str(tmp_path), "--minutes", "1", "--resume"]) == 2
     assert "another folder" in capsys.readouterr().err
+
+
+def test_bent_pointmaps_are_measured_as_points_and_trained_as_the_network_sees_them():
+    clips = [(seed, "synthetic") for seed in range(2)]
+    straight, bent = (render_pool(clips, 5, 16, 24, 10.0, False, "clear", pointmap_power=power) for power in (1.0, 0.5))
+    assert torch.equal(straight.pointmaps, bent.pointmaps) and torch.equal(straight.frames, bent.frames)
+    truth, seen = straight.videos("pointmaps", slice(None)), bent.videos("pointmaps", slice(None))
+    assert seen.norm(dim=1).mean() > 1.2 * truth.norm(dim=1).mean()  # near points get more of the cube
+    exact = tiny_vae.measure(seen + 1e-6, bent, "pointmaps")
+    assert exact.point_error is not None and exact.point_error < 1e-4
+    # 1 % of each bent distance is 2 % of the distance that it stands for
+    off = tiny_vae.measure(torch.where(bent.valid[:, None], 1.01 * seen, seen), bent, "pointmaps")
+    assert off.point_error == pytest.approx(0.0201, rel=0.02)
+    drawn = draw_batch(bent, Stage(1.0, 5, 16, 24, 2), SMALL, 0)[1]
+    assert any(torch.equal(drawn, video) for video in seen)
