@@ -86,12 +86,16 @@ class TinyVaeConfig:
 
 
 def finishing_config(config: TinyVaeConfig, num_frames: int, height: int, width: int) -> TinyVaeConfig:
-    """Return the recipe that trains a finished VAE's decoder further, at one size.
+    """Return the recipe that trains a finished VAE's decoder further, as the tiny scale uses it.
 
-    Near points count more in it.
+    It sees clips of one size, of the toy level and with the bent pointmaps that the base and the
+    adapters are trained on; near points count more.
     """
     stages = (Stage(1.00, num_frames, height, width, 4),)
-    return replace(config, decoder_only=True, lr=2e-3, near_weight=0.6, latent_noise=0.1, stages=stages)
+    return replace(
+        config, decoder_only=True, lr=2e-3, near_weight=0.6, latent_noise=0.1, level="clear", pointmap_power=0.5,
+        stages=stages,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,10 @@ class BaseConfig:
     path: str = knob(EMBEDDED_BASE, may_change=True)
     # dtype of the frozen transformer and text encoder; the VAE stays float32
     dtype: str = knob("float32", one_of=("float32", "bfloat16"))
+    # of the linears of the transformer's blocks: one byte per weight; int8 has a fifth of fp8's error
+    quantisation: str = knob("none", one_of=("none", "int8", "fp8"))
+    # the blocks' weights lie in host memory and visit the GPU while they work
+    offload: bool = knob(False, may_change=True)
     # kernels, by diffusers' name; native = torch chooses, flash and _flash_3 need flash-attn
     attention: str = knob("native", one_of=ATTENTION, may_change=True)
     max_text_tokens: int = knob(192, low=1)  # prompts are cut or zero-padded to this, as Wan does with 512

@@ -11,7 +11,7 @@ from one4d_pl.config.model import NATIVE_ATTENTION, BaseConfig, DLCConfig, FlowC
 
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four, so T = 4k + 1
 TOY_LEVELS = ("hard", "clear")  # described in toy/levels.py
-CHECKPOINTING = ("none", "full", "selective")
+CHECKPOINTING = ("none", "full", "selective", "offload")
 
 
 @dataclass
@@ -135,7 +135,8 @@ class TrainConfig:
     # auto: GPUs where there are any, else the CPU; gpu: without one, nothing starts
     accelerator: str = knob("auto", one_of=("auto", "gpu"), may_change=True)
     precision: str = knob("32-true", one_of=("32-true", "bf16-mixed"))  # trainables and optimiser stay float32
-    # full: blocks run again in the backward pass; selective: all of a block but self-attention
+    # full: blocks run again in the backward pass; selective: all of a block but self-attention; offload: as full,
+    # and the blocks' inputs wait in host memory
     activation_checkpointing: str = knob("none", may_change=True)
     # torch.compile of the blocks: needs a C++ compiler, or Triton's on a GPU
     compile: bool = knob(False, may_change=True)
@@ -245,6 +246,17 @@ class Config:
         if self.dlc.coupling != "decoupled" and (self.flow.separate_sigma or self.train.strategy == "deepspeed"):
             knob = "flow.separate_sigma" if self.flow.separate_sigma else "train.strategy=deepspeed"
             raise ConfigError(f"dlc.coupling: {self.dlc.coupling} does not go with {knob}; only decoupled does")
+        train, base = self.train, self.base
+        if base.quantisation != "none" and self.dlc.coupling != "decoupled":
+            raise ConfigError(f"base.quantisation: only dlc.coupling=decoupled knows it, not {self.dlc.coupling}")
+        if train.strategy == "deepspeed" and train.zero_stage == 3 and (base.offload or base.quantisation != "none"):
+            knob = "base.offload" if base.offload else "base.quantisation"
+            raise ConfigError(
+                f"{knob}: ZeRO stage 3 shares out the blocks' weights itself; set train.zero_stage=2, or leave {knob} "
+                "away (at stage 3 train.offload=true keeps them on the host)"
+            )
+        if base.offload and train.compile:
+            raise ConfigError("train.compile: blocks whose weights come and go are not compiled; drop base.offload")
         if self.base.dtype == "bfloat16" and self.train.precision != "bf16-mixed":
             raise ConfigError("base.dtype: bfloat16 needs train.precision=bf16-mixed (the trainables are float32)")
         if self.train.activation_checkpointing == "selective" and self.base.attention not in NATIVE_ATTENTION:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ from torch.utils.checkpoint import (
     noop_context_fn,
 )
 
+from one4d_pl.models.host_memory import WaitingInputs
+
 # the contexts of a block's forward pass and of its recomputation
 Contexts = tuple[AbstractContextManager[object], AbstractContextManager[object]]
 
@@ -40,7 +42,12 @@ FUSED_ATTENTION = (
 )
 
 
-def run_checkpointed(block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor], keep_attention: bool) -> Tensor:
+def run_checkpointed(
+    block: nn.Module,
+    *inputs: Tensor | tuple[Tensor, Tensor],
+    keep_attention: bool = False,
+    waiting: WaitingInputs | None = None,
+) -> Tensor:
     """Run a block, hooks (links) included; the backward pass computes its activations again.
 
     Non-reentrant, because the first block's input needs no gradient: all before the first LoRA is
@@ -50,9 +57,13 @@ def run_checkpointed(block: nn.Module, *inputs: Tensor | tuple[Tensor, Tensor], 
         block: called with `inputs`.
         inputs: hidden state, context, modulation, rotary embedding; as diffusers passes them.
         keep_attention: keep the result of self-attention.
+        waiting: keeps the hidden state in host memory; None = on the device.
     """
     contexts: Callable[[], Contexts] = _attention_kept_and_reused if keep_attention else noop_context_fn
-    return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=contexts)
+    hidden = inputs[0]
+    assert isinstance(hidden, Tensor)
+    with nullcontext() if waiting is None else waiting.keeping(hidden):
+        return checkpoint(block.__call__, *inputs, use_reentrant=False, context_fn=contexts)
 
 
 def compile_selective(backend: str) -> Callable[..., Tensor]:

@@ -21,11 +21,10 @@ class BranchLinear(nn.Module):
     The rgb branch is the first half of the batch, xyz the second.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, scale: float, generator: Generator) -> None:
+    def __init__(self, base: nn.Linear, rank: int, scale: float, generator: Generator, device: torch.device) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
         self.scale = scale  # alpha / rank
-        device = base.weight.device
         # float32, whatever the base's dtype, so that training needs no separate master weights
         self.lora_A = nn.ModuleDict(
             {m: nn.Linear(base.in_features, rank, bias=False, device="meta", dtype=torch.float32) for m in MODALITIES}
@@ -83,8 +82,8 @@ class BranchPatchEmbedding(nn.Module):
         return torch.cat([rgb, xyz.to(rgb.dtype)])
 
 
-def wrap_linears(blocks: nn.Module, rank: int, scale: float, generator: Generator) -> list[str]:
-    """Replace every linear below `blocks` by a BranchLinear, in place.
+def wrap_linears(blocks: nn.Module, rank: int, scale: float, generator: Generator, device: torch.device) -> list[str]:
+    """Replace every linear below `blocks` by a BranchLinear, in place, with its LoRAs on the device.
 
     Return their paths in module order.
     """
@@ -94,7 +93,7 @@ def wrap_linears(blocks: nn.Module, rank: int, scale: float, generator: Generato
         parent = blocks.get_submodule(parent_path)
         base = parent.get_submodule(name)
         assert isinstance(base, nn.Linear)
-        setattr(parent, name, BranchLinear(base, rank, scale, generator))
+        setattr(parent, name, BranchLinear(base, rank, scale, generator, device))
     return paths
 
 

@@ -27,7 +27,8 @@ def open_model(
 
     Raises ConfigError where the adapter is of another base or another shape.
     """
-    base = load_transformer(config.base.path, config.base.dtype, device, partitioner)
+    wan = config.base
+    base = load_transformer(wan.path, wan.dtype, device, partitioner, wan.quantisation, wan.offload)
     transformer = couple(base, config.dlc, config.train.seed, config.data.pointmap_power)
     card = None if adapters is None else load_adapters(transformer, adapters, fingerprint(config.base.path))
     return transformer, card

@@ -14,6 +14,7 @@ from one4d_pl.config import ConfigError, DLCConfig
 from one4d_pl.models.activation_checkpointing import compile_selective, run_checkpointed
 from one4d_pl.models.attention_norms import norm_without_autocast
 from one4d_pl.models.control_links import ControlLink, link_positions
+from one4d_pl.models.host_memory import WaitingInputs
 from one4d_pl.models.lora import BranchPatchEmbedding, wrap_linears
 from one4d_pl.models.pointmap_codec import PointmapCodec
 
@@ -54,11 +55,14 @@ class CoupledTransformer(nn.Module):
 
         Args:
             mode: none; full = each block with its link; selective = the same, but self-attention is
-                kept.
+                kept; offload = as full, and the blocks' inputs wait in host memory.
         """
         self.base.gradient_checkpointing = mode != "none"
         self.keeps_attention = mode == "selective"
-        self.base._gradient_checkpointing_func = partial(run_checkpointed, keep_attention=self.keeps_attention)
+        waiting = WaitingInputs() if mode == "offload" else None
+        self.base._gradient_checkpointing_func = partial(
+            run_checkpointed, keep_attention=self.keeps_attention, waiting=waiting
+        )
 
     def set_attention(self, backend: str) -> None:
         """Choose the attention kernels by diffusers' name; ConfigError where they are absent."""
@@ -129,12 +133,12 @@ class One4DTransformer(CoupledTransformer):
     def __init__(self, base: WanTransformer3DModel, config: DLCConfig, seed: int, pointmap_power: float = 1.0) -> None:
         super().__init__(base, config, pointmap_power)
         generator = torch.Generator().manual_seed(seed)
-        self.linear_paths = wrap_linears(base.blocks, config.rank, config.lora_scale, generator)
+        device = base.proj_out.weight.device
+        self.linear_paths = wrap_linears(base.blocks, config.rank, config.lora_scale, generator, device)
         if config.xyz_patch_embedding:
             base.patch_embedding = BranchPatchEmbedding(base.patch_embedding)
         width = base.config.num_attention_heads * base.config.attention_head_dim
         positions = link_positions(len(base.blocks), config.num_links, config.link_blocks)
-        device = base.proj_out.weight.device
         both_ways = config.link_direction == "both"
         self.links = nn.ModuleDict({str(i): ControlLink(width, device, both_ways) for i in positions})
         for i in positions:

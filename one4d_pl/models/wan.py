@@ -20,6 +20,8 @@ from one4d_pl.models.base_files import ENCODER_PARTS as ENCODER_PARTS
 from one4d_pl.models.base_files import fingerprint as fingerprint
 from one4d_pl.models.base_files import resolve_base, tokenizer_folder
 from one4d_pl.models.encoder_files import CPU, open_image_encoder, open_text_encoder, open_vae
+from one4d_pl.models.host_memory import VisitingBlocks
+from one4d_pl.models.quantisation import quantise_linears
 from one4d_pl.models.weights import Partitioner, stream_transformer
 
 IMAGE_CONTEXT = 512  # diffusers' Wan assumes this many text tokens where it separates image from text tokens
@@ -32,12 +34,24 @@ def load_transformer(
     dtype: str,
     device: torch.device | None = None,  # None = CPU
     partitioner: Partitioner | None = None,  # shards the blocks over processes as they are read
+    quantisation: str = "none",  # of the blocks' linears: none, int8, fp8
+    offload: bool = False,  # leave the blocks' weights in host memory (host_memory.py)
 ) -> WanTransformer3DModel:
     """Load the transformer alone, in `dtype`.
 
-    As in diffusers, Wan's norms, time embedding and modulation are float32.
+    As in diffusers, Wan's norms, time embedding and modulation are float32. Each block is quantised
+    and moved to the host as soon as it is read, so that the device never holds two whole ones.
     """
-    return stream_transformer(resolve_base(path), getattr(torch, dtype), device or CPU, partitioner)
+    device = device or CPU
+    visiting = VisitingBlocks(device) if offload else None
+
+    def after_block(block: nn.Module) -> None:
+        if quantisation != "none":
+            quantise_linears(block, quantisation)
+        if visiting is not None:
+            visiting.park(block)
+
+    return stream_transformer(resolve_base(path), getattr(torch, dtype), device, partitioner, after_block)
 
 
 def pad_prompt_embeds(embeds: list[Tensor], length: int) -> Tensor:  # [n_i, D] each -> [B, length, D]

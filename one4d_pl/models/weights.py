@@ -126,6 +126,7 @@ def stream(
     unused: Sequence[str] = (),  # parts of names in the files that the model does not have
     blocks: nn.ModuleList | None = None,  # filled first, and each given to the partitioner
     partitioner: Partitioner | None = None,
+    after_block: Callable[[nn.Module], None] = lambda block: None,  # called with each filled block
 ) -> Module:
     """Fill the model, frozen and in eval mode.
 
@@ -151,6 +152,7 @@ def stream(
         fill(block)
         if partitioner is not None:
             partitioner.partition(block)
+        after_block(block)
     fill(model)
     for buffer in model.buffers():
         buffer.data = buffer.data.to(device)
@@ -162,6 +164,7 @@ def stream_transformer(
     dtype: torch.dtype,  # of all but norms, time embedder and modulation, which diffusers keeps in float32
     device: torch.device,
     partitioner: Partitioner | None,
+    after_block: Callable[[nn.Module], None],
 ) -> WanTransformer3DModel:
     """Load the frozen transformer.
 
@@ -185,6 +188,7 @@ def stream_transformer(
         unused=model._keys_to_ignore_on_load_unexpected or (),
         blocks=model.blocks,
         partitioner=partitioner,
+        after_block=after_block,
     )
 
 

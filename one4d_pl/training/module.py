@@ -66,6 +66,11 @@ class One4DModule(lightning.LightningModule):
         config = self.config
         strategy = None if self._trainer is None else self._trainer.strategy
         device = torch.device("cpu") if strategy is None else strategy.root_device
+        if config.base.offload and config.train.activation_checkpointing == "none":
+            raise ConfigError(
+                "base.offload: the backward pass would keep every block on the GPU; set "
+                "train.activation_checkpointing=full"
+            )
         partitioner = strategy.partitioner() if isinstance(strategy, ZeroStrategy) else None
         statistics = self._measure_latents() if config.dlc.standardise_xyz and self.adapters is None else None
         self.transformer, _ = open_model(config, self.adapters, device, partitioner)
