@@ -58,9 +58,12 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("speed and memory").add_argument
     add("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16"), help="of the transformer; default: bfloat16 on cuda")
-    add("--offload", action="store_true", help="encoders wait on the CPU while the transformer works")
-    add("--tile-vae", action="store_true", help="encode and decode in tiles")
-    add("--guidance-in-two-calls", action="store_true", help="half the activations, the same result")
+    add(
+        "--memory",
+        type=float,
+        metavar="GIB",
+        help="stay within so much GPU memory, as fast as that allows; default: what the GPU has free",
+    )
     add(
         "--compile",
         action="store_true",
@@ -113,7 +116,7 @@ def generate(args: argparse.Namespace) -> None:
         save_scene(args.out, scene)
     except (MemoryError, torch.OutOfMemoryError):
         raise ConfigError(
-            "out of memory; make --size or --num-frames smaller, or add --offload --tile-vae --guidance-in-two-calls"
+            "out of memory; make --size or --num-frames smaller, or --memory, with which more waits on the host"
         ) from None
     _report(scene, args.out, time.monotonic() - start)
 
@@ -135,6 +138,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ConfigError(f"--fps: {args.fps}, need 0.1 to 240")
     if args.steps is not None and not 1 <= args.steps <= 1000:
         raise ConfigError(f"--steps: {args.steps}, need 1 to 1000")
+    if args.memory is not None and not 0 < args.memory < 10_000:
+        raise ConfigError(f"--memory: {args.memory}, need GiB above 0")
+    if args.memory is not None and args.compile:
+        raise ConfigError("--compile: not with --memory, under which the blocks' weights may come and go")
     if not 0 <= args.seed < 2**63:
         raise ConfigError(f"--seed: {args.seed}, need 0 to 2^63 - 1")
     _size(args.size)
@@ -187,16 +194,22 @@ def _open(args: argparse.Namespace) -> One4DPipeline:
     if device.type == "cpu" and args.device is None:
         _refuse_large(args)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    pipeline = One4DPipeline.from_pretrained(args.base, args.adapters, dtype, device)
-    if args.offload:
-        pipeline.enable_encoder_offload()
-    if args.tile_vae:
-        pipeline.enable_vae_tiling()
-    if args.guidance_in_two_calls:
-        pipeline.enable_guidance_in_two_calls()
+    memory = args.memory
+    if memory is None and device.type == "cuda":
+        memory = torch.cuda.mem_get_info(device)[0] / 2**30
+    pipeline = One4DPipeline.from_pretrained(args.base, args.adapters, dtype, device, memory, _clip_size(args))
     if args.compile:
         pipeline.compile_blocks()
     return pipeline.with_settings(args.steps, args.guidance, args.negative_prompt, args.solver)
+
+
+def _clip_size(args: argparse.Namespace) -> tuple[int, int, int]:
+    """Return frames, height and width of the clips that will be sampled; longer videos run in windows."""
+    from one4d_pl.models.adapters import AdapterCard
+
+    card = AdapterCard.read(args.adapters)
+    height, width = _size(args.size)
+    return card.num_frames, height or card.height, width or card.width
 
 
 def _refuse_large(args: argparse.Namespace) -> None:

@@ -80,7 +80,6 @@ def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
     Where they cannot make its global batch, the next larger one that they can make is planned.
     """
     folder, settings, base = sizes_of(config.base.path)
-    encoders, vae_base_dim = encoder_sizes(folder)
     train, shape = config.train, TransformerShape.of(settings, config.dlc)
     per_pass = gpus * train.micro_batch_size
     global_batch = -(-train.global_batch_size // per_pass) * per_pass
@@ -95,7 +94,7 @@ def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
         base=base,
         shape=shape,
         batch=batch_of(config, IMAGE_TOKENS if shape.image_dim is not None else 0),
-        layout=replace(layout_of(config, encoders, vae_base_dim), world=gpus),
+        layout=replace(layout_of(config, *encoder_sizes(folder)), world=gpus),
         gpu=gpu,
         hfu=hfu,
         global_batch=global_batch,
@@ -162,8 +161,13 @@ def _layout_text(layout: Layout) -> str:
         "none": "every activation kept",
         "full": "blocks recomputed",
         "selective": "blocks recomputed but for self-attention",
+        "offload": "blocks recomputed from inputs that wait on the host",
     }[layout.checkpointing]
-    return f"{stage}, {recompute}{', offload' if layout.offload else ''}"
+    words = [stage, recompute]
+    words += ["AdamW on the host"] if layout.offload else []
+    words += ["one byte per frozen weight"] if layout.quantised else []
+    words += ["blocks visit from the host"] if layout.visiting else []
+    return ", ".join(words)
 
 
 def _strategies(run: Run) -> list[str]:

@@ -36,6 +36,8 @@ class Parameters:
     """Numbers of parameters, frozen and trainable."""
 
     blocks: int  # frozen, in base.dtype
+    outputs: int  # of all the blocks' linears: biases, and scales of a quantised base
+    products: int  # of `blocks`: weights of linears, which may be quantised and live on the host
     rest: int  # frozen, outside of the blocks
     float32: int  # frozen, norms and modulation of blocks and embedders, which Wan keeps in float32
     lora: int
@@ -64,10 +66,13 @@ class Layout:
     bfloat16: bool  # autocast of activations; else float32
     bfloat16_base: bool  # the frozen transformer's weights
     encoder_bytes: float  # VAE, text and image encoder, whole in the host memory of every process
-    # the largest of them, since one at a time is on the GPU; 0 = nothing is encoded in the step
+    # the most that one of them has on the GPU at a time; 0 = nothing is encoded in the step
     largest_encoder_bytes: float
     vae_base_dim: int  # width of the VAE that encodes in the step; 0 = nothing is encoded there
     average: bool = False  # optim.ema_decay
+    quantised: bool = False  # base.quantisation: one byte per weight
+    visiting: bool = False  # base.offload: the blocks' weights lie on the host
+    vae_bytes: float = 0.0
 
     def without_encoders(self) -> Layout:
         """Return the layout of the same run on encoded shards."""
@@ -79,7 +84,7 @@ class Memory:
     """Bytes of one process at the step's peak, by part."""
 
     weights: float  # frozen and trainable, this process's share
-    gathered: float  # weights of other processes' shares, at stage 3
+    gathered: float  # weights that come for their block's work: of other shares at stage 3, or from the host
     gradients: float
     optimizer: float  # moments, DeepSpeed's float32 copy, and the average (optim.ema_decay)
     checkpoints: float  # with activation checkpointing: inputs of the blocks, and what selective keeps besides
@@ -106,15 +111,14 @@ class Memory:
         return ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "host")
 
 
-def layout_of(config: Config, encoders: Mapping[str, int], vae_base_dim: int) -> Layout:
-    """Make the layout that a config describes.
-
-    `encoders` are numbers of parameters, vae among them.
-    """
+def layout_of(config: Config, encoders: Mapping[str, int], visiting: Mapping[str, int], vae_base_dim: int) -> Layout:
+    """Make the layout that a config describes; the encoders' sizes are those of `encoder_sizes`."""
     train, base = config.train, config.base
-    bytes_each = {"vae": FLOAT}  # the others in base.dtype
     itemsize = 2 if base.dtype == "bfloat16" else FLOAT
-    sizes = [count * bytes_each.get(name, itemsize) for name, count in encoders.items()]
+
+    def in_bytes(parameters: Mapping[str, int]) -> list[int]:
+        return [count * (FLOAT if part == "vae" else itemsize) for part, count in parameters.items()]
+
     return Layout(
         world=train.world_size,
         zero_stage=train.zero_stage if train.strategy == "deepspeed" else 0,
@@ -122,10 +126,13 @@ def layout_of(config: Config, encoders: Mapping[str, int], vae_base_dim: int) ->
         offload=train.strategy == "deepspeed" and train.offload,
         bfloat16=train.precision == "bf16-mixed",
         bfloat16_base=base.dtype == "bfloat16",
-        encoder_bytes=sum(sizes),
-        largest_encoder_bytes=max(sizes, default=0.0),
+        encoder_bytes=sum(in_bytes(encoders)),
+        largest_encoder_bytes=max(in_bytes(visiting), default=0.0),
         vae_base_dim=vae_base_dim,
         average=config.optim.ema_decay > 0,
+        quantised=base.quantisation != "none",
+        visiting=base.offload,
+        vae_bytes=FLOAT * encoders.get("vae", 0),
     )
 
 
@@ -151,6 +158,8 @@ def count_parameters(shape: TransformerShape) -> Parameters:
         float32 += 2 * shape.image_dim + 2 * d
     return Parameters(
         blocks=shape.num_layers * block,
+        outputs=shape.num_layers * sum(o for _, o in linears),
+        products=shape.num_layers * sum(i * o for i, o in linears),
         rest=rest,
         float32=float32,
         lora=shape.num_layers * 2 * r * sum(i + o for i, o in linears),
@@ -185,7 +194,8 @@ def step_memory(shape: TransformerShape, batch: BatchShape, layout: Layout) -> M
             optimizer += share
     if layout.zero_stage:
         gradients += min(REDUCE_BUCKET, FLOAT * n.trainable)
-    checkpoints, activations = step_activations(shape, batch, layout.checkpointing, layout.bfloat16)
+    checkpoints, activations, waiting = step_activations(shape, batch, layout)
+    moved += waiting
     # the encoders work before the transformer, and AdamW (with one more copy of its share) after it
     encoding = max(layout.largest_encoder_bytes, _vae(batch, layout.vae_base_dim))
     other_work = max(encoding, FLOAT * n.trainable / sharded if not layout.offload else 0)
@@ -196,10 +206,9 @@ def step_memory(shape: TransformerShape, batch: BatchShape, layout: Layout) -> M
     return Memory(weights, gathered, gradients, optimizer, checkpoints, activations, allowance, host)
 
 
-def step_activations(
-    shape: TransformerShape, batch: BatchShape, checkpointing: str, bfloat16: bool
-) -> tuple[float, float]:
-    """Compute the bytes kept of all blocks (0 without checkpointing) and of all else."""
+def step_activations(shape: TransformerShape, batch: BatchShape, layout: Layout) -> tuple[float, float, float]:
+    """Compute the bytes kept of all blocks (0 without checkpointing), of all else, and on the host."""
+    checkpointing, bfloat16 = layout.checkpointing, layout.bfloat16
     itemsize = 2 if bfloat16 else FLOAT  # bytes of what linears and attention read and write
     samples, d = 2 * batch.clips, shape.width
     grid = [size // patch for size, patch in zip(batch.latent_grid, shape.patch, strict=True)]
@@ -217,14 +226,18 @@ def step_activations(
         shared += pixels * shape.in_channels * itemsize
     # the peak beyond what a block saves: gradients around its GELU, or its residual sum in float32
     residual = hidden * (3 * (FLOAT + itemsize) if bfloat16 else 4 * FLOAT)
-    last = max(2 * ffn * itemsize, residual)
+    floats = d * shape.ffn_dim * itemsize if layout.quantised else 0  # a quantised weight, while it multiplies
+    last = max(2 * ffn * itemsize + floats, residual)
+    inputs = shape.num_layers * hidden * itemsize
+    if checkpointing == "offload":
+        return 2 * hidden * itemsize, shared + block + last, inputs  # the present block's and the next one's
     if checkpointing != "none":
-        kept = shape.num_layers * hidden * itemsize
+        kept = inputs
         if checkpointing == "selective":  # result and statistics of self-attention, of all blocks but the present one
             kept += (shape.num_layers - 1) * (hidden * itemsize + rows * _heads(d) * FLOAT)
-        return kept, shared + block + last
+        return kept, shared + block + last, 0.0
     links = shape.num_links * (hidden * itemsize + (2 * d * d * itemsize if bfloat16 else 0))
-    return 0.0, shared + shape.num_layers * block + links + hidden * FLOAT + last
+    return 0.0, shared + shape.num_layers * block + links + hidden * FLOAT + last, 0.0
 
 
 def _saved_by_block(shape: TransformerShape, rows: int, context: int, image: bool, itemsize: int) -> float:
@@ -243,12 +256,24 @@ def _saved_by_block(shape: TransformerShape, rows: int, context: int, image: boo
     return saved
 
 
+def frozen_weights(shape: TransformerShape, layout: Layout) -> tuple[float, float, float]:
+    """Compute the bytes of a whole base: what stays on the GPU, what visits it at a time, what lies on the host."""
+    n = count_parameters(shape)
+    itemsize = 2 if layout.bfloat16_base else FLOAT
+    products = n.products + FLOAT * n.outputs if layout.quantised else itemsize * n.products
+    rest = itemsize * (n.blocks - n.products + n.rest) + FLOAT * n.float32
+    if not layout.visiting:
+        return products + rest, 0.0, 0.0
+    # two blocks: the present one and the one that is fetched ahead
+    return rest, products * min(1.0, 2 / shape.num_layers), products
+
+
 def _weights(shape: TransformerShape, n: Parameters, layout: Layout) -> tuple[float, float, float]:
     """Compute the bytes of own weights, of gathered ones, and of those moved to the host."""
-    itemsize = 2 if layout.bfloat16_base else FLOAT
-    frozen = itemsize * (n.blocks + n.rest) + FLOAT * n.float32
     if layout.zero_stage < 3:
-        return frozen + FLOAT * n.trainable, 0.0, 0.0
+        resident, visiting, on_host = frozen_weights(shape, layout)
+        return resident + FLOAT * n.trainable, visiting, on_host
+    itemsize = 2 if layout.bfloat16_base else FLOAT
     d, r = shape.width, shape.rank
     persistent = n.lora if r * max(d, shape.ffn_dim) < PERSISTENT else 0
     share = (itemsize * (n.blocks + n.rest) + FLOAT * (n.trainable - persistent)) / layout.world

@@ -28,6 +28,7 @@ from one4d_pl.config import (
     SamplerConfig,
     TrainConfig,
 )
+from one4d_pl.costs.sampling import MODES, SamplingMode
 from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
 from one4d_pl.errors import UserError
@@ -35,6 +36,7 @@ from one4d_pl.files import whole_folder, write_text
 from one4d_pl.geometry.camera import resize_crop_plan
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
 from one4d_pl.inference.long_video import fill_window, join_frames, recover_video
+from one4d_pl.inference.sampling_mode import choose_mode
 from one4d_pl.models.adapters import AdapterCard, model_card, save_adapters
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.encoder_files import CPU
@@ -97,7 +99,7 @@ class One4DPipeline:
     ) -> None:
         self.transformer, self.encoders, self.config = transformer, encoders, config
         self.shift, self.negative_prompt, self.card, self.bfloat16 = shift, negative_prompt, card, bfloat16
-        self.two_calls = False  # guidance in two calls instead of one of twice the batch: less memory
+        self.frugal = False  # see costs/sampling.py
 
     @staticmethod
     def from_pretrained(
@@ -105,8 +107,14 @@ class One4DPipeline:
         adapters: Path | str = DEMO_ADAPTERS,
         dtype: str = "float32",  # of the frozen transformer and text encoder; bfloat16 also runs under autocast
         device: torch.device | str = "cpu",
+        memory: float | None = None,  # GiB of the GPU to stay within; None = everything lies on the device
+        size: tuple[int, int, int] | None = None,  # frames, height, width that `memory` is for; None = the card's
     ) -> One4DPipeline:
-        """Open a base with an adapter, sampled as its card says; ConfigError if they mismatch."""
+        """Open a base with an adapter, sampled as its card says; ConfigError if they mismatch.
+
+        Within `memory`, the encoders wait on the host, guidance takes two calls and the VAE works in
+        tiles; where that is not enough the base is int8, and then its blocks wait on the host too.
+        """
         card = AdapterCard.read(Path(adapters))
         config = Config(
             base=BaseConfig(
@@ -118,20 +126,42 @@ class One4DPipeline:
             train=TrainConfig(precision="bf16-mixed" if dtype == "bfloat16" else "32-true"),
             sampler=card.sampler_config,
         )
-        return One4DPipeline.open(card.configure(config), Path(adapters), torch.device(device))
+        config, mode = card.configure(config), MODES[0]
+        if memory is not None:
+            frames, height, width = size or (card.num_frames, card.height, card.width)
+            scene = replace(config.data, num_frames=frames, height=height, width=width)
+            mode = choose_mode(replace(config, data=scene), memory, torch.device(device))
+        return One4DPipeline.open(config, Path(adapters), torch.device(device), mode)
 
     @staticmethod
-    def open(config: Config, adapters: Path | None, device: torch.device = CPU) -> One4DPipeline:
-        """Open a run's base with an adapter, sampled as its config says.
+    def open(
+        config: Config, adapters: Path | None, device: torch.device = CPU, mode: SamplingMode = MODES[0]
+    ) -> One4DPipeline:
+        """Open a run's base with an adapter, sampled as its config says, on as much memory as the mode does.
 
         Without adapters both branches are the base. ConfigError where the adapter is of another
         base, or not of the config's shape (`AdapterCard.configure`).
         """
+        if mode.frugal:
+            config = replace(config, base=replace(config.base, quantisation=mode.quantisation, offload=mode.offload))
         transformer, card = open_model(config, adapters, device)
+        encoders, bfloat16 = WanEncoders.of(config.base), uses_bfloat16(config, device)
+        if mode.frugal:
+            encoders.vae.enable_tiling()
+            for _, parameter in transformer.trainable_parameters() if bfloat16 else ():
+                parameter.data = parameter.data.bfloat16()  # as autocast would at every product
         transformer.eval().requires_grad_(False)
-        encoders, negative_prompt = WanEncoders.of(config.base).to(device), config.base.negative_prompt
-        bfloat16 = uses_bfloat16(config, device)
-        return One4DPipeline(transformer, encoders, config.sampler, config.flow.shift, negative_prompt, card, bfloat16)
+        pipeline = One4DPipeline(
+            transformer,
+            encoders.wait_on_host(device) if mode.frugal else encoders.to(device),
+            config.sampler,
+            config.flow.shift,
+            config.base.negative_prompt,
+            card,
+            bfloat16,
+        )
+        pipeline.frugal = mode.frugal
+        return pipeline
 
     @property
     def device(self) -> torch.device:
@@ -326,7 +356,7 @@ class One4DPipeline:
             raise RequestError(str(error)) from None
         negative = self.negative_prompt if negative_prompt is None else negative_prompt
         changed = One4DPipeline(self.transformer, self.encoders, config, self.shift, negative, self.card, self.bfloat16)
-        changed.two_calls = self.two_calls
+        changed.frugal = self.frugal
         return changed
 
     def framing(
@@ -355,6 +385,8 @@ class One4DPipeline:
         target = Path(folder)
         if target.exists():
             raise RequestError(f"save_pretrained: {target} exists; name a new folder")
+        if self.frugal and self.bfloat16:
+            raise RequestError("save_pretrained: memory= made the adapter bfloat16; open it without, on the CPU")
         with whole_folder(target) as staging:
             save_adapters(self.transformer, staging, self._card())
             write_text(staging / "README.md", model_card(self._card()))
@@ -372,21 +404,6 @@ class One4DPipeline:
             self.save_pretrained(folder)
             api.create_repo(repo_id, private=private, exist_ok=True)
             return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload One4D adapters"))
-
-    def enable_encoder_offload(self) -> None:
-        """Keep text encoder, image encoder and VAE on the CPU except while they work."""
-        self.encoders.wait_on_host(self.device)
-
-    def enable_vae_tiling(self) -> None:
-        """Encode and decode in overlapping, blended tiles: less memory, but each lacks context."""
-        self.encoders.vae.enable_tiling()
-
-    def enable_guidance_in_two_calls(self) -> None:
-        """Run the base with and without the prompt one after the other: half the activations.
-
-        The result is the same.
-        """
-        self.two_calls = True
 
     def compile_blocks(self) -> None:
         """Compile the transformer's blocks; they are alike, so one compilation serves them all."""
@@ -409,7 +426,7 @@ class One4DPipeline:
             text = GuidedText.embed(encoders, self.config, prompts, self.negative_prompt, frame_mask)
             latents = integrate(
                 lambda noisy, sigma: guided_velocity(
-                    self.transformer, noisy, condition, sigma, text, image_embeds, self.two_calls
+                    self.transformer, noisy, condition, sigma, text, image_embeds, two_calls=self.frugal
                 ),
                 noise,
                 self.config.steps,

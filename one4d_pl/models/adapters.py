@@ -55,6 +55,7 @@ class AdapterCard:
     coupling: str = "decoupled"
     pointmap_power: float = 1.0  # see config.DataConfig
     xyz_statistics: dict[str, list[float]] | None = None  # mean and std of dlc.standardise_xyz; None = off
+    base_quantisation: str = "none"  # of the base that it was trained on; see config.BaseConfig
 
     @property
     def dlc(self) -> DLCConfig:

@@ -39,6 +39,7 @@ RELEASED: dict[str, dict[str, object]] = {
 }
 # Wan 2.1's encoders: parameters, channels, and CLIP's tokens (16 x 16 patches and the class token)
 ENCODER_PARAMETERS = {"vae": 126_892_531, "text_encoder": 5_680_910_336, "image_encoder": 630_766_080}
+TEXT_BLOCKS, TEXT_BLOCK_PARAMETERS = 24, 192_948_224  # of UMT5-XXL
 VAE_BASE_DIM, IMAGE_TOKENS = 96, 257
 HEADER_LIMIT = 100_000_000  # bytes of a safetensors header; the format's own
 
@@ -206,21 +207,29 @@ def sizes_of(path: str) -> tuple[Path | None, dict[str, object], str]:
     return None, RELEASED[size], f"{name} (not there; sizes of the released Wan 2.1 {size})"
 
 
-def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], int]:
-    """Count the parameters of a base's encoders and return its VAE's width, too.
+def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], dict[str, int], int]:
+    """Count the parameters of a base's encoders.
 
-    Without a folder, and in Wan's own layout, these are Wan 2.1's.
+    Returns each part's; what of each is at most on a GPU at a time, since the text encoder visits it
+    block by block, two blocks at once; and the VAE's width. Without a folder, and in Wan's own
+    layout, these are Wan 2.1's.
     """
     if folder is None or is_original(folder):
         config = {"image_dim": IMAGE_DIM} if folder is None else transformer_config(folder)
         parts = [part for part in ENCODER_PARAMETERS if part != "image_encoder" or config["image_dim"] is not None]
-        return {part: ENCODER_PARAMETERS[part] for part in parts}, VAE_BASE_DIM
-    counts = {}
-    for part in ENCODER_PARAMETERS:
-        headers = [safetensors_header(file) for file in weight_files(folder, part)]
-        counts[part] = sum(math.prod(tensor["shape"]) for header in headers for tensor in header.values())
-    settings = json.loads((folder / "vae" / "config.json").read_text())
-    return counts, settings.get("base_dim", VAE_BASE_DIM)
+        counts = {part: ENCODER_PARAMETERS[part] for part in parts}
+        away, base_dim = (TEXT_BLOCKS - 2) * TEXT_BLOCK_PARAMETERS, VAE_BASE_DIM
+    else:
+        tensors = {
+            part: [tensor for file in weight_files(folder, part) for tensor in safetensors_header(file).items()]
+            for part in ENCODER_PARAMETERS
+        }
+        counts = {part: sum(math.prod(tensor["shape"]) for _, tensor in found) for part, found in tensors.items()}
+        blocks = [(name, tensor) for name, tensor in tensors["text_encoder"] if ".block." in name]
+        number = len({name.split(".block.")[1].partition(".")[0] for name, _ in blocks})
+        away = sum(math.prod(tensor["shape"]) for _, tensor in blocks) * max(0, number - 2) // max(1, number)
+        base_dim = json.loads((folder / "vae" / "config.json").read_text()).get("base_dim", VAE_BASE_DIM)
+    return counts, counts | {"text_encoder": counts["text_encoder"] - away}, base_dim
 
 
 def image_tokens(folder: Path) -> int:

@@ -156,9 +156,12 @@ class WaitingInputs:
     def keeping(self, hidden: Tensor) -> Iterator[None]:
         """Keep this one tensor on the host where autograd would keep it on the device."""
 
+        # autograd holds these functions, which therefore must not hold the tensor
+        storage, shape = hidden.untyped_storage()._cdata, hidden.shape
+
         def pack(tensor: Tensor) -> Tensor | _Waiting:
-            same = tensor.untyped_storage()._cdata == hidden.untyped_storage()._cdata
-            return self._send(tensor) if same and tensor.shape == hidden.shape else tensor
+            same = tensor.untyped_storage()._cdata == storage and tensor.shape == shape
+            return self._send(tensor) if same else tensor
 
         def unpack(kept: Tensor | _Waiting) -> Tensor:
             return self._return(kept) if isinstance(kept, _Waiting) else kept

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,6 +13,8 @@ from one4d_pl.models.coupling import couple
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import fingerprint, load_transformer
 from one4d_pl.models.weights import Partitioner
+
+log = logging.getLogger("one4d_pl")
 
 
 def open_model(
@@ -31,4 +34,8 @@ def open_model(
     base = load_transformer(wan.path, wan.dtype, device, partitioner, wan.quantisation, wan.offload)
     transformer = couple(base, config.dlc, config.train.seed, config.data.pointmap_power)
     card = None if adapters is None else load_adapters(transformer, adapters, fingerprint(config.base.path))
+    if card is not None and card.base_quantisation != wan.quantisation:
+        kinds = {"none": "unquantised"}
+        trained, here = (kinds.get(kind, kind) for kind in (card.base_quantisation, wan.quantisation))
+        log.info("%s: trained on the %s base; this one is %s", adapters, trained, here)
     return transformer, card

@@ -102,8 +102,13 @@ class WanEncoders(nn.Module):
         return WanEncoders(base.path, base.dtype, base.max_text_tokens, device)
 
     def wait_on_host(self, device: torch.device) -> WanEncoders:
-        """Keep the weights in host memory; each part is on `device` only while it works."""
+        """Keep the weights in host memory; each part is on `device` only while it works.
+
+        The text encoder, by far the largest part, visits it block by block.
+        """
         self.to(CPU)
+        if device.type != "cpu":
+            self._park_text_blocks(device)
         if device.type == "cuda" and torch.cuda.is_available():
             for part in (self.vae, self.text_encoder, self.image_encoder):
                 for tensor in () if part is None else (*part.parameters(), *part.buffers()):
@@ -111,6 +116,11 @@ class WanEncoders(nn.Module):
         self.latents_mean, self.latents_std = self.latents_mean.to(device), self.latents_std.to(device)
         self.waits_on_host = device.type != "cpu"
         return self
+
+    def _park_text_blocks(self, device: torch.device) -> None:
+        visiting = VisitingBlocks(device)
+        for block in self.text_encoder.encoder.block:
+            visiting.park(block)
 
     @contextmanager
     def _at_work(self, part: nn.Module) -> Iterator[None]:

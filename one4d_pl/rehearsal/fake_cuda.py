@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
@@ -98,6 +98,7 @@ def pretend(watch: Watch) -> Iterator[torch.device]:
             stack.enter_context(patch.object(fake_tensor, "init_gpu_context", lambda device: None))
             # makes torch.tensor(..., device="cuda") on the CPU and then moves it as a fake tensor
             stack.enter_context(patch.object(fake_tensor.FakeTensorMode, "avoid_device_init", True))
+            stack.enter_context(patch.object(torch.Tensor, "record_stream", lambda tensor, stream: None))
         # tensors without bytes cannot be pinned
         stack.enter_context(patch.object(torch.Tensor, "pin_memory", lambda tensor: tensor))
         stack.enter_context(patch.object(torch.nn.Module, "_apply", _apply))
@@ -122,6 +123,17 @@ def _python_side(watch: Watch) -> dict[str, object]:
     def answer(value: object) -> object:
         return lambda *args, **kwargs: value
 
+    class Stream:
+        """A stream, and an event of it: nothing is ever computed, so nothing is waited for."""
+
+        def __init__(self, *args: object) -> None:
+            pass
+
+        wait_stream = wait = nothing
+
+        def record_event(self) -> Stream:
+            return self
+
     silent = ("set_device", "synchronize", "empty_cache", "reset_peak_memory_stats", "manual_seed", "manual_seed_all")
     return {
         "is_available": answer(True),
@@ -132,6 +144,9 @@ def _python_side(watch: Watch) -> dict[str, object]:
         "get_device_name": answer(NAME),
         "get_device_capability": answer((9, 0)),
         "get_device_properties": answer(properties),
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": nullcontext,
         "max_memory_allocated": lambda *args: watch.peak,
         **dict.fromkeys(silent, nothing),
     }

@@ -128,7 +128,9 @@ class Watch(TorchDispatchMode):
             self.failed_in = self.where  # noted here: hooks leave the module before the error is caught
             raise
         self.known.follow(func, args, kwargs, made)
-        self._count(func, read, made)
+        # a copy into pinned memory that nobody waits for
+        beside = func is aten.copy_.default and (kwargs.get("non_blocking") or args[2:3] == (True,))
+        self._count(func, read, made, waits=not beside)
         return result
 
     def _without_masks(self, func: OpOverload, args: tuple[object, ...]) -> tuple[object, ...]:
@@ -146,12 +148,12 @@ class Watch(TorchDispatchMode):
                 indices.append(index)
         return (args[0], indices, *args[2:])
 
-    def _count(self, func: OpOverload, read: list[Tensor], made: list[Tensor]) -> None:
+    def _count(self, func: OpOverload, read: list[Tensor], made: list[Tensor], waits: bool) -> None:
         name = str(func)
         if "copy" in name and len({tensor.device.type for tensor in [*read[:2], *made]}) > 1:
             if made[0].is_cuda:
                 self.current.uploads += 1
-            else:
+            elif waits:
                 self._wait(func)
         storages = {_key(tensor) for tensor in read}
         mutable = func._schema.is_mutable

@@ -297,6 +297,7 @@ def _card(
         coupling=config.dlc.coupling,
         pointmap_power=transformer.codec.power,
         xyz_statistics=transformer.codec.statistics,
+        base_quantisation=config.base.quantisation,
     )
 
 

@@ -36,13 +36,13 @@ def paper(*overrides: str) -> Config:
     return load_config(PAPER, ["dlc.num_links=1", *overrides])
 
 
-def step(checkpointing: str) -> dict[str, object]:
+def step(checkpointing: str, *overrides: str, blocks: int = BLOCKS) -> dict[str, object]:
     """One step of the paper's own clip from cached encodings: the transformer alone."""
     from one4d_pl.rehearsal import run
 
-    config = paper("data.cache_latents=true", f"train.activation_checkpointing={checkpointing}")
+    config = paper("data.cache_latents=true", f"train.activation_checkpointing={checkpointing}", *overrides)
     with patch.object(run, "sample", lambda *args: None):
-        seen = run.rehearse(config, BLOCKS)
+        seen = run.rehearse(config, blocks)
     planned = seen.planned
     fixed = planned.weights + planned.gradients + planned.optimizer
     return {
@@ -72,6 +72,16 @@ def step_full() -> object:
 @case
 def step_selective() -> object:
     return step("selective")
+
+
+@case
+def step_offload() -> object:
+    return step("offload")
+
+
+@case
+def step_visiting() -> object:
+    return step("offload", "base.quantisation=int8", "base.offload=true", blocks=3)  # of which two are on the GPU
 
 
 def small(
@@ -135,6 +145,43 @@ def sampling() -> object:
 
     small(at_end=sample, largest=False)
     return found
+
+
+@case
+def scene() -> object:
+    """One scene of the paper's size as a card of 16 GB makes it: an int8 base that visits block by block."""
+    import torch
+
+    from one4d_pl.costs.flops import TransformerShape
+    from one4d_pl.costs.memory import batch_of, layout_of
+    from one4d_pl.costs.sampling import MODES, sampling_memory
+    from one4d_pl.inference.pipeline import One4DPipeline
+    from one4d_pl.models.base_files import encoder_sizes, image_tokens, transformer_config
+    from one4d_pl.rehearsal import run
+    from one4d_pl.rehearsal.skeleton import write_skeleton
+
+    blocks, mode = 3, MODES[-1]
+    with TemporaryDirectory() as folder:
+        base = Path(folder) / "base"
+        write_skeleton(base, "weights/Wan2.1-Fun-V1.1-14B-InP", blocks)
+        config = run.one_process(paper("sampler.steps=1"), Path(folder), blocks)
+        device = torch.device("cuda", 0)
+        with run.rehearsing(config) as watch, torch.no_grad():
+            pipeline = One4DPipeline.open(config, None, device, mode)
+            frames = torch.zeros(1, 3, 81, 352, 624).to(device)
+            given = torch.ones(1, 81, dtype=torch.bool).to(device)
+            noise = torch.randn(2, 16, 21, 44, 78).to(device)
+            pipeline.transformer.register_forward_pre_hook(lambda *_: watch.begin("transformer"))
+            pipeline.encoders.vae.decoder.register_forward_pre_hook(lambda *_: watch.begin("decoding"))
+            watch.begin("encoders")
+            pipeline.sample([run.PROMPT], frames, given, noise)
+        shape = TransformerShape.of(transformer_config(base), config.dlc)
+        layout = layout_of(config, *encoder_sizes(base))
+        batch = replace(batch_of(config, image_tokens(base)), clips=1)
+    return {
+        "peaks": {phase: seen.peak for phase, seen in watch.phases.items() if phase},
+        "planned": sampling_memory(shape, batch, layout, mode).tensors,
+    }
 
 
 @case

@@ -43,7 +43,10 @@ def seen(tmp_path_factory) -> dict[str, object]:
     return found
 
 
-@pytest.mark.parametrize("mode", CHECKPOINTING)
+STEPS = (*CHECKPOINTING, "visiting")
+
+
+@pytest.mark.parametrize("mode", STEPS)
 def test_a_step_of_the_14b_needs_the_planners_memory(seen, mode):
     step = seen[f"step_{mode}"]
     planned = step["planned"] + step["pixels"]
@@ -52,7 +55,13 @@ def test_a_step_of_the_14b_needs_the_planners_memory(seen, mode):
     assert planned - step["fixed"] == pytest.approx(step["peak"] - step["fixed"], rel=0.05)
 
 
-@pytest.mark.parametrize("mode", CHECKPOINTING)
+def test_a_scene_of_the_14b_needs_the_planners_memory_in_its_largest_phase(seen):
+    peaks, planned = seen["scene"]["peaks"], seen["scene"]["planned"]
+    assert max(peaks, key=peaks.get) == "transformer"
+    assert planned == pytest.approx(max(peaks.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("mode", STEPS)
 def test_the_transformers_step_never_waits_for_the_gpu(seen, mode):
     waits = seen[f"step_{mode}"]["waits"]
     assert waits["forward"] == waits["backward"] == waits["optimizer"] == 0
