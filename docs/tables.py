@@ -25,9 +25,10 @@ from one4d_pl.__main__ import COMMANDS
 from one4d_pl.cluster.signals import PREEMPTED
 from one4d_pl.cluster.watchdog import HUNG
 from one4d_pl.commands.command import PIPE_CLOSED, USER_ERROR
-from one4d_pl.commands.plan import Run, plan, plan_text
-from one4d_pl.config import Config, as_dict, flatten, load_config
-from one4d_pl.costs.memory import GPU_GIB, step_memory
+from one4d_pl.commands.plan import fastest_fit, plan, plan_text
+from one4d_pl.config import Config, ConfigError, as_dict, flatten, load_config
+from one4d_pl.costs.memory import GPU_GIB, Layout
+from one4d_pl.costs.sampling import best_mode, scene_seconds
 from one4d_pl.evaluation.protocols import PROTOCOLS
 from one4d_pl.interrupts import INTERRUPTED
 
@@ -239,31 +240,58 @@ def _plan() -> str:
     return f"```text\n{plan_text(plan(load_config(NODES, [ABSENT['14B']]), 64, 'H200', 0.5))}\n```"
 
 
+CARDS = ("RTX 4080", "RTX 4090", "RTX 5090", "A100-40GB", "L40S", "H100", "H200")
+HOST_GIB = 64.0  # of a desktop with one of the first three
+
+
 def _gpus() -> str:
-    """Plan the memory per GPU of a few trainings, and name the GPUs that hold it."""
+    """Plan what one GPU alone can do, by the fastest way that fits."""
+    rows = []
+    for gpu in CARDS:
+        row = [f"{gpu}, {GPU_GIB[gpu]:g} GiB"]
+        for size, configs in (("14B", LARGE), ("1.3B", SMALL)):
+            run = plan(load_config(configs, ["train.devices=1", ABSENT[size]]), 1, gpu, 0.5)
+            try:
+                way = fastest_fit(run, HOST_GIB if gpu.startswith("RTX") else None)
+                row += [_in_words(way), f"{run.seconds(way):,.0f} s"]
+            except ConfigError:
+                row += ["does not fit", ""]
+            if size == "14B":
+                batch = replace(run.batch, clips=1)
+                mode = best_mode(run.shape, batch, run.layout, GPU_GIB[gpu] * 2**30)
+                assert mode is not None
+                seconds = scene_seconds(run.shape, batch, run.layout, mode, run.sampler_steps, run.speed)
+                how = " (int8, blocks visit)" if mode.offload else " (int8)" if mode.quantisation != "none" else ""
+                row.append(f"{seconds:,.0f} s{how}")
+        rows.append(row)
+    return _table(["one GPU", "trains the 14B", "a step", "a 14B scene", "trains the 1.3B", "a step"], rows)
+
+
+def _in_words(way: Layout) -> str:
+    """Say briefly how a training saves memory."""
+    words = ["int8"] if way.quantised else []
+    words += ["blocks visit"] if way.visiting else []
+    words += [f"ZeRO-{way.zero_stage}"] if way.zero_stage else []
+    words += ["AdamW on host"] if way.offload else []
+    words += ["inputs on host"] if way.checkpointing == "offload" else [f"recompute {way.checkpointing}"]
+    return ", ".join(words)
+
+
+def _clusters() -> str:
+    """Plan the memory per GPU of trainings on several GPUs, and name the GPUs that hold it."""
     ways: list[tuple[str, list[str], list[str], int]] = [
-        ("1.3B, one GPU", SMALL, ["train.strategy=single", "train.devices=1"], 1),
-        ("14B, one GPU, ZeRO-3 and offload", LARGE, ["train.strategy=deepspeed", "train.zero_stage=3"], 1),
         ("14B, 8 GPUs, ddp (the paper's)", LARGE, [], 8),
+        ("14B, 8 GPUs, ddp, int8", LARGE, ["base.quantisation=int8"], 8),
         ("14B, 8 GPUs, ZeRO-3", LARGE, ["train.strategy=deepspeed", "train.zero_stage=3"], 8),
         ("14B, 64 GPUs, ZeRO-2", NODES, [], 64),
     ]
     rows = []
     for name, configs, overrides, gpus in ways:
         run = plan(load_config(configs, [*overrides, ABSENT[name.split(",")[0]]]), gpus, "H100", 0.5)
-        if "offload" in name:
-            run = replace(run, layout=replace(run.layout, offload=True))
-        rows.append([name, f"{_memory_gib(run):.1f} GiB", ", ".join(_holding(run)) or "none"])
+        memory = run.memory(run.layout)
+        holding = [gpu for gpu, size in GPU_GIB.items() if memory.fits(size * 2**30)]
+        rows.append([name, f"{memory.total / 2**30:.1f} GiB", ", ".join(holding) or "none"])
     return _table(["training", "planned per GPU", "GPUs that hold it"], rows)
-
-
-def _memory_gib(run: Run) -> float:
-    return step_memory(run.shape, run.batch, run.layout).total / 2**30
-
-
-def _holding(run: Run) -> list[str]:
-    memory = step_memory(run.shape, run.batch, run.layout)
-    return [gpu for gpu, size in GPU_GIB.items() if memory.fits(size * 2**30)]
 
 
 TABLES: dict[str, Callable[[], str]] = {
@@ -276,6 +304,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "exit-codes": _exit_codes,
     "plan": _plan,
     "gpus": _gpus,
+    "clusters": _clusters,
 }
 
 

@@ -123,7 +123,8 @@ def measured(settings: dict[str, object], batch: BatchShape, checkpointing: str,
 
 
 @pytest.mark.parametrize("bfloat16", [False, True], ids=["float32", "bf16-mixed"])
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+# offload: tests/rehearsal, where host and GPU are told apart
+@pytest.mark.parametrize("checkpointing", [mode for mode in CHECKPOINTING if mode != "offload"])
 @pytest.mark.parametrize("name", SIZES)
 def test_live_tensor_bytes_are_within_five_percent(name, checkpointing, bfloat16, record_property, monkeypatch):
     monkeypatch.setattr(torch.nn.functional, "rms_norm", OneKernelNorm.apply)
@@ -132,8 +133,9 @@ def test_live_tensor_bytes_are_within_five_percent(name, checkpointing, bfloat16
     batch = BatchShape(1, grid, 512 if image else 96, 17 if image else 0)
     found = measured(settings, batch, checkpointing, bfloat16)
     shape = TransformerShape.of(settings, DLCConfig(rank=8, num_links=1))
-    memory = step_memory(shape, batch, Layout(1, 0, checkpointing, False, bfloat16, bfloat16, 0.0, 0.0, 0))
-    kept, rest = step_activations(shape, batch, checkpointing, bfloat16)
+    layout = Layout(1, 0, checkpointing, False, bfloat16, bfloat16, 0.0, 0.0, 0)
+    memory = step_memory(shape, batch, layout)
+    kept, rest, _ = step_activations(shape, batch, layout)
     ours = {
         "weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer,
         "activations": kept + rest,
@@ -187,6 +189,22 @@ def test_what_is_shared_or_moved_away_costs_less():
     layout = Layout(64, 3, "full", True, True, True, 13e9, 11e9, 96)
     moved = step_memory(TransformerShape.of(RELEASED["14B"], DLCConfig()), PAPER, layout).host
     assert moved > 13e9 + 0.5e9
+
+
+def test_what_waits_on_the_host_or_is_quantised_is_counted_once():
+    shape = TransformerShape.of(RELEASED["14B"], DLCConfig())
+    layout = Layout(1, 0, "full", False, True, True, 0.0, 0.0, 0)
+
+    def of(**changes: object) -> tuple[float, float]:
+        memory = step_memory(shape, PAPER, replace(layout, **changes))
+        return memory.tensors, memory.host
+
+    n = count_parameters(shape)
+    (plain, none), (int8, _), (away, on_host) = of(), of(quantised=True), of(visiting=True)
+    assert none == 0 and plain - int8 == pytest.approx(n.products - 4 * n.outputs, rel=1e-3)
+    assert on_host == 2 * n.products and plain - away == pytest.approx(on_host * 38 / 40)
+    waiting, inputs = of(checkpointing="offload")
+    assert inputs == 40 * 2 * 18018 * 5120 * 2 and plain - waiting == pytest.approx(inputs * 38 / 40)
 
 
 def test_an_average_lies_where_the_weights_lie():

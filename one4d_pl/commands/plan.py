@@ -1,8 +1,9 @@
 """one4d plan --config ... --gpus 64 --gpu H200: what a run will need and take, before anything is loaded.
 
 Parameters, memory per GPU by part, operations and time per step, hours and GPU-hours to the end, legal global batches,
-and which strategies fit which GPUs. The base's own config.json where it is there, else the released Wan 2.1 models'.
-Sizes and operations are counted in closed form (one4d_pl/costs); HFU is the caller's guess, the allowance ours.
+which ways of training and of sampling fit which GPUs. With --fit, the fastest way of training that fits, as overrides
+to paste. The base's own config.json where it is there, else the released Wan 2.1 models'. Sizes, operations and copies
+are counted in closed form (one4d_pl/costs); HFU is the caller's guess, the allowance ours.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import argparse
 from dataclasses import dataclass, replace
 
 from one4d_pl.commands.command import Command
-from one4d_pl.config import Config, ConfigError, load_config
+from one4d_pl.config import CHECKPOINTING, Config, ConfigError, load_config
 from one4d_pl.costs.flops import BatchShape, Flops, TransformerShape, peak_flops, training_flops
 from one4d_pl.costs.memory import (
     GPU_GIB,
@@ -22,6 +23,8 @@ from one4d_pl.costs.memory import (
     layout_of,
     step_memory,
 )
+from one4d_pl.costs.sampling import MODES, sampling_memory, scene_seconds
+from one4d_pl.costs.transfers import pass_bytes, step_seconds
 from one4d_pl.models.base_files import IMAGE_TOKENS, encoder_sizes, sizes_of
 
 GIB, MEGA = 2**30, 2**20
@@ -39,6 +42,7 @@ class Run:
     hfu: float
     global_batch: int
     steps: int
+    sampler_steps: int
     note: str  # why batch and steps are not the config's; empty if they are
 
     @property
@@ -49,17 +53,28 @@ class Run:
         """Count the operations of one GPU in one optimiser step."""
         return training_flops(self.shape, self.batch, checkpointing, flash=True) * self.accumulation
 
-    def seconds(self, checkpointing: str) -> float:
-        """Estimate the time of a step (s) at the stated share of the GPU's peak."""
+    @property
+    def speed(self) -> float:
+        """Return the operations per second at the stated share of the GPU's peak."""
         peak = peak_flops(f"NVIDIA {self.gpu}", "bf16-mixed")
         assert peak is not None
-        return self.flops(checkpointing).hardware / (self.hfu * peak)
+        return self.hfu * peak
+
+    def seconds(self, layout: Layout) -> float:
+        """Estimate the time of a step (s)."""
+        return step_seconds(self.shape, self.batch, layout, self.accumulation, self.speed)
+
+    def memory(self, layout: Layout) -> Memory:
+        """Compute the memory of one process."""
+        return step_memory(self.shape, self.batch, layout)
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", action="append", required=True, metavar="FILE", help="yaml; later files win")
     parser.add_argument("--gpus", type=int, metavar="N", help="default: the config's num_nodes x devices")
     parser.add_argument("--gpu", choices=GPU_GIB, default="H100", help="default: H100")
+    parser.add_argument("--fit", action="store_true", help="plan the fastest way that fits the GPU, not the config's")
+    parser.add_argument("--host", type=float, metavar="GIB", help="host memory that --fit may use for each process")
     parser.add_argument("--hfu", type=float, default=0.5, help="share of the GPU's peak that is reached (default 0.5)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value")
 
@@ -71,7 +86,12 @@ def _run(args: argparse.Namespace) -> None:
     gpus = config.train.world_size if args.gpus is None else args.gpus
     if gpus < 1:
         raise ConfigError(f"--gpus: need at least one, got {gpus}")
-    print(plan_text(plan(config, gpus, args.gpu, args.hfu)))
+    run = plan(config, gpus, args.gpu, args.hfu)
+    if not args.fit:
+        print(plan_text(run))
+        return
+    run = replace(run, layout=fastest_fit(run, args.host))
+    print(f"{plan_text(run)}\n\npaste       {overrides_text(run.layout)}")
 
 
 def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
@@ -99,13 +119,79 @@ def plan(config: Config, gpus: int, gpu: str, hfu: float) -> Run:
         hfu=hfu,
         global_batch=global_batch,
         steps=steps,
+        sampler_steps=config.sampler.steps,
         note=note,
     )
 
 
 def plan_text(run: Run) -> str:
     """Format the plan as text."""
-    return "\n".join([*_sizes(run), "", *_time(run), "", *_memory(run), "", *_strategies(run)])
+    return "\n".join([*_sizes(run), "", *_time(run), "", *_memory(run), "", *_ways(run), "", *_scenes(run)])
+
+
+def all_ways(run: Run) -> list[Layout]:
+    """List every way to train that the run's GPUs have: strategy, recomputation, what lies on the host, int8."""
+    found = []
+    for stage in range(4):
+        for checkpointing in CHECKPOINTING:
+            for offload in (False, True) if stage else (False,):
+                # stage 3 shares out the blocks itself; without recomputation autograd would keep visiting blocks
+                for quantised in (False, True) if stage < 3 else (False,):
+                    for visiting in (False, True) if stage < 3 and checkpointing != "none" else (False,):
+                        found.append(
+                            replace(
+                                run.layout, zero_stage=stage, checkpointing=checkpointing, offload=offload,
+                                quantised=quantised, visiting=visiting,
+                            )
+                        )  # fmt: skip
+    return found
+
+
+def best_ways(run: Run) -> list[Layout]:
+    """List the ways that no other beats at once in GPU memory, host memory, time and precision of the base."""
+    costs: dict[tuple[float, ...], Layout] = {}
+    for way in all_ways(run):  # of equal ones the first, which has the plainer strategy
+        memory = run.memory(way)
+        costs.setdefault((memory.total, memory.host, run.seconds(way), way.quantised), way)
+    beaten = {
+        cost for cost in costs for other in costs
+        if other != cost and all(theirs <= 1.01 * ours for theirs, ours in zip(other, cost, strict=True))
+        and (other < cost or any(theirs < 0.99 * ours for theirs, ours in zip(other, cost, strict=True)))
+    }  # fmt: skip
+    return [
+        way for cost, way in sorted(costs.items(), key=lambda item: (item[0][2], -item[0][0])) if cost not in beaten
+    ]
+
+
+def fastest_fit(run: Run, host_gib: float | None = None) -> Layout:
+    """Return the fastest way of training that fits the run's GPU and, where given, the host memory.
+
+    Of ways that are equally fast, one that does not round the base, and of those the one that takes
+    the least host memory. ConfigError where none fits.
+    """
+    ways = [way for way in best_ways(run) if host_gib is None or run.memory(way).host <= host_gib * GIB]
+    fitting = [way for way in ways if run.memory(way).fits(GPU_GIB[run.gpu] * GIB)]
+    if not fitting:
+        needs = [f"{run.memory(way).total / GIB:.1f} with {run.memory(way).host / GIB:.0f} on the host" for way in ways]
+        least = f"the smallest needs {needs[-1]}" if needs else "even the one with the least host memory needs more"
+        raise ConfigError(
+            f"--fit: no way of training fits an {run.gpu} ({GPU_GIB[run.gpu]} GiB"
+            f"{'' if host_gib is None else f', {host_gib:g} GiB on the host'}); {least}; "
+            "make data.num_frames, data.height and data.width smaller"
+        )
+    return min(fitting, key=lambda way: (float(f"{run.seconds(way):.2g}"), way.quantised, run.memory(way).host))
+
+
+def overrides_text(layout: Layout) -> str:
+    """Write a way of training as overrides of `fit`."""
+    strategy = "deepspeed" if layout.zero_stage else "ddp" if layout.world > 1 else "single"
+    words = [f"train.strategy={strategy}"]
+    if layout.zero_stage:
+        words += [f"train.zero_stage={layout.zero_stage}", f"train.offload={_yaml(layout.offload)}"]
+    words.append(f"train.activation_checkpointing={layout.checkpointing}")
+    words.append(f"base.quantisation={'int8' if layout.quantised else 'none'}")
+    words.append(f"base.offload={_yaml(layout.visiting)}")
+    return " ".join(words)
 
 
 def _sizes(run: Run) -> list[str]:
@@ -124,7 +210,7 @@ def _sizes(run: Run) -> list[str]:
 
 def _time(run: Run) -> list[str]:
     layout = run.layout
-    flops, seconds = run.flops(layout.checkpointing), run.seconds(layout.checkpointing)
+    flops, seconds = run.flops(layout.checkpointing), run.seconds(layout)
     hours = seconds * run.steps / 3600
     per_pass = layout.world * run.batch.clips
     return [
@@ -139,7 +225,7 @@ def _time(run: Run) -> list[str]:
 
 
 def _memory(run: Run) -> list[str]:
-    memory = step_memory(run.shape, run.batch, run.layout)
+    memory = run.memory(run.layout)
     verdict = "fits" if memory.fits(GPU_GIB[run.gpu] * GIB) else "DOES NOT FIT"
     lines = [f"memory      GiB per GPU, {_layout_text(run.layout)}"]
     lines += [f"  {name:<12}{value / GIB:8.2f}" for name, value in memory.parts() if value]
@@ -170,33 +256,51 @@ def _layout_text(layout: Layout) -> str:
     return ", ".join(words)
 
 
-def _strategies(run: Run) -> list[str]:
+def _ways(run: Run) -> list[str]:
     lines = [
-        "every way   GiB per GPU where the encoders visit it in every step, and without (encoded shards);",
-        "            fits: the GPUs that hold the first, in brackets those that hold the second alone",
-        f"  {'ZeRO':<6}{'recompute':<11}{'offload':<9}{'GiB':>7}{'without':>9}{'s/step':>10}  fits",
+        "ways        GiB per GPU where the encoders visit it in every step, and without (encoded shards); host: GiB of",
+        "            each process; GB: copies of a pass; fits: GPUs that hold the first, in brackets more that hold the",
+        "            second. Left out: what another way beats in memory, time and precision. * the config's",
+        f"  {'ZeRO':<6}{'recompute':<11}{'AdamW':<7}{'base':<14}"
+        f"{'GiB':>7}{'without':>9}{'host':>7}{'GB':>6}{'s/step':>10}  fits",
     ]
-    for stage in range(4):
-        for checkpointing in ("full", "selective", "none"):
-            for offload in (False, True) if stage else (False,):
-                layout = replace(run.layout, zero_stage=stage, checkpointing=checkpointing, offload=offload)
-                both = [step_memory(run.shape, run.batch, way) for way in (layout, layout.without_encoders())]
-                mark = "*" if layout == run.layout else " "
-                lines.append(
-                    f"{mark} {stage:<6}{checkpointing:<11}{_yes_no(offload):<9}{both[0].total / GIB:7.1f}"
-                    f"{both[1].total / GIB:9.1f}{run.seconds(checkpointing):10.3g}  {_fits(*both)}"
-                )
+    ways = best_ways(run)
+    for way in ways if run.layout in ways else [run.layout, *ways]:
+        both = [run.memory(each) for each in (way, way.without_encoders())]
+        base = ("int8" if way.quantised else "whole") + (", visits" if way.visiting else "")
+        lines.append(
+            f"{'*' if way == run.layout else ' '} {way.zero_stage:<6}{way.checkpointing:<11}"
+            f"{'host' if way.offload else 'GPU':<7}{base:<14}{both[0].total / GIB:7.1f}{both[1].total / GIB:9.1f}"
+            f"{both[0].host / GIB:7.1f}{pass_bytes(run.shape, run.batch, way) / 1e9:6.0f}"
+            f"{run.seconds(way):10.3g}  {_fits(*both)}"
+        )
     return lines
 
 
-def _fits(whole: Memory, encoded: Memory) -> str:
+def _scenes(run: Run) -> list[str]:
+    """Plan `one4d generate --memory` for scenes of the config's size."""
+    batch, steps = replace(run.batch, clips=1), run.sampler_steps
+    lines = [
+        f"scenes      of the config's size in {steps} steps with guidance; `one4d generate` takes the first that fits"
+    ]
+    for mode in MODES:
+        memory = sampling_memory(run.shape, batch, run.layout, mode)
+        seconds = scene_seconds(run.shape, batch, run.layout, mode, steps, run.speed)
+        lines.append(
+            f"  {mode.title:<68}{memory.total / GIB:6.1f} GiB{memory.host / GIB:6.1f} on the host{seconds:7.0f} s  "
+            f"{_fits(memory)}"
+        )
+    return lines
+
+
+def _fits(whole: Memory, encoded: Memory | None = None) -> str:
     names = [gpu for gpu, size in GPU_GIB.items() if whole.fits(size * GIB)]
-    more = [gpu for gpu, size in GPU_GIB.items() if gpu not in names and encoded.fits(size * GIB)]
+    more = [gpu for gpu, size in GPU_GIB.items() if gpu not in names and encoded and encoded.fits(size * GIB)]
     return ", ".join([*names, *(f"({gpu})" for gpu in more)]) or "none"
 
 
-def _yes_no(switch: bool) -> str:
-    return "yes" if switch else "no"
+def _yaml(switch: bool) -> str:
+    return "true" if switch else "false"
 
 
 main = Command("one4d plan", __doc__, _add_arguments, _run)

@@ -30,7 +30,9 @@ PEAK_TFLOPS = (
     (("L40S",), 362.0),
     (("A40",), 150.0),
     (("L4",), 121.0),
+    (("RTX 5090",), 209.0),
     (("RTX 4090",), 165.0),
+    (("RTX 4080",), 97.0),
 )
 
 
@@ -126,7 +128,7 @@ def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: st
         shape: the transformer's shape.
         batch: the pass's shape.
         checkpointing: none; full = every block is computed a second time in the backward pass;
-            selective = all of it but self-attention, whose result is kept (where `flash`).
+            selective = all of it but self-attention, whose result is kept (where `flash`); offload = as full.
         flash: attention runs in fused kernels, as on GPUs, which recompute the scores in the
             backward pass.
     """

@@ -27,7 +27,8 @@ NCCL = 1.0 * 2**30  # buffers of its channels, with several processes
 FRAGMENTATION = 0.05  # of the tensors
 # What drivers report of a GPU's memory, in GiB
 GPU_GIB = {
-    "B200": 178.4, "H200": 139.8, "H100": 79.2, "A100-80GB": 79.2, "L40S": 44.4, "A100-40GB": 39.4, "RTX 4090": 23.5,
+    "B200": 178.4, "H200": 139.8, "H100": 79.2, "A100-80GB": 79.2, "L40S": 44.4, "A100-40GB": 39.4, "RTX 5090": 31.3,
+    "RTX 4090": 23.5, "RTX 4080": 15.6,
 }  # fmt: skip
 
 

@@ -16,8 +16,8 @@ from one4d_pl.costs.memory import (
     count_parameters,
     frozen_weights,
 )
+from one4d_pl.costs.transfers import PCIE
 
-PCIE = 20e9  # bytes a second between pinned host memory and a GPU; 4.0 x16 reaches 25
 TILE = 256  # pixels along the side of a VAE tile (diffusers)
 DECODING_MAPS = 57  # peak of decoding, in feature maps of [base_dim, H, W]; measured, for any length
 VIDEOS = 4  # float32 copies of the scene's frames or pointmaps at that peak
