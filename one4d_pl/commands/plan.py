@@ -259,8 +259,8 @@ def _layout_text(layout: Layout) -> str:
 def _ways(run: Run) -> list[str]:
     lines = [
         "ways        GiB per GPU where the encoders visit it in every step, and without (encoded shards); host: GiB of",
-        "            each process; GB: copies of a pass; fits: GPUs that hold the first, in brackets more that hold the",
-        "            second. Left out: what another way beats in memory, time and precision. * the config's",
+        "            each process; GB: copies of a pass; fits: GPUs that hold the first, in brackets those that hold",
+        "            only the second. Left out: what another way beats in memory, time and precision. * the config's",
         f"  {'ZeRO':<6}{'recompute':<11}{'AdamW':<7}{'base':<14}"
         f"{'GiB':>7}{'without':>9}{'host':>7}{'GB':>6}{'s/step':>10}  fits",
     ]

@@ -39,6 +39,8 @@ CHECKPOINTED = "train.activation_checkpointing=full"
 SELECTIVE = "train.activation_checkpointing=selective"
 # always clipped, so that a gradient scaled wrongly would show in the norm, a clipped one in the weights
 CLIP, NO_CLIP = "optim.grad_clip=0.05", "optim.grad_clip=0"
+INT8 = "base.quantisation=int8"
+LIGHT = (CLIP, INT8, "base.offload=true", "train.activation_checkpointing=offload")
 MATRIX = {  # by launch, each short enough to be one test's set-up
     "two": {
         "ddp": ("train.strategy=ddp", CLIP),
@@ -52,6 +54,11 @@ MATRIX = {  # by launch, each short enough to be one test's set-up
     "two_sharded": {
         "zero3-free": (*ZERO, "train.zero_stage=3", NO_CLIP, SELECTIVE, "train.micro_batch_size=2"),
         "zero3-offload": (*ZERO, "train.zero_stage=3", "train.offload=true", CLIP),
+    },
+    "two_light": {
+        "ddp": ("train.strategy=ddp", *LIGHT),
+        "zero1": (*ZERO, "train.zero_stage=1", *LIGHT),
+        "zero2-offload": (*ZERO, "train.zero_stage=2", "train.offload=true", *LIGHT),
     },
     "four": {
         "ddp": ("train.strategy=ddp", NO_CLIP),
@@ -123,6 +130,7 @@ def references(make) -> Runs:
     folder, prepare = make
     fit_here(prepare("one-clip", CLIP))
     fit_here(prepare("one-free", NO_CLIP))
+    fit_here(prepare("one-int8", CLIP, INT8))
     fit_here(prepare("one-bf16", *BF16, f"train.max_steps={BF16_STEPS}"))
     return Runs(folder)
 
@@ -140,6 +148,11 @@ def two_zero3(make, references) -> Runs:
 @pytest.fixture(scope="module")
 def two_sharded(make, references) -> Runs:
     return launch_group("two_sharded", 2, make)
+
+
+@pytest.fixture(scope="module")
+def two_light(make, references) -> Runs:
+    return launch_group("two_light", 2, make)
 
 
 @pytest.fixture(scope="module")
@@ -164,7 +177,8 @@ def launch_group(group: str, world: int, make) -> Runs:
 def test_every_strategy_trains_what_one_process_trains(group, name, references, request):
     """20 steps of AdamW in float32 at the same global batch: losses, gradient norms and trained weights."""
     runs: Runs = request.getfixturevalue(group)
-    reference, run = "one-clip" if CLIP in MATRIX[group][name] else "one-free", f"{group}-{name}"
+    overrides, run = MATRIX[group][name], f"{group}-{name}"
+    reference = "one-int8" if INT8 in overrides else "one-clip" if CLIP in overrides else "one-free"
     for modality in ("rgb", "xyz"):
         losses, expected = runs.losses(run, modality), references.losses(reference, modality)
         assert len(losses) == STEPS
