@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from one4d_pl.commands import export
 from one4d_pl.config import ConfigError
 from one4d_pl.fit import fit
+from one4d_pl.models.adapters import AdapterCard
+from one4d_pl.models.open_model import open_model
 from one4d_pl.training.checkpoint import BackgroundWriter, refuse_other_run
 from one4d_pl.training.checkpoint_files import checkpoint_folder, newest_checkpoint, superfluous, write_score
 from tests.training.chaos import chaos, final_hashes
@@ -113,6 +115,27 @@ def test_bent_and_standardised_pointmaps_resume_with_the_statistics_they_began_w
     assert card["xyz_statistics"]["mean"] == pytest.approx(card["latent_statistics"]["xyz_mean"])
     with pytest.raises(ConfigError, match=r"no training clip is encoded ahead.*data\.cache_latents=true"):
         fit(run_config(*other, "data.cache_latents=false", f"run_dir={tmp_path}/unmeasured"))
+
+
+def test_a_run_on_less_memory_resumes_with_or_without_it_and_its_adapter_opens_on_the_plain_base(
+    run_config, tmp_path, caplog
+):
+    light = ["base.quantisation=int8", "base.offload=true", "train.activation_checkpointing=offload"]
+    undisturbed = run_config(*light, f"run_dir={tmp_path}/whole")
+    fit(undisturbed)
+    fit(run_config(*light, "train.max_steps=2"))
+    fit(run_config("base.quantisation=int8", "train.max_steps=4"))  # where things lie may change, the base's bytes not
+    fit(run_config(*light))
+    assert final_hashes(run_config(*light)) == final_hashes(undisturbed)
+    with pytest.raises(ConfigError, match=r"base\.quantisation"):
+        fit(run_config("train.max_steps=8"))
+    assert export.main([undisturbed.run_dir, "--out", str(tmp_path / "adapter")]) == 0
+    assert AdapterCard.read(tmp_path / "adapter").base_quantisation == "int8"
+    with caplog.at_level("INFO", logger="one4d_pl"):
+        open_model(run_config(), tmp_path / "adapter")
+    assert f"{tmp_path / 'adapter'}: trained on the int8 base; this one is unquantised" in caplog.text
+    with pytest.raises(ConfigError, match=r"base\.offload: .*activation_checkpointing=full"):
+        fit(run_config("base.offload=true", f"run_dir={tmp_path}/none"))
 
 
 def test_a_cooldown_is_decided_before_it_begins_and_not_after(run_config):
