@@ -27,6 +27,7 @@ def visitors(tiny_base) -> WanEncoders:
     encoders = tiny_base.encoders().wait_on_host(torch.device("cpu"))
     assert not encoders.waits_on_host  # nothing to be gained from on a CPU
     encoders.waits_on_host = True
+    encoders._park_text_blocks(torch.device("cpu"))
     return encoders
 
 
@@ -51,6 +52,8 @@ def test_visitors_say_what_residents_say_and_leave_nothing_behind(tiny_base, vis
                 if expected is not None:
                     torch.testing.assert_close(found, expected, rtol=0, atol=0)
     assert [places(part) for part in parts] == before
+    text = {name for name, _ in visitors.text_encoder.named_parameters()}
+    assert not any(".block." in name and name.endswith(("SelfAttention.q.weight", "wo.weight")) for name in text)
     homes = {pointer for pointers in before for pointer in pointers}
     assert seen and not any(set(pointers) & homes for pointers in seen)
     assert not any(tensor.is_inference() for part in parts for tensor in part.parameters())
