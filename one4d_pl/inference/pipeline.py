@@ -43,7 +43,7 @@ from one4d_pl.models.precision import autocast, uses_bfloat16
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import WanEncoders
 from one4d_pl.postopt.recover import RecoverOptions
-from one4d_pl.postopt.windows import Window, plan_windows, window_condition
+from one4d_pl.postopt.windows import Window, plan_windows, window_mask
 from one4d_pl.scene.framing import Framing, Placement, frame_images
 from one4d_pl.scene.media import FrameFolder, VideoReader, load_image, open_video, to_network, to_size
 from one4d_pl.scene.panels import to_bytes
@@ -288,7 +288,7 @@ class One4DPipeline:
         """
         shown, made_frames, made_points = frames, [], []
         for index, window in enumerate(windows):
-            given = window_condition(frame_mask, windows, index).frame_mask
+            given = window_mask(frame_mask, windows, index)
             clip = fill_window(shown[:, window.start : window.stop], window)
             noise = draw_noise(index, (2, *self.encoders.latent_shape(*clip.shape[1:]))).to(self.device)
             scene = self.sample([prompt], clip[None].to(self.device), given[None].to(self.device), noise, on_step)
