@@ -173,7 +173,7 @@ def _request_body(clip: Clip, options: CaptionOptions) -> dict[str, object]:
     shrink = options.longest_side / max(frames.shape[1:3])
     if shrink < 1:
         height, width = (max(1, int(side * shrink)) for side in frames.shape[1:3])
-        frames, _ = resize_frames(frames, clip.intrinsics[chosen], height, width)
+        frames = resize_frames(frames, height, width)
     content: list[dict[str, object]] = [{"type": "text", "text": options.prompt}]
     for frame in frames:
         buffer = io.BytesIO()

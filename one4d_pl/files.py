@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import uuid
@@ -81,6 +82,15 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, tree: object) -> None:
     """Write a json file that people can read, whole or not at all."""
     write_text(path, json.dumps(tree, indent=1) + "\n")
+
+
+def finite(tree: object) -> object:
+    """Replace numbers that json cannot hold by null."""
+    if isinstance(tree, dict):
+        return {name: finite(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
 
 
 @contextlib.contextmanager

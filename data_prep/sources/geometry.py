@@ -130,7 +130,7 @@ def fit_to_frames(
         cam2world=geometry.cam2world,
         valid=resize_nearest_valid(geometry.valid, *target),
     )
-    frames, _ = resize_frames(frames, enlarged.intrinsics, *target)
+    frames = resize_frames(frames, *target)
     return frames, enlarged, None if moving is None else resize_nearest_valid(moving, *target)
 
 

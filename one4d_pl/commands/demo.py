@@ -64,11 +64,17 @@ def demo(config: Config, adapters: Path, clips: int, animated: int, out: Path) -
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
     began = time.monotonic()
 
+    from tqdm import tqdm
+
     from one4d_pl.evaluation.tasks import evaluate_tasks
+    from one4d_pl.types import TASKS
 
     report = evaluate_tasks(config, adapters, clips, out)
     quality, shown = report.quality, report.held_out.clips[:SHOWN]
-    _draw_scenes(quality.scenes, quality.masks, shown, report.held_out.recovery, out)
+    todo = [(task, i) for task in TASKS for i in range(len(shown))]
+    for task, i in tqdm(todo, desc="drawing", unit="scene"):
+        scene, given = quality.scenes[task], quality.masks[task][i]
+        _draw_scene(out / f"{task}_{i}", scene, i, shown[i], given, report.held_out.recovery)
     _animate(quality.scenes, animated, report.held_out, out / "animation.webp")
     write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))
     print(f"\n{report.text}")
@@ -79,26 +85,10 @@ def demo(config: Config, adapters: Path, clips: int, animated: int, out: Path) -
     print(f"All numbers: {out}/metrics.json; of more clips: make eval. Took {(time.monotonic() - began) / 60:.1f} min.")
 
 
-def _draw_scenes(
-    scenes: dict[Task, GeneratedScene],
-    masks: dict[Task, Tensor],
-    shown: list[Sample],
-    recovery: RecoverOptions,
-    out: Path,
-) -> None:
-    """Draw pictures, videos and point clouds of the first clips of every task."""
-    from tqdm import tqdm
-
-    from one4d_pl.types import TASKS
-
-    todo = [(task, i) for task in TASKS for i in range(len(shown))]
-    for task, i in tqdm(todo, desc="drawing", unit="scene"):
-        _draw_scene(out / f"{task}_{i}", scenes[task], i, shown[i], masks[task][i], recovery)
-
-
 def _draw_scene(
     stem: Path, scenes: GeneratedScene, i: int, clip: Sample, given: Tensor, recovery: RecoverOptions
 ) -> None:
+    """Draw a picture, a video and a point cloud of one clip's scene."""
     import torch
 
     from one4d_pl.geometry.pointmap import is_sky
@@ -120,9 +110,7 @@ def _draw_scene(
     save_ply(stem.with_suffix(".ply"), points[solid], colours[solid])
     height, width = points.shape[1:3]
     save_video(
-        stem.with_name(f"{stem.name}_turntable.mp4"),
-        turntable(recovered, colours, 6 * height, 6 * width),
-        2 * FPS,
+        stem.with_name(f"{stem.name}_turntable.mp4"), turntable(recovered, colours, 6 * height, 6 * width), 2 * FPS
     )
 
 

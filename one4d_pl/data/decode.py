@@ -27,7 +27,7 @@ from one4d_pl.data.masking import draw_frame_mask, draw_task
 from one4d_pl.data.ranged_reads import own_text
 from one4d_pl.data.sample_order import EachOnceOrder, MixtureOrder, derived_numpy_generator, derived_seed
 from one4d_pl.data.shards import SampleError, ShardSet
-from one4d_pl.geometry.camera import resize_frames, resize_nearest_valid
+from one4d_pl.geometry.camera import resize_crop_intrinsics, resize_frames, resize_nearest_valid
 from one4d_pl.geometry.pointmap import normalise_pointmap
 from one4d_pl.geometry.se3 import rebase_to_first
 from one4d_pl.types import TASKS, Clip, Encoded, Sample, Task
@@ -54,11 +54,11 @@ def resize_clip(clip: Clip, height: int, width: int) -> Clip:
     """
     if clip.frames.shape[1:3] == (height, width):
         return clip
-    frames, intrinsics = resize_frames(clip.frames, clip.intrinsics, height, width)
+    size = clip.frames.shape[1], clip.frames.shape[2]
     return replace(
         clip,
-        frames=frames,
-        intrinsics=intrinsics,
+        frames=resize_frames(clip.frames, height, width),
+        intrinsics=resize_crop_intrinsics(clip.intrinsics, size, (height, width)),
         depth=resize_nearest_valid(clip.depth, height, width),
         valid=resize_nearest_valid(clip.valid, height, width),
         moving=None if clip.moving is None else resize_nearest_valid(clip.moving, height, width),

@@ -33,7 +33,7 @@ from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
 from one4d_pl.errors import UserError
 from one4d_pl.files import whole_folder, write_text
-from one4d_pl.geometry.camera import resize_crop_plan
+from one4d_pl.geometry.camera import Placement, resize_crop_plan, resize_frames
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
 from one4d_pl.inference.long_video import fill_window, join_frames, recover_video
 from one4d_pl.inference.sampling_mode import choose_mode
@@ -45,9 +45,9 @@ from one4d_pl.models.precision import autocast, uses_bfloat16
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import WanEncoders
 from one4d_pl.postopt.recover import RecoverOptions
-from one4d_pl.postopt.windows import Window, plan_windows, window_condition
-from one4d_pl.scene.framing import Framing, Placement, frame_images
-from one4d_pl.scene.media import FrameFolder, VideoReader, load_image, open_video, to_network, to_size
+from one4d_pl.postopt.windows import Window, plan_windows, window_mask
+from one4d_pl.scene.framing import Framing, frame_images
+from one4d_pl.scene.media import FrameFolder, VideoReader, load_image, open_video, to_network
 from one4d_pl.scene.panels import to_bytes
 from one4d_pl.scene.predictions import report_dict
 from one4d_pl.scene.scene import Scene
@@ -229,7 +229,7 @@ class One4DPipeline:
         placed = torch.zeros(count, framing.height, framing.width, 3, dtype=torch.uint8)
         frame_mask = torch.zeros(count, dtype=torch.bool)
         for index, pixels in pictures.items():
-            placed[index] = to_size(pixels[None], framing.height, framing.width)[0]
+            placed[index] = resize_frames(pixels[None], framing.height, framing.width)[0]
             frame_mask[index] = True
         placement = framing.placement if given else None
         return pipeline._make_scene(prompt, placed, frame_mask, placement, generator, fps or FPS, zooms, on_step)
@@ -241,7 +241,7 @@ class One4DPipeline:
         frames, framing = [], None
         for frame in islice(reader, num_frames or MAX_SCENE_FRAMES):
             framing = framing or self.framing((frame.shape[0], frame.shape[1]), height, width)
-            frames.append(to_size(frame[None], framing.height, framing.width)[0])
+            frames.append(resize_frames(frame[None], framing.height, framing.width)[0])
         if framing is None or len(frames) < 2:
             raise RequestError(f"{reader.path}: holds {len(frames)} frames, need 2 or more; a still is an image")
         if num_frames is None and len(frames) == MAX_SCENE_FRAMES:
@@ -318,7 +318,7 @@ class One4DPipeline:
         """
         shown, made_frames, made_points = frames, [], []
         for index, window in enumerate(windows):
-            given = window_condition(frame_mask, windows, index).frame_mask
+            given = window_mask(frame_mask, windows, index)
             clip = fill_window(shown[:, window.start : window.stop], window)
             noise = draw_noise(index, (2, *self.encoders.latent_shape(*clip.shape[1:]))).to(self.device)
             scene = self.sample([prompt], clip[None].to(self.device), given[None].to(self.device), noise, on_step)
@@ -377,8 +377,7 @@ class One4DPipeline:
             unit = self.encoders.spatial_factor * side
             if value < unit or value % unit:
                 raise RequestError(f"{name}: {value}, need a multiple of {unit} (VAE times patch of this base)")
-        plan = resize_crop_plan(from_height, from_width, height, width)
-        return Framing(height, width, height, width, Placement(plan.scale, plan.top, plan.left))
+        return Framing(height, width, height, width, resize_crop_plan(from_height, from_width, height, width))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write adapter, card and a hub model card into a new folder, whole or not at all."""

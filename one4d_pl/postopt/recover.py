@@ -194,10 +194,9 @@ def _scene_frame(blocks: Samples) -> tuple[Tensor, Tensor]:  # [3], []
 
 def _default_cameras(pointmap: Tensor, focal: float) -> Cameras:
     """Put every camera at the origin of the pointmap's frame, looking along its z."""
-    shape, device = pointmap.shape[0], pointmap.device
-    eye = torch.eye(3, dtype=torch.float64, device=device).expand(shape, 3, 3)
-    log_focal = torch.full((shape,), math.log(focal), dtype=torch.float64, device=device)
-    return Cameras(log_focal, eye, torch.zeros(shape, 3, dtype=torch.float64, device=device))
+    zeros = torch.zeros(len(pointmap), dtype=torch.float64, device=pointmap.device)
+    eye = torch.eye(3, dtype=torch.float64, device=pointmap.device).expand(len(pointmap), 3, 3)
+    return Cameras(zeros + math.log(focal), eye, zeros[:, None].expand(-1, 3))
 
 
 def _report(
@@ -226,16 +225,5 @@ def _report(
     deviation = 0.0 if focal_known else float(refined.focal_deviation.amax())
     if not refined.converged:
         flags += ("not converged",)
-    return RecoverReport(
-        residual,
-        noise,
-        inliers,
-        solved,
-        behind,
-        refined.iterations,
-        refined.converged,
-        refined.alpha2,
-        condition,
-        deviation,
-        flags,
-    )
+    steps = refined.iterations, refined.converged, refined.alpha2
+    return RecoverReport(residual, noise, inliers, solved, behind, *steps, condition, deviation, flags)

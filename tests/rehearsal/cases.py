@@ -244,7 +244,7 @@ def metrics() -> object:
             return torch.rand(size, generator=g, dtype=torch.float64).to(device) + 0.5
 
         valid = torch.ones(1, 3, 6, 8, dtype=torch.bool, device=device)
-        pointmap = PointmapError("scale_shift").to(device)
+        pointmap = PointmapError().to(device)
         pointmap.update(drawn(1, 3, 6, 8, 3), drawn(1, 3, 6, 8, 3), valid, ~valid)
         depth = VideoDepthError("scale_shift").to(device)
         depth.update(drawn(3, 6, 8), drawn(3, 6, 8), valid[0])
