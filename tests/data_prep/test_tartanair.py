@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.sources.tartanair import iter_clips
+from data_prep.sources import registry
 from data_prep.sources.tracks import clip_windows
 from data_prep.write_shards import main
 from one4d_pl.data.shards import ShardSet, write_shards
+from tests.data_prep.raw_layouts import write_trajectory
 
+iter_clips = partial(registry.iter_clips, "tartanair", num_frames=17)
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "tartanair"
 FIRST, LAST = 50, 67  # the frames of the handmade trajectory; its camera rows start at 0, as the real ones do
 QUARTER_TURN = [0.0, 0.0, 0.5**0.5, 0.5**0.5]  # about NED z (down): forward becomes right
@@ -33,15 +36,12 @@ def camera_rows() -> np.ndarray:  # [LAST + 1, 7]
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of one trajectory of 18 frames; not to be changed."""
     root = tmp_path_factory.mktemp("tartanair")
-    trajectory = root / "office" / "Easy" / "P001"
-    (trajectory / "image_left").mkdir(parents=True)
-    (trajectory / "depth_left").mkdir()
-    np.savetxt(trajectory / "pose_left.txt", camera_rows())
-    for n in range(FIRST, LAST + 1):
-        Image.new("RGB", (640, 480), (n, 0, 255 - n)).save(trajectory / "image_left" / f"{n:06d}_left.png")
-        depth = np.full((480, 640), n / 10, np.float32)
-        depth[0, :6] = [10000.0, 1000.0, 999.0, np.inf, 0.0, np.nan]
-        np.save(trajectory / "depth_left" / f"{n:06d}_left_depth.npy", depth)
+    numbers = np.arange(FIRST, LAST + 1)
+    colours = np.stack([numbers, 0 * numbers, 255 - numbers], 1).astype(np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (len(numbers), 480, 640, 3))
+    depth = np.full((len(numbers), 480, 640), numbers[:, None, None] / 10)
+    depth[:, 0, :6] = [10000.0, 1000.0, 999.0, np.inf, 0.0, np.nan]
+    write_trajectory(root / "office" / "Easy" / "P001", frames, depth, camera_rows(), FIRST)
     return root
 
 
