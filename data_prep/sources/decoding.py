@@ -12,6 +12,7 @@ import io
 import math
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,8 @@ def npy_array(content: bytes, name: str) -> np.ndarray:
     if size != len(content) - end or len(shape) > 8:
         raise ValueError(f"{name}: {shape} {dtype} needs {size} bytes, the file holds {len(content) - end}")
     array = np.frombuffer(content, dtype, offset=end) if size else np.empty(0, dtype)
+    if dtype.kind == "U" and size and array.astype(dtype.newbyteorder("=")).view(np.uint32).max() > sys.maxunicode:
+        raise ValueError(f"{name}: its text holds a character beyond Unicode")  # Python would raise a SystemError later
     return array.reshape(shape, order="F" if match[2] == "True" else "C")
 
 
