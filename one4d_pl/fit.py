@@ -28,11 +28,8 @@ from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, initia
 from one4d_pl.training.run_lock import sole_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lightning.pytorch.callbacks import Callback
 
-    from one4d_pl.data.datamodule import One4DDataModule
 
 log = logging.getLogger("one4d_pl")
 
@@ -115,8 +112,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     """
     stop = Stop() if stop is None else stop
     _quieten()
-    # before torch loads OpenMP: threads that spin while they wait make a busy machine ten times
-    # slower
+    # before torch loads OpenMP: threads that spin while they wait make a busy machine ten times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import torch  # heavy imports only after every cheap check
@@ -142,7 +138,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.training.checkpoint_files import newest_checkpoint, read_step, refuse_used_folder
     from one4d_pl.training.module import One4DModule
     from one4d_pl.training.step_guard import StepGuard
-    from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
+    from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads, training_data
     from one4d_pl.training.weight_average import WeightAverage
 
     refuse_small_shared_memory(config)
@@ -201,24 +197,8 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     return 0
 
 
-def training_data(config: Config, on_progress: Callable[[], None] = lambda: None) -> One4DDataModule:
-    """Return the run's data module.
-
-    Its encoders are opened only where some clips are not encoded yet.
-    """
-    from one4d_pl.data.datamodule import One4DDataModule
-    from one4d_pl.models.sample_encoder import FrozenSampleEncoder
-    from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
-
-    encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    return One4DDataModule(config, lambda device: FrozenSampleEncoder.of(config, device), encoders, on_progress)
-
-
 def scene_callbacks(config: EvalConfig) -> list[Callback]:
-    """Build the callbacks that sample, measure and draw scenes while training.
-
-    Where an interval is 0, its callbacks are left out.
-    """
+    """Build the callbacks that sample, measure and draw scenes in training; none for an interval of 0."""
     from one4d_pl.callbacks.geometry_eval import GeometryEval
     from one4d_pl.callbacks.scene_samples import SceneSamples
     from one4d_pl.callbacks.video_eval import VideoEval

@@ -103,10 +103,7 @@ def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
 
 
 def is_finished(plan: Plan, run: Run, seed: int) -> bool:
-    """Tell whether a run is finished.
-
-    ConfigError where its folder holds a run of another recipe.
-    """
+    """Tell whether a run is finished. ConfigError where its folder holds a run of another recipe."""
     result = read_result(plan, run, seed)
     if result is not None and (differing := differences(plan, run, seed, result.recipe)):
         raise ConfigError(
@@ -117,10 +114,7 @@ def is_finished(plan: Plan, run: Run, seed: int) -> bool:
 
 
 def differences(plan: Plan, run: Run, seed: int, recipe: dict[str, object]) -> list[str]:
-    """List the keys in which a stored recipe differs from today's.
-
-    A knob that the stored recipe does not know yet had the effect of its default.
-    """
+    """List the keys in which a stored recipe differs from today's; a knob it does not know yet had its default."""
     defaults = flatten(as_dict(Config(data=DataConfig(toy=ToyConfig()))))
     return [
         change.key for change in changes(recipe, recipe_of(plan, run, seed), defaults, lambda key: key == "run_dir")
@@ -176,8 +170,9 @@ def _check_recipe(plan: Plan, run: Run, seed: int) -> None:
 
 def _train(config: Config) -> None:
     from one4d_pl.data.file_lock import locked
-    from one4d_pl.fit import fit, training_data
+    from one4d_pl.fit import fit
     from one4d_pl.training.run_lock import sole_run
+    from one4d_pl.training.strategy import training_data
 
     root = Path(_toy_config(config).root)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -195,10 +190,7 @@ def _train(config: Config) -> None:
 
 
 def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
-    """Train a VAE by the shipped one's recipe, with or without pointmaps.
-
-    It takes as many steps as the other runs.
-    """
+    """Train a VAE by the shipped one's recipe, with or without pointmaps. It takes as many steps as the other runs."""
     from tqdm import tqdm
 
     from experiments.tiny_wan.vae import Stage, TinyVaeConfig, VaeTraining, build_vae, render_pool, train_step
@@ -261,10 +253,7 @@ def _toy_config(config: Config) -> ToyConfig:
 
 
 def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read the validation losses from TensorBoard's events.
-
-    Of steps that a resumed run did twice, the last counts.
-    """
+    """Read the validation losses from TensorBoard's events. Of steps that a resumed run did twice, the last counts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -273,10 +262,7 @@ def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def recipe_of(plan: Plan, run: Run, seed: int) -> dict[str, object]:
-    """Collect what decides a run's numbers, apart from the code.
-
-    That is the config, the weights it starts from, and what it is measured on.
-    """
+    """Collect what decides a run's numbers, apart from the code: config, first weights, what it is measured on."""
     config = plan.config(run, seed)
     recipe = flatten(as_dict(config)) | {"nano.kind": run.kind, "nano.clips": plan.clips, "nano.given": run.given}
     recipe["nano.broken"] = run.broken

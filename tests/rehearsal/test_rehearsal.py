@@ -18,10 +18,8 @@ from one4d_pl.config import CHECKPOINTING
 
 REPO = Path(__file__).parents[2]
 PAPER = [f"--config=configs/{name}.yaml" for name in ("dlc", "scale/wan_14b", "data/one4d_mix")]
-TRAFFIC_BEFORE = (
-    289.7e9,
-    357.1e9,
-)  # bytes of a 14B block's step, fully checkpointed: elementwise, all; before issue 19
+# bytes of a 14B block's step, fully checkpointed: elementwise, all; before issue 19
+TRAFFIC_BEFORE = (289.7e9, 357.1e9)
 pytestmark = pytest.mark.skipif(torch.version.cuda is not None, reason="a CUDA build of torch")
 
 

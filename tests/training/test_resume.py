@@ -202,18 +202,18 @@ def test_two_processes_equal_one_and_resume(run_config, fit_command, fit_environ
     )
 
 
-def curve(run_dir: Path, tag: str) -> list[float]:
+def curve(run_dir: str | Path, tag: str) -> list[float]:
     """The last value logged for every step, in their order."""
     values = curve_points(run_dir, tag)
     return [values[step] for step in sorted(values)]
 
 
-def curve_points(run_dir: Path, tag: str) -> dict[int, float]:
+def curve_points(run_dir: str | Path, tag: str) -> dict[int, float]:
     """The last value logged for every step, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     values: dict[int, float] = {}
-    for file in sorted((run_dir / "tensorboard").glob("events*")):
+    for file in sorted((Path(run_dir) / "tensorboard").glob("events*")):
         events = EventAccumulator(str(file)).Reload()
         if tag in events.Tags()["scalars"]:
             values |= {e.step: e.value for e in events.Scalars(tag)}
