@@ -32,16 +32,14 @@ class GeometryEval(Callback):
     """Logs errors of the geometry of all ranks' sampled scenes, as means over their clips.
 
     - `val/pointmap/*`, all tasks and each alone: after one scale and shift per clip.
-    - `val/depth_true_cameras/*`: depth read from the aligned pointmap with the *true* cameras,
-      which measures the geometry alone, not the cameras recovered from it.
-    - `val/depth/*`: depth recovered from the pointmap alone, after an exact L1 scale and shift per
-      clip.
-    - `val/camera/*`: cameras recovered from the pointmap alone, after Sim(3), in the unit of the
-      true cameras. A true or recovered camera that stands still or moves on a line is in the plain
-      means and counted in `degenerate`; the `_regular` means leave it out, as published protocols
-      do. A recovered camera that stands still must not look good: `total_rotation` shows it, and
-      `path_length_ratio` (recovered / true), which is taken in the unit of the aligned pointmap
-      because Sim(3) would scale such a camera's jitter up to the length of the true path.
+    - `val/depth_true_cameras/*`: depth read from the aligned pointmap with the *true* cameras, which measures the
+      geometry alone, not the cameras recovered from it.
+    - `val/depth/*`: depth recovered from the pointmap alone, after an exact L1 scale and shift per clip.
+    - `val/camera/*`: cameras recovered from the pointmap alone, after Sim(3), in the unit of the true cameras. A true
+      or recovered camera that stands still or moves on a line is in the plain means and counted in `degenerate`; the
+      `_regular` means leave it out, as published protocols do. A recovered camera that stands still must not look good:
+      `total_rotation` shows it, and `path_length_ratio` (recovered / true), which is taken in the unit of the aligned
+      pointmap because Sim(3) would scale such a camera's jitter up to the length of the true path.
     """
 
     def __init__(self, samples: SceneSamples) -> None:

@@ -50,10 +50,7 @@ class SourceConfig:
 
 @dataclass
 class ToyConfig:
-    """The procedural toy world.
-
-    `fit` writes it as shards at `root`/{train_synthetic,train_real,val} where absent.
-    """
+    """The procedural toy world. `fit` writes it as shards at `root`/{train_synthetic,train_real,val} where absent."""
 
     root: str = "data/toy"
     # clear: narrow depth, one lens, few large things far apart; made for a laptop to learn
@@ -149,8 +146,7 @@ class TrainConfig:
     keep_last: int = knob(2, low=1, may_change=True)  # newest checkpoints kept
     keep_best: int = knob(1, low=0, may_change=True)  # checkpoints with the lowest validation loss kept besides
     log_every: int = knob(10, low=1, may_change=True)
-    # minutes without a pass through the transformer, then fit writes all stacks and exits with 76;
-    # 0 = wait for ever
+    # minutes without a pass through the transformer, then fit writes all stacks and exits with 76; 0 = wait for ever
     hang_minutes: float = knob(20.0, low=0, may_change=True)
     # restarts in a row without a new checkpoint, after which fit refuses to start; 0 = no limit
     max_restarts: int = knob(5, low=0, may_change=True)

@@ -2,11 +2,10 @@
 
 Rows are `PointmapErrors` after one scale and shift per clip, means over the clips:
 
-- trivial rows: `constant` (all points alike), `mean_pointmap` (of the training clips),
-  `first_frame` (the prediction's own frame 0 repeated: a scene that does not move);
-- the adapter: `video`, `sparse`, `image`; and two that must do badly, `video_other_clip` (frames
-  and caption of another clip as the condition) and `video_no_links` (the control links zeroed, so
-  that pointmaps cannot follow the frames);
+- trivial rows: `constant` (all points alike), `mean_pointmap` (of the training clips), `first_frame` (the prediction's
+  own frame 0 repeated: a scene that does not move);
+- the adapter: `video`, `sparse`, `image`; and two that must do badly, `video_other_clip` (frames and caption of another
+  clip as the condition) and `video_no_links` (the control links zeroed, so that pointmaps cannot follow the frames);
 - `ceiling`, the true pointmaps through the VAE and back.
 
 Frames are measured in dB against the true ones, given and hidden ones separately, beside the VAE's
@@ -68,8 +67,7 @@ def measure_fit(
     Args:
         pipeline: base plus adapter.
         base: the same base without one.
-        held_out: clips with their true frames, pointmaps and cameras, and statistics of the
-            training clips.
+        held_out: clips with their true frames, pointmaps and cameras, and statistics of the training clips.
         on_clip: called with the number of clips just sampled; `sampled_clips` in all.
     """
     clips, recovery = held_out.clips, held_out.recovery

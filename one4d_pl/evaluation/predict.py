@@ -1,9 +1,8 @@
 """Run a model, or only its VAE, over a benchmark and store its prediction of each sequence.
 
-1. Place frames in the model's frame (`framing`): square pixels, about as many tokens as it was
-   trained with.
-2. Generate pointmaps in one pass of 4k+1 frames up to 113, or in overlapping windows of the trained
-   length (`inference.long_video`).
+1. Place frames in the model's frame (`framing`): square pixels, about as many tokens as it was trained with.
+2. Generate pointmaps in one pass of 4k+1 frames up to 113, or in overlapping windows of the trained length
+   (`inference.long_video`).
 3. Recover cameras and depth of one scene, and store it.
 
 The ceiling replaces step 2 by true pointmaps, normalised, encoded by the VAE and decoded. No model

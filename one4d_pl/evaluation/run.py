@@ -95,8 +95,7 @@ def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]
 def _select_sequences(request: Request, sequences: list[EvalSequence]) -> list[EvalSequence]:
     """Return all sequences, or those that score cameras where exactly these are predicted.
 
-    Sintel has cameras for 14 of its 23 sequences. Any other subset has to be named with
-    --sequences.
+    Sintel has cameras for 14 of its 23 sequences. Any other subset has to be named with --sequences.
     """
     assert request.predictions is not None
     with_cameras = [s for s in sequences if "cameras" in s.scores]

@@ -81,10 +81,8 @@ class One4DPipeline:
         config: steps, solver and guidance.
         shift: sigma shift, the one the adapter was trained with.
         negative_prompt: prompt of the unconditional branch.
-        card: the adapter's card; None = untrained, or still in training. Calling and saving the
-            pipeline need it.
-        bfloat16: run under bfloat16 autocast; a base in bfloat16 needs it, since the adapter's
-            own weights are float32.
+        card: the adapter's card; None = untrained, or still in training. Calling and saving the pipeline need it.
+        bfloat16: run under bfloat16 autocast; a base in bfloat16 needs it, since the adapter's own weights are float32.
     """
 
     def __init__(
@@ -190,23 +188,19 @@ class One4DPipeline:
 
         Args:
             prompt: what the scene shows; may be empty where frames are given.
-            frames: index -> picture of the given frames, frame 0 among them. Each is resized to
-                cover the scene's size and cropped in the middle.
-            num_frames: any number; default: the video's, or the adapter's own. A longer video than
-                the adapter's runs in overlapping windows. A length that is not 4k+1 is filled by
-                repeating the last frame, and the copies are cut off.
-            height: height of the scene in pixels; like `width` a multiple of what the base takes
-                (16 for Wan). Default: as many pixels as the adapter was trained with, in the shape
-                of the first picture.
+            frames: index -> picture of the given frames, frame 0 among them. Each is resized to cover the scene's size
+                and cropped in the middle.
+            num_frames: any number; default: the video's, or the adapter's own. A longer video than the adapter's runs
+                in overlapping windows. A length that is not 4k+1 is filled by repeating the last frame, and the copies
+                are cut off.
+            height: height of the scene in pixels; like `width` a multiple of what the base takes (16 for Wan). Default:
+                as many pixels as the adapter was trained with, in the shape of the first picture.
             width: see height.
             steps: steps of the solver; default: the card's.
-            guidance_scale: guidance on text, for both branches; 1 = off. Default: the card's, by
-                task.
+            guidance_scale: guidance on text, for both branches; 1 = off. Default: the card's, by task.
             negative_prompt: default: the card's.
-            generator: source of the noise, on the CPU; it draws first frames, then pointmaps,
-                window by window.
-            fps: frames per second of the result, and at which a video is read. Default: the
-                video's, else 16.
+            generator: source of the noise, on the CPU; it draws first frames, then pointmaps, window by window.
+            fps: frames per second of the result, and at which a video is read. Default: the video's, else 16.
             zooms: solve for one focal length per frame.
             on_step: called with the finished steps and all steps, over all windows.
             video: file, or folder of pictures, whose frames are all given, instead of `frames`.
@@ -272,8 +266,7 @@ class One4DPipeline:
             on_step(done, total)
 
         def draw_noise(window: int, shape: tuple[int, ...]) -> Tensor:
-            # Two draws: then a plain Wan pipeline with the same generator starts from the same
-            # frames.
+            # Two draws: then a plain Wan pipeline with the same generator starts from the same frames.
             return torch.cat([torch.randn(1, *shape[1:], generator=generator) for _ in MODALITIES])
 
         parts, points = self.sample_windows(prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)

@@ -1,8 +1,7 @@
 """Camera trajectories against ground truth: ATE, RPE, relative pose AUC, and how far they go.
 
-ATE and RPE are those of evo with Sim(3) alignment over all frames (`evo_ape -as`, `evo_rpe -as -d 1
--u f` with all pairs): root mean squares. RPE does not depend on the rotation and translation of the
-alignment, only on its scale.
+ATE and RPE are those of evo with Sim(3) alignment over all frames (`evo_ape -as`, `evo_rpe -as -d 1 -u f` with all
+pairs): root mean squares. RPE does not depend on the rotation and translation of the alignment, only on its scale.
 
 A camera that stands still, or moves on a line, does not determine the rotation of the alignment; evo refuses it, and
 published protocols then drop the sequence. Here the errors of the best similarity are reported all the same (they are

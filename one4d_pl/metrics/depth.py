@@ -3,13 +3,11 @@
 Errors are AbsRel, SqRel, RMSE, log RMSE and δ < 1.25^k.
 
 1. Scored are the pixels with 0 < target < max_depth, whatever was predicted there.
-2. One alignment per sequence, in depth (not disparity), named by what is free; the fit may use
-   fewer of these pixels.
-3. The aligned prediction may be cut from above (post_clip), never from below. A depth <= 0 counts
-   as 1e-5 in the logarithmic and ratio errors, and the share of such depths is reported. A
-   prediction that is not finite counts as 0: a missing answer must not improve the mean.
-4. Each error is a mean over the pixels of its sequence; sequences are averaged with their pixel
-   count as weight.
+2. One alignment per sequence, in depth (not disparity), named by what is free; the fit may use fewer of these pixels.
+3. The aligned prediction may be cut from above (post_clip), never from below. A depth <= 0 counts as 1e-5 in the
+   logarithmic and ratio errors, and the share of such depths is reported. A prediction that is not finite counts as 0:
+   a missing answer must not improve the mean.
+4. Each error is a mean over the pixels of its sequence; sequences are averaged with their pixel count as weight.
 
 The L1 fits are exact (a convex, piecewise linear problem). Published code stops earlier, so its result depends on the
 unit of the prediction and on rounding. Its fits are in `published_fits`, to match printed numbers.

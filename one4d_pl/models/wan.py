@@ -124,10 +124,7 @@ class WanEncoders(nn.Module):
 
     @contextmanager
     def _at_work(self, part: nn.Module) -> Iterator[None]:
-        """Put a part on the device for this section.
-
-        Its host copy is kept and put back afterwards.
-        """
+        """Put a part on the device for this section. Its host copy is kept and put back afterwards."""
         if not self.waits_on_host:
             yield
             return

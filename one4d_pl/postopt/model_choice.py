@@ -3,17 +3,16 @@
 The plain model is one focal length, square pixels and the principal point at the image centre.
 One rule decides which of these assumptions are given up:
 
-- Alternatives: one focal length per frame, a free principal point, a free aspect, and, where a
-  focal length is given, a free one; each alone and every combination.
+- Alternatives: one focal length per frame, a free principal point, a free aspect, and, where a focal length is given, a
+  free one; each alone and every combination.
 - When: after each fit, first on the blocks, then on the grid, until nothing more is given up.
-- How: by cross-validation (`held_out.gains`). An alternative is fitted by one step to three
-  quarters of the picture and scored by the data term of the fourth, each once. It convinces if it
-  lowers the data term of every quarter, and by 10 % on average; 0.3 % are enough for what the user
-  asks for ("solve"). Of those within 90 % of the best, the one with the fewest unknowns is chosen,
-  and everything is fitted again. The change stays if that brings the points 1 % nearer to their
-  rays, or if the user asked for it.
-- Known values: what the user has given is kept. Where the choice includes it, a flag says so and
-  nothing is given up, as other unknowns would only make up for the wrong value.
+- How: by cross-validation (`held_out.gains`). An alternative is fitted by one step to three quarters of the picture and
+  scored by the data term of the fourth, each once. It convinces if it lowers the data term of every quarter, and by 10
+  % on average; 0.3 % are enough for what the user asks for ("solve"). Of those within 90 % of the best, the one with
+  the fewest unknowns is chosen, and everything is fitted again. The change stays if that brings the points 1 % nearer
+  to their rays, or if the user asked for it.
+- Known values: what the user has given is kept. Where the choice includes it, a flag says so and nothing is given up,
+  as other unknowns would only make up for the wrong value.
 
 One step is not enough where the plain model fits a part of the scene, a plane for example, and takes the rest for
 outliers. So where more than a tenth of the blocks lie far off, all assumptions are given up at once, starting from the

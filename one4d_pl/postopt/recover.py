@@ -1,15 +1,13 @@
 """Recover intrinsics, a camera per frame and depth from a pointmap video (One4D, Eq. 11-12).
 
-1. Sample pixels of every frame: medians of 3x3 blocks for the start, a dense grid for the last
-   steps.
-2. Closed form: compare focal votes of the frames (DLT) with a ladder of focal lengths, then solve
-   for a pose per frame (SQPnP).
-3. Newton's method on all poses and the focal length, first on the blocks, then on the grid. The
-   smoothness weight is lowered, down to 0, where cross-validation shows that it costs accuracy.
-4. One focal length, square pixels and a centred principal point are assumed. Where held-out
-   quarters of the picture all contradict one of these, it is solved for (`model_choice`).
-5. A focal length that the points do not determine is replaced by the prior, and the poses are
-   solved again for it.
+1. Sample pixels of every frame: medians of 3x3 blocks for the start, a dense grid for the last steps.
+2. Closed form: compare focal votes of the frames (DLT) with a ladder of focal lengths, then solve for a pose per frame
+   (SQPnP).
+3. Newton's method on all poses and the focal length, first on the blocks, then on the grid. The smoothness weight is
+   lowered, down to 0, where cross-validation shows that it costs accuracy.
+4. One focal length, square pixels and a centred principal point are assumed. Where held-out quarters of the picture all
+   contradict one of these, it is solved for (`model_choice`).
+5. A focal length that the points do not determine is replaced by the prior, and the poses are solved again for it.
 6. Depth: each point's projection onto its pixel's ray.
 """
 

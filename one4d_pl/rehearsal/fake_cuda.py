@@ -120,7 +120,7 @@ def _python_side(watch: Watch) -> dict[str, object]:
         def __init__(self, *args: object) -> None:
             pass
 
-        wait_stream = wait = nothing
+        wait_stream = wait = answer(None)
 
         def record_event(self) -> Stream:
             return self

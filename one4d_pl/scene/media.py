@@ -101,9 +101,8 @@ class VideoReader:
 
     Args:
         path: see `upright_frames`.
-        fps: frames per second to deliver; None = see `frame_rate`, at most 120. A frame is repeated
-            or left out where the video's rate differs or varies: each moment shows the frame that
-            was on screen then.
+        fps: frames per second to deliver; None = see `frame_rate`, at most 120. A frame is repeated or left out where
+            the video's rate differs or varies: each moment shows the frame that was on screen then.
 
     Raises MediaError where there is no video, or it is broken.
     """

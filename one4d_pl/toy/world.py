@@ -3,8 +3,7 @@
 1. `draw.build_scene` turns a seed into a scene of known difficulty.
 2. `things` evaluates it at any time; a longer clip continues a shorter one, frame for frame.
 3. `render.render` casts rays; `describe` builds the caption from what they hit.
-4. `render_clip` returns the exact clip ("synthetic"), or what a phone and a reconstruction would
-   make of it ("real").
+4. `render_clip` returns the exact clip ("synthetic"), or what a phone and a reconstruction would make of it ("real").
 """
 
 from __future__ import annotations
