@@ -93,7 +93,7 @@ bench: $(STAMP)  ## on a CPU: coupling beside its alternatives, a step before an
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE PYTHONPATH=. $(VENV)/bin/python tests/data_prep/benchmark_throughput.py
 
 NANO_ARGS ?=
-nano: $(STAMP)  ## the paper's claims at laptop scale: dozens of short trainings, a report in runs/nano; a few hours, resumable
+nano: $(STAMP)  ## ten of the paper's claims at laptop scale: 17 trainings, a report in runs/nano; 9 core-hours, resumable
 	OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m experiments.nano $(NANO_ARGS)
 
 BENCH_GPU_ARGS ?=

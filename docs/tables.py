@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from data_prep.sources import bedlam, generic, omniworld, pointodyssey, registry, rgbd, spatialvid, tartanair
+from experiments.nano.experiments import CLAIMS, LABELS, RUNS
 from one4d_pl.__main__ import COMMANDS
 from one4d_pl.cluster.signals import PREEMPTED
 from one4d_pl.cluster.watchdog import HUNG
@@ -213,6 +214,26 @@ def _protocols() -> str:
     )
 
 
+def _nano_claims() -> str:
+    """List the claims that `make nano` decides, as they were fixed before its runs."""
+    rows = [
+        [str(n), c.text, c.source, f"`{c.better}` before `{c.than}`", LABELS[c.metric], c.margin, c.seeds]
+        for n, c in enumerate(CLAIMS, 1)
+    ]
+    return _table(["", "claim", "source", "runs", "metric", "margin", "seeds"], rows)
+
+
+def _nano_runs() -> str:
+    """List the runs of `make nano` with what each changes."""
+    rows = []
+    for run in RUNS.values():
+        changes = [f"`{override}`" for override in run.overrides]
+        changes += [run.broken.replace("_", " ")] if run.broken else []
+        changes += [f"a share of {run.given:g} of the frames is given"] if run.given and not run.broken else []
+        rows.append([f"`{run.name}`", run.kind, str(run.seeds), ", ".join(changes)])
+    return _table(["run", "kind", "seeds", "what it changes"], rows)
+
+
 def _commands() -> str:
     """List every command of one4d."""
     return _table(["command", "what it does"], [[f"`one4d {name}`", words] for name, words in COMMANDS.items()])
@@ -300,6 +321,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "configs": _configs,
     "sources": _sources,
     "protocols": _protocols,
+    "nano-claims": _nano_claims,
+    "nano-runs": _nano_runs,
     "commands": _commands,
     "exit-codes": _exit_codes,
     "plan": _plan,

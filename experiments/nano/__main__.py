@@ -1,8 +1,8 @@
-"""python -m experiments.nano: re-show the paper's claims at laptop scale; a few CPU hours, or minutes on a GPU.
+"""python -m experiments.nano: re-show ten of the paper's claims at laptop scale; nine core-hours, or less on a GPU.
 
 Trains and measures the runs of experiments.py beside it, as many at a time as there are cores, each in a folder of
 its own below --out; a run that was interrupted goes on, a finished one is kept. Writes report.md and its figures after
-every run, so that there is always something to read. docs/nano holds ours: --report-only --out there.
+every run, so that there is always something to read.
 """
 
 from __future__ import annotations
@@ -19,15 +19,16 @@ from collections.abc import Callable
 from pathlib import Path
 
 from experiments.nano.experiments import EXPERIMENTS, RUNS, Experiment, Run
-from experiments.nano.work import CLIPS, Plan, is_finished, work
+from experiments.nano.work import CLIPS, Plan, can_start, is_finished, work
 from one4d_pl.cluster.signals import end_with_parent
 from one4d_pl.commands.command import Command
-from one4d_pl.config import DEMO_ADAPTERS, ConfigError
+from one4d_pl.config import ConfigError
 from one4d_pl.files import check_folder
 from one4d_pl.interrupts import at_interrupt, end, uninterrupted
 
 log = logging.getLogger("one4d_pl")
 
+MINUTES = {"train": 31, "sample": 2, "references": 2}  # of a run, on one core with bfloat16
 RUN_TIMEOUT_S = 6 * 3600
 POLL_S = 1.0
 STOP_TIMEOUT_S = 60.0
@@ -40,12 +41,10 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, default=Path("runs/nano"), help="folder of runs and report (default %(default)s)")
     add("--only", action="append", choices=names, metavar="NAME", help=f"of {', '.join(names)}; may be repeated")
     add("--config", action="append", metavar="FILE", help="yaml; default: configs/nano.yaml")
-    add("--adapters", type=Path, default=DEMO_ADAPTERS, help="to break, sweep and train on; default: the shipped ones")
     add("--clips", type=int, default=CLIPS, help="held-out clips to measure on (default %(default)s)")
     add("--seeds", type=int, help="at most so many per run; with one no verdict can be given")
-    add(
-        "--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time (default %(default)s); 0: in this process"
-    )
+    cores = len(os.sched_getaffinity(0))
+    add("--jobs", type=int, default=cores, help="runs at a time (default: a core each); 0: in this process")
     add("--report-only", action="store_true", help="write the report of what is finished")
     add("--run", metavar="NAME:SEED", help="do this one run and nothing else")
     add("overrides", nargs="*", metavar="section.key=value", help="of every run, e.g. train.max_steps=20")
@@ -54,7 +53,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
-    plan = Plan(args.out, tuple(args.config or Plan.configs), tuple(args.overrides), args.adapters, args.clips)
+    plan = Plan(args.out, tuple(args.config or Plan.configs), tuple(args.overrides), args.clips)
     if args.clips < 2 or args.jobs < 0 or (args.seeds is not None and args.seeds < 1):
         raise ConfigError("--clips, --seeds, --jobs: need at least 2, 1 and 0")
     check_folder(args.out, "--out")
@@ -68,8 +67,8 @@ def _run(args: argparse.Namespace) -> None:
     from experiments.nano.report import write_report
 
     if not args.report_only:
-        _run_all(plan, jobs_of(experiments, args.seeds), args.jobs, lambda: write_report(plan, experiments))
-    path = write_report(plan, experiments)
+        _run_all(plan, jobs_of(experiments, args.seeds), args.jobs, lambda: write_report(plan))
+    path = write_report(plan)
     print(path.read_text())
     log.info("report: %s", path)
 
@@ -93,14 +92,19 @@ def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Cal
     from tqdm import tqdm
 
     waiting = [job for job in jobs if not is_finished(plan, *job)]
-    log.info("%d runs, %d of them finished; logs: %s/*/log.txt", len(jobs), len(jobs) - len(waiting), plan.out)
+    hours = sum(MINUTES[run.kind] for run, _ in waiting) / 60
+    log.info(
+        "%d runs, %d of them finished; the others take about %.1f core-hours where the processor has bfloat16, %d at a "
+        "time; logs: %s/*/log.txt",
+        *(len(jobs), len(jobs) - len(waiting), hours, max(1, at_once), plan.out),
+    )
     running: dict[tuple[Run, int], tuple[subprocess.Popen[bytes], float]] = {}
     stop = at_interrupt(lambda: _stop([process for process, _ in running.values()]))
     with stop, tqdm(total=len(waiting), desc="runs", unit="run") as bar:
         try:
             while waiting or running:
-                while waiting and len(running) < max(1, at_once):
-                    job = waiting.pop(0)
+                while len(running) < max(1, at_once) and (job := _next(plan, waiting, idle=not running)):
+                    waiting.remove(job)
                     if at_once == 0:
                         work(plan, *job)
                         bar.update()
@@ -125,6 +129,11 @@ def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Cal
             _stop([process for process, _ in running.values()])
 
 
+def _next(plan: Plan, waiting: list[tuple[Run, int]], idle: bool) -> tuple[Run, int] | None:
+    """Return the first run that can start; if none will ever, the first, which says what it lacks."""
+    return next((job for job in waiting if can_start(plan, *job)), waiting[0] if waiting and idle else None)
+
+
 def _stop(processes: list[subprocess.Popen[bytes]]) -> None:
     for process in processes:
         process.terminate()
@@ -136,7 +145,7 @@ def _start(plan: Plan, run: Run, seed: int) -> subprocess.Popen[bytes]:
     folder = plan.folder(run, seed)
     folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "experiments.nano", "--run", f"{run.name}:{seed}", "--out", str(plan.out)]
-    command += ["--adapters", str(plan.adapters), "--clips", str(plan.clips)]
+    command += ["--clips", str(plan.clips)]
     command += [word for path in plan.configs for word in ("--config", path)]
     with (folder / "log.txt").open("ab") as output:
         return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""The report (report.md, a figure per experiment), from the finished runs' result.json alone."""
+"""The report (report.md, its two figures), from the finished runs' result.json alone."""
 
 from __future__ import annotations
 
@@ -8,43 +8,42 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
-from experiments.nano.experiments import GENTLE, REFERENCE, RUNS, Claim, Experiment, Run, in_decibels
+from experiments.nano.experiments import (
+    ALL_TASKS,
+    CLAIMS,
+    ERROR,
+    EXPERIMENTS,
+    FD,
+    LABELS,
+    REFERENCE,
+    RGB,
+    RUNS,
+    XYZ,
+    Claim,
+    Experiment,
+    Run,
+    in_decibels,
+)
 from experiments.nano.verdicts import CONFIDENCE, Verdict, judge
 from experiments.nano.work import Plan, Result, differences, read_result
 from one4d_pl.files import whole_file, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-LABELS = {
-    "video.rel_error": "video to 4D: point error",
-    "video.rel_error_moving": "moving points",
-    "video.rel_error_edges": "at edges",
-    "image.rel_error": "image to 4D: point error",
-    "image.hidden_db": "image to 4D: hidden frames, dB",
-    "image.fd_vae": "image to 4D: fd_vae",
-    "video.given_db": "given frames, dB",
-    "video.hidden_db": "hidden frames, dB",
-    "val.xyz": "pointmaps' loss",
-    "val.rgb": "frames' loss",
-    "vae.rel_error": "round trip: point error",
-    "vae.rel_error_moving": "moving points",
-    "vae.given_db": "frames, dB",
-}
 REFERENCE_ROWS = {
     "mean": "(mean pointmap of the training clips)",
     "ceiling": "(truth through the shipped VAE)",
-    "ceiling_bent": "(the same, bent)",
     "base": "(the base alone)",
 }
 
 Results = Mapping[str, Mapping[int, Result]]  # run -> seed -> what is finished
 
 
-def write_report(plan: Plan, experiments: list[Experiment]) -> Path:
-    """Write the report and return its path; runs that are missing are named."""
-    names = dict.fromkeys(name for experiment in experiments for name in experiment.runs)
-    found = {name: _finished(plan, RUNS[name]) for name in names}
+def write_report(plan: Plan) -> Path:
+    """Write the report and return its path; what has not run is said to be so."""
+    found = {name: _finished(plan, run) for name, run in RUNS.items()}
     results = {
         name: {seed: r for seed, r in seeds.items() if not differences(plan, RUNS[name], seed, r.recipe)}
         for name, seeds in found.items()
@@ -53,13 +52,10 @@ def write_report(plan: Plan, experiments: list[Experiment]) -> Path:
     lines = ["# Nano-One4D", "", *_method(plan, results)]
     if stale:
         lines += ["", f"Left out: {stale} runs under another config than today's."]
-    for experiment in experiments:
+    lines += ["", *_claims(results)]
+    for experiment in EXPERIMENTS:
         lines += ["", *_section(experiment, results)]
-        if any(results[name] for name in experiment.runs):
-            path = plan.out / "figures" / f"{experiment.name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _draw(experiment, results, path)
-            lines += ["", f"![{experiment.name}](figures/{path.name})"]
+    lines += _figures(results, plan.out / "figures")
     write_text(plan.out / "report.md", "\n".join(lines) + "\n")
     return plan.out / "report.md"
 
@@ -73,7 +69,7 @@ def _method(plan: Plan, results: Results) -> list[str]:
     config = plan.config(RUNS[REFERENCE], 0)
     train, data = config.train, config.data
     finished = [result for seeds in results.values() for result in seeds.values()]
-    wanted = sum(RUNS[name].seeds for name in results)
+    wanted = sum(run.seeds for run in RUNS.values())
     machines = ", ".join(sorted({result.machine for result in finished})) or "nothing run"
     settings = " ".join(["", *plan.overrides]) if plan.overrides else ""
     return [
@@ -82,52 +78,51 @@ def _method(plan: Plan, results: Results) -> list[str]:
         "",
         f"Every training: {train.max_steps} steps of {train.global_batch_size} toy clips, {data.num_frames} frames of "
         f"{data.height}x{data.width}, adapters from scratch on the shipped base at a learning rate of "
-        f"{config.optim.lr:g}; those of `unified` from the shipped adapters, {GENTLE[0]}; a VAE: as many steps of two "
-        f"crops. Every run is measured on the same {plan.clips} held-out clips with the same frames given, but for "
-        "`given_*`; the seed decides the noise. ± in a run's row is the standard deviation over seeds.",
+        f"{config.optim.lr:g}, falling over the last {config.optim.cooldown_steps} steps. `given_*`, `guidance_*`, "
+        f"`other_clip` and `links_zeroed` sample the adapters of `{REFERENCE}`, seed by seed. Every run is measured on "
+        f"the same {plan.clips} held-out clips with the same frames given, but for `given_*`; the seed decides the "
+        "noise. ± in a run's row is the standard deviation over seeds.",
         "",
         "A claim holds, or does not, where the difference is beyond what Student's t allows for chance at "
-        f"{CONFIDENCE:.0%}, in a model value = run + seed + noise; the noise is pooled over all runs of this report "
-        "that are trained, or sampled, alike. `by` is how much higher the other run's error is, or dB, and its "
-        "standard error; positive speaks for the claim, what a claim allows for is not in it. Of claims about what "
-        f"makes no difference one in {1 / (1 - CONFIDENCE):.0f} gets a word by chance; where nothing is trained the "
-        "word is about one adapter on these clips. So few steps from scratch say which of two ways learns faster, not "
-        "where they end. What gets worse with links zeroed relies on them; trained so, it might do without.",
+        f"{CONFIDENCE:.0%}, in a model value = run + seed + noise. The noise is pooled over the runs that trained the "
+        f"metric's task or, where adapters of `{REFERENCE}` are sampled, over the unbroken ones that sample them. `by` "
+        "is how much higher the other run's error is, or dB, and its standard error; positive speaks for the claim, "
+        "its margin is not in it. Of claims about what makes no difference one in "
+        f"{1 / (1 - CONFIDENCE):.0f} gets a word by chance.",
     ]
 
 
-def _section(experiment: Experiment, results: Results) -> list[str]:
-    lines = [
-        f"## {experiment.name}",
-        "",
-        f"**{experiment.question}** Claim ({experiment.source}): {experiment.claim}",
-        "",
-    ]
-    header = ["run", *(LABELS[metric] for metric in experiment.metrics)]
-    lines += [f"| {' | '.join(header)} |", f"|---|{'---:|' * len(experiment.metrics)}"]
-    for name in experiment.runs:
-        seeds = results[name]
-        if RUNS[name].kind == "references":
-            lines += _reference_rows(experiment, seeds)
-            continue
-        label = f"`{name}`" if seeds else f"`{name}` (not run)"
-        shown = [m for m in experiment.metrics if m != "val.xyz" or not RUNS[name].own_target]
-        cells = [
-            _cell([r.numbers[m] for r in seeds.values() if m in r.numbers and m in shown]) for m in experiment.metrics
-        ]
-        lines.append(f"| {' | '.join([label, *cells])} |")
-    lines += ["", "| claim | by | verdict |", "|---|---:|---|"]
-    for claim in experiment.claims:
-        verdict = judge(claim, {name: _values(name, claim.metric, results) for name in results if _alike(name, claim)})
+def _claims(results: Results) -> list[str]:
+    lines = ["## Claims", "", "| | claim | metric | margin | seeds | by | verdict |", "|---|---|---|---|---|---:|---|"]
+    for number, claim in enumerate(CLAIMS, 1):
+        verdict = judge(claim, {name: _values(name, claim.metric, results) for name in pooled(claim)})
         by, outcome = ("", "not run") if verdict is None else (_by(claim, verdict), f"**{verdict.outcome}**")
-        lines.append(f"| {claim.text} (`{claim.better}`, `{claim.than}`; {LABELS[claim.metric]}) | {by} | {outcome} |")
+        text = f"{claim.text} ({claim.source}; `{claim.better}`, `{claim.than}`)"
+        cells = [str(number), text, LABELS[claim.metric], claim.margin, claim.seeds, by, outcome]
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def _alike(name: str, claim: Claim) -> bool:
-    """Tell whether a run's noise is like that of the claim's runs; other encodings give other losses of pointmaps."""
-    ours, theirs = ((run.kind.partition("_")[0], run.from_adapters) for run in (RUNS[name], RUNS[claim.better]))
-    return ours == theirs and not (claim.metric == "val.xyz" and RUNS[name].own_target)
+def pooled(claim: Claim) -> list[str]:
+    """List the runs whose noise is like that of the claim's two, themselves among them."""
+    if "sample" in (RUNS[claim.better].kind, RUNS[claim.than].kind):
+        return [REFERENCE, *(name for name, run in RUNS.items() if run.kind == "sample" and not run.broken)]
+    task = claim.metric.partition(".")[0]
+    return [name for name, run in RUNS.items() if run.kind == "train" and task in run.trained]
+
+
+def _section(experiment: Experiment, results: Results) -> list[str]:
+    header = ["run", *(LABELS[metric] for metric in experiment.metrics)]
+    lines = [f"## {experiment.name}", "", experiment.question, ""]
+    lines += [f"| {' | '.join(header)} |", f"|---|{'---:|' * len(experiment.metrics)}"]
+    for name in experiment.runs:
+        if RUNS[name].kind == "references":
+            lines += _reference_rows(experiment, results[name])
+            continue
+        label = f"`{name}`" if results[name] else f"`{name}` (not run)"
+        cells = [_cell(list(_values(name, metric, results).values())) for metric in experiment.metrics]
+        lines.append(f"| {' | '.join([label, *cells])} |")
+    return lines
 
 
 def _by(claim: Claim, verdict: Verdict) -> str:
@@ -163,54 +158,59 @@ def _values(name: str, metric: str, results: Results) -> dict[int, float]:
     return {seed: r.numbers[metric] for seed, r in results[name].items() if metric in r.numbers}
 
 
-def _draw(experiment: Experiment, results: Results, path: Path) -> None:
-    """Draw bars with a dot per seed; for the pointmaps' loss, curves."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    names = [name for name in experiment.runs if RUNS[name].kind != "references" and results[name]]
-    curved = [n for n in names if any(r.curves for r in results[n].values()) and not RUNS[n].own_target]
-    panels = [metric for metric in experiment.drawn if metric != "val.xyz" or curved]
-    size = (5.5 * len(panels) + 1, 1.6 + 0.22 * max(len(names), 10))
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, squeeze=False)
-    for metric, panel in zip(panels, axes[0], strict=True):
-        if metric == "val.xyz":
-            _draw_curves(panel, curved, results)
-        else:
-            _draw_bars(panel, metric, names, results, "references" in experiment.runs)
-    figure.tight_layout()
-    with whole_file(path) as staging:
-        figure.savefig(staging, dpi=90, format="png")
-    pyplot.close(figure)
+def _figures(results: Results, folder: Path) -> list[str]:
+    """Draw both figures, of what has run, and return the report's lines that show them."""
+    measured = [name for name, run in RUNS.items() if run.kind != "references" and results[name]]
+    # a validation is of the trained tasks, so the losses of a run without some of them compare with no other's
+    trained = [name for name in measured if RUNS[name].kind == "train" and RUNS[name].trained == ALL_TASKS]
+    lines: list[str] = []
+    for name, names, draw in (("errors", measured, _draw_bars), ("losses", trained, _draw_curves)):
+        if names:
+            folder.mkdir(parents=True, exist_ok=True)
+            with whole_file(folder / f"{name}.png") as staging:
+                draw(names, results).savefig(staging, dpi=90, format="png")
+            lines += ["", f"![{name}](figures/{name}.png)"]
+    return lines
 
 
-def _draw_bars(axes: Axes, metric: str, names: list[str], results: Results, references: bool) -> None:
-    values = {name: list(_values(name, metric, results).values()) for name in names}
-    shown = [name for name in names if values[name]]
-    axes.barh(shown, [fmean(values[name]) for name in shown], color="#8fb3d9", height=0.65)
-    for name in shown:
-        axes.plot(values[name], [name] * len(values[name]), "o", color="#1c3f66", markersize=3.5)
-    lines = (("mean", "--", "mean pointmap"), ("base", "-.", "the base alone"),
-             ("ceiling", ":", "truth through the VAE"), ("ceiling_bent", (0, (1, 4)), "the same, bent"))  # fmt: skip
-    for prefix, style, label in lines if references else ():
-        for value in _reference_values(prefix, metric, results["references"]):
-            axes.axvline(value, color="#444444", linestyle=style, linewidth=1, label=label)
-            axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)  # above
-    axes.invert_yaxis()
-    axes.set_xlabel(f"{LABELS[metric]} ({'higher' if in_decibels(metric) else 'lower'} is better)", fontsize=9)
-    axes.tick_params(labelsize=8)
+def _draw_bars(names: list[str], results: Results) -> Figure:
+    """Draw a bar per run, a dot per seed."""
+    figure, panels = _panels(1.6 + 0.22 * len(names))
+    for metric, axes in zip((ERROR, FD), panels, strict=True):
+        values = {name: list(_values(name, metric, results).values()) for name in names}
+        shown = [name for name in names if values[name]]
+        axes.barh(shown, [fmean(values[name]) for name in shown], color="#8fb3d9", height=0.65)
+        for name in shown:
+            axes.plot(values[name], [name] * len(values[name]), "o", color="#1c3f66", markersize=3.5)
+        for prefix, style in (("mean", "--"), ("base", "-."), ("ceiling", ":")):
+            for value in _reference_values(prefix, metric, results["references"]):
+                axes.axvline(value, color="#444444", linestyle=style, linewidth=1, label=REFERENCE_ROWS[prefix])
+                axes.legend(fontsize=7, loc="lower center", bbox_to_anchor=(0.5, 1), frameon=False)  # above
+        axes.invert_yaxis()
+        axes.set_xlabel(f"{LABELS[metric]} (lower is better)", fontsize=9)
+    return figure
 
 
-def _draw_curves(axes: Axes, names: list[str], results: Results) -> None:
-    for number, name in enumerate(names):
-        for place, result in enumerate(results[name].values()):
-            steps, values = zip(*result.curves["xyz"], strict=True)
-            style = f"C{number % 10}{'-' if number < 10 else '--'}"
-            axes.plot(steps, values, style, linewidth=1.2, label=None if place else name)
-    axes.set_xlabel("step", fontsize=9)
-    axes.set_ylabel("pointmaps' loss on held-out clips", fontsize=9)
-    axes.set_yscale("log")  # a run that starts far above would flatten the others
-    axes.tick_params(labelsize=8)
-    axes.legend(fontsize=7)
+def _draw_curves(names: list[str], results: Results) -> Figure:
+    """Draw a line per seed."""
+    figure, panels = _panels(4)
+    for metric, axes in zip((XYZ, RGB), panels, strict=True):
+        for number, name in enumerate(names):
+            for place, result in enumerate(results[name].values()):
+                steps, values = zip(*result.curves[metric.partition(".")[2]], strict=True)
+                axes.plot(steps, values, f"C{number}", linewidth=1.2, label=None if place else name)
+        axes.set_xlabel("step", fontsize=9)
+        axes.set_ylabel(f"{LABELS[metric]} on held-out clips", fontsize=9)
+        axes.set_yscale("log")  # a run that starts far above would flatten the others
+        axes.legend(fontsize=7)
+    return figure
+
+
+def _panels(height: float) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, height), layout="tight")
+    panels = list(figure.subplots(1, 2))
+    for axes in panels:
+        axes.tick_params(labelsize=8)
+    return figure, panels

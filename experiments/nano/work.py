@@ -1,6 +1,7 @@
 """One run of `make nano`: train or sample, measure, write result.json.
 
-An interrupted `fit` resumes from its checkpoint; a VAE's training starts again.
+An interrupted training resumes from its checkpoint. That of `dlc` leaves its adapters, which the runs that only sample
+open: they are decided by its config and seed, so a sampling run's recipe is the same with other overrides.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from experiments.nano.experiments import REFERENCE, RUNS, Run
 from one4d_pl.config import (
-    DEMO_ADAPTERS,
     Config,
     ConfigError,
     DataConfig,
@@ -32,7 +32,6 @@ from one4d_pl.config import (
 from one4d_pl.files import write_json
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
     from torch import Tensor
 
     from one4d_pl.inference.pipeline import One4DPipeline
@@ -42,9 +41,7 @@ log = logging.getLogger("one4d_pl")
 
 CLIPS = 64  # held-out clips; more than the 48 features of fd_vae
 MEAN_CLIPS = 256  # training clips for the mean pointmap
-VAE_CLIPS = 100  # training clips of a VAE
-VAE_CROP = (32, 48)  # at most, half of a clip's area; two crops a step
-RESULT = "result.json"
+RESULT, ADAPTERS = "result.json", "adapters"
 LOCK_WAIT_S, LOCK_POLL_S = 3600, 1.0
 CURVES = ("rgb", "xyz")
 
@@ -56,7 +53,6 @@ class Plan:
     out: Path
     configs: tuple[str, ...] = ("configs/nano.yaml",)
     overrides: tuple[str, ...] = ()
-    adapters: Path = DEMO_ADAPTERS  # of the runs that only sample or train further
     clips: int = CLIPS
 
     def folder(self, run: Run, seed: int) -> Path:
@@ -65,19 +61,11 @@ class Plan:
     def config(self, run: Run, seed: int) -> Config:
         """Load one run's config; it depends on no other run and on no machine."""
         place = [f"run_dir={self.folder(run, seed)}", f"train.seed={seed}"]
-        start = self._init_overrides() if run.from_adapters else []
-        return load_config(list(self.configs), [*self.overrides, *run.overrides, *start, *place])
+        return load_config(list(self.configs), [*self.overrides, *run.overrides, *place])
 
-    def _init_overrides(self) -> list[str]:
-        """Return overrides to train the adapters further, with pointmaps encoded as theirs."""
-        from one4d_pl.models.adapters import AdapterCard
-
-        card = AdapterCard.read(self.adapters)
-        return [
-            f"train.init_from={self.adapters}",
-            f"dlc.standardise_xyz={card.dlc.standardise_xyz}",
-            f"data.pointmap_power={card.pointmap_power}",
-        ]
+    def adapters(self, seed: int) -> Path:
+        """Return the folder where the reference's training leaves its adapters."""
+        return self.folder(RUNS[REFERENCE], seed) / ADAPTERS
 
 
 @dataclass(frozen=True)
@@ -113,6 +101,11 @@ def is_finished(plan: Plan, run: Run, seed: int) -> bool:
     return result is not None
 
 
+def can_start(plan: Plan, run: Run, seed: int) -> bool:
+    """Tell whether a run has the adapters that it samples. ConfigError where they are of another config."""
+    return run.kind != "sample" or (is_finished(plan, RUNS[REFERENCE], seed) and plan.adapters(seed).is_dir())
+
+
 def differences(plan: Plan, run: Run, seed: int, recipe: dict[str, object]) -> list[str]:
     """List the keys in which a stored recipe differs from today's; a knob it does not know yet had its default."""
     defaults = flatten(as_dict(Config(data=DataConfig(toy=ToyConfig()))))
@@ -127,25 +120,27 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         return
     from tqdm import tqdm
 
-    from experiments.nano.measure import measure, measure_references, measure_vae, sampled_clips
+    from experiments.nano.measure import measure, measure_references, sampled_clips
 
     folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
+    if not can_start(plan, run, seed):
+        raise ConfigError(
+            f"{plan.adapters(seed)}: not there, and {run.name} samples them; remove the folder above it if there is "
+            f"one, and --run {REFERENCE}:{seed}"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     _check_recipe(plan, run, seed)
     curves: dict[str, list[tuple[int, float]]] = {}
     if run.kind == "train":
         _train(config)
         curves = _read_curves(folder)
-    clips = _held_out(plan.config(RUNS[REFERENCE], seed), plan.clips)  # every run is measured on the same clips
-    if run.kind in ("vae", "vae_rgb"):
-        numbers = measure_vae(_train_vae(config, run.kind == "vae", seed), clips)
-    else:
-        pipeline, count = _open_pipeline(config, run, plan.adapters), sampled_clips(len(clips), run.given)
-        with tqdm(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
-            if run.kind == "references":
-                numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
-            else:
-                numbers = measure(pipeline, clips, seed, run.given, bar.update, run.broken)
+    clips = _held_out(config, plan.clips)
+    pipeline, count = _open_pipeline(plan, run, seed), sampled_clips(len(clips), run.given)
+    with tqdm(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
+        if run.kind == "references":
+            numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
+        else:
+            numbers = measure(pipeline, clips, seed, run.given, bar.update, run.broken)
     numbers |= {f"val.{name}": points[-1][1] for name, points in curves.items()}
     stored = {
         "numbers": {name: float(f"{value:.6g}") for name, value in numbers.items()},
@@ -154,8 +149,10 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         "machine": _machine(),
         "recipe": recipe_of(plan, run, seed),
     }
+    if run.name == REFERENCE:
+        _keep_adapters(config, plan.adapters(seed))
     write_json(folder / RESULT, stored)
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # dozens of runs would fill the disk
+    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # with the optimiser's state; many would fill the disk
 
 
 def _check_recipe(plan: Plan, run: Run, seed: int) -> None:
@@ -189,22 +186,11 @@ def _train(config: Config) -> None:
         raise ConfigError(f"{config.run_dir}: stopped by a signal; the same command goes on from there")
 
 
-def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
-    """Train a VAE by the shipped one's recipe, with or without pointmaps. It takes as many steps as the other runs."""
-    from tqdm import tqdm
+def _keep_adapters(config: Config, out: Path) -> None:
+    from one4d_pl.commands.export import export
 
-    from experiments.tiny_wan.vae import Stage, TinyVaeConfig, VaeTraining, build_vae, render_pool, train_step
-
-    data, steps = config.data, config.train.max_steps
-    height, width = (min(side, most) for side, most in zip((data.height, data.width), VAE_CROP, strict=True))
-    recipe = TinyVaeConfig(pointmaps=pointmaps, seed=seed, stages=(Stage(1.0, data.num_frames, height, width, 2),))
-    toy = _toy_config(config)
-    clips = [(toy.seed + i, "synthetic") for i in range(min(VAE_CLIPS, toy.train_synthetic))]
-    pool = render_pool(clips, data.num_frames, data.height, data.width, data.far_limit, data.z_offset)
-    training = VaeTraining.start(build_vae(recipe))
-    for step in tqdm(range(steps), desc="training a VAE", unit="step"):
-        train_step(training, pool, recipe, step / steps)
-    return training.averaged_vae()
+    if not out.exists():  # kept by a run that was stopped before it wrote its result
+        export(Path(config.run_dir), out, "float32", ())
 
 
 def _machine() -> str:
@@ -215,14 +201,15 @@ def _machine() -> str:
     return f"{torch.cuda.get_device_name() if torch.cuda.is_available() else cores}, torch {torch.__version__}"
 
 
-def _open_pipeline(config: Config, run: Run, adapters: Path) -> One4DPipeline:
+def _open_pipeline(plan: Plan, run: Run, seed: int) -> One4DPipeline:
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.models.adapters import AdapterCard
     from one4d_pl.training.checkpoint_files import newest_checkpoint
 
+    config = plan.config(run, seed)
     if run.kind == "references":
         return One4DPipeline.open(config, None)
-    folder = newest_checkpoint(config.run_dir) if run.kind == "train" else adapters
+    folder = newest_checkpoint(config.run_dir) if run.kind == "train" else plan.adapters(seed)
     assert folder is not None  # the training has just written a checkpoint
     return One4DPipeline.open(AdapterCard.read(folder).configure(config), folder)
 
@@ -262,16 +249,12 @@ def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def recipe_of(plan: Plan, run: Run, seed: int) -> dict[str, object]:
-    """Collect what decides a run's numbers, apart from the code: config, first weights, what it is measured on."""
+    """Collect what decides a run's numbers, apart from the code: config, base, what it is measured on."""
     config = plan.config(run, seed)
     recipe = flatten(as_dict(config)) | {"nano.kind": run.kind, "nano.clips": plan.clips, "nano.given": run.given}
     recipe["nano.broken"] = run.broken
     del recipe["run_dir"]
     recipe["nano.base"] = _digest(base_folder(config.base.path))
-    if run.from_adapters:
-        recipe["train.init_from"] = None  # the adapters' digest counts, not their path
-    if run.kind == "sample" or run.from_adapters:
-        recipe["nano.adapters"] = _digest(plan.adapters)
     return recipe
 
 

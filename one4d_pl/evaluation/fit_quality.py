@@ -19,7 +19,6 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatch
 
 import torch
 from torch import Tensor
@@ -145,16 +144,11 @@ class ClipSampler:
 
 
 @contextmanager
-def links_zeroed(pipeline: One4DPipeline, pattern: str = "*") -> Iterator[None]:
-    """Let control links add nothing for a while.
-
-    `pattern` chooses among the names of their weights (`block.rgb_to_xyz.weight` and so on); ConfigError where none
-    matches.
-    """
-    named = dict(pipeline.transformer.links.named_parameters())
-    weights = [weight for name, weight in named.items() if fnmatch(name, pattern)]
+def links_zeroed(pipeline: One4DPipeline) -> Iterator[None]:
+    """Let control links add nothing for a while; ConfigError where there are none."""
+    weights = list(pipeline.transformer.links.parameters())
     if not weights:
-        raise ConfigError(f"links: none is called {pattern}; this adapter has {', '.join(named) or 'none'}")
+        raise ConfigError("links: this adapter has none to be zeroed")
     kept = [weight.detach().clone() for weight in weights]
     try:
         for weight in weights:

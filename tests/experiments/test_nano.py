@@ -10,48 +10,44 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
-from PIL import Image
 from scipy.stats import ttest_rel
 
-from experiments.nano.__main__ import jobs_of, main
+from experiments.nano.__main__ import _next, jobs_of, main
 from experiments.nano.experiments import (
-    BLOCKS_WITH_LINKS,
-    EVERY_TASK,
+    CLAIMS,
+    ERROR,
     EXPERIMENTS,
+    FD,
+    HIDDEN,
+    LABELS,
     LINKS_ZEROED,
     OTHER_CLIP,
     REFERENCE,
     RUNS,
-    SHIPPED,
     Claim,
 )
-from experiments.nano.measure import edge_pixels
-from experiments.nano.report import LABELS
+from experiments.nano.report import pooled
 from experiments.nano.verdicts import judge
-from experiments.nano.work import Plan, _digest, recipe_of
+from experiments.nano.work import Plan
 from one4d_pl.cluster.signals import INTERRUPTED
-from one4d_pl.config import DEMO_ADAPTERS, ConfigError, load_config
-from one4d_pl.data.decode import Draw, make_sample
+from one4d_pl.config import ConfigError, load_config
 from one4d_pl.evaluation.fit_quality import links_zeroed
 from one4d_pl.inference.pipeline import One4DPipeline
-from one4d_pl.models.adapters import AdapterCard
 from one4d_pl.models.base_files import resolve_base, transformer_config
 from one4d_pl.models.coupling import couple
-from one4d_pl.toy.world import render_clip
 
 SMALL = [
     "data.height=16", "data.width=32", "train.max_steps=1", "train.global_batch_size=2", "train.micro_batch_size=2",
-    "val.every=1", "val.clips=2", "val.sigmas=[0.5]", "optim.cooldown_steps=0", "train.save_every=1",
-    "sampler.steps=1",
+    "train.compile=false", "val.every=1", "val.clips=2", "val.sigmas=[0.5]", "optim.warmup_steps=0",
+    "optim.cooldown_steps=0", "train.save_every=1", "sampler.steps=1",
 ]  # fmt: skip
-TOY = {"train_synthetic": 4, "train_real": 2, "val": 2, "seed": 20000}
+TOY = {"level": "clear", "train_synthetic": 4, "train_real": 2, "val": 2, "seed": 20000}
 
 
 @pytest.fixture(scope="module")
@@ -78,43 +74,32 @@ def folder_of(arguments: list[str]) -> Path:
 
 @pytest.mark.filterwarnings("ignore:.*biased upwards.*")
 @pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
-def test_every_experiment_runs_and_is_reported(short, experiment, capsys, monkeypatch):
+def test_every_experiment_runs_and_is_reported(short, experiment, capsys):
     out = folder_of(short())
-    world = out.parent / "toy"
-    synthetic = f"data.sources=[{{path: {world}/train_synthetic}}]"  # the one run that names a folder of its own
-    run = RUNS["synthetic_only"]
-    monkeypatch.setitem(RUNS, run.name, type(run)(run.name, (synthetic,), run.seeds))
     assert main(short("--only", experiment.name)) == 0
     report = capsys.readouterr().out
     assert report == (out / "report.md").read_text() + "\n"
-    assert f"## {experiment.name}" in report and "(not run)" not in report and "| not run |" not in report
+    table = report.split(f"## {experiment.name}\n")[1].split("\n## ")[0]
+    assert "(not run)" not in table
     for name in experiment.runs:
-        assert (RUNS[name].kind == "references") != (f"| `{name}` |" in report), name
-    for claim in experiment.claims:
-        assert claim.text in report and "cannot tell" in report  # one seed shows no spread
-    with Image.open(out / "figures" / f"{experiment.name}.png") as figure:
-        assert figure.size[1] > 200
-    for name in experiment.runs:
+        assert (RUNS[name].kind == "references") != (f"| `{name}` |" in table), name
         found = json.loads((out / f"{name}-0" / "result.json").read_text())
         assert all(math.isfinite(value) for value in found["numbers"].values()), name
-        if RUNS[name].kind not in ("sample", "references"):
-            assert set(experiment.metrics) <= found["numbers"].keys()
         assert bool(found["curves"]) == (RUNS[name].kind == "train")
+        if RUNS[name].kind == "train":
+            assert set(experiment.metrics) - {"video.hidden_db"} <= found["numbers"].keys()
+    for claim in CLAIMS:  # one seed shows no spread
+        told = next(line for line in report.splitlines() if claim.text in line)
+        ran = all((out / f"{name}-0").exists() for name in (claim.better, claim.than))
+        assert ("cannot tell" if ran else "not run") in told
     assert not list(out.glob("*/checkpoints"))
+    assert [path.parent.name for path in out.glob("*/adapters")] == [f"{REFERENCE}-0"]
     if experiment.name == "links":
         errors = {
-            name: json.loads((out / f"{name}-0" / "result.json").read_text())["numbers"]["video.rel_error"]
-            for name in (SHIPPED, OTHER_CLIP, *LINKS_ZEROED)
+            json.loads((out / f"{name}-0" / "result.json").read_text())["numbers"]["video.rel_error"]
+            for name in (REFERENCE, LINKS_ZEROED, OTHER_CLIP)
         }
-        assert len(set(errors.values())) == len(errors)  # every breaking reaches the samples
-    if experiment.name == "unified":
-        fresh = "standardised_and_bent"  # as the shipped adapters are
-        assert main(short("--run", f"{fresh}:0")) == 0
-        begun, trained = (json.loads((out / f"{name}-0" / "result.json").read_text()) for name in (fresh, EVERY_TASK))
-        for knob in ("dlc.standardise_xyz", "data.pointmap_power"):  # or their losses would not compare
-            assert begun["recipe"][knob] == trained["recipe"][knob]
-        (step, loss), (_, untrained) = trained["curves"]["xyz"][0], begun["curves"]["xyz"][0]
-        assert step == 0 and loss < untrained
+        assert len(errors) == 3  # both breakings reach the samples
 
 
 @pytest.mark.filterwarnings("ignore:.*biased upwards.*")
@@ -135,14 +120,18 @@ def test_a_finished_run_is_kept_and_run_again_it_gives_its_numbers(short, capsys
 
 
 @pytest.mark.filterwarnings("ignore:.*biased upwards.*")
-def test_runs_of_their_own_processes_and_one_that_fails(short, tmp_path, capsys):
-    options = ["--only", "sparsity", "--jobs", "2"]
-    assert main(short(*options, "--out", str(tmp_path))) == 0
+def test_runs_of_their_own_processes_and_a_sampling_without_adapters(short, tmp_path, capsys):
+    arguments = short("--only", "sparsity", "--jobs", "2", "--out", str(tmp_path))
+    assert main(arguments) == 0
     (sparsity,) = (experiment for experiment in EXPERIMENTS if experiment.name == "sparsity")
     assert len(list(tmp_path.glob("*/result.json"))) == len(sparsity.runs)
     assert all(path.stat().st_size for path in tmp_path.glob("*/log.txt"))
-    assert main(short(*options, "--out", str(tmp_path / "b"), "--adapters", str(tmp_path / "none"))) == 2
+    shutil.rmtree(tmp_path / f"{REFERENCE}-0" / "adapters")
+    shutil.rmtree(tmp_path / "given_0.5-0")
+    capsys.readouterr()
+    assert main(arguments) == 2
     assert "exit code 2; see log.txt there" in capsys.readouterr().err.splitlines()[-1]
+    assert "adapters: not there, and given_0.5 samples them" in (tmp_path / "given_0.5-0" / "log.txt").read_text()
 
 
 def test_ended_from_outside_it_ends_its_runs(short, tmp_path):
@@ -150,7 +139,7 @@ def test_ended_from_outside_it_ends_its_runs(short, tmp_path):
         sys.executable,
         "-m",
         "experiments.nano",
-        *short("--only", "data", "--jobs", "1", "--out", str(tmp_path)),
+        *short("--only", "coupling", "--jobs", "1", "--out", str(tmp_path)),
     ]
     log = tmp_path / f"{REFERENCE}-0" / "log.txt"
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as nano:
@@ -172,63 +161,51 @@ def test_a_mistake_is_one_line(wrong, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-def test_what_goes_on_starts_from_the_adapters_wherever_they_lie(tmp_path, capsys):
-    run, copy = RUNS[EVERY_TASK], tmp_path / "adapters"
-    shutil.copytree(DEMO_ADAPTERS, copy)
-    here, there = Plan(tmp_path), Plan(tmp_path, adapters=copy)
-    assert there.config(run, 0).train.init_from == str(copy)
-    assert here.config(RUNS[REFERENCE], 0).train.init_from is None
-    assert recipe_of(here, run, 0) == recipe_of(there, run, 0)
-    card = json.loads((copy / "card.json").read_text())
-    (copy / "card.json").write_text(json.dumps(card | {"step": card["step"] + 1}))
-    _digest.cache_clear()  # taken once per folder
-    assert recipe_of(here, run, 0) != recipe_of(there, run, 0)
-    begun = here.folder(run, 0) / "recipe.json"
-    begun.parent.mkdir()
-    begun.write_text(json.dumps(recipe_of(there, run, 0), indent=1) + "\n")
-    assert main(["--run", f"{EVERY_TASK}:0", "--out", str(tmp_path)]) == 2
-    assert "begun under another config (nano.adapters); remove the folder" in capsys.readouterr().err
+def test_a_sampling_waits_for_its_training_and_the_last_that_never_can_start_says_so(tmp_path):
+    plan, sampling, training = Plan(tmp_path), (RUNS["guidance_4"], 0), (RUNS["width"], 0)
+    assert _next(plan, [sampling, training], idle=False) == training
+    assert _next(plan, [sampling], idle=False) is None  # what it waits for is under way
+    assert _next(plan, [sampling], idle=True) == sampling and _next(plan, [], idle=True) is None
 
 
-@pytest.mark.parametrize(
-    ("broken", "count"),
-    [("links_zeroed", 10), ("links_to_frames_zeroed", 5), *((f"link_{i}_zeroed", 2) for i in BLOCKS_WITH_LINKS)],
-)
-def test_links_are_zeroed_by_name_and_put_back(broken, count):
-    config = load_config(["configs/nano.yaml"], [])
-    pipeline = One4DPipeline.open(AdapterCard.read(DEMO_ADAPTERS).configure(config), DEMO_ADAPTERS)
-    before = {name: weight.clone() for name, weight in pipeline.transformer.links.named_parameters()}
-    assert len(before) == 10 and all(weight.any() for weight in before.values())
-    with links_zeroed(pipeline, LINKS_ZEROED[broken]):
-        zeroed = [name for name, weight in pipeline.transformer.links.named_parameters() if not weight.any()]
-    assert len(zeroed) == count and all(fnmatch(name, LINKS_ZEROED[broken]) for name in zeroed)
-    for name, weight in pipeline.transformer.links.named_parameters():
-        assert torch.equal(weight, before[name])
-    with (
-        pytest.raises(ConfigError, match=r"none is called 9\.\*; this adapter has 0\.xyz_to_rgb"),
-        links_zeroed(pipeline, "9.*"),
-    ):
+def test_links_are_zeroed_and_put_back():
+    pipeline = One4DPipeline.open(load_config(["configs/nano.yaml"], []), None)
+    weights = list(pipeline.transformer.links.parameters())
+    for number, weight in enumerate(weights):
+        weight.data.fill_(number + 1.0)
+    assert len(weights) == 10
+    with links_zeroed(pipeline):
+        assert not any(weight.any() for weight in weights)
+    assert all(bool((weight == number + 1.0).all()) for number, weight in enumerate(weights))
+    without = One4DPipeline.open(load_config(["configs/nano.yaml"], list(RUNS["links_0"].overrides)), None)
+    with pytest.raises(ConfigError, match="this adapter has none to be zeroed"), links_zeroed(without):
         pass
 
 
-def test_claims_speak_of_what_is_run_and_measured():
-    for experiment in EXPERIMENTS:
-        assert set(experiment.runs) <= RUNS.keys() and set(experiment.metrics) <= LABELS.keys()
-        for claim in experiment.claims:
-            assert {claim.better, claim.than} <= set(experiment.runs) and claim.metric in experiment.metrics
+def test_ten_claims_speak_of_what_is_run_and_measured():
+    assert len(CLAIMS) == 10
+    measured = {(run, metric) for experiment in EXPERIMENTS for run in experiment.runs for metric in experiment.metrics}
+    for claim in CLAIMS:
+        assert {(claim.better, claim.metric), (claim.than, claim.metric)} <= measured and claim.source
+        assert {claim.better, claim.than} <= set(pooled(claim))
+    assert {name for name, _ in measured} == set(RUNS) and {metric for _, metric in measured} == set(LABELS)
+    for experiment in EXPERIMENTS:  # what is sampled is trained there, and sampled with the same seeds
+        assert REFERENCE in experiment.runs
+    for run in RUNS.values():
+        assert run.kind != "sample" or run.seeds <= RUNS[REFERENCE].seeds
+        # all are measured on the same clips
+        assert not [override for override in run.overrides if override.startswith(("data.", "val.", "train."))]
     jobs = jobs_of(list(EXPERIMENTS))
     assert len(set(jobs)) == len(jobs) == sum(run.seeds for run in RUNS.values())  # none is forgotten
     assert [seed for _, seed in jobs] == sorted(seed for _, seed in jobs)
+    assert sum(run.kind == "train" for run, _ in jobs) == 17
 
 
-def test_training_on_shows_pointmaps_as_the_adapters_know_them(tmp_path):
-    card = json.loads((DEMO_ADAPTERS / "card.json").read_text())
-    for power, statistics in ((1.0, None), (0.7, {"mean": [0.0], "std": [1.0]})):
-        changed = card | {"pointmap_power": power, "xyz_statistics": statistics}
-        (tmp_path / "card.json").write_text(json.dumps(changed))
-        config = Plan(tmp_path, adapters=tmp_path).config(RUNS[EVERY_TASK], 0)
-        assert config.data.pointmap_power == power
-        assert config.dlc.standardise_xyz == (statistics is not None)
+def test_noise_is_pooled_over_runs_that_are_alike():
+    trained = {"dlc", "width", "channel", "links_0", "links_1"}
+    assert set(pooled(Claim("", ERROR, "dlc", "width"))) == trained | {"reconstruction_only"}
+    assert set(pooled(Claim("", HIDDEN, "dlc", "width"))) == trained | {"generation_only"}
+    assert set(pooled(Claim("", FD, "guidance_4", "dlc"))) == {"dlc", "given_0.5", "guidance_4", "guidance_6"}
 
 
 def test_all_couplings_train_as_many_parameters():
@@ -242,21 +219,18 @@ def test_all_couplings_train_as_many_parameters():
         assert count == pytest.approx(counts[REFERENCE], rel=0.02), name
 
 
-ERROR, DB = "video.rel_error", "image.hidden_db"
-
-
 @pytest.mark.parametrize(
     ("better", "worse", "metric", "slack", "word"),
     [
         ([1.0, 1.1, 0.9], [2.0, 2.2, 1.81], ERROR, 0.0, "holds"),
         ([2.0, 2.2, 1.81], [1.0, 1.1, 0.9], ERROR, 0.0, "does not hold"),
-        ([2.0, 2.1, 1.91], [1.0, 1.1, 0.9], DB, 0.0, "holds"),
+        ([2.0, 2.1, 1.91], [1.0, 1.1, 0.9], HIDDEN, 0.0, "holds"),
         ([1.0, 1.1, 0.9], [1.01, 1.09, 0.92], ERROR, 0.0, "cannot tell"),
         ([1.05, 1.156, 0.944], [1.0, 1.1, 0.9], ERROR, 0.0, "does not hold"),
         ([1.05, 1.156, 0.944], [1.0, 1.1, 0.9], ERROR, 0.1, "holds"),
-        ([1.05, 1.15, 0.951], [1.0, 1.1, 0.9], DB, 0.1, "holds"),
-        ([0.95, 1.05, 0.849], [1.0, 1.1, 0.9], DB, 0.0, "does not hold"),
-        ([0.95, 1.05, 0.849], [1.0, 1.1, 0.9], DB, 0.1, "holds"),
+        ([1.05, 1.15, 0.951], [1.0, 1.1, 0.9], HIDDEN, 0.1, "holds"),
+        ([0.95, 1.05, 0.849], [1.0, 1.1, 0.9], HIDDEN, 0.0, "does not hold"),
+        ([0.95, 1.05, 0.849], [1.0, 1.1, 0.9], HIDDEN, 0.1, "holds"),
         ([1.0], [2.0, 2.2, 1.81], ERROR, 0.0, "holds"),  # with the noise of the others
         ([], [2.0], ERROR, 0.0, None),
     ],
@@ -264,7 +238,7 @@ ERROR, DB = "video.rel_error", "image.hidden_db"
 def test_a_verdict_needs_a_difference_beyond_chance(better, worse, metric, slack, word):
     others = {
         "c": numbered([1.0, 1.101, 0.899]),
-        "d": numbered([3.0, 3.1, 2.901] if metric == DB else [3.0, 3.3, 2.71]),
+        "d": numbered([3.0, 3.1, 2.901] if metric == HIDDEN else [3.0, 3.3, 2.71]),
     }
     verdict = judge(Claim("", metric, "a", "b", slack), {"a": numbered(better), "b": numbered(worse), **others})
     assert (None if verdict is None else verdict.outcome) == word
@@ -292,14 +266,3 @@ def test_what_a_seed_does_to_every_run_is_no_noise_and_what_is_not_known_gives_n
     for values in ({"a": {0: 1.0}, "b": {0: 2.0}}, {"a": {0: 1.0, 1: 1.1}, "b": {2: 9.0, 3: 9.1}}):
         verdict = judge(Claim("", ERROR, "a", "b"), values)
         assert verdict.outcome == "cannot tell" and math.isnan(verdict.standard_error)
-
-
-def test_edges_are_where_distances_jump():
-    data = load_config(["configs/nano.yaml"], []).data
-    clip = make_sample(render_clip(3, 9, 48, 64), 0, Draw("video", torch.ones(9, dtype=torch.bool), False), data, None)
-    edges = edge_pixels(clip)
-    assert 0.01 < float(edges.float().mean()) < 0.5 and not bool((edges & ~clip.valid).any())
-    flat = clip.pointmap.clone()
-    flat[:, :, :, :32], flat[:, :, :, 32:] = 0.2, 0.6
-    steps = edge_pixels(type(clip)(**{**clip.__dict__, "pointmap": flat, "valid": torch.ones_like(clip.valid)}))
-    assert steps[:, :, 31:33].all() and not steps[:, :, :31].any() and not steps[:, :, 33:].any()
