@@ -23,7 +23,6 @@ from statistics import median
 
 import torch
 from diffusers import AutoencoderKLWan
-from tqdm import tqdm
 
 from data_prep.conventions import READINGS, believed_reading, verdict
 from data_prep.geometry_checks import check_geometry
@@ -38,6 +37,7 @@ from one4d_pl.files import check_folder, open_whole, write_json
 from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
 from one4d_pl.models.base_files import weight_files
 from one4d_pl.models.encoder_files import open_vae
+from one4d_pl.progress import Progress
 from one4d_pl.types import Clip
 
 FAR_LIMIT = 10.0  # as in training (config.DataConfig)
@@ -254,7 +254,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     mine = range(args.rank, len(parts), args.world)
     tasks = [ShardTask(args.folder, n, parts[n], vae, args.vae_clips) for n in mine if not parts[n].exists()]
-    for _ in tqdm(run_parallel(check_shard, tasks, args.jobs), total=len(tasks), unit="shard"):
+    for _ in Progress(run_parallel(check_shard, tasks, args.jobs), total=len(tasks), unit="shard"):
         pass
     if not all(part.exists() for part in parts):
         print(f"task {args.rank} of {args.world} is done; the others are not: {report}")

@@ -15,7 +15,6 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +24,7 @@ from one4d_pl.cluster.restarts import begin_start, forget_starts, note_end
 from one4d_pl.cluster.watchdog import rank_log
 from one4d_pl.commands.command import Command
 from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, initial_adapters, load_config, to_yaml
+from one4d_pl.training.library_messages import quieten
 from one4d_pl.training.run_lock import sole_run
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     and returns that signal's exit code on rank 0.
     """
     stop = Stop() if stop is None else stop
-    _quieten()
+    quieten()
     # before torch loads OpenMP: threads that spin while they wait make a busy machine ten times
     # slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -168,13 +168,12 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         write_text(Path(config.run_dir) / "config.yaml", to_yaml(config))
 
     heartbeat = Heartbeat(config, early_rank(config.train.devices))
-    datamodule = training_data(config, heartbeat.beat)
-    datamodule.start_step = start_step
     module = One4DModule(config, adapters=resume_from or initial_adapters(config), resume=resume_from is not None)
     guard = StepGuard(config.train)
     average = WeightAverage(config.optim.ema_decay, guard, resume_from) if config.optim.ema_decay else None
     checkpoint = StepCheckpoint(config, resume_from, guard.skipped, average)
     throughput, losses = Throughput(config.train, config.data.max_skip_share), LossCurves(config.train)
+    preemption = Preemption(config, stop, checkpoint)
     callbacks = [
         heartbeat,
         throughput,
@@ -185,9 +184,11 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         *scene_callbacks(config.eval),
         checkpoint,
         StepBar(),
-        Preemption(config, stop, checkpoint),
+        preemption,
     ]
     trainer = build_trainer(config, callbacks)
+    datamodule = training_data(config, heartbeat.beat, lambda: preemption.between_clips(trainer))
+    datamodule.start_step = start_step
     fast_forward(trainer, start_step, config.train.accumulation)
     try:
         with at_interrupt(checkpoint.writer.wait):
@@ -201,8 +202,12 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     return 0
 
 
-def training_data(config: Config, on_progress: Callable[[], None] = lambda: None) -> One4DDataModule:
-    """Return the run's data module.
+def training_data(
+    config: Config,
+    on_progress: Callable[[], None] = lambda: None,
+    between_clips: Callable[[], None] = lambda: None,
+) -> One4DDataModule:
+    """Return the run's data module; the callables are One4DDataModule's.
 
     Its encoders are opened only where some clips are not encoded yet.
     """
@@ -211,7 +216,9 @@ def training_data(config: Config, on_progress: Callable[[], None] = lambda: None
     from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 
     encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    return One4DDataModule(config, lambda device: FrozenSampleEncoder.of(config, device), encoders, on_progress)
+    return One4DDataModule(
+        config, lambda device: FrozenSampleEncoder.of(config, device), encoders, on_progress, between_clips
+    )
 
 
 def scene_callbacks(config: EvalConfig) -> list[Callback]:
@@ -231,15 +238,6 @@ def scene_callbacks(config: EvalConfig) -> list[Callback]:
     if config.video_every:
         callbacks.append(VideoEval(config))
     return callbacks
-
-
-def _quieten() -> None:
-    """Silence messages that other libraries print on every start and that no user can act on."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*treespec.*")
-    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the frozen base, on purpose
 
 
 main = Command("python -m one4d_pl.fit", __doc__, _add_arguments, _run)

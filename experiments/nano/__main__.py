@@ -96,13 +96,13 @@ def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Cal
 
     `on_done` is called after each of them. ConfigError where one fails or takes too long.
     """
-    from tqdm import tqdm
+    from one4d_pl.progress import Progress
 
     waiting = [job for job in jobs if not is_finished(plan, *job)]
     log.info("%d runs, %d of them finished; logs: %s/*/log.txt", len(jobs), len(jobs) - len(waiting), plan.out)
     running: dict[tuple[Run, int], tuple[subprocess.Popen[bytes], float]] = {}
     stop = at_interrupt(lambda: _stop([process for process, _ in running.values()]))
-    with stop, tqdm(total=len(waiting), desc="runs", unit="run") as bar:
+    with stop, Progress(total=len(waiting), desc="runs", unit="run") as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, at_once):

@@ -131,9 +131,8 @@ def work(plan: Plan, run: Run, seed: int) -> None:
     """Do one run, unless it is done."""
     if is_finished(plan, run, seed):
         return
-    from tqdm import tqdm
-
     from experiments.nano.measure import measure, measure_references, measure_vae, sampled_clips
+    from one4d_pl.progress import Progress
 
     folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -147,7 +146,7 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         numbers = measure_vae(_train_vae(config, run.kind == "vae", seed), clips)
     else:
         pipeline, count = _open_pipeline(config, run, plan.adapters), sampled_clips(len(clips), run.given)
-        with tqdm(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
+        with Progress(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
             if run.kind == "references":
                 numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
             else:
@@ -199,9 +198,8 @@ def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
 
     It takes as many steps as the other runs.
     """
-    from tqdm import tqdm
-
     from experiments.tiny_wan.vae import Stage, TinyVaeConfig, VaeTraining, build_vae, render_pool, train_step
+    from one4d_pl.progress import Progress
 
     data, steps = config.data, config.train.max_steps
     height, width = (min(side, most) for side, most in zip((data.height, data.width), VAE_CROP, strict=True))
@@ -210,7 +208,7 @@ def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
     clips = [(toy.seed + i, "synthetic") for i in range(min(VAE_CLIPS, toy.train_synthetic))]
     pool = render_pool(clips, data.num_frames, data.height, data.width, data.far_limit, data.z_offset)
     training = VaeTraining.start(build_vae(recipe))
-    for step in tqdm(range(steps), desc="training a VAE", unit="step"):
+    for step in Progress(range(steps), desc="training a VAE", unit="step"):
         train_step(training, pool, recipe, step / steps)
     return training.averaged_vae()
 

@@ -87,12 +87,11 @@ def _draw_scenes(
     out: Path,
 ) -> None:
     """Draw pictures, videos and point clouds of the first clips of every task."""
-    from tqdm import tqdm
-
+    from one4d_pl.progress import Progress
     from one4d_pl.types import TASKS
 
     todo = [(task, i) for task in TASKS for i in range(len(shown))]
-    for task, i in tqdm(todo, desc="drawing", unit="scene"):
+    for task, i in Progress(todo, desc="drawing", unit="scene"):
         _draw_scene(out / f"{task}_{i}", scenes[task], i, shown[i], masks[task][i], recovery)
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.datamodule import VAL_SEED_OFFSET
@@ -14,6 +13,7 @@ from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.evaluation.recovered import camera_path
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.postopt.recover import RecoverOptions
+from one4d_pl.progress import Progress
 from one4d_pl.toy.levels import LEVELS
 from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Sample
@@ -54,5 +54,5 @@ def render_samples(config: Config, seeds: range, what: str) -> list[Sample]:
     draw = Draw("video", torch.ones(data.num_frames, dtype=torch.bool), drop_caption=False)
     return [
         make_sample(render_clip(seed, data.num_frames, data.height, data.width, level=level), n, draw, data, None)
-        for n, seed in enumerate(tqdm(seeds, desc=f"rendering {what}", unit="clip"))
+        for n, seed in enumerate(Progress(seeds, desc=f"rendering {what}", unit="clip"))
     ]
