@@ -19,7 +19,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from one4d_pl.cluster.readiness import refuse_absent_deepspeed
+from one4d_pl.cluster.readiness import refuse_absent_packages
 from one4d_pl.cluster.restarts import begin_start, forget_starts, note_end
 from one4d_pl.cluster.watchdog import rank_log
 from one4d_pl.commands.command import Command
@@ -55,7 +55,7 @@ def _run(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     check_paths(config)
-    refuse_absent_deepspeed(config)
+    refuse_absent_packages(config)
     check_folder(Path(config.run_dir), "run_dir")
     rank = early_rank(config.train.devices)
     with sole_run(config.run_dir) if rank == 0 else nullcontext():
@@ -140,6 +140,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.models.transformer import describe_sizes
     from one4d_pl.training.checkpoint import StepCheckpoint, refuse_other_run
     from one4d_pl.training.checkpoint_files import newest_checkpoint, read_step, refuse_used_folder
+    from one4d_pl.training.loggers import finish_loggers
     from one4d_pl.training.module import One4DModule
     from one4d_pl.training.step_guard import StepGuard
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
@@ -186,7 +187,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         StepBar(),
         preemption,
     ]
-    trainer = build_trainer(config, callbacks)
+    trainer = build_trainer(config, callbacks, start_step)
     datamodule = training_data(config, heartbeat.beat, lambda: preemption.between_clips(trainer))
     datamodule.start_step = start_step
     fast_forward(trainer, start_step, config.train.accumulation)
@@ -198,6 +199,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         return exit_code(stopped.number) if trainer.is_global_zero else 0
     finally:
         checkpoint.writer.wait()  # a checkpoint that is being written is finished, whatever ended the run
+        finish_loggers(trainer)
     log.info("adapter: %s; trainables %s", config.run_dir, describe_sizes(module.transformer.parameter_counts()))
     return 0
 

@@ -70,7 +70,7 @@ def build(config: Config, vae_folder: Path, images: bool = False) -> None:
         log.info("nothing to do: %s has reached train.max_steps", config.run_dir)
         return
     callbacks = [Throughput(config.train, config.data.max_skip_share), state, StepBar()]
-    trainer = build_trainer(config, callbacks)
+    trainer = build_trainer(config, callbacks, datamodule.start_step)
     fast_forward(trainer, datamodule.start_step, config.train.accumulation)
     trainer.fit(TinyBaseModule(config, images), datamodule=datamodule)
 

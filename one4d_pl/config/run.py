@@ -12,6 +12,7 @@ from one4d_pl.config.model import NATIVE_ATTENTION, BaseConfig, DLCConfig, FlowC
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four, so T = 4k + 1
 TOY_LEVELS = ("hard", "clear")  # described in toy/levels.py
 CHECKPOINTING = ("none", "full", "selective", "offload")
+LOGGERS = ("tensorboard", "csv", "wandb")
 
 
 @dataclass
@@ -149,6 +150,8 @@ class TrainConfig:
     keep_last: int = knob(2, low=1, may_change=True)  # newest checkpoints kept
     keep_best: int = knob(1, low=0, may_change=True)  # checkpoints with the lowest validation loss kept besides
     log_every: int = knob(10, low=1, may_change=True)
+    # any of tensorboard (and pictures), csv, wandb (to be installed): where the curves go
+    logger: list[str] = knob(factory=lambda: ["tensorboard"], may_change=True)
     # minutes without a pass through the transformer, then fit writes all stacks and exits with 76;
     # 0 = wait for ever
     hang_minutes: float = knob(20.0, low=0, may_change=True)
@@ -161,6 +164,10 @@ class TrainConfig:
         switch = {"True": "full", "False": "none"}
         self.activation_checkpointing = switch.get(self.activation_checkpointing, self.activation_checkpointing)
         refuse("train.activation_checkpointing", self.activation_checkpointing, one_of=CHECKPOINTING)
+        for number, name in enumerate(self.logger):
+            refuse(f"train.logger[{number}]", name, one_of=LOGGERS)
+            if name in self.logger[:number]:
+                raise ConfigError(f"train.logger: {name} twice")
         if self.compile and self.strategy == "deepspeed" and self.zero_stage == 3:
             raise ConfigError(
                 "train.compile: blocks whose weights come and go are not compiled; set train.zero_stage=2"

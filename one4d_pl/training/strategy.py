@@ -9,20 +9,20 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from one4d_pl.config import Config
 from one4d_pl.models.device import device_of
 from one4d_pl.models.precision import uses_bfloat16
+from one4d_pl.training.loggers import build_loggers
 from one4d_pl.training.zero import ZeroStrategy
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for the others ends the run
 
 
-def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Trainer:
-    """Build a Trainer that stops at train.max_steps.
+def build_trainer(config: Config, callbacks: list[Callback], start_step: int = 0) -> lightning.Trainer:
+    """Build a Trainer that stops at train.max_steps; its curves go on after `start_step`.
 
     It validates before the first step and every val.every steps.
     """
@@ -42,7 +42,7 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the curve starts at step 0
         log_every_n_steps=1,  # our callbacks decide when to log: train.log_every
-        logger=TensorBoardLogger(config.run_dir, name="tensorboard", version=""),
+        logger=build_loggers(config, start_step),
         callbacks=callbacks,
         # Lightning's own requeue saves inside a signal handler, where ranks would wait for each
         # other at different places
