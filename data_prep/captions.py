@@ -1,11 +1,10 @@
 """Captions for clips whose dataset has none: from a table or an OpenAI-compatible endpoint.
 
-1. A table (csv with the columns key and caption, or jsonl with those fields) wins over the
-   dataset's own caption. A key is that of a clip, or of a unit for all clips of the unit.
-2. Where there is still none, and only if a url and a model are given, some frames are sent to
-   `<url>/chat/completions`.
-3. Every answer is a small file in the cache folder, named by a hash of the request: a second run
-   asks nothing twice, and a run that was stopped goes on where it was.
+1. A table (csv with the columns key and caption, or jsonl with those fields) wins over the dataset's own caption. A key
+   is that of a clip, or of a unit for all clips of the unit.
+2. Where there is still none, and only if a url and a model are given, some frames are sent to `<url>/chat/completions`.
+3. Every answer is a small file in the cache folder, named by a hash of the request: a second run asks nothing twice,
+   and a run that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from email.message import Message
 from pathlib import Path
@@ -78,15 +77,8 @@ class CaptionOptions:
             raise ValueError("captions: frames, longest_side, attempts and timeout_s must be positive")
 
 
-def best_caption(
-    clip: Clip,
-    unit: str,  # that the clip was cut from
-    options: CaptionOptions,
-) -> str:
-    """Take the table's caption, else the dataset's own, else the endpoint's.
-
-    CaptionError where the endpoint keeps failing.
-    """
+def best_caption(clip: Clip, unit: str, options: CaptionOptions) -> str:
+    """Take the table's caption, else the dataset's own, else the endpoint's; CaptionError if that keeps failing."""
     table = _load_table(Path(options.table), options.table_digest) if options.table else {}
     caption = table.get(clip.key, table.get(unit, clip.caption)).strip()
     return ask(clip, options) if not caption and options.url is not None else caption
@@ -108,14 +100,14 @@ def _load_table(path: Path, digest: str | None) -> dict[str, str]:
 def read_table(path: Path) -> dict[str, str]:  # key of a clip or unit -> caption
     """Read captions from a csv (columns key and caption) or jsonl file.
 
-    A row whose caption is null, NaN or empty (see `data.texts`) is skipped. UserError names a row
-    that is wrong.
+    A row whose caption is null, NaN or empty (see `data.texts`) is skipped. UserError names a row that is wrong.
     """
     found: dict[str, str] = {}
     seen: set[str] = set()
     number, lines = 1, io.StringIO(read_text(path), newline="")
     try:
-        for row in _table_rows(lines, path.suffix.lower() == ".csv"):
+        is_csv = path.suffix.lower() == ".csv"
+        for row in csv.DictReader(lines) if is_csv else (json.loads(line) for line in lines if line.strip()):
             if not isinstance(row, dict) or "caption" not in row or not isinstance(row.get("key"), str):
                 raise ValueError("has no key and caption")
             if row["key"] in seen:
@@ -129,15 +121,8 @@ def read_table(path: Path) -> dict[str, str]:  # key of a clip or unit -> captio
     return found
 
 
-def _table_rows(file: Iterable[str], is_csv: bool) -> Iterator[object]:
-    return iter(csv.DictReader(file)) if is_csv else (json.loads(line) for line in file if line.strip())
-
-
 def ask(clip: Clip, options: CaptionOptions, pause: Callable[[float], None] = time.sleep) -> str:
-    """Ask the endpoint for a clip's caption, or take it from the cache.
-
-    CaptionError names the clip where the endpoint refuses or keeps failing.
-    """
+    """Get a clip's caption from the cache or the endpoint; CaptionError names a clip for which it fails."""
     assert options.url is not None and options.cache is not None  # CaptionOptions checks it
     request = json.dumps(_request_body(clip, options)).encode()
     # Named by the request, not by the url: another port of the same model gives the same caption.
@@ -155,7 +140,8 @@ def ask(clip: Clip, options: CaptionOptions, pause: Callable[[float], None] = ti
         except (OSError, ValueError, http.client.HTTPException) as error:  # no connection, time-out, no answer
             reason, server_wait = str(error) or type(error).__name__, 0.0
         else:
-            _save(path, {"key": clip.key, "model": options.model, "caption": caption})
+            record = {"key": clip.key, "model": options.model, "caption": caption}
+            write_text(path, json.dumps(record, ensure_ascii=False))
             return caption
         if attempt < options.attempts:
             logger.info("caption of %s: attempt %d failed (%s)", clip.key, attempt, " ".join(reason.split()))
@@ -173,7 +159,7 @@ def _request_body(clip: Clip, options: CaptionOptions) -> dict[str, object]:
     shrink = options.longest_side / max(frames.shape[1:3])
     if shrink < 1:
         height, width = (max(1, int(side * shrink)) for side in frames.shape[1:3])
-        frames, _ = resize_frames(frames, clip.intrinsics[chosen], height, width)
+        frames = resize_frames(frames, height, width)
     content: list[dict[str, object]] = [{"type": "text", "text": options.prompt}]
     for frame in frames:
         buffer = io.BytesIO()
@@ -203,10 +189,7 @@ def _headers(options: CaptionOptions) -> dict[str, str]:
 
 
 def _post(url: str, content: bytes, headers: dict[str, str], timeout_s: float) -> bytes:
-    """Post the request and return the answer's body.
-
-    ValueError beyond MAX_ANSWER_BYTES, TimeoutError beyond about twice the time-out.
-    """
+    """Post the request, return the answer; ValueError beyond MAX_ANSWER_BYTES, TimeoutError at 2 x the time-out."""
     url = f"{url.rstrip('/')}/chat/completions"
     request = urllib.request.Request(url, content, headers, method="POST")
     deadline = time.monotonic() + timeout_s
@@ -256,7 +239,3 @@ def _cached(path: Path) -> str:
         return ""
     caption = tree.get("caption") if isinstance(tree, dict) else None
     return caption if isinstance(caption, str) and not is_missing(caption) else ""
-
-
-def _save(path: Path, tree: Mapping[str, str | None]) -> None:
-    write_text(path, json.dumps(tree, ensure_ascii=False))

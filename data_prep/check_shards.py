@@ -2,11 +2,10 @@
 
 Every shard is compared with its hash, every clip decoded, and its geometry, normalisation and cameras are measured.
 Each clip is also read by the conventions that are commonly mistaken for each other (conventions.py): one that fits
-clearly better is reported, with its margin.
-Leaves in FOLDER/check (or --report): report.json (numbers per clip, their medians, what each convention is found to
-be, what is flagged), exclude.txt (for `write_shards --exclude`) and clips.png (flagged clips first). Ends with 1 where
-a file is damaged.
-With --rank and --world it is one task of an array job; a shard that was checked is not checked again.
+clearly better is reported, with its margin. Leaves in FOLDER/check (or --report): report.json (numbers per clip, their
+medians, what each convention is found to be, what is flagged), exclude.txt (for `write_shards --exclude`) and clips.png
+(flagged clips first). Ends with 1 where a file is damaged. With --rank and --world it is one task of an array job; a
+shard that was checked is not checked again.
 """
 
 from __future__ import annotations
@@ -86,11 +85,9 @@ class ClipCheck:
     def _reading_text(self) -> str:
         if self.reading is None:
             return ""
-        text = READINGS.get(
-            self.reading, f"depth does not fit the camera's motion: it should be x{_factor(self.depth_scale)}"
-        )
+        misfit = f"depth does not fit the camera's motion: it should be x{_factor(self.depth_scale)}"
         depth, colour = (f"{-100 * margin:+.0f} %" for margin in self.margins[self.reading])
-        return f"{text} (misfit of depth {depth}, of colour {colour})"
+        return f"{READINGS.get(self.reading, misfit)} (misfit of depth {depth}, of colour {colour})"
 
 
 @dataclass(frozen=True)
@@ -152,10 +149,7 @@ def check_shard(task: ShardTask) -> None:
 
 
 def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[list[ClipCheck], list[str]]:
-    """Write report.json, exclude.txt and clips.png.
-
-    Returns the clips' numbers and the names of damaged shards.
-    """
+    """Write report.json, exclude.txt and clips.png. Returns the clips' numbers and the names of damaged shards."""
     trees = [json.loads(part.read_text()) for part in parts]
     names = [shard.name for shard in shards.manifest.shards]
     damaged = [name for name, tree in zip(names, trees, strict=True) if not tree["intact"]]
@@ -183,10 +177,7 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
 
 
 def _count_verdicts(checks: list[ClipCheck]) -> dict[str, dict[str, float]]:
-    """Count for each other reading the clips for the given one and against it.
-
-    The median margins say how clearly they speak.
-    """
+    """Count for each other reading the clips for the given one and against it, and their median margins."""
     tree = {}
     for name in READINGS:
         margins = [check.margins[name] for check in checks if name in check.margins]

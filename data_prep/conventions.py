@@ -1,19 +1,16 @@
 """Tests of whether a clip's files would fit better if they were read by another convention.
 
-A source that is read by the wrong convention still gives finite numbers. So every clip is read
-again in each way that files are commonly mistaken, and the readings are compared on several pairs
-of frames, near and far apart:
+A source that is read by the wrong convention still gives finite numbers. So every clip is read again in each way that
+files are commonly mistaken, and the readings are compared on several pairs of frames, near and far apart:
 
 1. Points of frame i are lifted, moved by the cameras and projected into frame j.
-2. Their depth there is compared with frame j's depth, their colour (locally normalised, so that
-   exposure does not matter) with frame j's colour. Errors are cut: what moves or is hidden is wrong
-   under every reading.
-3. A pair is weighted by how far apart the two readings project its points: where the camera hardly
-   moves, readings cannot be distinguished.
+2. Their depth there is compared with frame j's depth, their colour (locally normalised, so that exposure does not
+   matter) with frame j's colour. Errors are cut: what moves or is hidden is wrong under every reading.
+3. A pair is weighted by how far apart the two readings project its points: where the camera hardly moves, readings
+   cannot be distinguished.
 
-A margin is the share of the misfit that another reading removes; a negative margin is the share
-that it adds. Another reading is believed where it removes a third of the misfit of depth or of
-colour and adds nothing to the other.
+A margin is the share of the misfit that another reading removes; a negative margin is the share that it adds. Another
+reading is believed where it removes a third of the misfit of depth or of colour and adds nothing to the other.
 """
 
 from __future__ import annotations
@@ -183,10 +180,7 @@ class _Views:
         return self._reading(self.depth, self.intrinsics, self.cam2world)
 
     def scaled(self, factor: float) -> _Reading:
-        """Read depth times a factor.
-
-        Cameras that are nearer together by the factor mean the same and keep the depth maps.
-        """
+        """Read depth times a factor, by bringing cameras nearer together: it means the same and keeps depth maps."""
         rotation, centre = split_se3(self.cam2world)
         return self._reading(self.depth, self.intrinsics, se3_matrix(rotation, (centre - centre[:1]) / factor))
 
@@ -256,10 +250,7 @@ class _Views:
 
 
 def _maps(depth: Tensor, static: Tensor, grey: Tensor) -> Tensor:  # [V, H, W] x 3 -> [V, 3, H, W]
-    """Stack disparity, where it is known, and colour.
-
-    Interpolated disparity is exact on every plane, which interpolated depth is not.
-    """
+    """Stack disparity, where known, and colour; interpolated disparity, unlike depth, is exact on every plane."""
     return torch.stack([(1 / depth).where(static, 0.0), static.float(), grey], 1)
 
 
@@ -285,10 +276,7 @@ def _misfit(reprojection: _Reprojection, error: Tensor, cut: float) -> Tensor:  
 
 
 def _separation(given: _Reprojection, other: _Reprojection) -> Tensor:  # [P]
-    """Measure how far apart two readings project each pair's points.
-
-    The measure is image widths plus half the relative depth.
-    """
+    """Measure how far apart two readings project each pair's points: image widths plus half the relative depth."""
     apart = (other.pixels - given.pixels).norm(dim=-1).nan_to_num(MAX_SEPARATION).clamp_max(MAX_SEPARATION)
     deeper = (other.depth / given.depth).abs().clamp(0.5, 2).log().abs().nan_to_num(MAX_SEPARATION) / 2
     total = (apart + deeper.clamp_max(MAX_SEPARATION)).where(given.usable, 0.0).sum(1)
@@ -296,10 +284,7 @@ def _separation(given: _Reprojection, other: _Reprojection) -> Tensor:  # [P]
 
 
 def _frame_pairs(num_frames: int) -> list[tuple[int, int]]:
-    """List pairs of frames: neighbours, a quarter and half a clip apart, and the ends.
-
-    They run forward and backward in turn.
-    """
+    """List pairs, forward and backward in turn: neighbours, a quarter and half a clip apart, and the ends."""
     last, pairs = num_frames - 1, []
     for gap in sorted({1, max(1, num_frames // 4), max(1, num_frames // 2), last} - {0}):
         if gap <= last:
@@ -314,10 +299,7 @@ def _blurred(grey: Tensor, size: int) -> Tensor:  # [V, H, W]
 
 
 def _locally_normalised(grey: Tensor) -> Tensor:  # [V, H, W], 0 .. 255
-    """Subtract the local mean and divide by the local standard deviation.
-
-    Flat places stay near 0.
-    """
+    """Subtract the local mean and divide by the local standard deviation. Flat places stay near 0."""
     smooth = _blurred(grey, 5 if grey.shape[2] > 160 else 3)  # a point rarely falls on the same place within a pixel
     size = 2 * (grey.shape[2] // 24) + 1
     mean = _blurred(smooth, size)

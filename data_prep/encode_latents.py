@@ -9,6 +9,7 @@ With --rank and --world it is one task of an array job (slurm/prep.sh); it can b
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,7 @@ def encode(arguments: Arguments, config: Config) -> list[str]:
     base = config.base
     device = device_of(config) if arguments.device == "auto" else torch.device(arguments.device)
     recipe = encoding_recipe(fingerprint(base.path, ENCODER_PARTS), base.max_text_tokens, config.data)
-    opened: list[FrozenSampleEncoder] = []
-
-    def open_encoders() -> FrozenSampleEncoder:
-        if not opened:
-            opened.append(FrozenSampleEncoder.of(config, device))
-        return opened[0]
-
+    open_encoders = functools.cache(lambda: FrozenSampleEncoder.of(config, device))
     lines = []
     for location in [arguments.raw] if arguments.raw else [source.path for source in config.data.sources]:
         raw = ShardSet.open(location)

@@ -57,10 +57,7 @@ def _static_points(clip: Clip, frame: int) -> tuple[Tensor, Tensor]:  # [N, 3] c
 
 
 def _median_motion(clip: Clip) -> float:
-    """Return the median displacement of static points between consecutive frames, in image widths.
-
-    nan where no static point is seen.
-    """
+    """Return the median displacement of static points between frames, in image widths; nan where none is seen."""
     width = clip.depth.shape[2]
     moves = []
     for t in range(0, clip.num_frames - 1, max(1, clip.num_frames // 8)):

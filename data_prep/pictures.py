@@ -13,6 +13,7 @@ from one4d_pl.geometry.se3 import rebase_to_first
 from one4d_pl.types import Clip
 
 TILE = (160, 90)  # width, height of one small picture
+BAR = (360, 22)  # of one bar
 COLUMNS = 3  # frames shown of a clip
 NEAR, FAR = np.array([252, 246, 189]), np.array([40, 20, 90])  # colours of near and far depth
 NOTHING = (120, 170, 220)  # no depth: sky or a hole
@@ -62,9 +63,9 @@ def _camera_path(cam2world: Tensor) -> Image.Image:  # [T, 4, 4]
     return tile
 
 
-def draw_bars(panels: dict[str, dict[str, float]], size: tuple[int, int] = (360, 22)) -> Image.Image:
+def draw_bars(panels: dict[str, dict[str, float]]) -> Image.Image:
     """Draw a panel of named bars per entry, each panel scaled to its largest value."""
-    width, line = size
+    width, line = BAR
     rows = sum(len(values) + 1 for values in panels.values())
     sheet = Image.new("RGB", (2 * width, rows * line + 4), "white")
     draw = ImageDraw.Draw(sheet)

@@ -109,10 +109,7 @@ def _median(values: list[float]) -> float:
 
 
 def measure_latents(folder: str, num_clips: int) -> LatentStats | None:
-    """Measure the encoded shards beside a local folder, the newest where there are several.
-
-    None where there are none.
-    """
+    """Measure the encoded shards beside a local folder, the newest of several; None where there are none."""
     found = sorted(Path(folder).glob("encoded/*/manifest.json"), key=lambda path: path.stat().st_mtime)
     if not found:
         return None

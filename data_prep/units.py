@@ -100,10 +100,7 @@ def scene_of(source: str, unit: str) -> str:
 
 
 def split_units(source: str, units: Sequence[str], split: str, val_share: float) -> list[str]:
-    """Return the units of a split.
-
-    The name of a scene alone decides, so that more data moves no scene to the other split.
-    """
+    """Return the units of a split; a scene's name alone decides, so more data moves none to the other split."""
     if split == "all":
         return list(units)
     return [unit for unit in units if (_scene_share(scene_of(source, unit)) < val_share) == (split == "val")]
@@ -114,10 +111,7 @@ def _scene_share(scene: str) -> float:  # [0, 1)
 
 
 def benchmark_of(root: str | None, unit: str) -> str:
-    """Return the evaluation set that a unit belongs to; "" if to none.
-
-    The name of one of its folders decides, whether or not that folder is a link.
-    """
+    """Return the evaluation set, or "", that a unit belongs to by a folder's name, whether or not that is a link."""
     place = Path(root or ".")
     names = (*place.resolve().parts, *unit.split("/"), *(place / unit).resolve().parts)
     parts = [name.removesuffix(".npz") for name in names]
@@ -176,10 +170,7 @@ def iter_unit(task: UnitTask) -> Iterator[Clip]:
 
 
 class _SourceLog(logging.Handler):
-    """A log handler that records what sources leave out while a unit is read.
-
-    Their warnings go to `dropped` instead of the log.
-    """
+    """A log handler that keeps in `dropped` what sources leave out while a unit is read, instead of logging it."""
 
     def __init__(self, unit: str, dropped: list[Dropped]) -> None:
         super().__init__(logging.WARNING)

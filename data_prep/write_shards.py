@@ -91,10 +91,7 @@ class Arguments:
         )
 
     def recipe(self, captions: CaptionOptions) -> Recipe:
-        """Collect everything that decides the bytes, for the manifest.
-
-        Where the folder lies and how many processes write it do not.
-        """
+        """Collect all that decides the bytes, for the manifest; not the folder's place nor how many write it."""
         # the model decides the captions, not the url: another port of it gives the same ones
         ignored = ("root", "out", "jobs", "rank", "world", "exclude", "geometry", "captions", "caption_url")
         settings = {name: value for name, value in asdict(self).items() if name not in ignored}
@@ -135,9 +132,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--exclude", metavar="FILE", help="text file of clip keys and units to leave out, # comments")
     parser.add_argument(
-        "--captions",
-        metavar="FILE",
-        help="csv or jsonl: key (of a clip or unit), caption; wins over the dataset's",
+        "--captions", metavar="FILE", help="csv or jsonl: key (of a clip or unit), caption; wins over the dataset's"
     )
     parser.add_argument(
         "--caption-url",
@@ -162,10 +157,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def write(arguments: Arguments) -> ShardSet | None:
-    """Do this task's share of the work and assemble what can be.
-
-    Returns the shard set once it is complete, else None.
-    """
+    """Do this task's share of the work and assemble what can be; return the shard set once whole, else None."""
     out, captions = Path(arguments.out), arguments.caption_options()
     recipe = arguments.recipe(captions)
     if is_finished(out, "raw", recipe):

@@ -183,10 +183,7 @@ def markdown(about: Mapping[str, object], outcomes: list[Outcome]) -> list[str]:
 
 
 def _fit(folder: Path, tiny: bool, *overrides: str) -> list[str]:
-    """Make the command of a fresh `fit` on the toy world in a folder of its own.
-
-    Both runs share the data.
-    """
+    """Make the command of a fresh `fit` on the toy world in a folder of its own. Both runs share the data."""
     data = folder.parent / "data"
     clips = 16 if tiny else 128
     sources = [f"data.sources=[{{path: {data}/train_synthetic}}]", f"data.val_sources=[{{path: {data}/val}}]"]

@@ -21,15 +21,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 LFS_POINTER, LFS_HINT = b"version https://git-lfs", "a git-lfs pointer, not the file itself; get it with: git lfs pull"
-# raised by a file that is not what its name says; KeyError, TypeError and the like by json of
-# another shape than ours
+# raised by a file that is not what its name says; KeyError, TypeError and the like by json of another shape than ours
 UNREADABLE = (
     OSError, ValueError, EOFError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, MemoryError,
     SyntaxError, NotImplementedError, RuntimeError, csv.Error, struct.error, tarfile.TarError, zipfile.BadZipFile,
     zlib.error, tokenize.TokenError,
 )  # fmt: skip
-# libraries whose own errors are about the file; named, not imported, since importing them takes
-# long
+# libraries whose own errors are about the file; named, not imported, since importing them takes long
 LIBRARIES = ("PIL", "av", "safetensors", "yaml")
 
 # errors of the file system that are never a bug of ours, wherever they are met
@@ -40,10 +38,7 @@ FILE_SYSTEM = {
 
 
 class UserError(ValueError):
-    """A mistake of the user, or a file that cannot be used.
-
-    One line that names it and says what would work.
-    """
+    """A mistake of the user, or a file that cannot be used. One line that names it and says what would work."""
 
 
 class RunFailed(RuntimeError):
@@ -52,10 +47,7 @@ class RunFailed(RuntimeError):
 
 @contextlib.contextmanager
 def reading(path: Path | str, need: str = "") -> Iterator[None]:
-    """Turn errors of opening and parsing a file or folder into a UserError.
-
-    It names the file and what is needed instead.
-    """
+    """Turn errors of opening and parsing a file or folder into a UserError that names it and what is needed."""
     try:
         yield
     except UserError:
@@ -68,11 +60,7 @@ def reading(path: Path | str, need: str = "") -> Iterator[None]:
 
 @contextlib.contextmanager
 def writing(path: Path | str, option: str = "") -> Iterator[None]:
-    """Turn errors of writing a file or folder into a UserError that names it and its option.
-
-    FileNotFoundError stays as it is: the folder has vanished. Code that shares it with other
-    processes knows why.
-    """
+    """Turn errors of writing into a UserError that names path and option; FileNotFoundError (it vanished) stays."""
     try:
         yield
     except (UserError, FileNotFoundError):

@@ -11,6 +11,7 @@ import codecs
 import contextlib
 import io
 import json
+import math
 import os
 import shutil
 import uuid
@@ -25,10 +26,7 @@ _making: set[Path] = set()  # folders that will be renamed as a whole: their fil
 
 @contextlib.contextmanager
 def temporary(path: Path, folder: Path | None = None) -> Iterator[Path]:
-    """Yield a hidden name beside `path` (or in `folder`, on the same file system).
-
-    At the end whatever still has that name is removed.
-    """
+    """Yield a hidden name beside `path`, or in `folder` on the same file system, and remove it at the end."""
     staging = (folder or path.parent) / f".{path.name}.{uuid.uuid4().hex[:12]}.tmp"
 
     def remove() -> None:
@@ -48,9 +46,8 @@ def temporary(path: Path, folder: Path | None = None) -> Iterator[Path]:
 def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
     """Yield the name to write under.
 
-    At the end move the file to `path`, whose folder is made if need be. With `folder` (on the same
-    file system) the file lies there until then; FileNotFoundError where one of the two folders is
-    absent.
+    At the end move the file to `path`, whose folder is made if need be. With `folder` (on the same file system) the
+    file lies there until then; FileNotFoundError where one of the two folders is absent.
     """
     if folder is None:
         with writing(path):
@@ -59,7 +56,8 @@ def whole_file(path: Path, folder: Path | None = None) -> Iterator[Path]:
         yield path
         return
     with writing(path), temporary(path, folder) as staging:
-        mode = _touch(staging)
+        staging.touch(exist_ok=False)
+        mode = staging.stat().st_mode & 0o777  # as the umask and the folder decide
         yield staging
         _settle(staging, mode)
         staging.replace(path)
@@ -83,12 +81,18 @@ def write_json(path: Path, tree: object) -> None:
     write_text(path, json.dumps(tree, indent=1) + "\n")
 
 
+def finite(tree: object) -> object:
+    """Replace numbers that json cannot hold by null."""
+    if isinstance(tree, dict):
+        return {name: finite(value) for name, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [finite(value) for value in tree]
+    return None if isinstance(tree, float) and not math.isfinite(tree) else tree
+
+
 @contextlib.contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Yield a new folder to fill.
-
-    At the end move it to `path`, which must not be there or be empty.
-    """
+    """Yield a new folder to fill. At the end move it to `path`, which must not be there or be empty."""
     with writing(path), temporary(path) as staging:
         staging.mkdir(parents=True)
         with _in_making(staging):
@@ -147,10 +151,7 @@ def read_json(path: Path) -> object:
 
 
 def check_folder(path: Path, option: str, advice: str = "") -> None:
-    """Raise UserError where a folder cannot be made or written, before hours of work are spent.
-
-    Leave no trace.
-    """
+    """Raise UserError where a folder cannot be made or written, before hours of work are spent. Leave no trace."""
     place = path
     try:
         while not os.path.lexists(place) and place != place.parent:
@@ -186,12 +187,6 @@ def _in_making(folder: Path) -> Iterator[None]:
         _making.discard(folder)
 
 
-def _touch(path: Path) -> int:
-    """Make an empty file; return its permission bits, which the umask and the folder decide."""
-    path.touch(exist_ok=False)
-    return path.stat().st_mode & 0o777
-
-
 def _settle(path: Path, mode: int) -> None:
     """Give a file its permission bits, which some libraries narrow to the owner, and flush it."""
     if path.stat().st_mode & 0o777 != mode:
@@ -200,10 +195,7 @@ def _settle(path: Path, mode: int) -> None:
 
 
 def settle(folder: Path) -> None:
-    """Give every file below a folder the folder's permission bits and flush it.
-
-    To be called before a rename.
-    """
+    """Give every file below a folder the folder's permission bits and flush it. To be called before a rename."""
     mode = folder.stat().st_mode & 0o666
     for parent, _, names in os.walk(folder):
         for name in names:

@@ -28,11 +28,8 @@ from one4d_pl.training.library_messages import quieten
 from one4d_pl.training.run_lock import sole_run
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from lightning.pytorch.callbacks import Callback
 
-    from one4d_pl.data.datamodule import One4DDataModule
 
 log = logging.getLogger("one4d_pl")
 
@@ -115,8 +112,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     """
     stop = Stop() if stop is None else stop
     quieten()
-    # before torch loads OpenMP: threads that spin while they wait make a busy machine ten times
-    # slower
+    # before torch loads OpenMP: threads that spin while they wait make a busy machine ten times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
     import torch  # heavy imports only after every cheap check
@@ -143,7 +139,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.training.loggers import finish_loggers
     from one4d_pl.training.module import One4DModule
     from one4d_pl.training.step_guard import StepGuard
-    from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
+    from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads, training_data
     from one4d_pl.training.weight_average import WeightAverage
 
     refuse_small_shared_memory(config)
@@ -204,30 +200,8 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     return 0
 
 
-def training_data(
-    config: Config,
-    on_progress: Callable[[], None] = lambda: None,
-    between_clips: Callable[[], None] = lambda: None,
-) -> One4DDataModule:
-    """Return the run's data module; the callables are One4DDataModule's.
-
-    Its encoders are opened only where some clips are not encoded yet.
-    """
-    from one4d_pl.data.datamodule import One4DDataModule
-    from one4d_pl.models.sample_encoder import FrozenSampleEncoder
-    from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
-
-    encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    return One4DDataModule(
-        config, lambda device: FrozenSampleEncoder.of(config, device), encoders, on_progress, between_clips
-    )
-
-
 def scene_callbacks(config: EvalConfig) -> list[Callback]:
-    """Build the callbacks that sample, measure and draw scenes while training.
-
-    Where an interval is 0, its callbacks are left out.
-    """
+    """Build the callbacks that sample, measure and draw scenes in training; none for an interval of 0."""
     from one4d_pl.callbacks.geometry_eval import GeometryEval
     from one4d_pl.callbacks.scene_samples import SceneSamples
     from one4d_pl.callbacks.video_eval import VideoEval

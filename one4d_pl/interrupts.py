@@ -4,13 +4,11 @@ It leaves no traceback, no child and no half-written file. A KeyboardInterrupt w
 through imports, C extensions and other people's `except:`, which swallow it, print it or turn it
 into another error. So SIGINT raises nothing:
 
-1. `watch` blocks it in the main thread; later threads and processes inherit that. Ctrl-C goes to
-   every process of a terminal, and children would print a traceback each.
-2. One thread waits for it. It lets the main thread stop at its next bytecode, outside
-   `uninterrupted` sections.
-3. Then nothing of ours runs any more: what `at_interrupt` has registered is called, children are
-   ended, and the process exits without unwinding the stack. After a second Ctrl-C all that has one
-   second; a third exits at once.
+1. `watch` blocks it in the main thread; later threads and processes inherit that. Ctrl-C goes to every process of a
+   terminal, and children would print a traceback each.
+2. One thread waits for it. It lets the main thread stop at its next bytecode, outside `uninterrupted` sections.
+3. Then nothing of ours runs any more: what `at_interrupt` has registered is called, children are ended, and the process
+   exits without unwinding the stack. After a second Ctrl-C all that has one second; a third exits at once.
 """
 
 from __future__ import annotations
@@ -27,8 +25,7 @@ from types import FrameType
 from typing import NoReturn
 
 INTERRUPTED = 130  # exit code 128 + SIGINT, as in shells
-# how long to wait for the main thread to stop; inside a long call of C it is left, and stops when
-# that returns
+# how long to wait for the main thread to stop; inside a long call of C it is left, and stops when that returns
 STOP_S = 0.5
 CHILDREN_S = 3.0  # how long children may take to end after SIGTERM; then SIGKILL
 UNDO_S, HURRY_S = 120.0, 1.0  # for all of the ending; the same after a second Ctrl-C
@@ -41,10 +38,7 @@ _watcher: threading.Thread | None = None
 
 
 def watch() -> None:
-    """Let Ctrl-C end this process from now on.
-
-    Call it in the main thread before heavy imports start threads.
-    """
+    """Let Ctrl-C end this process from now on. Call it in the main thread before heavy imports start threads."""
     global _watcher
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a background job of a shell: Ctrl-C is not for it
         return
@@ -55,18 +49,12 @@ def watch() -> None:
 
 
 def prepare() -> None:
-    """Install the handler by which `end` stops the main thread; call it in that thread.
-
-    Until `watch` or `end` is called, a SIGINT stays a KeyboardInterrupt.
-    """
+    """Install, in the main thread, the handler by which `end` stops it; until then SIGINT is a KeyboardInterrupt."""
     signal.signal(signal.SIGINT, _on_interrupt)
 
 
 def before_workers() -> None:
-    """Start multiprocessing's resource tracker, which unblocks SIGINT, and block SIGINT again.
-
-    To be called before workers are started.
-    """
+    """Start multiprocessing's resource tracker, which unblocks SIGINT, and block it again before workers start."""
     from multiprocessing import resource_tracker
 
     blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
@@ -107,10 +95,7 @@ def uninterrupted() -> Iterator[None]:
 
 @contextlib.contextmanager
 def at_interrupt(undo: Callable[[], object]) -> Iterator[None]:
-    """Register `undo` for this section: an interrupt inside it calls it, from another thread.
-
-    What was registered last is called first; no other code of ours runs any more.
-    """
+    """Register `undo`: an interrupt in this section calls it, from another thread, the last registered one first."""
     key = object()
     _undo[key] = undo
     try:
@@ -120,10 +105,7 @@ def at_interrupt(undo: Callable[[], object]) -> Iterator[None]:
 
 
 def end(message: str = "") -> None:
-    """End the process with code 130, in the steps of the module's docstring.
-
-    A second call shortens the wait to a second; a third exits at once.
-    """
+    """End the process with code 130, as the module's docstring says; a second call within a second, a third at once."""
     if _hurried.is_set():
         os._exit(INTERRUPTED)
     elif _ending.is_set():
@@ -198,10 +180,7 @@ def _end_children() -> None:
 
 
 def _bounded(work: Callable[[], object]) -> None:
-    """Run `work` for a second at most.
-
-    The stopped main thread may hold a lock that it waits for.
-    """
+    """Run `work` for a second at most. The stopped main thread may hold a lock that it waits for."""
 
     def quietly() -> None:
         with contextlib.suppress(Exception):

@@ -1,8 +1,7 @@
 """The dataclasses that cross rooms: a raw clip, a training sample and a batch.
 
-Shapes stand beside each field. Dims: B batch, T frames, H W pixels, t h w latent grid, C latent
-channels, L text tokens, D text width. Geometry side `[..., H, W, 3]`, network side `[B, C, T, H,
-W]` (diffusers).
+Shapes stand beside each field. Dims: B batch, T frames, H W pixels, t h w latent grid, C latent channels, L text
+tokens, D text width. Geometry side `[..., H, W, 3]`, network side `[B, C, T, H, W]` (diffusers).
 """
 
 from __future__ import annotations
@@ -25,10 +24,7 @@ Record = TypeVar("Record", "PointmapScale", "Encoded", "Batch")
 
 @dataclass(frozen=True)
 class Clip:
-    """One raw sample, the only schema that training knows.
-
-    data_prep/sources brings every dataset into it.
-    """
+    """One raw sample, the only schema that training knows. data_prep/sources brings every dataset into it."""
 
     key: str  # unique within its source, safe as a file name
     frames: Tensor  # [T, H, W, 3] uint8, sRGB
@@ -50,10 +46,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class PointmapScale:
-    """The similarity from camera-0 coordinates to the normalised cube.
-
-    x = (x_cam0 - (0, 0, offset)) / scale.
-    """
+    """The similarity from camera-0 coordinates to the normalised cube. x = (x_cam0 - (0, 0, offset)) / scale."""
 
     scale: Tensor  # [...], one for all axes, same unit as depth
     offset: Tensor  # [...], along z only; 0 unless the normalisation's switch is on
@@ -91,7 +84,7 @@ class Sample:
     caption: str  # the true caption, whatever was dropped
     drop_caption: bool  # train this sample on the empty prompt
     encoded: Encoded | None  # cached; None = encode in the step
-    skipped: tuple[str, ...]  # "shard: sample key: reason" of broken samples that this one replaces
+    skipped: tuple[str, ...] = ()  # "shard: sample key: reason" of broken samples that this one replaces
     counted: bool = True  # False: a validation clip shown again, so that every rank takes equally many steps
 
 
@@ -120,17 +113,11 @@ class Batch:
         return len(self.keys)
 
     def to(self, device: torch.device) -> Batch:
-        """Return the same batch on `device` (strings stay).
-
-        Pinned tensors are copied while the CPU goes on.
-        """
+        """Return the same batch on `device` (strings stay). Pinned tensors are copied while the CPU goes on."""
         return _with_tensors(self, lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
-        """Return the same batch in page-locked memory.
-
-        Where there is a GPU, torch's DataLoader calls this in a thread of its own.
-        """
+        """Return the same batch in page-locked memory; with a GPU, torch's DataLoader calls this in a thread."""
         return _with_tensors(self, Tensor.pin_memory)
 
 
@@ -150,19 +137,13 @@ def _with_tensors(record: Record, change: Callable[[Tensor], Tensor]) -> Record:
 def collate(samples: list[Sample]) -> Batch:
     """Stack samples of one shape; cached encodings are used only if every sample has them."""
     encoded = tuple(s.encoded for s in samples if s.encoded is not None)
+    scales, offsets = ([getattr(s.scale, name) for s in samples] for name in ("scale", "offset"))
+    stacked = ("frames", "pointmap", "valid", "moving", "intrinsics", "cam2world", "frame_mask")
     return Batch(
+        **{name: torch.stack([getattr(s, name) for s in samples]) for name in stacked},
         keys=tuple(s.key for s in samples),
         position=torch.tensor([s.position for s in samples]),
-        frames=torch.stack([s.frames for s in samples]),
-        pointmap=torch.stack([s.pointmap for s in samples]),
-        valid=torch.stack([s.valid for s in samples]),
-        moving=torch.stack([s.moving for s in samples]),
-        scale=PointmapScale(
-            torch.stack([s.scale.scale for s in samples]), torch.stack([s.scale.offset for s in samples])
-        ),
-        intrinsics=torch.stack([s.intrinsics for s in samples]),
-        cam2world=torch.stack([s.cam2world for s in samples]),
-        frame_mask=torch.stack([s.frame_mask for s in samples]),
+        scale=PointmapScale(torch.stack(scales), torch.stack(offsets)),
         tasks=tuple(s.task for s in samples),
         prompts=tuple("" if s.drop_caption else s.caption for s in samples),
         captions=tuple(s.caption for s in samples),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ import yaml
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 
+from one4d_pl.commands.command import USER_ERROR, Command
 from one4d_pl.config import Config, TinyWanConfig, ToyConfig, load_config
 from one4d_pl.data.datamodule import write_toy_world
 from one4d_pl.models.tiny import build_tiny_wan
@@ -28,6 +30,12 @@ from tests.seeded_vae import seeded_vae
 torch.set_num_threads(1)
 
 REPO = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 @dataclass(frozen=True)
@@ -169,6 +177,29 @@ def fit_command(tmp_path: Path, run_config) -> Callable[..., list[str]]:
         return [sys.executable, "-m", "one4d_pl.fit", *configs, *overrides]
 
     return make
+
+
+def scalars(run_dir: str | Path) -> dict[str, dict[int, float]]:
+    """Every curve that a run has logged: tag -> step -> value."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator  # takes a second
+
+    (file,) = (Path(run_dir) / "tensorboard").glob("events*")
+    events = EventAccumulator(str(file)).Reload()
+    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
+
+
+@pytest.fixture
+def refusal(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run a command on arguments that it refuses: one line and exit code 2. Returns the line."""
+
+    def refuse(command: Command, *arguments: str | Path) -> str:
+        capsys.readouterr()
+        assert command([str(word) for word in arguments]) == USER_ERROR
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == 1 and lines[0].startswith("error: "), lines
+        return lines[0]
+
+    return refuse
 
 
 @pytest.fixture

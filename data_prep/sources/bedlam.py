@@ -1,24 +1,20 @@
 """BEDLAM (Black et al., 2023): rendered sequences with depth -> clips at 6 frames per second.
 
-A scene folder holds `png/<seq>/<seq>_%04d.png` (1280x720, 30 fps),
-`depth/<seq>/<seq>_%04d_depth.exr` (channel "Depth") and `ground_truth/camera/<seq>_camera.csv`,
-whose rows are named after the images. Facts:
+A scene folder holds `png/<seq>/<seq>_%04d.png` (1280x720, 30 fps), `depth/<seq>/<seq>_%04d_depth.exr` (channel "Depth")
+and `ground_truth/camera/<seq>_camera.csv`, whose rows are named after the images. Facts:
 bedlam_render:unreal/render/unreal_coordinate_system.md @ 82d6c67, CUT3R:preprocess_bedlam.py,
 pixelite1201/BEDLAM:data_processing/df_full_body.py @ 099ab0e.
 
 - Unreal's axes are x forward, y right, z up, left-handed, cm: x_cv = y, y_cv = -z, z_cv = x.
-- Rotation: yaw about the world's z (to the right), then pitch about the camera's y (up is positive:
-  the first source calls -2.9 "down"), then roll about its x (clockwise).
-- Intrinsics: focal_length / sensor_width * 1280; the renderer's axis passes through the middle of
-  the image.
-- Depth is planar z in centimetres, and exists for every fifth image only: frames are paired by
-  their number, and a stride of 1 is one step of the depth.
+- Rotation: yaw about the world's z (to the right), then pitch about the camera's y (up is positive: the first source
+  calls -2.9 "down"), then roll about its x (clockwise).
+- Intrinsics: focal_length / sensor_width * 1280; the renderer's axis passes through the middle of the image.
+- Depth is planar z in centimetres, and exists for every fifth image only: frames are paired by their number, and a
+  stride of 1 is one step of the depth.
 - Depth that is not finite or beyond 200 m is sky; <= 0 is no measurement.
-- Scenes named `...closeup...` are filmed by a camera lying on its side: the camera rows belong to
-  the landscape picture, which is turned clockwise to stand upright. Pictures that are upright
-  already stay as they are.
-- HDRI scenes show a picture behind the people, whose depth is sky: a clip with less than 5 % of
-  known depth is dropped.
+- Scenes named `...closeup...` are filmed by a camera lying on its side: the camera rows belong to the landscape
+  picture, which is turned clockwise to stand upright. Pictures that are upright already stay as they are.
+- HDRI scenes show a picture behind the people, whose depth is sky: a clip with less than 5 % of known depth is dropped.
 """
 
 from __future__ import annotations
@@ -26,7 +22,7 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +30,7 @@ import torch
 from torch import Tensor
 
 from data_prep.sources.decoding import pinhole, read_csv, read_exr, read_frames, stack_alike
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
+from data_prep.sources.tracks import Track, clip_key, find_units, holds
 from one4d_pl.types import Clip
 
 FPS = 30.0  # rate at which images are numbered
@@ -45,48 +41,34 @@ CAMERA_COLUMNS = ("x", "y", "z", "yaw", "pitch", "roll", "focal_length", "sensor
 CV_FROM_UNREAL = np.array([[0.0, 1.0, 0.0], [0.0, 0.0, -1.0], [1.0, 0.0, 0.0]])
 # The upright camera in the axes of the lying one: right in the landscape picture becomes down.
 LYING_FROM_UPRIGHT = torch.tensor([[0.0, 1, 0, 0], [-1, 0, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]]).double()
+SCENE = {"png", "depth", "ground_truth"}
+LAYOUT = "BEDLAM scene (png/, depth/ and ground_truth/)"
 
 
 def list_units(root: Path) -> list[str]:
     """List the sequences at or below `root` as <scene>/png/<sequence>."""
-    scenes = find_units(root, _is_scene)
+    scenes = find_units(root, SCENE)
     folders = [folder for scene in scenes for folder in (root / scene / "png").iterdir() if folder.is_dir()]
     return sorted(folder.relative_to(root).as_posix() for folder in folders)
 
 
-def _is_scene(names: set[str]) -> bool:
-    return {"png", "depth", "ground_truth"} <= names
-
-
-def _has_unit(root: Path, unit: str) -> bool:
+def has_unit(root: Path, unit: str) -> bool:
+    """Tell whether there is a sequence of this name."""
     sequence = root / unit
-    return sequence.is_dir() and sequence.parent.name == "png" and _is_scene(names_in(sequence.parent.parent))
+    return sequence.is_dir() and sequence.parent.name == "png" and holds(sequence.parent.parent, SCENE)
 
 
-def iter_clips(
-    root: str | Path, num_frames: int = 17, stride: int = 1, units: Sequence[str] | None = None
-) -> Iterator[Clip]:
-    """Yield clips of `num_frames` frames, every `stride`-th with depth, of each sequence.
+def open_unit(root: Path, unit: str, stride: int) -> list[Track]:
+    """Return a track of the sequence's frames with depth."""
+    numbers = _depth_numbers(root / unit)
+    step = min((b - a for a, b in itertools.pairwise(numbers)), default=1)  # 5 as published
+    start = numbers[0] % step if numbers else 0
 
-    A broken clip is dropped with one logged line. ValueError where `root` holds no sequence or
-    `units` names one that does not exist.
-    """
-    root = Path(root)
-    layout = "BEDLAM scene (png/, depth/ and ground_truth/)"
-    chosen = chosen_units(list_units, _has_unit, units, root, layout)
+    def read(window: range) -> Clip:
+        images = [start + n * step for n in window]
+        return _read_clip(root / unit, images, clip_key(root, unit, f"{images[0]:04d}"), FPS / step / stride)
 
-    def open_unit(unit: str) -> list[Track]:
-        numbers = _depth_numbers(root / unit)
-        step = min((b - a for a, b in itertools.pairwise(numbers)), default=1)  # 5 as published
-        start = numbers[0] % step if numbers else 0
-
-        def read(window: range) -> Clip:
-            images = [start + n * step for n in window]
-            return _read_clip(root / unit, images, clip_key(root, unit, f"{images[0]:04d}"), FPS / step / stride)
-
-        return [Track(str(root / unit), [n // step for n in numbers if n % step == start], read)]
-
-    return clips_of_units(root, chosen, open_unit, num_frames, stride)
+    return [Track(str(root / unit), [n // step for n in numbers if n % step == start], read)]
 
 
 def camera_from_row(row: Mapping[str, float]) -> np.ndarray:  # [4, 4] float64, cam2world, OpenCV axes, metres
@@ -154,10 +136,7 @@ def _read_clip(sequence: Path, numbers: list[int], key: str, fps: float) -> Clip
 def _turn_upright(
     frames: Tensor, depth: Tensor, intrinsics: Tensor, cam2world: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Turn pictures and geometry of a camera on its side clockwise by a quarter.
-
-    `intrinsics` and `cam2world` come in as those of the lying camera.
-    """
+    """Turn pictures and geometry, cameras included, of a camera on its side clockwise by a quarter."""
     if frames.shape[2] > frames.shape[1]:
         frames, depth = frames.rot90(-1, (1, 2)).contiguous(), depth.rot90(-1, (1, 2)).contiguous()
     width = frames.shape[2]

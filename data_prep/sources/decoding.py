@@ -12,6 +12,7 @@ import io
 import math
 import re
 import struct
+import sys
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -93,6 +94,8 @@ def npy_array(content: bytes, name: str) -> np.ndarray:
     if size != len(content) - end or len(shape) > 8:
         raise ValueError(f"{name}: {shape} {dtype} needs {size} bytes, the file holds {len(content) - end}")
     array = np.frombuffer(content, dtype, offset=end) if size else np.empty(0, dtype)
+    if dtype.kind == "U" and size and array.astype(dtype.newbyteorder("=")).view(np.uint32).max() > sys.maxunicode:
+        raise ValueError(f"{name}: its text holds a character beyond Unicode")  # Python would raise a SystemError later
     return array.reshape(shape, order="F" if match[2] == "True" else "C")
 
 
@@ -193,10 +196,7 @@ def rigid_transforms(
     translations: np.ndarray,  # [N, 3]
     name: str,
 ) -> Tensor:  # [N, 4, 4] float64
-    """Join rotations and translations.
-
-    ValueError names the first row whose quaternion is not of unit length.
-    """
+    """Join rotations and translations. ValueError names the first row whose quaternion is not of unit length."""
     norms = np.linalg.norm(quaternions, axis=1)
     for row, norm in enumerate(norms):
         if not abs(norm - 1) <= 1e-2:
@@ -208,10 +208,7 @@ def nearest_rotations(
     transforms: np.ndarray,  # [N, 4, 4]
     name: str,
 ) -> Tensor:  # [N, 4, 4] float64
-    """Replace rotations that were rounded (half floats, few decimals) by exact ones.
-
-    ValueError names the first row that is further than 1e-2 from a rigid transform.
-    """
+    """Replace rounded rotations by exact ones; ValueError names a row further than 1e-2 from a rigid transform."""
     matrices = finite(transforms, name, -1, 4, 4).copy()
     left, _, right = np.linalg.svd(matrices[:, :3, :3])
     rotations = left @ right
@@ -238,10 +235,7 @@ def pinhole(
 
 
 def read_video(path: Path, numbers: Sequence[int]) -> Tensor:  # [T, H, W, 3] uint8
-    """Read the frames with these numbers of a video, upright as `scene.media` does.
-
-    Numbers ascend and count from 0. ValueError where the video ends before the last of them.
-    """
+    """Read frames by ascending number from 0, upright as `scene.media`; ValueError where the video ends before."""
     wanted, found = set(numbers), []
     # without decoder threads: units of a dataset are processed in parallel
     for n, (_, frame) in enumerate(upright_frames(path, "NONE")):

@@ -15,16 +15,14 @@ says (EXIF, display matrix), as most labelers see them. With T frames:
     valid       [T, h, w]     optional, bool
     moving      [T, h, w]     optional, bool
 
-intrinsics and cam2world may both be left out where there are pointmaps: they are then solved for
-(One4D, Eq. 11-12). `clip.json`, or text arrays of one value in the npz: fps, licence (both needed),
-domain ("real"), caption (""). null and NaN mean that there is none (see `data.texts`). Where h x w
-is smaller than H x W, the geometry is taken to cover the largest centred part of the frame that has
-its aspect ratio.
+intrinsics and cam2world may both be left out where there are pointmaps: they are then solved for (One4D, Eq. 11-12).
+`clip.json`, or text arrays of one value in the npz: fps, licence (both needed), domain ("real"), caption (""). null and
+NaN mean that there is none (see `data.texts`). Where h x w is smaller than H x W, the geometry is taken to cover the
+largest centred part of the frame that has its aspect ratio.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,14 +30,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.sources.decoding import (
-    read_frames,
-    read_npy,
-    read_npz,
-    read_video,
-)
+from data_prep.sources.decoding import read_frames, read_npy, read_npz, read_video
 from data_prep.sources.geometry import Geometry, fit_to_frames
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, files_once, walk_once
+from data_prep.sources.tracks import Track, clip_key, files_once, walk_once
 from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.data.texts import caption_text, is_missing, licence_text
 from one4d_pl.files import read_json
@@ -50,6 +43,7 @@ ARRAYS = ("frames", "frame_numbers", "depth", "pointmaps", "intrinsics", "cam2wo
 TEXTS = ("fps", "licence", "domain", "caption")
 IMAGES = (".png", ".jpg", ".jpeg")
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
+LAYOUT = "generic clip (<name>/clip.json or <name>.npz)"
 
 
 def list_units(root: Path) -> list[str]:
@@ -64,54 +58,38 @@ def list_units(root: Path) -> list[str]:
     return sorted(path.relative_to(root).as_posix() for path in [*found, *files_once(archives)])
 
 
-def _has_unit(root: Path, unit: str) -> bool:
+def has_unit(root: Path, unit: str) -> bool:
+    """Tell whether there is a clip of this name."""
     return (root / unit / "clip.json").is_file() or (unit.endswith(".npz") and (root / unit).is_file())
 
 
-def iter_clips(
-    root: str | Path,
-    num_frames: int = 81,
-    stride: int = 1,
-    units: Sequence[str] | None = None,
-    min_confidence: float = 0.0,
-) -> Iterator[Clip]:
-    """Yield clips of `num_frames` frames, every `stride`-th, of each folder or npz.
+def open_unit(root: Path, unit: str, stride: int, min_confidence: float) -> list[Track]:
+    """Return the folder's or npz's only track."""
+    path = root / unit
+    arrays = read_arrays(path)
+    geometry = Geometry.of_arrays(arrays, str(path), min_confidence)
+    texts = _read_texts(path)
+    moving = arrays.get("moving")
+    if moving is not None and (moving.dtype != bool or moving.shape != geometry.depth.shape):
+        raise ValueError(f"{path}: moving is {moving.dtype} {moving.shape}, need bool {tuple(geometry.depth.shape)}")
 
-    A broken clip is dropped with one logged line. ValueError where `root` holds no clip or `units`
-    names one that does not exist.
-    """
-    root = Path(root)
-    chosen = chosen_units(list_units, _has_unit, units, root, "generic clip (<name>/clip.json or <name>.npz)")
+    def read(window: range) -> Clip:
+        frames = _read_frames(path, arrays, window, geometry.num_frames)
+        part = None if moving is None else torch.from_numpy(moving[list(window)])
+        frames, fitted, part = fit_to_frames(frames, geometry.at(window), part, str(path))
+        return Clip(
+            key=clip_key(root, unit.removesuffix(".npz"), f"{window[0]:05d}"),
+            frames=frames,
+            **vars(fitted),
+            moving=part,
+            caption=texts.caption,
+            source="generic",
+            domain=texts.domain,
+            fps=texts.fps / stride,
+            licence=texts.licence,
+        )
 
-    def open_unit(unit: str) -> list[Track]:
-        path = root / unit
-        arrays = read_arrays(path)
-        geometry = Geometry.of_arrays(arrays, str(path), min_confidence)
-        texts = _read_texts(path)
-        moving = arrays.get("moving")
-        if moving is not None and (moving.dtype != bool or moving.shape != geometry.depth.shape):
-            raise ValueError(
-                f"{path}: moving is {moving.dtype} {moving.shape}, need bool {tuple(geometry.depth.shape)}"
-            )
-
-        def read(window: range) -> Clip:
-            frames = _read_frames(path, arrays, window, geometry.num_frames)
-            part = None if moving is None else torch.from_numpy(moving[list(window)])
-            frames, fitted, part = fit_to_frames(frames, geometry.at(list(window)), part, str(path))
-            return fitted.clip(
-                key=clip_key(root, unit.removesuffix(".npz"), f"{window[0]:05d}"),
-                frames=frames,
-                moving=part,
-                caption=texts.caption,
-                source="generic",
-                domain=texts.domain,
-                fps=texts.fps / stride,
-                licence=texts.licence,
-            )
-
-        return [Track(str(path), list(range(geometry.num_frames)), read)]
-
-    return clips_of_units(root, chosen, open_unit, num_frames, stride)
+    return [Track(str(path), list(range(geometry.num_frames)), read)]
 
 
 def read_arrays(path: Path) -> dict[str, np.ndarray]:

@@ -13,7 +13,6 @@ from data_prep.sources.decoding import finite, nearest_rotations
 from one4d_pl.geometry.camera import resize_frames, resize_intrinsics, resize_nearest_valid
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.postopt.recover import project_depth, recover_scene
-from one4d_pl.types import Clip
 
 DEPTH_RANGE = 1e4  # times the median depth, or 1 / 1e4: 16-bit log codes cannot hold the outliers beyond
 MAX_GROWTH = 6.0  # 512x320 labels of 1920x1080 videos grow 3.4 times; training shrinks the frames again
@@ -76,33 +75,6 @@ class Geometry:
         rows = list(frames)
         return Geometry(self.depth[rows], self.intrinsics[rows], self.cam2world[rows], self.valid[rows])
 
-    def clip(
-        self,
-        key: str,
-        frames: Tensor,
-        moving: Tensor | None,
-        caption: str,
-        source: str,
-        domain: str,
-        fps: float,
-        licence: str,
-    ) -> Clip:
-        """Make the clip that has this geometry."""
-        return Clip(
-            key=key,
-            frames=frames,
-            depth=self.depth,
-            intrinsics=self.intrinsics,
-            cam2world=self.cam2world,
-            valid=self.valid,
-            moving=moving,
-            caption=caption,
-            source=source,
-            domain=domain,
-            fps=fps,
-            licence=licence,
-        )
-
 
 def fit_to_frames(
     frames: Tensor,  # [T, H, W, 3] uint8
@@ -130,7 +102,7 @@ def fit_to_frames(
         cam2world=geometry.cam2world,
         valid=resize_nearest_valid(geometry.valid, *target),
     )
-    frames, _ = resize_frames(frames, enlarged.intrinsics, *target)
+    frames = resize_frames(frames, *target)
     return frames, enlarged, None if moving is None else resize_nearest_valid(moving, *target)
 
 

@@ -1,24 +1,19 @@
 """OmniWorld-Game (Zhou et al., 2025): extracted scene folders -> clips, at 1280x720 and 24 fps.
 
-A scene folder holds `color/%06d.png`, `depth/%06d.png` (16 bit), `split_info.json` ("split": lists
-of frame numbers) and, for split k, `camera/split_<k>.json` (focals, cx, cy, quats, trans; one row
-per frame of the split), and may hold `text/<start>_<end>.json` (captions), `fps.txt`. Facts:
-yangzhou24/OmniWorld README, scripts/utils.py @ 5942b87.
+A scene folder holds `color/%06d.png`, `depth/%06d.png` (16 bit), `split_info.json` ("split": lists of frame numbers)
+and, for split k, `camera/split_<k>.json` (focals, cx, cy, quats, trans; one row per frame of the split), and may hold
+`text/<start>_<end>.json` (captions), `fps.txt`. Facts: yangzhou24/OmniWorld README, scripts/utils.py @ 5942b87.
 
-- Cameras: world to camera, OpenCV axes, quaternions wxyz [utils.py:L41-77]. Each split has a world
-  of its own.
-- Intrinsics: one focal length for both axes; the dataset's tools put pixel centres at +0.5
-  [L100-111], as we do.
-- Depth: d = code / 65535, z = d / (1000 - 999 d) / 0.004; d < 0.0015 is too near to be known,
-  code > 65500 is sky [L80-98]. The unit differs from scene to scene; MotionCrafter divides by 0.04
-  with the note "verify".
+- Cameras: world to camera, OpenCV axes, quaternions wxyz [utils.py:L41-77]. Each split has a world of its own.
+- Intrinsics: one focal length for both axes; the dataset's tools put pixel centres at +0.5 [L100-111], as we do.
+- Depth: d = code / 65535, z = d / (1000 - 999 d) / 0.004; d < 0.0015 is too near to be known, code > 65500 is sky
+  [L80-98]. The unit differs from scene to scene; MotionCrafter divides by 0.04 with the note "verify".
 - Frame numbers of a split may have gaps: a clip never crosses one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +28,7 @@ from data_prep.sources.decoding import (
     rigid_transforms,
     stack_alike,
 )
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
+from data_prep.sources.tracks import Track, clip_key, find_units, holds
 from one4d_pl.data.texts import caption_text
 from one4d_pl.files import read_json
 from one4d_pl.geometry.se3 import invert_se3
@@ -45,35 +40,23 @@ NEAREST = 0.0015  # of d; a smaller one is too near
 LAST_CODE = 65500  # a larger one is sky
 
 
+MEMBERS = {"color", "depth", "camera", "split_info.json"}
+LAYOUT = "OmniWorld-Game scene (color/, depth/, camera/ and split_info.json)"
+
+
 def list_units(root: Path) -> list[str]:
     """List the scene folders at or below `root`, relative to it."""
-    return find_units(root, _is_unit)
+    return find_units(root, MEMBERS)
 
 
-def _is_unit(names: set[str]) -> bool:
-    return {"color", "depth", "camera", "split_info.json"} <= names
+def has_unit(root: Path, unit: str) -> bool:
+    """Tell whether there is a unit of this name."""
+    return holds(root / unit, MEMBERS)
 
 
-def _has_unit(root: Path, unit: str) -> bool:
-    return _is_unit(names_in(root / unit))
-
-
-def iter_clips(
-    root: str | Path, num_frames: int = 81, stride: int = 1, units: Sequence[str] | None = None
-) -> Iterator[Clip]:
-    """Yield clips of `num_frames` frames, every `stride`-th, of each split of each scene.
-
-    A broken clip is dropped with one logged line. ValueError where `root` holds no scene or `units`
-    names one that does not exist.
-    """
-    root = Path(root)
-    layout = "OmniWorld-Game scene (color/, depth/, camera/ and split_info.json)"
-    chosen = chosen_units(list_units, _has_unit, units, root, layout)
-
-    def open_unit(unit: str) -> list[Track]:
-        return [_split_track(root, unit, k, numbers, stride) for k, numbers in enumerate(_read_splits(root / unit))]
-
-    return clips_of_units(root, chosen, open_unit, num_frames, stride)
+def open_unit(root: Path, unit: str, stride: int) -> list[Track]:
+    """Return a track for each split of the scene."""
+    return [_split_track(root, unit, k, numbers, stride) for k, numbers in enumerate(_read_splits(root / unit))]
 
 
 def depth_from_codes(codes: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -1,8 +1,7 @@
 """PointOdyssey v1.2 (Zheng et al., 2023): sequence folders -> clips.
 
-A sequence folder holds `rgbs/rgb_%05d.jpg`, `depths/depth_%05d.png` (16 bit) and `anno.npz`
-(intrinsics [T, 3, 3], extrinsics [T, 4, 4]; row n belongs to frame number n). Facts:
-y-zheng18/point_odyssey @ a053342.
+A sequence folder holds `rgbs/rgb_%05d.jpg`, `depths/depth_%05d.png` (16 bit) and `anno.npz` (intrinsics [T, 3, 3],
+extrinsics [T, 4, 4]; row n belongs to frame number n). Facts: y-zheng18/point_odyssey @ a053342.
 
 - Cameras: world to camera, OpenCV axes; v1.1 and later need no flips [utils/reprojection.py:L38-40, L81-85].
 - Depth = code / 65535 * 1000 m, planar z [utils/gen_tracking.py:L115-124]; one code is 1.5 cm.
@@ -15,22 +14,14 @@ y-zheng18/point_odyssey @ a053342.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from data_prep.sources.decoding import (
-    finite,
-    nearest_rotations,
-    read_depth_codes,
-    read_frames,
-    read_npz,
-    stack_alike,
-)
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
+from data_prep.sources.decoding import finite, nearest_rotations, read_depth_codes, read_frames, read_npz, stack_alike
+from data_prep.sources.tracks import Track, clip_key, find_units, holds
 from one4d_pl.geometry.se3 import invert_se3
 from one4d_pl.types import Clip
 
@@ -39,38 +30,27 @@ LICENCE = "CC-BY-NC-SA-4.0"
 PATTERNS = {"rgbs": r"rgb_(\d{5})\.jpg", "depths": r"depth_(\d{5})\.png"}
 
 
+MEMBERS = {"anno.npz", *PATTERNS}
+LAYOUT = "PointOdyssey v1.2 sequence (rgbs/, depths/ and anno.npz)"
+
+
 def list_units(root: Path) -> list[str]:
     """List the sequence folders at or below `root`, relative to it."""
-    return find_units(root, _is_unit)
+    return find_units(root, MEMBERS)
 
 
-def _is_unit(names: set[str]) -> bool:
-    return {"anno.npz", *PATTERNS} <= names
+def has_unit(root: Path, unit: str) -> bool:
+    """Tell whether there is a unit of this name."""
+    return holds(root / unit, MEMBERS)
 
 
-def _has_unit(root: Path, unit: str) -> bool:
-    return _is_unit(names_in(root / unit))
+def open_unit(root: Path, unit: str, stride: int) -> list[Track]:
+    """Return the sequence's only track."""
 
+    def read(window: range) -> Clip:
+        return _read_clip(root / unit, window, clip_key(root, unit, f"{window[0]:05d}"), NOMINAL_FPS / stride)
 
-def iter_clips(
-    root: str | Path, num_frames: int = 81, stride: int = 1, units: Sequence[str] | None = None
-) -> Iterator[Clip]:
-    """Yield clips of `num_frames` frames, every `stride`-th, of each sequence.
-
-    A broken clip is dropped with one logged line. ValueError where `root` holds no sequence or
-    `units` names one that does not exist.
-    """
-    root = Path(root)
-    layout = "PointOdyssey v1.2 sequence (rgbs/, depths/ and anno.npz)"
-    chosen = chosen_units(list_units, _has_unit, units, root, layout)
-
-    def open_unit(unit: str) -> list[Track]:
-        def read(window: range) -> Clip:
-            return _read_clip(root / unit, window, clip_key(root, unit, f"{window[0]:05d}"), NOMINAL_FPS / stride)
-
-        return [Track(str(root / unit), _frame_numbers(root / unit), read)]
-
-    return clips_of_units(root, chosen, open_unit, num_frames, stride)
+    return [Track(str(root / unit), _frame_numbers(root / unit), read)]
 
 
 def depth_from_codes(codes: NDArray[np.uint16]) -> NDArray[np.float32]:
@@ -80,10 +60,7 @@ def depth_from_codes(codes: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def _frame_numbers(sequence: Path) -> list[int]:
-    """List every frame number that has an image or a depth file.
-
-    A frame with only one of them is an error, not a gap.
-    """
+    """List every frame number that has an image or a depth file; one that has only one is an error, not a gap."""
     found = [re.fullmatch(p, path.name) for folder, p in PATTERNS.items() for path in (sequence / folder).iterdir()]
     return sorted({int(match[1]) for match in found if match})
 

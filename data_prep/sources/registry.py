@@ -1,7 +1,7 @@
 """Every source by name: what `write_shards` needs to cut any dataset into clips, unit by unit.
 
-A source is a module of this package with `list_units(root)` and `iter_clips(root, num_frames,
-stride, units, ...)`.
+A source is a module of this package with `LAYOUT` (a unit in words), `list_units(root)`, `has_unit(root, unit)` and
+`open_unit(root, unit, stride, ...)`, which lists the unit's tracks.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 from data_prep.sources import bedlam, generic, omniworld, pointodyssey, rgbd, spatialvid, tartanair
+from data_prep.sources.tracks import Track, clips_of_units
 from one4d_pl.types import Clip
 
 # Strides that make motion per frame comparable, in frames as each source counts them.
@@ -28,19 +29,14 @@ SOURCES = tuple(DEFAULT_STRIDES)
 
 
 def list_units(source: str, root: str | Path) -> list[str]:
-    """List the parts of a dataset that can be converted on their own, sorted.
-
-    They are trajectories, scenes or sequences. ValueError for an unknown source.
-    """
+    """List a dataset's trajectories, scenes or sequences, sorted, as units; ValueError for an unknown source."""
     return _module(source).list_units(Path(root))
 
 
 def scene_of(source: str, unit: str) -> str:
     """Return a unit's scene. Units that show the same place share it, and no split divides it."""
     parts = unit.split("/")
-    if source == "tartanair":  # <environment>/<Easy or Hard>/<trajectory>
-        return "/".join(parts[:-2]) or unit
-    if source == "bedlam":  # <scene>/png/<sequence>
+    if source in ("tartanair", "bedlam"):  # <environment>/<Easy or Hard>/<trajectory>, <scene>/png/<sequence>
         return "/".join(parts[:-2]) or unit
     # <scene>_3rd, <scene>_ego1, ... are cameras in one scene, <scene>_f is the scene in fog
     if source == "pointodyssey":
@@ -57,30 +53,40 @@ def iter_clips(
     geometry: str | Path | None = None,  # spatialvid only: a folder of pseudo geometry, one generic clip per video
     min_confidence: float = 0.0,  # generic, and spatialvid with `geometry`: less trusted pixels become invalid
 ) -> Iterator[Clip]:
-    """Yield the clips of one dataset; a broken one is dropped with one logged line.
-
-    ValueError where the root holds no such dataset, a unit does not exist or an option does not
-    apply.
-    """
-    root = Path(root)
-    _module(source)
-    stride = DEFAULT_STRIDES[source] if stride is None else stride
+    """Yield a dataset's clips, but for broken ones, which are logged; ValueError for wrong units, root or options."""
+    root, module = Path(root), _module(source)
+    step = DEFAULT_STRIDES[source] if stride is None else stride
+    pseudo = None if geometry is None else Path(geometry)
     if geometry is not None and source != "spatialvid":
         raise ValueError(f"{source} has its own geometry; only spatialvid takes a geometry folder")
     if min_confidence > 0 and source != "generic" and geometry is None:
         raise ValueError(f"{source} has no confidence; min_confidence is for generic, or spatialvid with geometry")
-    if source == "generic":
-        return generic.iter_clips(root, num_frames, stride, units, min_confidence)
-    if source == "spatialvid":
-        return spatialvid.iter_clips(root, num_frames, stride, units, geometry, min_confidence)
-    return _module(source).iter_clips(root, num_frames, stride, units)
+    if pseudo is not None and not pseudo.is_dir():
+        raise ValueError(f"{pseudo}: no folder of pseudo geometry")
+
+    def open_unit(unit: str) -> list[Track]:
+        if source == "generic":
+            return generic.open_unit(root, unit, step, min_confidence)
+        if source == "spatialvid":
+            return spatialvid.open_unit(root, unit, step, pseudo, min_confidence)
+        return module.open_unit(root, unit, step)
+
+    layout, where = module.LAYOUT, "directly in it" if source == "spatialvid" else "at or below it"
+    chosen = module.list_units(root) if units is None else units
+    if units is None and not chosen:
+        raise ValueError(f"{root}: no {layout} {where}")
+    # given units are looked up one by one: the writer asks for each of thousands, and must not list them all every time
+    for unit in units or ():
+        if Path(unit).is_absolute() or ".." in unit.split("/") or not module.has_unit(root, unit):
+            raise ValueError(f"{root}: no unit {unit!r}; a unit is a {layout}, named by its path below this folder")
+    return clips_of_units(root, chosen, open_unit, num_frames, step)
 
 
 def _module(source: str) -> ModuleType:
     modules = {
-        module.__name__.rsplit(".", 1)[-1]: module
-        for module in (bedlam, generic, omniworld, pointodyssey, rgbd, spatialvid, tartanair)
-    }
+        "bedlam": bedlam, "generic": generic, "omniworld": omniworld, "pointodyssey": pointodyssey, "rgbd": rgbd,
+        "spatialvid": spatialvid, "tartanair": tartanair,
+    }  # fmt: skip
     if source not in modules:
         raise ValueError(f"no source {source!r}; there are {', '.join(SOURCES)}")
     return modules[source]

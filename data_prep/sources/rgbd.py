@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from data_prep.sources.decoding import read_frames, stack_alike
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
+from data_prep.sources.tracks import Track, clip_key, find_units, holds
 from one4d_pl.data.rgbd_folder import INTRINSICS, RGBDFrame, RGBDSequence, open_sequence
 from one4d_pl.types import Clip
 
@@ -24,48 +24,36 @@ LICENCES = {"tum": "CC-BY-4.0", "bonn": "LicenseRef-Bonn-RGB-D-Dynamic"}
 LONGEST_INTERVAL = 1.5  # times the median one
 
 
+MEMBERS = {"rgb", "depth", "groundtruth.txt"}
+LAYOUT = f"RGB-D sequence (rgb/, depth/ and groundtruth.txt in a folder named ...{'..., ...'.join(INTRINSICS)}...)"
+
+
 def list_units(root: Path) -> list[str]:
     """List the sequence folders at or below `root`, relative to it."""
-    return find_units(root, _is_unit)
+    return find_units(root, MEMBERS)
 
 
-def _is_unit(names: set[str]) -> bool:
-    return {"rgb", "depth", "groundtruth.txt"} <= names
+def has_unit(root: Path, unit: str) -> bool:
+    """Tell whether there is a unit of this name."""
+    return holds(root / unit, MEMBERS)
 
 
-def _has_unit(root: Path, unit: str) -> bool:
-    return _is_unit(names_in(root / unit))
+def open_unit(root: Path, unit: str, stride: int) -> list[Track]:
+    """Return a track for each run of the sequence without a break in time."""
+    sequence = open_sequence(root / unit)
+    frames = [frame for frame in sequence.frames if frame.present]
+    if len(frames) < 2:
+        raise ValueError(f"{root / unit}: {len(frames)} frames with image, depth and camera")
+    usual = statistics.median(b.timestamp - a.timestamp for a, b in itertools.pairwise(frames))
+    if usual <= 0:
+        raise ValueError(f"{root / unit}: the images' timestamps do not ascend")
 
+    def read(window: range) -> Clip:
+        chosen = [frames[n] for n in window]
+        key = clip_key(root, unit, f"{chosen[0].timestamp:.4f}".replace(".", "_"))
+        return _read_clip(sequence, chosen, key, 1 / usual / stride)
 
-def iter_clips(
-    root: str | Path, num_frames: int = 17, stride: int = 2, units: Sequence[str] | None = None
-) -> Iterator[Clip]:
-    """Yield clips of `num_frames` frames, every `stride`-th, of each sequence.
-
-    A broken clip is dropped with one logged line. ValueError where `root` holds no sequence or
-    `units` names one that does not exist.
-    """
-    root = Path(root)
-    layout = f"RGB-D sequence (rgb/, depth/ and groundtruth.txt in a folder named ...{'..., ...'.join(INTRINSICS)}...)"
-    chosen = chosen_units(list_units, _has_unit, units, root, layout)
-
-    def open_unit(unit: str) -> list[Track]:
-        sequence = open_sequence(root / unit)
-        frames = [frame for frame in sequence.frames if frame.present]
-        if len(frames) < 2:
-            raise ValueError(f"{root / unit}: {len(frames)} frames with image, depth and camera")
-        usual = statistics.median(b.timestamp - a.timestamp for a, b in itertools.pairwise(frames))
-        if usual <= 0:
-            raise ValueError(f"{root / unit}: the images' timestamps do not ascend")
-
-        def read(window: range) -> Clip:
-            chosen_frames = [frames[n] for n in window]
-            key = clip_key(root, unit, f"{chosen_frames[0].timestamp:.4f}".replace(".", "_"))
-            return _read_clip(sequence, chosen_frames, key, 1 / usual / stride)
-
-        return [Track(str(root / unit), numbers, read) for numbers in _runs(frames, LONGEST_INTERVAL * usual)]
-
-    return clips_of_units(root, chosen, open_unit, num_frames, stride)
+    return [Track(str(root / unit), numbers, read) for numbers in _runs(frames, LONGEST_INTERVAL * usual)]
 
 
 def _runs(frames: Sequence[RGBDFrame], longest: float) -> list[list[int]]:

@@ -1,27 +1,23 @@
 """SpatialVID(-HQ) (Wang et al., 2025): real videos with MegaSaM's cameras and depth -> clips.
 
-The root holds `videos/group_%04d/<id>.mp4`, `annotations/group_%04d/<id>/` (poses.npy,
-intrinsics.npy, caption.json, dyn_masks.npz, indexes.txt) and `depths/group_%04d/<id>.zip`. Facts:
-NJU-3DV/SpatialVID @ 5228326.
+The root holds `videos/group_%04d/<id>.mp4`, `annotations/group_%04d/<id>/` (poses.npy, intrinsics.npy, caption.json,
+dyn_masks.npz, indexes.txt) and `depths/group_%04d/<id>.zip`. Facts: NJU-3DV/SpatialVID @ 5228326.
 
-- Annotations are sub-sampled: row k of every array belongs to one video frame, which the second
-  column of indexes.txt names [utils/pack_clip_assets.py:L30-34]; without that file it is frame
-  k * int(0.2 * fps). A stride counts rows.
+- Annotations are sub-sampled: row k of every array belongs to one video frame, which the second column of indexes.txt
+  names [utils/pack_clip_assets.py:L30-34]; without that file it is frame k * int(0.2 * fps). A stride counts rows.
 - poses.npy [N, 7]: tx ty tz qx qy qz qw, world to camera [L108-110].
 - intrinsics.npy [N, 4]: fx / W, fy / H, 0.5, 0.5 [L59-72].
-- Depth zip: one EXR per row, channel "Z", *inverse* depth; z = 1 / Z, cut to 1e-3 .. 100. At 100
-  it is sky or unknown, so not valid here [utils/read_depth.py]. The unit is arbitrary.
-- One4D uses pseudo geometry instead: with `geometry`, a folder of generic clips
-  `group_%04d/<id>` (or .npz) whose rows are the annotation's, or the video frames that an array
-  `frame_numbers` [T] names. Its cameras are used; where it has depth but no cameras it is refused.
-- dyn_masks.npz: what moves, one sparse (CSR) image of the video's size per row
-  [utils/expand_npz.py].
+- Depth zip: one EXR per row, channel "Z", *inverse* depth; z = 1 / Z, cut to 1e-3 .. 100. At 100 it is sky or unknown,
+  so not valid here [utils/read_depth.py]. The unit is arbitrary.
+- One4D uses pseudo geometry instead: with `geometry`, a folder of generic clips `group_%04d/<id>` (or .npz) whose rows
+  are the annotation's, or the video frames that an array `frame_numbers` [T] names. Its cameras are used; where it has
+  depth but no cameras it is refused.
+- dyn_masks.npz: what moves, one sparse (CSR) image of the video's size per row [utils/expand_npz.py].
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +38,7 @@ from data_prep.sources.decoding import (
 )
 from data_prep.sources.generic import read_arrays
 from data_prep.sources.geometry import Geometry, fit_to_frames
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, files_once
+from data_prep.sources.tracks import Track, clip_key, files_once
 from one4d_pl.data.frame_order import by_number
 from one4d_pl.data.texts import caption_text
 from one4d_pl.files import read_json
@@ -53,6 +49,7 @@ from one4d_pl.types import Clip
 LICENCE = "CC-BY-NC-SA-4.0"
 FARTHEST = 100.0  # of z; the dataset's own reader cuts there
 CAPTION_FIELDS = ("SceneDescription", "CameraMotion")
+LAYOUT = "SpatialVID video (videos/group_*/*.mp4)"
 
 
 def list_units(root: Path) -> list[str]:
@@ -61,34 +58,9 @@ def list_units(root: Path) -> list[str]:
     return [f"{path.parent.name}/{path.stem}" for path in videos]
 
 
-def _has_unit(root: Path, unit: str) -> bool:
+def has_unit(root: Path, unit: str) -> bool:
+    """Tell whether there is a video of this name."""
     return (root / "videos" / f"{unit}.mp4").is_file()
-
-
-def iter_clips(
-    root: str | Path,
-    num_frames: int = 81,
-    stride: int = 1,
-    units: Sequence[str] | None = None,
-    geometry: str | Path | None = None,
-    min_confidence: float = 0.0,
-) -> Iterator[Clip]:
-    """Yield clips of `num_frames` annotated frames, every `stride`-th, of each video.
-
-    A broken clip is dropped with one logged line. ValueError where `root` holds no videos, `units`
-    names one that does not exist or `geometry` is no folder.
-    """
-    root = Path(root)
-    if geometry is not None and not Path(geometry).is_dir():
-        raise ValueError(f"{geometry}: no folder of pseudo geometry")
-    layout = "SpatialVID video (videos/group_*/*.mp4)"
-    chosen = chosen_units(list_units, _has_unit, units, root, layout, "directly in it")
-    pseudo = None if geometry is None else Path(geometry)
-
-    def open_unit(unit: str) -> list[Track]:
-        return [_open_video(root, unit, pseudo, min_confidence, stride)]
-
-    return clips_of_units(root, chosen, open_unit, num_frames, stride)
 
 
 def video_frames_of_rows(annotation: Path, fps: float, total: int) -> list[int]:
@@ -119,7 +91,8 @@ def read_cameras(
     return pinhole(*(shares * [width, height, width, height]).T), invert_se3(world2cam)
 
 
-def _open_video(root: Path, unit: str, pseudo: Path | None, min_confidence: float, stride: int) -> Track:
+def open_unit(root: Path, unit: str, stride: int, pseudo: Path | None, min_confidence: float) -> list[Track]:
+    """Return the video's only track; `pseudo` is a folder of pseudo geometry to use instead of the dataset's."""
     video, annotation = root / "videos" / f"{unit}.mp4", root / "annotations" / unit
     fps, length = frame_rate(video), frame_count(video)
     geometry: Geometry | None = None
@@ -149,9 +122,10 @@ def _open_video(root: Path, unit: str, pseudo: Path | None, min_confidence: floa
         frames, fitted, _ = fit_to_frames(frames, own, None, str(video))
         if moving is not None and moving.shape != fitted.depth.shape:
             moving = None
-        return fitted.clip(
+        return Clip(
             key=clip_key(root, unit, f"{numbers[window[0]]:06d}"),
             frames=frames,
+            **vars(fitted),
             moving=moving,
             caption=caption,
             source="spatialvid",
@@ -160,7 +134,7 @@ def _open_video(root: Path, unit: str, pseudo: Path | None, min_confidence: floa
             licence=LICENCE,
         )
 
-    return Track(str(video), rows, read)
+    return [Track(str(video), rows, read)]
 
 
 def _numbers_of_pseudo(arrays: dict[str, np.ndarray], name: str, total: int) -> list[int]:
@@ -218,10 +192,7 @@ def _read_moving(path: Path, window: range, height: int, width: int) -> Tensor |
 
 
 def _read_caption(path: Path) -> str:
-    """Read the description of the scene and of the camera's motion.
-
-    "" where there is no caption file, or it holds none (see `data.texts`).
-    """
+    """Read what describes the scene and the camera's motion; "" without a caption file or a caption in it."""
     if not path.is_file():
         return ""
     tree = read_json(path)

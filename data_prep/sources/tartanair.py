@@ -15,7 +15,6 @@ world, in NED axes (x forward, y right, z down).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_prep.sources.decoding import read_image, read_npy
-from data_prep.sources.tracks import Track, chosen_units, clip_key, clips_of_units, find_units, names_in
+from data_prep.sources.tracks import Track, clip_key, find_units, holds
 from one4d_pl.geometry.se3 import se3_matrix, xyzw_to_matrix
 from one4d_pl.types import Clip
 
@@ -36,47 +35,30 @@ NOMINAL_FPS = 10.0
 LICENCE = "CC-BY-4.0"
 CV_FROM_NED = torch.tensor([[0.0, 1.0, 0.0], [0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]).double()
 PATTERNS = {"image_left": r"(\d{6})_left\.png", "depth_left": r"(\d{6})_left_depth\.npy"}
-
-
-def iter_clips(
-    root: str | Path, num_frames: int = 17, stride: int = 1, units: Sequence[str] | None = None
-) -> Iterator[Clip]:
-    """Yield clips of `num_frames` frames, every `stride`-th, of each trajectory.
-
-    They do not overlap. A clip with a broken or missing file or camera row is dropped with one
-    logged line. ValueError where `root` holds no trajectory or `units` names one that does not
-    exist.
-    """
-    root = Path(root)
-    layout = "TartanAir v1 trajectory (image_left/, depth_left/ and pose_left.txt)"
-    chosen = chosen_units(list_units, _has_unit, units, root, layout)
-
-    def open_unit(unit: str) -> list[Track]:
-        trajectory = root / unit
-
-        def read(window: range) -> Clip:
-            return read_clip(trajectory, window, clip_key(root, unit, f"{window[0]:06d}"), NOMINAL_FPS / stride)
-
-        return [Track(str(trajectory), _frame_numbers(trajectory), read)]
-
-    return clips_of_units(root, chosen, open_unit, num_frames, stride)
+MEMBERS = {"pose_left.txt", *PATTERNS}
+LAYOUT = "TartanAir v1 trajectory (image_left/, depth_left/ and pose_left.txt)"
 
 
 def list_units(root: Path) -> list[str]:
     """List the trajectories at or below `root`, relative to it."""
-    return find_units(root, _is_unit)
+    return find_units(root, MEMBERS)
 
 
-def _is_unit(names: set[str]) -> bool:
-    return {"pose_left.txt", *PATTERNS} <= names
+def has_unit(root: Path, unit: str) -> bool:
+    """Tell whether there is a unit of this name."""
+    return holds(root / unit, MEMBERS)
 
 
-def _has_unit(root: Path, unit: str) -> bool:
-    return _is_unit(names_in(root / unit))
+def open_unit(root: Path, unit: str, stride: int) -> list[Track]:
+    """Return the trajectory's only track."""
+
+    def read(window: range) -> Clip:
+        return _read_clip(root / unit, window, clip_key(root, unit, f"{window[0]:06d}"), NOMINAL_FPS / stride)
+
+    return [Track(str(root / unit), _frame_numbers(root / unit), read)]
 
 
-def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
-    """Read the clip of these frame numbers; ValueError or OSError names the broken file."""
+def _read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
     frames = np.stack([_read_image(trajectory / "image_left" / f"{n:06d}_left.png") for n in window])
     depth = np.stack([_read_depth(trajectory / "depth_left" / f"{n:06d}_left_depth.npy") for n in window])
     intrinsics = torch.tensor([[FOCAL, 0.0, WIDTH / 2], [0.0, FOCAL, HEIGHT / 2], [0.0, 0.0, 1.0]])
@@ -97,10 +79,7 @@ def read_clip(trajectory: Path, window: range, key: str, fps: float) -> Clip:
 
 
 def _frame_numbers(trajectory: Path) -> list[int]:
-    """List every frame number that has an image or a depth file.
-
-    A frame with only one of them is an error, not a gap.
-    """
+    """List every frame number that has an image or a depth file; one that has only one is an error, not a gap."""
     found = [re.fullmatch(p, path.name) for folder, p in PATTERNS.items() for path in (trajectory / folder).iterdir()]
     return sorted({int(match[1]) for match in found if match})
 
@@ -135,10 +114,7 @@ def _read_cameras(path: Path, window: range) -> Tensor:  # [T, 4, 4] float64, Op
 
 
 def camera_from_row(row: np.ndarray) -> Tensor:  # [7] tx ty tz qx qy qz qw, NED -> [4, 4] float64, OpenCV axes
-    """Convert one row of pose_left.txt, camera to world.
-
-    ValueError unless it holds seven finite numbers and a unit quaternion.
-    """
+    """Convert one row of pose_left.txt to cam2world; ValueError without seven finite numbers and a unit quaternion."""
     if row.shape != (7,) or not np.isfinite(row).all():
         raise ValueError(f"need 7 finite numbers, got {row.tolist()}")
     norm = float(np.linalg.norm(row[3:]))

@@ -39,11 +39,7 @@ class Track:
 
 
 def clips_of_units(
-    root: Path,
-    units: Sequence[str],
-    open_unit: Callable[[str], list[Track]],
-    num_frames: int,
-    stride: int,
+    root: Path, units: Sequence[str], open_unit: Callable[[str], list[Track]], num_frames: int, stride: int
 ) -> Iterator[Clip]:
     """Yield disjoint clips of `num_frames` frames, every `stride`-th, of each unit, in order.
 
@@ -79,10 +75,7 @@ def clips_of_units(
 
 
 def _raise_machine_error(unit: str, error: Exception) -> None:
-    """Raise OSError for an error that another try may not meet.
-
-    A sound clip must not be lost for good because a disk failed for a moment.
-    """
+    """Raise OSError where another try may work: a disk's short failure must not lose a sound clip for good."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, av.FFmpegError):  # broken videos give the same numbers
         if isinstance(cause, OSError) and cause.errno in MACHINE_ERRORS:
@@ -92,10 +85,7 @@ def _raise_machine_error(unit: str, error: Exception) -> None:
 
 
 def _check_clip(clip: Clip) -> Clip:
-    """Return the clip; ValueError where it breaks the schema.
-
-    Lengths that shards cannot hold are left for the writer to refuse.
-    """
+    """Return the clip, of any length, which the writer refuses; ValueError where it breaks the schema otherwise."""
     can_be_stored = MIN_FRAMES <= clip.num_frames <= MAX_FRAMES and clip.num_frames % 4 == 1
     if can_be_stored and (fault := clip_fault(clip)):
         raise ValueError(f"{clip.key}: {fault}")
@@ -114,15 +104,16 @@ def clip_windows(numbers: Sequence[int], num_frames: int, stride: int) -> list[r
     return windows
 
 
-def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
-    """List the folders at or below `root` whose entries (files and folders) make them a unit.
+def holds(folder: Path, members: set[str]) -> bool:
+    """Tell whether there is such a folder, with these files and folders in it."""
+    return folder.is_dir() and members <= {path.name for path in folder.iterdir()}
 
-    The list is sorted. Folders inside a unit are not visited: a dataset has thousands of folders
-    and millions of files.
-    """
+
+def find_units(root: Path, members: set[str]) -> list[str]:
+    """List the folders at or below `root` that hold these files and folders, sorted; none inside of another."""
     found = []
     for folder, folders, files in walk_once(root):
-        if is_unit({*folders, *files}):
+        if members <= {*folders, *files}:
             found.append(folder.relative_to(root).as_posix())
             folders.clear()
     return sorted(found)
@@ -131,10 +122,9 @@ def find_units(root: Path, is_unit: Callable[[set[str]], bool]) -> list[str]:
 def walk_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
     """Yield every folder at or below `root` once, with the names of its folders and files.
 
-    Links are followed. A folder whose real path was seen under another name is not entered again,
-    so that links in a circle end and no scene is taken twice; folders come before links to them.
-    The caller clears the list of folders to stay out of them. A link to nothing, or a folder that
-    may not be listed, is left out with one logged line.
+    Links are followed. A folder whose real path was seen under another name is not entered again, so that links in a
+    circle end and no scene is taken twice; folders come before links to them. The caller clears the list of folders to
+    stay out of them. A link to nothing, or a folder that may not be listed, is left out with one logged line.
     """
     seen: set[Path] = set()
     waiting, links = [root] if root.is_dir() else [], deque[Path]()
@@ -161,10 +151,7 @@ def walk_once(root: Path) -> Iterator[tuple[Path, list[str], list[str]]]:
 
 
 def files_once(paths: Iterable[Path]) -> list[Path]:
-    """Return the files, sorted, each once even if links give it several names.
-
-    A file comes before links to it.
-    """
+    """Return the files, sorted, each once even if links give it several names. A file comes before links to it."""
     linked = {path: path.is_symlink() or path.parent.is_symlink() for path in paths}
     if not any(linked.values()):
         return sorted(linked)
@@ -174,40 +161,8 @@ def files_once(paths: Iterable[Path]) -> list[Path]:
     return sorted(by_place.values())
 
 
-def chosen_units(
-    list_units: Callable[[Path], list[str]],
-    has_unit: Callable[[Path, str], bool],  # tells whether a unit of this name is below the root
-    units: Sequence[str] | None,
-    root: Path,
-    layout: str,
-    where: str = "at or below it",
-) -> list[str]:
-    """Return all units, or the given ones; ValueError where there is none, or one does not exist.
-
-    Given units are looked up one by one: the writer asks for each of a dataset's thousands, and
-    must not list them all every time.
-    """
-    if units is None:
-        found = list_units(root)
-        if not found:
-            raise ValueError(f"{root}: no {layout} {where}")
-        return found
-    for unit in units:
-        if Path(unit).is_absolute() or ".." in unit.split("/") or not has_unit(root, unit):
-            raise ValueError(f"{root}: no unit {unit!r}; a unit is a {layout}, named by its path below this folder")
-    return list(units)
-
-
-def names_in(folder: Path) -> set[str]:
-    """Return the names of a folder's entries; none where there is no such folder."""
-    return {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-
-
 def clip_key(root: Path, unit: str, suffix: str) -> str:
-    """Make a file-safe name of a clip.
-
-    Where characters are replaced or cut away, a hash keeps it unique.
-    """
+    """Make a file-safe name of a clip. Where characters are replaced or cut away, a hash keeps it unique."""
     name = f"{root.resolve().name if unit == '.' else unit}/{suffix}"
     key = re.sub(r"[^A-Za-z0-9_-]", "-", name)
     ascii_path = re.fullmatch(r"[A-Za-z0-9_/-]+", name)

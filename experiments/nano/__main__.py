@@ -75,10 +75,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def jobs_of(experiments: list[Experiment], seeds: int | None = None) -> list[tuple[Run, int]]:
-    """List every run of the experiments once per seed.
-
-    First seeds come first, so that an early report has all rows.
-    """
+    """List every run of the experiments once per seed. First seeds come first, so that an early report has all rows."""
     names = list(dict.fromkeys(name for experiment in experiments for name in experiment.runs))
     jobs = [(RUNS[name], seed) for name in names for seed in range(min(RUNS[name].seeds, seeds or RUNS[name].seeds))]
     return sorted(jobs, key=lambda job: job[1])
@@ -92,17 +89,14 @@ def _parse_run(text: str) -> tuple[Run, int]:
 
 
 def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Callable[[], object]) -> None:
-    """Do all jobs, `at_once` processes at a time; 0 = in this one.
-
-    `on_done` is called after each of them. ConfigError where one fails or takes too long.
-    """
-    from one4d_pl.progress import Progress
+    """Do all jobs, `at_once` at a time (0 = in this process). ConfigError where one fails or takes too long."""
+    from tqdm import tqdm
 
     waiting = [job for job in jobs if not is_finished(plan, *job)]
     log.info("%d runs, %d of them finished; logs: %s/*/log.txt", len(jobs), len(jobs) - len(waiting), plan.out)
     running: dict[tuple[Run, int], tuple[subprocess.Popen[bytes], float]] = {}
     stop = at_interrupt(lambda: _stop([process for process, _ in running.values()]))
-    with stop, Progress(total=len(waiting), desc="runs", unit="run") as bar:
+    with stop, tqdm(total=len(waiting), desc="runs", unit="run") as bar:
         try:
             while waiting or running:
                 while waiting and len(running) < max(1, at_once):

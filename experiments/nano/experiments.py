@@ -1,10 +1,9 @@
 """The questions of `make nano`, the runs that answer them, and the answers that the paper claims.
 
-A run is one training, or one measurement of finished adapters; several experiments may use the same
-one. `dlc` is One4D as configs/nano.yaml has it, with three seeds; every other training from scratch
-changes what its name says and nothing else. No run from scratch gets so far that pointmaps follow
-their frames. So that is studied on adapters that do follow: the shipped ones, with links zeroed, or
-trained further on one task or on all.
+A run is one training, or one measurement of finished adapters; several experiments may use the same one. `dlc` is One4D
+as configs/nano.yaml has it, with three seeds; every other training from scratch changes what its name says and nothing
+else. No run from scratch gets so far that pointmaps follow their frames. So that is studied on adapters that do follow:
+the shipped ones, with links zeroed, or trained further on one task or on all.
 """
 
 from __future__ import annotations
@@ -31,10 +30,7 @@ OTHER_CLIP = "other_clip"
 
 @dataclass(frozen=True)
 class Run:
-    """One training of configs/nano.yaml or of a VAE, or one sampling from finished adapters.
-
-    A VAE of kind vae_rgb is trained without pointmaps.
-    """
+    """A training of configs/nano.yaml or of a VAE (vae_rgb: without pointmaps), or sampling from finished adapters."""
 
     name: str
     overrides: tuple[str, ...] = ()
@@ -53,10 +49,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Claim:
-    """The claim that run `better` beats run `than` on `metric`.
-
-    It may be worse by `slack`, a share of an error or a number of decibels, and still hold.
-    """
+    """The claim that run `better` beats run `than` on `metric`, or is worse by at most `slack` (a share, or dB)."""
 
     text: str
     metric: str
@@ -80,10 +73,7 @@ class Experiment:
 
 
 def in_decibels(metric: str) -> bool:
-    """Tell whether a metric is in dB, where higher is better.
-
-    All others are errors or distances.
-    """
+    """Tell whether a metric is in dB, where higher is better. All others are errors or distances."""
     return metric.endswith("_db")
 
 
@@ -187,19 +177,10 @@ EXPERIMENTS = (
         "A few links (5) let each branch steer the other, pixel by pixel.",
         "Eq. 9, sec. 3.2",
         (
-            REFERENCE,
-            "links_0",
-            "links_1",
-            "links_3",
-            "links_one_way",
-            "links_3_early",
-            "links_3_late",
-            SHIPPED,
-            "links_zeroed",
-            "links_to_frames_zeroed",
+            *(REFERENCE, "links_0", "links_1", "links_3", "links_one_way", "links_3_early", "links_3_late"),
+            *(SHIPPED, "links_zeroed", "links_to_frames_zeroed"),
             *(f"link_{block}_zeroed" for block in BLOCKS_WITH_LINKS),
-            "other_clip",
-            "references",
+            *("other_clip", "references"),
         ),
         (ERROR, MOVING, HIDDEN, XYZ, RGB),
         (

@@ -39,15 +39,10 @@ def measure(
     on_clip: Callable[[int], None],
     broken: str | None = None,
 ) -> dict[str, float]:
-    """Sample and measure the clips; return means over them as task.metric -> number.
+    """Sample and measure held-out clips, with `seed` of the noise; return means as task.metric -> number.
 
-    Args:
-        pipeline: base plus adapter.
-        clips: held out, with their true frames and pointmaps.
-        seed: of the noise.
-        given: share of given frames, reported as the video task; None = both tasks.
-        on_clip: called with the number of clips just sampled.
-        broken: Run.broken.
+    `given`: share of given frames, reported as the video task; None = both tasks. `on_clip` is called with the number
+    of clips just sampled. `broken`: Run.broken.
     """
     sampler = ClipSampler(clips, seed, on_clip)
     numbers: dict[str, float] = {}
@@ -72,10 +67,7 @@ def sampled_clips(clips: int, given: float | None) -> int:
 def measure_references(
     base: One4DPipeline, clips: list[Sample], mean_pointmap: Tensor, seed: int, on_clip: Callable[[int], None]
 ) -> dict[str, float]:
-    """Measure what the runs are compared with.
-
-    That is the mean pointmap of training clips, the VAE's round trip, and the base's own frames.
-    """
+    """Measure what runs are compared with: clips' mean pointmap, the VAE's round trip, the base's own frames."""
     batch = collate(clips)
     every = torch.ones(batch.frame_mask.shape, dtype=torch.bool)
     numbers: dict[str, float] = {}
@@ -121,11 +113,9 @@ def edge_pixels(clip: Sample) -> Tensor:  # [T, H, W] bool
     distance = denormalise(clip.pointmap.movedim(0, -1), clip.scale).norm(dim=-1)
     edge = torch.zeros_like(clip.valid)
     for dim in (1, 2):
-        ahead, behind = (
-            distance.narrow(dim, 1, distance.shape[dim] - 1),
-            distance.narrow(dim, 0, distance.shape[dim] - 1),
-        )
+        size = distance.shape[dim] - 1
+        ahead, behind = distance.narrow(dim, 1, size), distance.narrow(dim, 0, size)
         step = (ahead - behind).abs() > EDGE * torch.minimum(ahead, behind)
-        edge.narrow(dim, 1, step.shape[dim]).logical_or_(step)
-        edge.narrow(dim, 0, step.shape[dim]).logical_or_(step)
+        edge.narrow(dim, 1, size).logical_or_(step)
+        edge.narrow(dim, 0, size).logical_or_(step)
     return edge & clip.valid

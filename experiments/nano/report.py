@@ -125,10 +125,7 @@ def _section(experiment: Experiment, results: Results) -> list[str]:
 
 
 def _alike(name: str, claim: Claim) -> bool:
-    """Tell whether a run's noise is like that of the claim's two runs.
-
-    The pointmaps' loss is not alike where pointmaps are encoded differently.
-    """
+    """Tell whether a run's noise is like that of the claim's runs; other encodings give other losses of pointmaps."""
     ours, theirs = ((run.kind.partition("_")[0], run.from_adapters) for run in (RUNS[name], RUNS[claim.better]))
     return ours == theirs and not (claim.metric == "val.xyz" and RUNS[name].own_target)
 
@@ -210,14 +207,8 @@ def _draw_curves(axes: Axes, names: list[str], results: Results) -> None:
     for number, name in enumerate(names):
         for place, result in enumerate(results[name].values()):
             steps, values = zip(*result.curves["xyz"], strict=True)
-            axes.plot(
-                steps,
-                values,
-                color=f"C{number % 10}",
-                linestyle="-" if number < 10 else "--",
-                linewidth=1.2,
-                label=None if place else name,
-            )
+            style = f"C{number % 10}{'-' if number < 10 else '--'}"
+            axes.plot(steps, values, style, linewidth=1.2, label=None if place else name)
     axes.set_xlabel("step", fontsize=9)
     axes.set_ylabel("pointmaps' loss on held-out clips", fontsize=9)
     axes.set_yscale("log")  # a run that starts far above would flatten the others

@@ -23,10 +23,7 @@ Values = Mapping[str, Mapping[int, float]]  # run -> seed -> number
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict on a claim: whether it holds, and by how much.
-
-    A positive difference speaks for the claim; its slack is not included.
-    """
+    """The verdict on a claim: whether it holds, and by how much (positive = for it; slack is not included)."""
 
     outcome: str  # holds | does not hold | cannot tell
     difference: float  # dB; else the logarithm of the other's error over the better one's
@@ -36,10 +33,7 @@ class Verdict:
 def judge(claim: Claim, values: Values) -> Verdict | None:
     """Judge a claim; None where a run is missing.
 
-    Args:
-        claim: which run is better.
-        values: of the claim's metric, for every run whose noise is like that of the claim's two;
-            the noise is estimated over all of them.
+    `values` are of the claim's metric, of all runs whose noise is like that of the claim's two: it is estimated there.
     """
     if not values.get(claim.better) or not values.get(claim.than):
         return None

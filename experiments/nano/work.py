@@ -103,10 +103,7 @@ def read_result(plan: Plan, run: Run, seed: int) -> Result | None:
 
 
 def is_finished(plan: Plan, run: Run, seed: int) -> bool:
-    """Tell whether a run is finished.
-
-    ConfigError where its folder holds a run of another recipe.
-    """
+    """Tell whether a run is finished. ConfigError where its folder holds a run of another recipe."""
     result = read_result(plan, run, seed)
     if result is not None and (differing := differences(plan, run, seed, result.recipe)):
         raise ConfigError(
@@ -117,10 +114,7 @@ def is_finished(plan: Plan, run: Run, seed: int) -> bool:
 
 
 def differences(plan: Plan, run: Run, seed: int, recipe: dict[str, object]) -> list[str]:
-    """List the keys in which a stored recipe differs from today's.
-
-    A knob that the stored recipe does not know yet had the effect of its default.
-    """
+    """List the keys in which a stored recipe differs from today's; a knob it does not know yet had its default."""
     defaults = flatten(as_dict(Config(data=DataConfig(toy=ToyConfig()))))
     return [
         change.key for change in changes(recipe, recipe_of(plan, run, seed), defaults, lambda key: key == "run_dir")
@@ -131,8 +125,9 @@ def work(plan: Plan, run: Run, seed: int) -> None:
     """Do one run, unless it is done."""
     if is_finished(plan, run, seed):
         return
+    from tqdm import tqdm
+
     from experiments.nano.measure import measure, measure_references, measure_vae, sampled_clips
-    from one4d_pl.progress import Progress
 
     folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
     folder.mkdir(parents=True, exist_ok=True)
@@ -146,7 +141,7 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         numbers = measure_vae(_train_vae(config, run.kind == "vae", seed), clips)
     else:
         pipeline, count = _open_pipeline(config, run, plan.adapters), sampled_clips(len(clips), run.given)
-        with Progress(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
+        with tqdm(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
             if run.kind == "references":
                 numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
             else:
@@ -175,8 +170,9 @@ def _check_recipe(plan: Plan, run: Run, seed: int) -> None:
 
 def _train(config: Config) -> None:
     from one4d_pl.data.file_lock import locked
-    from one4d_pl.fit import fit, training_data
+    from one4d_pl.fit import fit
     from one4d_pl.training.run_lock import sole_run
+    from one4d_pl.training.strategy import training_data
 
     root = Path(_toy_config(config).root)
     root.parent.mkdir(parents=True, exist_ok=True)
@@ -194,12 +190,10 @@ def _train(config: Config) -> None:
 
 
 def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
-    """Train a VAE by the shipped one's recipe, with or without pointmaps.
+    """Train a VAE by the shipped one's recipe, with or without pointmaps. It takes as many steps as the other runs."""
+    from tqdm import tqdm
 
-    It takes as many steps as the other runs.
-    """
     from experiments.tiny_wan.vae import Stage, TinyVaeConfig, VaeTraining, build_vae, render_pool, train_step
-    from one4d_pl.progress import Progress
 
     data, steps = config.data, config.train.max_steps
     height, width = (min(side, most) for side, most in zip((data.height, data.width), VAE_CROP, strict=True))
@@ -208,7 +202,7 @@ def _train_vae(config: Config, pointmaps: bool, seed: int) -> AutoencoderKLWan:
     clips = [(toy.seed + i, "synthetic") for i in range(min(VAE_CLIPS, toy.train_synthetic))]
     pool = render_pool(clips, data.num_frames, data.height, data.width, data.far_limit, data.z_offset)
     training = VaeTraining.start(build_vae(recipe))
-    for step in Progress(range(steps), desc="training a VAE", unit="step"):
+    for step in tqdm(range(steps), desc="training a VAE", unit="step"):
         train_step(training, pool, recipe, step / steps)
     return training.averaged_vae()
 
@@ -259,10 +253,7 @@ def _toy_config(config: Config) -> ToyConfig:
 
 
 def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    """Read the validation losses from TensorBoard's events.
-
-    Of steps that a resumed run did twice, the last counts.
-    """
+    """Read the validation losses from TensorBoard's events. Of steps that a resumed run did twice, the last counts."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder / "tensorboard"))
@@ -271,10 +262,7 @@ def _read_curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def recipe_of(plan: Plan, run: Run, seed: int) -> dict[str, object]:
-    """Collect what decides a run's numbers, apart from the code.
-
-    That is the config, the weights it starts from, and what it is measured on.
-    """
+    """Collect what decides a run's numbers, apart from the code: config, first weights, what it is measured on."""
     config = plan.config(run, seed)
     recipe = flatten(as_dict(config)) | {"nano.kind": run.kind, "nano.clips": plan.clips, "nano.given": run.given}
     recipe["nano.broken"] = run.broken

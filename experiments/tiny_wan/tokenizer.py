@@ -18,8 +18,7 @@ CAPTIONS = 400  # per level
 def toy_tokenizer() -> PreTrainedTokenizerFast:
     """Learn the tokenizer from captions of every level of the toy world.
 
-    A caption of `clear` has about 35 tokens. Any other text is spelt in shorter pieces, down to
-    bytes.
+    A caption of `clear` has about 35 tokens. Any other text is spelt in shorter pieces, down to bytes.
     """
     return learn_tokenizer(
         exact_clip(seed, 9, 24, 32, "synthetic", level).caption for level in LEVELS for seed in range(CAPTIONS)

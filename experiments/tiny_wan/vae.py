@@ -1,16 +1,14 @@
 """The tiny Wan's VAE: a small `AutoencoderKLWan` for the toy world's frames and pointmaps.
 
-1. `render_pool` keeps a few hundred clips in memory: frames in bytes, normalised pointmaps in half
-   precision.
-2. `draw_batch` cuts crops from it, a pure function of (seed, step). The stage (crop size) follows
-   from the progress: short crops first, whole clips last, because the causal cache drifts beyond
-   the longest clip ever trained on.
-3. `train_step` runs Wan's own chunked encoder and decoder without the final clamp (which has no
-   gradient outside +-1), in bf16. The latents are kept near unit variance and get a little noise,
-   so that a diffusion model can model them. `finishing_config` trains the decoder alone, at the
-   size that the base and its adapters use: their latents stay valid.
-4. `evaluate` goes through the public encode and decode; `pca_baseline` is the best linear code of
-   the same size, for comparison.
+1. `render_pool` keeps a few hundred clips in memory: frames in bytes, normalised pointmaps in half precision.
+2. `draw_batch` cuts crops from it, a pure function of (seed, step). The stage (crop size) follows from the progress:
+   short crops first, whole clips last, because the causal cache drifts beyond the longest clip ever trained on.
+3. `train_step` runs Wan's own chunked encoder and decoder without the final clamp (which has no gradient outside +-1),
+   in bf16. The latents are kept near unit variance and get a little noise, so that a diffusion model can model them.
+   `finishing_config` trains the decoder alone, at the size that the base and its adapters use: their latents stay
+   valid.
+4. `evaluate` goes through the public encode and decode; `pca_baseline` is the best linear code of the same size, for
+   comparison.
 
 Wan 2.2's residual blocks (`is_residual`) carry averages past every stage; at this size they learn
 far faster than Wan 2.1's plain ones. Matrices are updated by Muon (Jordan 2024), all else by Adam.
@@ -215,10 +213,7 @@ def load_training(path: Path, config: TinyVaeConfig) -> VaeTraining:
 
 
 def draw_batch(pool: ClipPool, stage: Stage, config: TinyVaeConfig, step: int) -> Tensor:  # [B, 3, t, h, w]
-    """Draw random crops, a pure function of (seed, step).
-
-    Odd rows are pointmaps where those are trained.
-    """
+    """Draw random crops, a pure function of (seed, step). Odd rows are pointmaps where those are trained."""
     generator = torch.Generator().manual_seed((config.seed << 32) + step)
     _, _, num_frames, height, width = pool.frames.shape
     room = (len(pool), num_frames - stage.num_frames + 1, height - stage.height + 1, width - stage.width + 1)
@@ -243,10 +238,7 @@ def decode_unclamped(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:  # [B, C
 
 
 def train_step(training: VaeTraining, pool: ClipPool, config: TinyVaeConfig, progress: float) -> Tensor:
-    """Do one update at `progress` in [0, 1) of the run.
-
-    Return each row's mean squared error [B].
-    """
+    """Do one update at `progress` in [0, 1) of the run. Return each row's mean squared error [B]."""
     stage = next(stage for stage in config.stages if progress < stage.until)
     videos = draw_batch(pool, stage, config, training.step)
     vae = training.vae.train()
@@ -358,10 +350,7 @@ def measure(decoded: Tensor, pool: ClipPool, kind: str) -> Quality:
 
 @torch.no_grad()
 def evaluate(vae: AutoencoderKLWan, pool: ClipPool, bfloat16: bool) -> dict[str, Quality]:
-    """Measure frames and pointmaps after the public encode (posterior mode) and decode.
-
-    Clips go through one by one.
-    """
+    """Measure frames and pointmaps after the public encode (posterior mode) and decode. Clips go through one by one."""
     quality = {}
     for kind in KINDS:
         videos = (pool.videos(kind, slice(i, i + 1)) for i in range(len(pool)))
@@ -374,8 +363,7 @@ def evaluate(vae: AutoencoderKLWan, pool: ClipPool, bfloat16: bool) -> dict[str,
 def pca_baseline(train: ClipPool, held_out: ClipPool, components: int) -> dict[str, Quality]:
     """Measure the best linear code of the latents' size, with a basis for each kind.
 
-    One block of 4x4 pixels of frame 0, or of 4 frames later on, becomes `components` numbers, as in
-    the VAE.
+    One block of 4x4 pixels of frame 0, or of 4 frames later on, becomes `components` numbers, as in the VAE.
     """
     baseline = {}
     for kind in KINDS:

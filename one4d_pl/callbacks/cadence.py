@@ -13,8 +13,7 @@ class Cadence:
     def start(self, step: int) -> None:
         """Begin at `step`: a resumed run keeps the cadence of one that was never stopped.
 
-        This is exact where there is a validation at every multiple; else a multiple before `step`
-        may be left out.
+        This is exact where there is a validation at every multiple; else a multiple before `step` may be left out.
         """
         self.next_step = -(-step // self.every) * self.every
 

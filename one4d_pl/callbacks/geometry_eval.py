@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torchmetrics import Metric, SumMetric
@@ -32,31 +32,28 @@ class GeometryEval(Callback):
     """Logs errors of the geometry of all ranks' sampled scenes, as means over their clips.
 
     - `val/pointmap/*`, all tasks and each alone: after one scale and shift per clip.
-    - `val/depth_true_cameras/*`: depth read from the aligned pointmap with the *true* cameras,
-      which measures the geometry alone, not the cameras recovered from it.
-    - `val/depth/*`: depth recovered from the pointmap alone, after an exact L1 scale and shift per
-      clip.
-    - `val/camera/*`: cameras recovered from the pointmap alone, after Sim(3), in the unit of the
-      true cameras. A true or recovered camera that stands still or moves on a line is in the plain
-      means and counted in `degenerate`; the `_regular` means leave it out, as published protocols
-      do. A recovered camera that stands still must not look good: `total_rotation` shows it, and
-      `path_length_ratio` (recovered / true), which is taken in the unit of the aligned pointmap
-      because Sim(3) would scale such a camera's jitter up to the length of the true path.
+    - `val/depth_true_cameras/*`: depth read from the aligned pointmap with the *true* cameras, which measures the
+      geometry alone, not the cameras recovered from it.
+    - `val/depth/*`: depth recovered from the pointmap alone, after an exact L1 scale and shift per clip.
+    - `val/camera/*`: cameras recovered from the pointmap alone, after Sim(3), in the unit of the true cameras. A true
+      or recovered camera that stands still or moves on a line is in the plain means and counted in `degenerate`; the
+      `_regular` means leave it out, as published protocols do. A recovered camera that stands still must not look good:
+      `total_rotation` shows it, and `path_length_ratio` (recovered / true), which is taken in the unit of the aligned
+      pointmap because Sim(3) would scale such a camera's jitter up to the length of the true path.
     """
 
     def __init__(self, samples: SceneSamples) -> None:
         self.samples = samples
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
-        # every rank has the metrics of every task, whatever scenes it got: computing one is a
-        # collective
-        self.pointmap: dict[str, PointmapError] = {t: PointmapError("scale_shift") for t in ("all", *TASKS)}
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        # every rank has the metrics of every task, whatever scenes it got: computing one is a collective
+        self.pointmap: dict[str, PointmapError] = {t: PointmapError() for t in ("all", *TASKS)}
         self.depth_true_cameras = VideoDepthError("none")
         self.depth = VideoDepthError("scale_shift")
         self.camera = CameraError()
         self.path_length, self.path_length_target = SumMetric(), SumMetric()
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         if not self.samples.due:
             return
         errors = (self.depth_true_cameras, self.depth, self.camera, *self.pointmap.values())
@@ -91,7 +88,7 @@ class GeometryEval(Callback):
         points = preds.double()
         for name in ("all", task):
             self.pointmap[name].update(points[None], target[None], valid[None], moving[None])
-        fit, _ = align_pointmap(points, target, valid, "scale_shift")
+        fit, _ = align_pointmap(points, target, valid)
         depth = pointmap_to_depth(target, cam2world)
         self.depth_true_cameras.update(pointmap_to_depth(fit.apply(points), cam2world), depth, valid)
         recovered = recover_without_truth(preds)
@@ -120,9 +117,8 @@ class GeometryEval(Callback):
 def recover_without_truth(pointmap: Tensor) -> RecoveredScene:  # [T, H, W, 3], normalised
     """Recover cameras and depth of a generated pointmap, on the CPU, from what a user would have.
 
-    Sky is what the pointmap itself marks as sky. All frames share one focal length unless the
-    points clearly contradict that: a clip that zooms (many of the toy world's do) may score worse
-    than its pointmap deserves.
+    Sky is what the pointmap itself marks as sky. All frames share one focal length unless the points clearly contradict
+    that: a clip that zooms (many of the toy world's do) may score worse than its pointmap deserves.
     """
     points = pointmap.cpu()
     return recover_scene(points, ~is_sky(points))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 
@@ -34,18 +34,17 @@ class LossCurves(Callback):
         self.warned: set[str] = set()
         self.latest: dict[str, float] = {}  # modality -> last logged training loss
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         # [modality, task]: sums and counts in one tensor, so that one all-reduce serves every rank
         self.sums = torch.zeros(2, len(MODALITIES), len(TASKS), dtype=torch.float64)
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.step = trainer.global_step
 
     def on_before_optimizer_step(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        # under ZeRO no process has whole gradients here; the engine knows their total norm after
-        # the step
+        # under ZeRO no process has whole gradients here; the engine knows their total norm after the step
         if (trainer.global_step + 1) % self.config.log_every or isinstance(trainer.strategy, ZeroStrategy):
             return
         metrics = {
@@ -57,12 +56,7 @@ class LossCurves(Callback):
         _log(trainer, metrics, trainer.global_step + 1)
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(module, One4DModule) and isinstance(outputs, Mapping)
         tasks = torch.tensor([TASKS.index(task) for task in batch.tasks])
@@ -88,7 +82,7 @@ class LossCurves(Callback):
             metrics["train/grad_norm/all"] = float(trainer.strategy.deepspeed_engine.get_global_grad_norm() or 0.0)
         _log(trainer, metrics | self._link_ratios(module), self.step)
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         metrics = {f"val/loss/{m}": module.val_loss_of(m).compute().item() for m in MODALITIES}
         for modality in MODALITIES:
@@ -112,7 +106,7 @@ class LossCurves(Callback):
         return {f"train/link_ratio/block_{block}": ratio for block, ratio in ratios.items()}
 
 
-def _log(trainer: lightning.Trainer, metrics: dict[str, float], step: int) -> None:
+def _log(trainer: Trainer, metrics: dict[str, float], step: int) -> None:
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step)
         logger.save()  # flush, so that a killed run's curves reach as far as its checkpoint

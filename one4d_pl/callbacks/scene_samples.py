@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import lightning
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from one4d_pl.callbacks.cadence import Cadence
@@ -24,17 +24,17 @@ class SceneSamples(Callback):
         self.scenes: list[tuple[Batch, GeneratedScene]] = []  # of this rank; empty where none are due
         self.cadence = Cadence(config.every)
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.cadence.start(trainer.global_step)
 
-    def on_validation_epoch_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.scenes = []
         self.due = self.cadence.due(trainer.global_step)
 
     def on_validation_batch_end(
         self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
+        trainer: Trainer,
+        module: LightningModule,
         outputs: object,
         batch: Batch,
         batch_idx: int,

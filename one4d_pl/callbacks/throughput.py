@@ -7,8 +7,8 @@ import resource
 import sys
 import time
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from one4d_pl.callbacks.losses import LossCurves
@@ -29,8 +29,7 @@ GIB = 2**30
 class Throughput(Callback):
     """Logs `train/time/{step_s,data_wait,samples_per_s}` and `data/skipped`, a count.
 
-    Times are means over the steps since the last logged one, without validation; data_wait is a
-    share.
+    Times are means over the steps since the last logged one, without validation; data_wait is a share.
     """
 
     def __init__(self, config: TrainConfig, max_skip_share: float) -> None:
@@ -38,13 +37,11 @@ class Throughput(Callback):
         self.samples = self.skipped = 0
         self.latest: dict[str, float] = {}  # what was last logged
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.step, self.step_began, self.waited = trainer.global_step, time.perf_counter(), _waited(trainer)
         self.window = [0.0, 0.0, 0.0]  # steps, seconds, seconds of waiting since the last logged step
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self.samples += len(batch)
         self.skipped += len(batch.skipped)
         # with up to two broken samples there are too few to compare a share
@@ -55,12 +52,7 @@ class Throughput(Callback):
             )
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         now = time.perf_counter()
         if trainer.global_step == self.step:
@@ -83,11 +75,11 @@ class Throughput(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics(self.latest, self.step)
 
-    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.step_began = time.perf_counter()  # a step's time does not include validation
 
 
-def _waited(trainer: lightning.Trainer) -> float:
+def _waited(trainer: Trainer) -> float:
     """Return the seconds that training has waited for batches since the run began."""
     assert isinstance(trainer.train_dataloader, TimedLoader)
     return trainer.train_dataloader.waited_s
@@ -104,7 +96,7 @@ class StepLine(Callback):
     def __init__(self, config: Config, losses: LossCurves, throughput: Throughput) -> None:
         self.config, self.losses, self.throughput = config, losses, throughput
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         train = self.config.train
         self.step = trainer.global_step
@@ -118,12 +110,7 @@ class StepLine(Callback):
         self.peak = peak_flops(name, train.precision)
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         if not trainer.is_global_zero or trainer.global_step == self.step:
             return
@@ -170,7 +157,7 @@ class StepBar(Callback):
 
     bar: Progress | None = None
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.bar = Progress(
             total=trainer.max_steps,
             initial=trainer.global_step,
@@ -179,12 +166,7 @@ class StepBar(Callback):
         )
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         assert self.bar is not None
         if trainer.global_step > self.bar.n:
@@ -192,12 +174,10 @@ class StepBar(Callback):
             self.bar.set_postfix(shown, refresh=False)
             self.bar.update(trainer.global_step - self.bar.n)
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert self.bar is not None
         self.bar.close()
 
-    def on_exception(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if self.bar is not None:
             self.bar.close()  # so that the error gets a line of its own

@@ -7,8 +7,8 @@ import logging
 import math
 from dataclasses import replace
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -32,11 +32,10 @@ MIN_VIDEOS = 2  # one video has no covariance
 class VideoEval(Callback):
     """Logs `val/video/fvd` where eval.i3d names a file, else `val/video/fd_vae`, by the base's VAE.
 
-    It also logs `val/video/psnr` of the frames that were not given, and `val/video/st_lpips` where
-    its extra is installed. Every clip is generated from its first frame and caption, whatever task
-    validation draws for it: with more frames given, the measure would be of given frames. A
-    validation has too few clips, so these are the first eval.video_clips of the validation sources
-    (all, if they hold fewer), split over the ranks.
+    It also logs `val/video/psnr` of the frames that were not given, and `val/video/st_lpips` where its extra is
+    installed. Every clip is generated from its first frame and caption, whatever task validation draws for it: with
+    more frames given, the measure would be of given frames. A validation has too few clips, so these are the first
+    eval.video_clips of the validation sources (all, if they hold fewer), split over the ranks.
     """
 
     def __init__(self, config: EvalConfig) -> None:
@@ -44,7 +43,7 @@ class VideoEval(Callback):
         self.cadence = Cadence(config.video_every)
         self.i3d: I3DFeatures | None = None
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         assert isinstance(module, One4DModule)
         self.cadence.start(trainer.global_step)
         if self.config.i3d is not None:
@@ -55,7 +54,7 @@ class VideoEval(Callback):
                 )
             self.i3d = I3DFeatures(self.config.i3d)
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         if not self.cadence.due(trainer.global_step):
             return
@@ -97,10 +96,7 @@ class HiddenFrameScores:
             mean.update(0.0, weight=0.0)  # computing is a collective, in which ranks without clips take part, too
 
     def update(self, preds: Tensor, target: Tensor, given: Tensor) -> None:  # [B, 3, T, H, W] x 2, [B, T]
-        """Add clips.
-
-        A score that cannot be measured (one frame, no extra `st_lpips`) is left out.
-        """
+        """Add clips. A score that cannot be measured (one frame, no extra `st_lpips`) is left out."""
         for name, measure in (("psnr", decibels), ("st_lpips", st_lpips)):
             if (hidden := measure(preds, target, given).get("hidden")) is not None:
                 self.means[name].update(hidden, weight=len(preds))
@@ -119,7 +115,7 @@ def image_to_video(batch: Batch) -> Batch:
     return replace(batch, frame_mask=first, tasks=(task,) * len(batch))
 
 
-def _clips(trainer: lightning.Trainer, count: int) -> DataLoader[Sample]:
+def _clips(trainer: Trainer, count: int) -> DataLoader[Sample]:
     """Return the loader of this rank's share of the first `count` validation clips."""
     longer = copy.copy(datamodule_of(trainer))
     longer.config = replace(longer.config, val=replace(longer.config.val, clips=count))

@@ -10,8 +10,8 @@ import importlib.util
 import logging
 from functools import cache
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
@@ -33,7 +33,7 @@ class Visualize(Callback):
     def __init__(self, samples: SceneSamples) -> None:
         self.samples = samples
 
-    def on_validation_epoch_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if not boards or not trainer.is_global_zero:
             return

@@ -20,15 +20,8 @@ from one4d_pl.training.checkpoint_files import STATE, refuse_used_folder, step_f
 
 # packages that compute a step or write a file; others may differ between nodes
 PACKAGES = (
-    "torch",
-    "lightning",
-    "deepspeed",
-    "peft",
-    "diffusers",
-    "transformers",
-    "safetensors",
-    "webdataset",
-    "numpy",
+    *("torch", "lightning", "deepspeed", "peft"),
+    *("diffusers", "transformers", "safetensors", "webdataset", "numpy"),
 )
 MOMENTS_AND_WEIGHT = 12  # bytes of a trainable in a checkpoint: float32 weight and AdamW's two moments
 AVERAGE = 4  # bytes more with optim.ema_decay
@@ -51,10 +44,7 @@ class Place:
 
     @staticmethod
     def from_environment() -> Place:
-        """Read the place from srun's variables.
-
-        Raises ConfigError where the meeting address is missing.
-        """
+        """Read the place from srun's variables. Raises ConfigError where the meeting address is missing."""
         env = os.environ
         node = env.get("SLURMD_NODENAME", platform.node())
         if "SLURM_STEP_ID" not in env or "SLURM_PROCID" not in env:
@@ -101,11 +91,13 @@ def refuse_absent_packages(config: Config) -> None:
 
 def look(config: Config, place: Place, probe: Path) -> Report:
     """Run this rank's checks; files are checked once per node."""
+    from one4d_pl.data.shared_memory import refuse_small_shared_memory
+
     report = Report(place.node, _versions())
     checks: list[Callable[[], None]] = [lambda: _check_gpus(config)]
     if place.local_rank == 0:
         checks += [_check_driver, lambda: _check_shared(probe), lambda: _read_base(config, report)]
-        checks += [lambda: _check_memory(config), lambda: _check_shared_memory(config)]
+        checks += [lambda: _check_memory(config), lambda: refuse_small_shared_memory(config)]
         sources = {source.path: source for source in [*config.data.sources, *config.data.val_sources]}
         checks += [partial(_read_sample, config, source, place) for source in sources.values()]
         checks.append(lambda: _check_caches(config))
@@ -121,11 +113,7 @@ def look(config: Config, place: Place, probe: Path) -> Report:
 
 def faults_of(reports: list[Report]) -> list[str]:
     """Write a line per fault, with the nodes that found it."""
-    nodes: dict[str, list[str]] = {}
-    for report in reports:
-        for fault in report.faults:
-            if report.node not in nodes.setdefault(fault, []):
-                nodes[fault].append(report.node)
+    nodes = _grouped([(fault, report.node) for report in reports for fault in report.faults])
     return [f"{_some(found)}: {fault}" for fault, found in nodes.items()]
 
 
@@ -220,12 +208,6 @@ def _check_memory(config: Config) -> None:
         refuse_too_large(config, gpu.name, gpu.total_memory)
 
 
-def _check_shared_memory(config: Config) -> None:
-    from one4d_pl.data.shared_memory import refuse_small_shared_memory
-
-    refuse_small_shared_memory(config)
-
-
 def refuse_too_large(config: Config, gpu: str, gpu_bytes: int) -> None:
     """Raise ConfigError if, by the planner, a training step does not fit the GPU."""
     from one4d_pl.costs.flops import TransformerShape
@@ -271,12 +253,9 @@ def _read_sample(config: Config, source: SourceConfig, place: Place) -> None:
 
 
 def _check_caches(config: Config) -> None:
-    from one4d_pl.data.datamodule import One4DDataModule
-    from one4d_pl.models.sample_encoder import FrozenSampleEncoder
-    from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
+    from one4d_pl.training.strategy import training_data
 
-    encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    One4DDataModule(config, lambda device: FrozenSampleEncoder.of(config, device), encoders).check_caches()
+    training_data(config).check_caches()
 
 
 def _versions() -> dict[str, str]:
@@ -293,16 +272,17 @@ def _versions() -> dict[str, str]:
 
 
 def _grouped(pairs: list[tuple[str, str]]) -> dict[str, list[str]]:
-    """Group (value, node) pairs as value -> nodes, the most common value first."""
+    """Group (value, node) pairs as value -> nodes."""
     groups: dict[str, list[str]] = {}
     for value, node in pairs:
         if node not in groups.setdefault(value, []):
             groups[value].append(node)
-    return dict(sorted(groups.items(), key=lambda item: -len(item[1])))
+    return groups
 
 
 def _on_nodes(groups: dict[str, list[str]]) -> str:
-    return "; ".join(f"{value} on {_some(nodes)}" for value, nodes in groups.items())
+    """List values with their nodes, the most common value first."""
+    return "; ".join(f"{value} on {_some(groups[value])}" for value in sorted(groups, key=lambda v: -len(groups[v])))
 
 
 def _some(nodes: list[str]) -> str:

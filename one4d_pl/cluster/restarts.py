@@ -14,10 +14,7 @@ MARKER, STARTS = "PREEMPTED", "restarts.json"
 
 
 def write_marker(run_dir: str, step: int, number: int) -> None:
-    """Ask the batch script for a requeue: signal `number` stopped the run after `step`.
-
-    Only rank 0 does this.
-    """
+    """Ask the batch script for a requeue: signal `number` stopped the run after `step`. Only rank 0 does this."""
     content = {"step": step, "signal": signal.Signals(number).name, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
     write_json(Path(run_dir) / MARKER, content)
 
@@ -25,8 +22,7 @@ def write_marker(run_dir: str, step: int, number: int) -> None:
 def begin_start(run_dir: str, max_restarts: int) -> None:
     """Remove the marker and count this start; rank 0 only, once per start.
 
-    Raises ConfigError after more than `max_restarts` restarts in a row without a new checkpoint; 0
-    = no limit.
+    Raises ConfigError after more than `max_restarts` restarts in a row without a new checkpoint; 0 = no limit.
     """
     folder = Path(run_dir)
     (folder / MARKER).unlink(missing_ok=True)

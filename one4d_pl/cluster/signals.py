@@ -4,10 +4,9 @@ Imports only the stdlib. A signal only sets a flag (Stop.number). survival.py le
 on it at a step boundary, saves a checkpoint, leaves a marker (restarts.py) and ends the run. Saving
 inside a signal handler would deadlock, since the ranks are at different places.
 
-Exit codes of `fit`: 0 done, 1 a failure, 2 a mistake of the user, 75 preempted (saved, marker left:
-start it again), 76 hung (watchdog.py), 130 interrupted from the keyboard (saved if training had
-begun, no marker). Only rank 0 exits with 75 or 130, the others with 0: launchers kill every process
-as soon as one of them fails.
+Exit codes of `fit`: 0 done, 1 a failure, 2 a mistake of the user, 75 preempted (saved, marker left: start it again), 76
+hung (watchdog.py), 130 interrupted from the keyboard (saved if training had begun, no marker). Only rank 0 exits with
+75 or 130, the others with 0: launchers kill every process as soon as one of them fails.
 """
 
 from __future__ import annotations
@@ -38,11 +37,10 @@ PARENT_POLL_S = 1.0
 class Stop:
     """The signal that asked this process to stop.
 
-    One object per process, made before the heavy imports. The signals are blocked in every thread,
-    and one thread waits for them. So nothing is interrupted, and handlers that libraries install
-    later are never called. Processes that are started (loader workers, other ranks) inherit the
-    block: a signal to the whole job does not kill them, and one that comes while they start waits
-    for their own Stop.
+    One object per process, made before the heavy imports. The signals are blocked in every thread, and one thread waits
+    for them. So nothing is interrupted, and handlers that libraries install later are never called. Processes that are
+    started (loader workers, other ranks) inherit the block: a signal to the whole job does not kill them, and one that
+    comes while they start waits for their own Stop.
     """
 
     def __init__(self) -> None:
@@ -123,10 +121,7 @@ def die_with_launcher() -> None:
 
 
 def end_with_parent(parent: int, number: signal.Signals) -> None:
-    """Send this process a signal when its parent ends, however it ends.
-
-    Exit at once if it is gone already.
-    """
+    """Send this process a signal when its parent ends, however it ends. Exit at once if it is gone already."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
     else:

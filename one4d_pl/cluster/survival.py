@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import signal
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 
 from one4d_pl.cluster.restarts import forget_starts, write_marker
@@ -27,50 +27,45 @@ class Preempted(Exception):
 
     def __init__(self, step: int, number: int) -> None:
         super().__init__(f"{signal.Signals(number).name} after step {step}")
-        self.step, self.number = step, number
+        self.number = number
 
 
 class Preemption(Callback):
     """Ends the run on every rank when any rank got a signal, after a checkpoint and the marker.
 
-    It checks at every step boundary, and also during start-up, between clips that are encoded ahead,
-    and after validations, since these can take longer than a scheduler's warning. It comes after
-    every callback that has something to do at a step.
+    It checks at every step boundary, and also during start-up, between clips that are encoded ahead, and after
+    validations, since these can take longer than a scheduler's warning. It comes after every callback that has
+    something to do at a step.
     """
 
     def __init__(self, config: Config, stop: Stop, checkpoint: StepCheckpoint) -> None:
         self.config, self.stop, self.checkpoint = config, stop, checkpoint
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.step = self.start_step = trainer.global_step
         self.progressed = self.stop.training = False
         self._stop_if_asked(trainer, module)  # before the base is opened, which takes minutes at the paper's scale
 
-    def between_clips(self, trainer: lightning.Trainer) -> None:
+    def between_clips(self, trainer: Trainer) -> None:
         """Stop the run while clips are encoded ahead of it, before `setup`.
 
-        The ranks encode at their own pace and cannot agree after every clip. So the first one that
-        got a signal tells the others through the store by which they have found each other.
+        The ranks encode at their own pace and cannot agree after every clip. So the first one that got a signal tells
+        the others through the store by which they have found each other.
         """
         if _any_rank_signalled(trainer, self.stop.number):
             self._stop_if_asked(trainer, trainer.lightning_module)
 
-    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._stop_if_asked(trainer, module)
 
-    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         self._stop_if_asked(trainer, module)
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.stop.training = True
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if trainer.global_step == self.step:
             return  # in the middle of an accumulation
@@ -81,16 +76,13 @@ class Preemption(Callback):
             self._note_progress()
 
     def _note_progress(self) -> None:
-        """Reset the count of restarts once a new checkpoint is on the disk.
-
-        Checkpoints are written in the background, so it may not be there yet.
-        """
+        """Reset the count of restarts once a checkpoint that is written in the background is on the disk."""
         saved_step = self.checkpoint.saved_step
         self.progressed = saved_step > self.start_step and checkpoint_folder(self.config.run_dir, saved_step).is_dir()
         if self.progressed:
             forget_starts(self.config.run_dir)
 
-    def _stop_if_asked(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def _stop_if_asked(self, trainer: Trainer, module: LightningModule) -> None:
         """Save, leave the marker and raise Preempted if any rank got a signal; a collective."""
         number = _largest_signal(trainer, self.stop.number)
         if not number:
@@ -108,7 +100,7 @@ class Preemption(Callback):
         raise Preempted(step, number)
 
 
-def _largest_signal(trainer: lightning.Trainer, number: int) -> int:
+def _largest_signal(trainer: Trainer, number: int) -> int:
     """Return the largest signal number that any rank has got; a collective."""
     if trainer.world_size == 1:
         return number
@@ -117,7 +109,7 @@ def _largest_signal(trainer: lightning.Trainer, number: int) -> int:
     return int(largest)
 
 
-def _any_rank_signalled(trainer: lightning.Trainer, number: int) -> bool:
+def _any_rank_signalled(trainer: Trainer, number: int) -> bool:
     """Tell, without waiting for anyone, whether a rank got a signal; `number` is this one's or 0."""
     if trainer.world_size == 1:
         return number != 0
@@ -128,10 +120,7 @@ def _any_rank_signalled(trainer: lightning.Trainer, number: int) -> bool:
 
 
 class Heartbeat(Callback):
-    """Runs the hang watchdog from the first progress on.
-
-    Progress is a clip that was encoded ahead, or a pass through the transformer.
-    """
+    """Runs the hang watchdog from the first progress on: a clip encoded ahead, or a pass of the transformer."""
 
     watchdog: HangWatchdog | None = None
 
@@ -146,22 +135,19 @@ class Heartbeat(Callback):
         elif self.watchdog is not None:
             self.watchdog.beat()
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         self.beat()
 
-    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         self.beat()
-        # training, validation and every callback that samples call the transformer, and nothing
-        # else does
+        # training, validation and every callback that samples call the transformer, and nothing else does
         module.transformer.register_forward_hook(lambda *arguments: self.beat())
 
-    def teardown(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         if self.watchdog is not None:
             self.watchdog.stop()
 
-    def on_exception(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
         if self.watchdog is not None:
             self.watchdog.stop()

@@ -27,10 +27,7 @@ def rank_log_file(run_dir: str, rank: int) -> Path:
 
 @contextmanager
 def rank_log(run_dir: str, rank: int) -> Iterator[None]:
-    """Write all logs of this section to the rank's file, too.
-
-    On stderr rank 0 shows everything, the others only warnings.
-    """
+    """Write all logs of this section to the rank's file, too; on stderr ranks but 0 show only warnings."""
     file = rank_log_file(run_dir, rank)
     file.parent.mkdir(parents=True, exist_ok=True)
     to_stderr = logging.StreamHandler()
@@ -39,7 +36,8 @@ def rank_log(run_dir: str, rank: int) -> Iterator[None]:
     to_file = logging.FileHandler(file, encoding="utf-8")
     to_file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logging.getLogger().addHandler(to_file)
-    to_file.handle(_record(f"rank {rank} starts: pid {os.getpid()} on {socket.gethostname()}"))
+    first_line = f"rank {rank} starts: pid {os.getpid()} on {socket.gethostname()}"
+    to_file.handle(logging.LogRecord(__name__, logging.INFO, __file__, 0, first_line, (), None))
     try:
         yield
     finally:
@@ -87,7 +85,3 @@ class HangWatchdog(threading.Thread):
             stream.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}; every thread's stack:\n")
             stream.flush()
             faulthandler.dump_traceback(stream, all_threads=True)
-
-
-def _record(message: str) -> logging.LogRecord:
-    return logging.LogRecord(__name__, logging.INFO, __file__, 0, message, (), None)

@@ -32,14 +32,9 @@ class Command:
     end: Callable[[Callable[[], int]], NoReturn] = lambda work: sys.exit(work())
 
     def __call__(self, arguments: Sequence[str]) -> int:
-        """Parse and run; return the exit code.
-
-        argparse raises SystemExit(2) for arguments that do not parse.
-        """
+        """Parse and run; return the exit code. argparse raises SystemExit(2) for arguments that do not parse."""
         parser = argparse.ArgumentParser(
-            prog=self.name,
-            description=self.description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            prog=self.name, description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         self.add_arguments(parser)
         args = parser.parse_args(arguments)

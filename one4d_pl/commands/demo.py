@@ -2,7 +2,7 @@
 
 Leaves a folder: animation.webp (a scene from its video, its first frame and its caption), tables.txt, metrics.json, a
 picture of every task, videos side by side (input | frames | pointmap | distance), a coloured point cloud and a
-turntable of it. On two idle cores a few minutes; the same numbers every time. With --quick only one scene each from a
+turntable of it. On two idle cores a few minutes; the same numbers every time. With --quick one scene each from a
 video, an image and a text, without any numbers, in less than a minute.
 """
 
@@ -74,21 +74,14 @@ def quick_demo(config: Config, adapters: Path, number: int, out: Path) -> None:
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.progress import Progress
 
-    pipeline = One4DPipeline.open(config, adapters)
-    clips, recovery = held_out_clips(config, range(number, number + 1)), recovery_options(config)
+    pipeline, clips = One4DPipeline.open(config, adapters), held_out_clips(config, range(number, number + 1))
     masks = {task: task_masks(task, 1, config.data.num_frames, SEED) for task in ANIMATED}
     with Progress(desc="sampling 4D scenes", total=len(ANIMATED), unit="scene") as bar:
         sampler = ClipSampler(clips, SEED, bar.update)
         scenes = {task: sampler(pipeline, masks[task]) for task in ANIMATED}
-    _draw_scenes(scenes, masks, clips, recovery, out)
-    _animate(scenes, 0, clips[0], recovery, out / "animation.webp")
-    write_text(out / "captions.txt", f"0: {clips[0].caption}\n")
-    print(f"{clips[0].caption}\nLook at {out}/animation.webp; {_where(out)} likewise image, text.")
+    print(clips[0].caption)
+    _draw(scenes, masks, clips, 0, recovery_options(config), out)
     print(f"Took {time.monotonic() - began:.0f} s. Measured, of every task: one4d demo. Yours: one4d generate --help")
-
-
-def _where(out: Path) -> str:
-    return f"of each task at {out}/video_0.png, {out}/video_0.mp4 and {out}/video_0_turntable.mp4;"
 
 
 def demo(config: Config, adapters: Path, clips: int, animated: int, out: Path) -> None:
@@ -98,34 +91,38 @@ def demo(config: Config, adapters: Path, clips: int, animated: int, out: Path) -
     from one4d_pl.evaluation.tasks import evaluate_tasks
 
     report = evaluate_tasks(config, adapters, clips, out)
-    quality, shown = report.quality, report.held_out.clips[:SHOWN]
-    _draw_scenes(quality.scenes, quality.masks, shown, report.held_out.recovery, out)
-    held_out = report.held_out
-    _animate(quality.scenes, animated, held_out.clips[animated], held_out.recovery, out / "animation.webp")
-    write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))
+    quality, held_out = report.quality, report.held_out
     print(f"\n{report.text}")
-    print(f"Look at {out}/animation.webp; {_where(out)} likewise sparse, image, text.")
+    _draw(quality.scenes, quality.masks, held_out.clips, animated, held_out.recovery, out)
     print(f"All numbers: {out}/metrics.json; of more clips: make eval. Took {(time.monotonic() - began) / 60:.1f} min.")
 
 
-def _draw_scenes(
+def _draw(
     scenes: dict[Task, GeneratedScene],
     masks: dict[Task, Tensor],
-    shown: list[Sample],
+    clips: list[Sample],
+    animated: int,
     recovery: RecoverOptions,
     out: Path,
 ) -> None:
-    """Draw pictures, videos and point clouds of the first clips of every task that was sampled."""
+    """Draw the first clips of every task that was sampled, and the animation of one; say where they are."""
     from one4d_pl.progress import Progress
 
-    todo = [(task, i) for task in scenes for i in range(len(shown))]
+    todo = [(task, i) for task in scenes for i in range(len(clips[:SHOWN]))]
     for task, i in Progress(todo, desc="drawing", unit="scene"):
-        _draw_scene(out / f"{task}_{i}", scenes[task], i, shown[i], masks[task][i], recovery)
+        _draw_scene(out / f"{task}_{i}", scenes[task], i, clips[i], masks[task][i], recovery)
+    _animate(scenes, animated, clips[animated], recovery, out / "animation.webp")
+    write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(clips[:SHOWN])))
+    print(
+        f"Look at {out}/animation.webp; of each task at {out}/video_0.png, {out}/video_0.mp4 and "
+        f"{out}/video_0_turntable.mp4; likewise {', '.join(task for task in scenes if task != 'video')}."
+    )
 
 
 def _draw_scene(
     stem: Path, scenes: GeneratedScene, i: int, clip: Sample, given: Tensor, recovery: RecoverOptions
 ) -> None:
+    """Draw a picture, a video and a point cloud of one clip's scene."""
     import torch
 
     from one4d_pl.geometry.pointmap import is_sky
@@ -147,9 +144,7 @@ def _draw_scene(
     save_ply(stem.with_suffix(".ply"), points[solid], colours[solid])
     height, width = points.shape[1:3]
     save_video(
-        stem.with_name(f"{stem.name}_turntable.mp4"),
-        turntable(recovered, colours, 6 * height, 6 * width),
-        2 * FPS,
+        stem.with_name(f"{stem.name}_turntable.mp4"), turntable(recovered, colours, 6 * height, 6 * width), 2 * FPS
     )
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,43 +33,48 @@ if TYPE_CHECKING:
 log = logging.getLogger("one4d_pl")
 
 
-@dataclass(frozen=True)
-class Model:
-    """The model to be evaluated."""
-
-    config: Config
-    adapters: tuple[Path, ...]  # one, or several for --sweep checkpoint; none for the ceiling alone
-
-
 def _run(args: argparse.Namespace) -> None:
     """Check everything that needs no torch, then evaluate."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    model = None if args.predictions else find_model(args)
+    config, adapters = (None, ()) if args.predictions else find_model(args)
     request = _request(args)
     check_folder(request.out, "--out")
-    if args.bench == "tasks":
-        _tasks(request, model, args)
-    elif args.bench == "vbench":
-        _vbench(request, model, args)
+    if args.bench in ("tasks", "vbench"):
+        if config is None or len(adapters) != 1:
+            raise ConfigError(f"--bench {args.bench}: needs one adapter folder (--ckpt)")
+        if args.bench == "tasks":
+            from one4d_pl.evaluation.tasks import evaluate_tasks
+
+            print(evaluate_tasks(config, adapters[0], args.clips, request.out).text, end="")
+        else:
+            from one4d_pl.evaluation.run import generate_vbench
+
+            generate_vbench(request, config, adapters[0], args.ratio, args.fps)
     else:
-        _evaluate(request, model)
+        from one4d_pl.evaluation.run import evaluate
+
+        print(evaluate(request, config, adapters), end="")
+    log.info("written: %s", request.out / "videos" if args.bench == "vbench" else request.out)
 
 
-def find_model(args: argparse.Namespace) -> Model:
-    """Find the adapter folders and their config; ConfigError says what is missing and the cure."""
+def find_model(args: argparse.Namespace) -> tuple[Config, tuple[Path, ...]]:
+    """Find the config, and the adapter folders: several for --sweep checkpoint, none for the ceiling alone.
+
+    ConfigError says what is missing and the cure.
+    """
     rows = args.rows.split(",")
     adapters = tuple(args.ckpt or [DEMO_ADAPTERS]) if "model" in rows else ()
     for folder in adapters:
         if not (folder / "card.json").is_file():
-            hint = (
+            what = "the demo adapters are not at" if folder == DEMO_ADAPTERS else "--ckpt: no adapter (card.json) at"
+            cure = (
                 "train some with `python -m one4d_pl.fit --config configs/dlc.yaml` and name a checkpoint with --ckpt"
             )
-            what = "the demo adapters are not at" if folder == DEMO_ADAPTERS else "--ckpt: no adapter (card.json) at"
-            raise ConfigError(f"{what} {folder}; {hint}")
+            raise ConfigError(f"{what} {folder}; {cure}")
     if args.sweep != "checkpoint" and len(adapters) > 1:
         raise ConfigError("--ckpt: several adapters are compared by --sweep checkpoint")
     configs = args.config or [str(_config_beside(adapters))]
-    return Model(load_config(configs, args.overrides), adapters)
+    return load_config(configs, args.overrides), adapters
 
 
 def _config_beside(adapters: tuple[Path, ...]) -> Path:
@@ -99,7 +103,7 @@ def _request(args: argparse.Namespace) -> Request:
     if processes < 1:
         raise ConfigError(f"--processes: {processes}, need 1 or more")
     rows = tuple(args.rows.split(","))
-    if not rows or set(rows) - {"model", "ceiling"}:
+    if set(rows) - {"model", "ceiling"}:
         raise ConfigError(f"--rows: {args.rows!r}, need model, ceiling or model,ceiling")
     return Request(
         bench=args.bench,
@@ -118,32 +122,6 @@ def _request(args: argparse.Namespace) -> Request:
         processes=processes,
         pictures=not args.no_pictures,
     )
-
-
-def _evaluate(request: Request, model: Model | None) -> None:
-    from one4d_pl.evaluation.run import evaluate
-
-    table = evaluate(request, None if model is None else model.config, () if model is None else model.adapters)
-    print(table, end="")
-    log.info("written: %s", request.out)
-
-
-def _tasks(request: Request, model: Model | None, args: argparse.Namespace) -> None:
-    from one4d_pl.evaluation.tasks import evaluate_tasks
-
-    if model is None or len(model.adapters) != 1:
-        raise ConfigError("--bench tasks: needs one adapter folder (--ckpt)")
-    print(evaluate_tasks(model.config, model.adapters[0], args.clips, request.out).text, end="")
-    log.info("written: %s", request.out)
-
-
-def _vbench(request: Request, model: Model | None, args: argparse.Namespace) -> None:
-    from one4d_pl.evaluation.run import generate_vbench
-
-    if model is None or len(model.adapters) != 1:
-        raise ConfigError("--bench vbench: needs one adapter folder (--ckpt)")
-    generate_vbench(request, model.config, model.adapters[0], args.ratio, args.fps)
-    log.info("videos for VBench: %s", request.out / "videos")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -53,7 +53,14 @@ def _run(args: argparse.Namespace) -> None:
     if is_scene(args.what):
         if args.dtype is not None or args.lora_for:
             raise ConfigError(f"--dtype, --lora-for: {args.what} is a scene, they belong to adapters")
-        export_scene_folder(args.what, args.out, args.formats or FORMATS, args.keep_flying_points, args.points)
+        if args.points is not None and args.points < 1:
+            raise ConfigError(f"--points: {args.points}, need 1 or more")
+        _check_new(args.out)
+        from one4d_pl.scene.exports import POINT_LIMIT, export_scene
+        from one4d_pl.scene.scene import open_scene
+
+        formats = tuple(dict.fromkeys(args.formats or FORMATS))
+        export_scene(open_scene(args.what), args.out, formats, args.keep_flying_points, args.points or POINT_LIMIT)
         log.info("scene: %s", args.out)
     else:
         if args.formats or args.keep_flying_points or args.points:
@@ -62,23 +69,13 @@ def _run(args: argparse.Namespace) -> None:
         log.info("adapter: %s (%.1f MB)", args.out, size / 1e6)
 
 
-def export_scene_folder(
-    folder: Path, out: Path, formats: Sequence[str], keep_flying_points: bool, points: int | None
-) -> None:
-    """Write a stored scene to `out`, one folder per format; ConfigError where it cannot be."""
-    if points is not None and points < 1:
-        raise ConfigError(f"--points: {points}, need 1 or more")
+def _check_new(out: Path) -> None:
     check_folder(out, "--out")
     if out.exists():
         raise ConfigError(f"--out: {out} exists; name a new folder")
 
-    from one4d_pl.scene.exports import POINT_LIMIT, export_scene
-    from one4d_pl.scene.scene import open_scene
 
-    export_scene(open_scene(folder), out, tuple(dict.fromkeys(formats)), keep_flying_points, points or POINT_LIMIT)
-
-
-def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()) -> int:
+def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str]) -> int:
     """Write the adapter of `checkpoint` to `out`, atomically; return its size in bytes."""
     import torch
     from safetensors.torch import load_file, save_file
@@ -94,9 +91,7 @@ def export(checkpoint: Path, out: Path, dtype: str, lora_for: Sequence[str] = ()
             f"{checkpoint}: neither a checkpoint (card.json) nor a scene (scene.json) nor a run folder with "
             "checkpoints/step-*"
         )
-    check_folder(out, "--out")
-    if out.exists():
-        raise ConfigError(f"--out: {out} exists; name a new folder")
+    _check_new(out)
     card = AdapterCard.read(folder)
     if lora_for and card.coupling != "decoupled":
         raise ConfigError(f"--lora-for: {folder} couples by {card.coupling}, it has no LoRA of the frames alone")

@@ -12,7 +12,6 @@ import hashlib
 import json
 import sys
 import zipfile
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -32,7 +31,6 @@ from one4d_pl.models.base_files import (
 ORIGINAL_PATTERNS = ["config.json", "diffusion_pytorch_model*", *ORIGINAL_FILES.values(), f"{ORIGINAL_TOKENIZER}/*"]
 DIFFUSERS_PATTERNS = [DIFFUSERS_MARK, *(f"{part}/*" for part in PARTS), "scheduler/*"]
 RECORD = "hub_files.json"
-CHUNK_BYTES = 1 << 24  # read at a time
 
 
 @dataclass(frozen=True)
@@ -75,14 +73,14 @@ def _run(args: argparse.Namespace) -> int:
     if (args.base is None) == (args.check is None):
         raise ConfigError("name a base, or a folder with --check")
     if args.check is not None:
-        return report(args.check, check(args.check, print_line))
+        return report(args.check, check(args.check))
     base = find_base(args.base)
     folder = args.to or Path("weights") / base.repo.partition("/")[2]
     if not args.run:
         print(plan(base, folder))
         return 0
     check_folder(folder, "--to")
-    return report(folder, fetch(base, folder, print_line))
+    return report(folder, fetch(base, folder))
 
 
 def find_base(name: str) -> Base:
@@ -105,7 +103,7 @@ def plan(base: Base, folder: Path) -> str:
     )
 
 
-def fetch(base: Base, folder: Path, say: Callable[[str], None]) -> list[str]:
+def fetch(base: Base, folder: Path) -> list[str]:
     """Download what is missing or incomplete, verify it against the hub; return a line per fault.
 
     ConfigError where the hub cannot be reached.
@@ -120,7 +118,7 @@ def fetch(base: Base, folder: Path, say: Callable[[str], None]) -> list[str]:
             if any(fnmatch(sibling.rfilename, pattern) for pattern in base.patterns)
         }
         total = sum(file.size or 0 for file in wanted.values())
-        say(f"{base.repo} at {info.sha}: {len(wanted)} files, {total / 1e9:.1f} GB")
+        print(f"{base.repo} at {info.sha}: {len(wanted)} files, {total / 1e9:.1f} GB", flush=True)
         # this very commit: the files must be those that the hub has just listed
         snapshot_download(base.repo, revision=info.sha, local_dir=folder, allow_patterns=base.patterns)
     except Exception as error:  # the hub client has many error classes, the network's among them
@@ -128,10 +126,10 @@ def fetch(base: Base, folder: Path, say: Callable[[str], None]) -> list[str]:
         raise ConfigError(f"{base.repo}: cannot be fetched ({first}); the same command goes on where it was") from None
     record = {"repo": base.repo, "commit": info.sha, "files": {name: asdict(file) for name, file in wanted.items()}}
     write_json(folder / RECORD, record)
-    return check(folder, say)
+    return check(folder)
 
 
-def check(folder: Path, say: Callable[[str], None]) -> list[str]:
+def check(folder: Path) -> list[str]:
     """Return a line per fault of a folder.
 
     A file may be absent, of another size or content, cut short, or not in its index.
@@ -145,12 +143,10 @@ def check(folder: Path, say: Callable[[str], None]) -> list[str]:
     faults += [fault for index in sorted(folder.rglob("*.safetensors.index.json")) for fault in _index_faults(index)]
     record = folder / RECORD
     if not record.is_file():
-        say(f"{folder}: no {RECORD} of a --run: sizes and headers are looked at, not contents")
+        print(f"{folder}: no {RECORD} of a --run: sizes and headers are looked at, not contents", flush=True)
         return faults
-    for name, stated in json.loads(record.read_text())["files"].items():
-        if fault := _hub_fault(folder / name, HubFile(**stated), say):
-            faults.append(fault)
-    return faults
+    stored = json.loads(record.read_text())["files"].items()
+    return faults + [fault for name, stated in stored if (fault := _hub_fault(folder / name, HubFile(**stated)))]
 
 
 def report(folder: Path, faults: list[str]) -> int:
@@ -163,11 +159,7 @@ def report(folder: Path, faults: list[str]) -> int:
     return USER_ERROR if faults else 0
 
 
-def print_line(line: str) -> None:
-    print(line, flush=True)
-
-
-def _hub_fault(file: Path, stated: HubFile, say: Callable[[str], None]) -> str | None:
+def _hub_fault(file: Path, stated: HubFile) -> str | None:
     if not file.is_file():
         return f"{file}: absent"
     size = file.stat().st_size
@@ -175,12 +167,10 @@ def _hub_fault(file: Path, stated: HubFile, say: Callable[[str], None]) -> str |
         return f"{file}: {size} bytes, the hub has {stated.size}; delete it and fetch again"
     if stated.sha256 is None:
         return None
-    say(f"sha256 of {file} ({size / 1e9:.1f} GB)")
-    digest = hashlib.sha256()
+    print(f"sha256 of {file} ({size / 1e9:.1f} GB)", flush=True)
     with file.open("rb") as stream:
-        while piece := stream.read(CHUNK_BYTES):
-            digest.update(piece)
-    if digest.hexdigest() != stated.sha256:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    if digest != stated.sha256:
         return f"{file}: its bytes differ from the hub's (sha256); delete it and fetch again"
     return None
 

@@ -94,10 +94,7 @@ class Deadline:
 
 
 def preflight(config: Config, place: Place, seconds: float) -> list[str]:
-    """Collect every fault that any rank found.
-
-    The list is the same on every rank, and [] if the run may start.
-    """
+    """Collect every fault that any rank found. The list is the same on every rank, and [] if the run may start."""
     deadline = Deadline(2 * seconds + 10, place.node)  # after the stage's own timeout, whose error says more
     deadline.begin("meeting the other ranks")
     probe = Path(config.run_dir) / f".preflight-{uuid.uuid4().hex[:12]}"

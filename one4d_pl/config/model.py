@@ -60,8 +60,7 @@ class DLCConfig:
     lora_scale: float = knob(1.0, above=0)
     num_links: int = knob(5, low=0)  # One4D, sec. 3.2; 0 leaves the branches independent
     link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
-    # xyz gets a trainable copy of the patch embedding; our guess, which makes the paper's 935.7 M
-    # parameters exact
+    # xyz gets a trainable copy of the patch embedding; our guess, which makes the paper's 935.7 M parameters exact
     xyz_patch_embedding: bool = True
     # rgb_to_xyz: frames steer pointmaps, but pointmaps do not steer frames
     link_direction: str = knob("both", one_of=("both", "rgb_to_xyz"))
@@ -113,10 +112,7 @@ class FlowConfig:
 
 @dataclass
 class GuidanceConfig:
-    """Classifier-free guidance per task; 1 switches it off.
-
-    The paper's own value is 6 for all (Table 6 prefers 4).
-    """
+    """Classifier-free guidance per task; 1 switches it off. The paper's own value is 6 for all (Table 6 prefers 4)."""
 
     text: float = 6.0
     image: float = 6.0

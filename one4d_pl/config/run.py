@@ -51,10 +51,7 @@ class SourceConfig:
 
 @dataclass
 class ToyConfig:
-    """The procedural toy world.
-
-    `fit` writes it as shards at `root`/{train_synthetic,train_real,val} where absent.
-    """
+    """The procedural toy world. `fit` writes it as shards at `root`/{train_synthetic,train_real,val} where absent."""
 
     root: str = "data/toy"
     # clear: narrow depth, one lens, few large things far apart; made for a laptop to learn
@@ -152,8 +149,7 @@ class TrainConfig:
     log_every: int = knob(10, low=1, may_change=True)
     # any of tensorboard (and pictures), csv, wandb (to be installed): where the curves go
     logger: list[str] = knob(factory=lambda: ["tensorboard"], may_change=True)
-    # minutes without a pass through the transformer, then fit writes all stacks and exits with 76;
-    # 0 = wait for ever
+    # minutes without a pass through the transformer, then fit writes all stacks and exits with 76; 0 = wait for ever
     hang_minutes: float = knob(20.0, low=0, may_change=True)
     # restarts in a row without a new checkpoint, after which fit refuses to start; 0 = no limit
     max_restarts: int = knob(5, low=0, may_change=True)

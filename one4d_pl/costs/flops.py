@@ -1,9 +1,8 @@
 """Floating-point operations of a training step, in closed form from the transformer's shape.
 
-As is usual, only matrix products count (a multiplication and an addition are two operations):
-linears, LoRAs, links, attention scores and values, the patch embedding. Not counted are norms,
-softmax, elementwise work, the optimiser, and the frozen VAE and text encoders, whose latents and
-embeddings may come from a cache.
+As is usual, only matrix products count (a multiplication and an addition are two operations): linears, LoRAs, links,
+attention scores and values, the patch embedding. Not counted are norms, softmax, elementwise work, the optimiser, and
+the frozen VAE and text encoders, whose latents and embeddings may come from a cache.
 """
 
 from __future__ import annotations
@@ -56,10 +55,7 @@ class TransformerShape:
 
     @staticmethod
     def of(wan: Mapping[str, object], dlc: DLCConfig) -> TransformerShape:
-        """Read the transformer's config.json (diffusers) and the adapter's config.
-
-        ConfigError names missing keys.
-        """
+        """Read the transformer's config.json (diffusers) and the adapter's config. ConfigError names missing keys."""
 
         def number(name: str) -> int:
             value = wan.get(name)
@@ -127,13 +123,12 @@ def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: st
     Args:
         shape: the transformer's shape.
         batch: the pass's shape.
-        checkpointing: none; full = every block is computed a second time in the backward pass;
-            selective = all of it but self-attention, whose result is kept (where `flash`); offload = as full.
-        flash: attention runs in fused kernels, as on GPUs, which recompute the scores in the
-            backward pass.
+        checkpointing: none; full = every block is computed a second time in the backward pass; selective = all of it
+            but self-attention, whose result is kept (where `flash`); offload = as full.
+        flash: attention runs in fused kernels, as on GPUs, which recompute the scores in the backward pass.
     """
     samples, width = 2 * batch.clips, shape.width
-    tokens = _tokens(shape, batch)
+    tokens = count_tokens(shape, batch)
     patch_row = shape.patch[0] * shape.patch[1] * shape.patch[2]
     embed = 2 * samples * tokens * width * shape.in_channels * patch_row  # one convolution over the whole batch
     head = 2 * samples * tokens * width * shape.out_channels * patch_row
@@ -155,10 +150,7 @@ def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: st
 
 
 def peak_flops(device_name: str, precision: str) -> float | None:
-    """Return the device's dense bf16 peak in FLOP/s.
-
-    Returns None for unknown devices and float32 arithmetic.
-    """
+    """Return the device's dense bf16 peak in FLOP/s. Returns None for unknown devices and float32 arithmetic."""
     if precision != "bf16-mixed":
         return None
     words = device_name.lower()
@@ -167,17 +159,14 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return None if tera is None else tera * 1e12
 
 
-def _tokens(shape: TransformerShape, batch: BatchShape) -> int:
+def count_tokens(shape: TransformerShape, batch: BatchShape) -> int:
     """Count the tokens of one sample."""
     t, h, w = (size // patch for size, patch in zip(batch.latent_grid, shape.patch, strict=True))
     return t * h * w
 
 
 def _condition(shape: TransformerShape, batch: BatchShape) -> int:
-    """Count the operations of the frozen embedders of time, text and image.
-
-    They need no backward pass.
-    """
+    """Count the operations of the frozen embedders of time, text and image. They need no backward pass."""
     samples, width = 2 * batch.clips, shape.width
     time = shape.freq_dim * width + width * width + width * 6 * width
     text = batch.text_tokens * (shape.text_dim * width + width * width)
@@ -193,7 +182,7 @@ def _block(shape: TransformerShape, batch: BatchShape) -> tuple[int, int, int]:
     Every input has a gradient but the context.
     """
     samples, width, rank = 2 * batch.clips, shape.width, shape.rank
-    tokens = _tokens(shape, batch)
+    tokens = count_tokens(shape, batch)
     context = batch.text_tokens + (batch.image_tokens if shape.image_dim is not None else 0)
     forward = backward = 0
     linears = [(tokens, width, width)] * 6  # q, k, v, out of self-attention; q, out of cross-attention
@@ -202,8 +191,7 @@ def _block(shape: TransformerShape, batch: BatchShape) -> tuple[int, int, int]:
         lora = rank * (inputs + outputs)
         forward += 2 * samples * rows * (inputs * outputs + lora)
         backward += 2 * samples * rows * (inputs * outputs + 2 * lora)
-    # keys and values of text and image tokens, which have no gradient: A needs its weight's
-    # gradient alone, B both
+    # keys and values of text and image tokens, which have no gradient: A needs its weight's gradient alone, B both
     forward += 2 * 2 * samples * context * (width * width + 2 * rank * width)
     backward += 2 * 2 * samples * context * (rank * width + 2 * rank * width)
     scores = 2 * samples * tokens * (tokens + context) * width  # over all heads; values take as many

@@ -1,9 +1,8 @@
 """The memory of a training step per process, in closed form from its shape.
 
-Activations are those of the diffusers Wan block with our LoRAs and links, counted tensor by tensor.
-With activation checkpointing, a step's peak is a recomputed block's residual sum or the backward
-pass of its feed-forward; without it, the same of the last block. These numbers count tensors; all
-else that a GPU holds is `allowance`.
+Activations are those of the diffusers Wan block with our LoRAs and links, counted tensor by tensor. With activation
+checkpointing, a step's peak is a recomputed block's residual sum or the backward pass of its feed-forward; without it,
+the same of the last block. These numbers count tensors; all else that a GPU holds is `allowance`.
 """
 
 from __future__ import annotations

@@ -1,10 +1,9 @@
 """One clip as the members of one WebDataset sample: what may be stored, and its bytes.
 
-The members share `key.`: `frame_000.jpg` ... (JPEG quality 95, 4:4:4), `depth.png` (16-bit log
-depth, the frames stacked to [T*H, W]), `valid.png` and, where known, `moving.png` (1 bit, stacked
-alike), `meta.json` (cameras, texts, sizes). Depth codes: 0 = no measurement (nan), 65535 = sky
-(+inf), 1 .. 65534 log-uniform between the clip's nearest and farthest finite depth, so the relative
-error is at most 2e-4. Cameras come back bit for bit.
+The members share `key.`: `frame_000.jpg` ... (JPEG quality 95, 4:4:4), `depth.png` (16-bit log depth, the frames
+stacked to [T*H, W]), `valid.png` and, where known, `moving.png` (1 bit, stacked alike), `meta.json` (cameras, texts,
+sizes). Depth codes: 0 = no measurement (nan), 65535 = sky (+inf), 1 .. 65534 log-uniform between the clip's nearest and
+farthest finite depth, so the relative error is at most 2e-4. Cameras come back bit for bit.
 """
 
 from __future__ import annotations
@@ -40,25 +39,13 @@ META_FIELDS = (
 )
 
 
-def validate_clip(clip: Clip) -> None:
-    """Raise ValueError unless `clip` obeys the schema of `types.Clip` and can be stored."""
-    if fault := clip_fault(clip):
-        raise ValueError(f"{clip.key}: {fault}")
-
-
 def clip_fault(clip: Clip) -> str | None:
-    """Say what first breaks the schema of `types.Clip` in a clip, or keeps it from being stored.
-
-    Returns None where nothing does.
-    """
+    """Say what first breaks the schema of `types.Clip`, or keeps a clip from being stored; None where nothing does."""
     return next(_faults(clip), None)
 
 
 def _faults(clip: Clip) -> Iterator[str]:
-    """Yield what is wrong with a clip.
-
-    Only the first fault is reliable: later checks assume earlier ones passed.
-    """
+    """Yield what is wrong with a clip. Only the first fault is reliable: later checks assume earlier ones passed."""
     if not SAFE_KEY.fullmatch(clip.key):
         yield f"key must match {SAFE_KEY.pattern}"
     if clip.depth.dim() != 3:
@@ -111,10 +98,7 @@ def _camera_faults(intrinsics: Tensor, cam2world: Tensor) -> Iterator[str]:
 def encode_depth(
     depth: np.ndarray,  # [...] float32, > 0, +inf or nan
 ) -> tuple[np.ndarray, tuple[float, float] | None]:  # [...] uint16, (nearest, farthest) finite depth
-    """Encode a clip's depth in 16-bit log codes.
-
-    Raises ValueError where these cannot hold its range to 2e-4.
-    """
+    """Encode a clip's depth in 16-bit log codes. Raises ValueError where these cannot hold its range to 2e-4."""
     finite = np.isfinite(depth)
     codes = np.where(np.isnan(depth), NO_MEASUREMENT, SKY).astype(np.uint16)
     if not finite.any():
@@ -147,14 +131,11 @@ def decode_depth(
 def encode_clip(clip: Clip) -> dict[str, bytes]:
     """Encode a valid clip as the members of one sample, by extension."""
     codes, near_far = encode_depth(clip.depth.numpy())
-    members = {
-        f"frame_{t:03d}.jpg": _image_bytes(Image.fromarray(frame.numpy()), "JPEG")
-        for t, frame in enumerate(clip.frames)
-    }
-    members["depth.png"] = _image_bytes(Image.fromarray(codes.reshape(-1, codes.shape[-1])), "PNG")
-    members["valid.png"] = _image_bytes(Image.fromarray(clip.valid.flatten(0, 1).numpy()), "PNG")
+    members = {f"frame_{t:03d}.jpg": _image_bytes(frame.numpy(), "JPEG") for t, frame in enumerate(clip.frames)}
+    members["depth.png"] = _image_bytes(codes.reshape(-1, codes.shape[-1]), "PNG")
+    members["valid.png"] = _image_bytes(clip.valid.flatten(0, 1).numpy(), "PNG")
     if clip.moving is not None:
-        members["moving.png"] = _image_bytes(Image.fromarray(clip.moving.flatten(0, 1).numpy()), "PNG")
+        members["moving.png"] = _image_bytes(clip.moving.flatten(0, 1).numpy(), "PNG")
     meta = {
         "version": SCHEMA_VERSION,
         "num_frames": clip.num_frames,
@@ -174,12 +155,9 @@ def encode_clip(clip: Clip) -> dict[str, bytes]:
     return members
 
 
-def _image_bytes(image: Image.Image, image_format: str) -> bytes:
+def _image_bytes(pixels: np.ndarray, image_format: str) -> bytes:
     buffer = io.BytesIO()
-    if image_format == "JPEG":
-        image.save(buffer, "JPEG", quality=95, subsampling=0)  # 0 = 4:4:4
-    else:
-        image.save(buffer, image_format)
+    Image.fromarray(pixels).save(buffer, image_format, quality=95, subsampling=0)  # of JPEG; 0 = 4:4:4
     return buffer.getvalue()
 
 

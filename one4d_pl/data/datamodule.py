@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -43,10 +44,7 @@ REAL_SEED_OFFSET = 2_000_000
 
 
 class StepSampler(Sampler[list[int]]):
-    """The stream positions of this rank's micro batches from an optimiser step on.
-
-    They are derived from the step alone, so nothing has to be counted or restored.
-    """
+    """The stream positions of this rank's micro batches from an optimiser step on: that step is the only state."""
 
     def __init__(self, start_step: int, max_steps: int, global_batch: int, micro_batch: int, rank: int, world: int):
         self.start_step, self.max_steps = start_step, max_steps
@@ -80,10 +78,7 @@ class TimedLoader(DataLoader[Sample]):
 
 
 def validation_batches(count: int, rank: int, world: int) -> list[list[int]]:
-    """List a rank's validation batches of one position each; n is on rank n mod world.
-
-    Every rank has equally many; PaddedStream tells which of them count.
-    """
+    """List a rank's validation batches of one position each (n is on rank n mod world); every rank has as many."""
     return [[first + rank] for first in range(0, count, world)]
 
 
@@ -97,14 +92,12 @@ class One4DDataModule(lightning.LightningDataModule):
     """Streams of clips for training and validation.
 
     Args:
-        config: the whole run's config; its data, masking, flow, train, val and base.max_text_tokens
-            are read.
+        config: the whole run's config; its data, masking, flow, train, val and base.max_text_tokens are read.
         encoder: opens the encoders on a device; called only if some clip is not cached yet.
         encoder_fingerprint: identifies those encoders, and so the cache.
-        on_progress: called whenever this process, or another one that it waits for, has encoded a
-            clip.
-        between_clips: called before and after every clip that is encoded and while waiting for
-            others; may raise to stop, by which no encoded clip is lost.
+        on_progress: called whenever this process, or another one that it waits for, has encoded a clip.
+        between_clips: called before and after every clip that is encoded and while waiting for others; may raise to
+            stop, by which no encoded clip is lost.
     """
 
     def __init__(
@@ -137,24 +130,18 @@ class One4DDataModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> TimedLoader:
         """Return the loader of this rank's micro batches from `start_step` to the end."""
-        train = self.config.train
+        train, rank = self.config.train, self.trainer.global_rank if self.trainer else 0
         sampler = StepSampler(
-            self.start_step,
-            train.max_steps,
-            train.global_batch_size,
-            train.micro_batch_size,
-            self.trainer.global_rank if self.trainer else 0,
-            train.world_size,
+            self.start_step, train.max_steps, train.global_batch_size, train.micro_batch_size, rank, train.world_size
         )
         return self._loader(self._stream(self.config.data.sources, validation=False), sampler)
 
     def val_dataloader(self) -> TimedLoader:
         """Return the loader of the first val.clips validation clips, split over the ranks.
 
-        Every clip counts once. Every rank gets equally many batches, since a forward pass may be a
-        collective; where the clips cannot be split evenly, the last batches show some again and do
-        not count. A run with train.overfit_clips is validated on the clips that it overfits,
-        repeated to fill val.clips.
+        Every clip counts once. Every rank gets equally many batches, since a forward pass may be a collective; where
+        the clips cannot be split evenly, the last batches show some again and do not count. A run with
+        train.overfit_clips is validated on the clips that it overfits, repeated to fill val.clips.
         """
         overfit = self.config.train.overfit_clips
         data = self.config.data
@@ -173,10 +160,7 @@ class One4DDataModule(lightning.LightningDataModule):
         return [{"source": m.source, "domain": m.domain, "licence": m.licence} for m in manifests]
 
     def describe_latents(self) -> LatentStats | None:
-        """Measure the latents of some training clips; None where no clip is encoded ahead.
-
-        The statistics go into the adapter's card and, with dlc.standardise_xyz, into the training.
-        """
+        """Measure the latents of some training clips, for the card and dlc.standardise_xyz; None if none is encoded."""
         if self._latents is None:
             sources = [open_set(source.path) for source in self.config.data.sources]
             sets = [s if isinstance(s, EncodedSet) else self._cache(s) for s in sources]
@@ -213,36 +197,16 @@ class One4DDataModule(lightning.LightningDataModule):
                 _refuse_benchmarks(source)
         if len({type(source) for source in sources}) > 1:
             raise ConfigError("data.sources: raw and encoded shards cannot be mixed; encode the raw ones too")
-        caches = [self._cache(source) for source in sources]
-        seed = self.config.train.seed
-        overfit = self.config.train.overfit_clips
         order: MixtureOrder | EachOnceOrder
-        if validation and not overfit:
+        if validation and not self.config.train.overfit_clips:
             order = EachOnceOrder([len(source) for source in sources])
         else:
-            order = MixtureOrder(
-                [source.samples_per_shard for source in sources],
-                [source.weight for source in configs],
-                seed,
-                self.config.data.block_shards,
-            )
-        return ClipStream(
-            sources,
-            caches,
-            order,
-            self.config.data,
-            self.config.masking,
-            self.config.flow.caption_dropout,
-            seed,
-            overfit,
-            validation,
-        )
+            sizes, weights = [source.samples_per_shard for source in sources], [source.weight for source in configs]
+            order = MixtureOrder(sizes, weights, self.config.train.seed, self.config.data.block_shards)
+        return ClipStream(sources, [self._cache(source) for source in sources], order, self.config, validation)
 
     def _range_cache(self) -> RangeCache | None:
-        """Return the cache for reads of remote shards.
-
-        Returns None where no shards are remote, or data.cache_dir is not set.
-        """
+        """Return the cache for reads of remote shards; None without remote shards or without data.cache_dir."""
         data = self.config.data
         if data.cache_dir is None or not any(is_remote(s.path) for s in [*data.sources, *data.val_sources]):
             return None
@@ -253,10 +217,7 @@ class One4DDataModule(lightning.LightningDataModule):
         return RangeCache(Path(data.cache_dir), int(data.cache_gib * 2**30))
 
     def _refuse_short(self, source: ShardSet | EncodedSet) -> None:
-        """Raise ConfigError where more than max_skip_share of a source's clips are too short.
-
-        That is a mistake in the config, not a broken sample.
-        """
+        """Raise ConfigError where more than max_skip_share of the clips are too short: a mistake in the config."""
         lengths = [sample.num_frames for shard in source.manifest.shards for sample in shard.samples]
         needed = self.config.data.num_frames
         short = sum(length < needed for length in lengths)
@@ -278,12 +239,7 @@ class One4DDataModule(lightning.LightningDataModule):
             raise ConfigError(f"{where} was encoded with another config: {', '.join(map(str, differing))}")
 
     def _cache_folder(self, source: ShardSet | EncodedSet) -> Path | None:
-        """Return the folder of a source's encodings, beside its shards.
-
-        Returns None where nothing is cached.
-
-        Clips of remote shards are encoded in the training step: nothing can be written beside them.
-        """
+        """Return the folder of a source's encodings, beside its shards; None for remote ones, or if nothing is kept."""
         if not self.config.data.cache_latents or isinstance(source, EncodedSet) or "://" in source.location:
             return None
         return cache_folder(source.location, self.recipe)
@@ -303,22 +259,13 @@ class One4DDataModule(lightning.LightningDataModule):
                 check_folder(folder, "data.cache_latents", advice)
 
     def _fill_cache(self) -> None:
-        """Encode the clips that are not cached.
-
-        A set made by data_prep.encode_latents serves as cache, too.
-        """
+        """Encode the clips that are not cached. A set made by data_prep.encode_latents serves as cache, too."""
         self.check_caches()
-        encoder: list[SampleEncoder] = []
         rank, world, device = 0, 1, torch.device("cpu")
         if self.trainer:
             rank, world = self.trainer.global_rank, self.config.train.world_size
             device = self.trainer.strategy.root_device
-
-        def open_encoder() -> SampleEncoder:
-            if not encoder:
-                encoder.append(self.encoder(device))
-            return encoder[0]
-
+        open_encoder = functools.cache(lambda: self.encoder(device))
         for path in {source.path: None for source in [*self.config.data.sources, *self.config.data.val_sources]}:
             source = open_set(path)
             folder = self._cache_folder(source)
@@ -332,8 +279,8 @@ class One4DDataModule(lightning.LightningDataModule):
                     self._wait_for_others(folder)
             elif EncodedSet.open(folder).manifest.recipe["raw"] != raw_digest(source):
                 raise ShardSetError(f"{folder}: encodes other clips than {path} holds now; remove it")
-        if encoder and device.type == "cuda":
-            encoder.clear()
+        open_encoder.cache_clear()
+        if device.type == "cuda":
             torch.cuda.empty_cache()  # the transformer comes next
 
     def _clip_encoded(self) -> None:
@@ -341,10 +288,7 @@ class One4DDataModule(lightning.LightningDataModule):
         self.between_clips()
 
     def _wait_for_others(self, folder: Path) -> None:
-        """Wait a while for other processes to finish clips.
-
-        The watchdog ends the run if none ever does.
-        """
+        """Wait a while for other processes to finish clips. The watchdog ends the run if none ever does."""
         before, until = len(list(folder.rglob("*"))), time.monotonic() + WAITING_S
         while time.monotonic() < until and not (folder / "manifest.json").is_file():
             self.between_clips()

@@ -1,14 +1,13 @@
 """Encoded shards: what the frozen encoders make of every clip of a raw set, in a TarSet.
 
-A sample holds the latents of frames and pointmaps (float32, since they are the targets), the
-pointmap's scale, the cameras, and the embeddings of its caption, of the empty prompt and of frame
-0. With K sparse draws it also holds the conditioning latents of its first frame alone and of K sets
-of sparse frames (bfloat16, since the network rounds them anyway). Where all frames are given, these
-are the latents themselves; where none is, zeros. Every epoch takes another of the K draws.
+A sample holds the latents of frames and pointmaps (float32, since they are the targets), the pointmap's scale, the
+cameras, and the embeddings of its caption, of the empty prompt and of frame 0. With K sparse draws it also holds the
+conditioning latents of its first frame alone and of K sets of sparse frames (bfloat16, since the network rounds them
+anyway). Where all frames are given, these are the latents themselves; where none is, zeros. Every epoch takes another
+of the K draws.
 
-`fit` keeps such a set, without draws, as a cache beside local raw shards. With draws it is a source
-of its own that needs neither frames nor the VAE. Tars hold many clips each, so that 34,000 clips
-are a hundred files to list and copy.
+`fit` keeps such a set, without draws, as a cache beside local raw shards. With draws it is a source of its own that
+needs neither frames nor the VAE. Tars hold many clips each, so that 34,000 clips are a hundred files to list and copy.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ import hashlib
 import json
 import logging
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -35,15 +34,7 @@ from one4d_pl.data.ranged_reads import PLAIN_READER, RangeReader, StoreError, on
 from one4d_pl.data.sample_order import derived_numpy_generator
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.staging import Dropped, Plan, Staging, is_finished
-from one4d_pl.data.tar_set import (
-    Origin,
-    Recipe,
-    SampleEntry,
-    SampleError,
-    TarSet,
-    read_manifest,
-    tar_bytes,
-)
+from one4d_pl.data.tar_set import Origin, Recipe, SampleEntry, SampleError, TarSet, read_manifest, tar_bytes
 from one4d_pl.progress import Progress
 from one4d_pl.types import Encoded, PointmapScale, Sample
 
@@ -105,15 +96,10 @@ class StoredClip:
     caption: str
 
     def for_draw(self, drop_caption: bool, frame_mask: Tensor) -> Encoded:  # frame_mask [T] bool
-        """Return what one training sample needs.
-
-        Its condition is None where none is stored for these given frames.
-        """
+        """Return what one training sample needs. Its condition is None where none is stored for these given frames."""
         condition = None
         if self.conditions is not None:
-            first = torch.zeros_like(frame_mask)
-            first[0] = True
-            same = (torch.cat([first[None], self.sparse_masks]) == frame_mask).all(1).nonzero()[:, 0]
+            same = (_condition_masks(self.sparse_masks) == frame_mask).all(1).nonzero()[:, 0]
             condition = self.conditions[int(same[0])].float() if len(same) else None
         prompt = self.empty_prompt if drop_caption else self.prompt_embeds
         return Encoded(self.latents, prompt, self.image_embeds, condition)
@@ -137,10 +123,7 @@ class EncodedSet(TarSet):
         return {entry.key: index for index, entry in enumerate(self.entries)}
 
     def read(self, index: int) -> StoredClip:
-        """Read one clip's encodings.
-
-        Raises SampleError for whatever is wrong with them, StoreError if the store fails.
-        """
+        """Read one clip's encodings; SampleError for whatever is wrong with them, StoreError if the store fails."""
         shard, entry = self.locate(index)
         try:
             return _unpack(self.fetch(shard, entry), entry.key)
@@ -185,11 +168,10 @@ def encode_set(
     on_clip: Callable[[], None] = lambda: None,
     show_progress: bool = True,
 ) -> bool:
-    """Encode those clips of this rank's share that are not encoded yet.
+    """Encode those clips of this rank's share that are not encoded yet; return True once the set is whole.
 
-    Returns True once the set is whole. It may be stopped at any moment and then goes on where it
-    was; the encoders are opened only if a clip is missing. `on_clip` is called after each clip and
-    may raise to stop.
+    It may be stopped at any moment and then goes on where it was; the encoders are opened only if a clip is missing.
+    `on_clip` is called after each clip and may raise to stop.
     """
     recipe = {**recipe, "raw": raw_digest(raw), "sparse_draws": sparse_draws}
     if is_finished(folder, EncodedSet.kind, recipe):
@@ -206,41 +188,20 @@ def encode_set(
         share = len(keys[rank::world])
         done, quiet = share - len(todo), not show_progress
         for index in Progress(todo, "encoding clips", share, unit="clip", initial=done, disable=quiet):
-            dropped: list[Dropped] = []
-            packed = _encode_clip(raw, index, sparse_draws, encoder, empty_prompt, make_sample, dropped)
-            staging.write_unit(index, ((origin, *one) for one in packed), dropped)
+            key = keys[index]
+            try:
+                sample = make_sample(index)
+            except StoreError:  # the store failed, which says nothing about the clip
+                raise
+            except ValueError as error:  # a SampleError names the clip already
+                log.warning("not encoded: %s: %s", key, error)  # the stream will meet it again, skip and count it
+                staging.write_unit(index, [], [Dropped(key, key, one_line(error))])
+            else:
+                packed = _encode_clip(raw.locate(index)[1], sample, sparse_draws, encoder, empty_prompt)
+                staging.write_unit(index, [(origin, *packed)], [])
             staging.assemble()
             on_clip()
     return staging.assemble()
-
-
-def _encode_clip(
-    raw: ShardSet,
-    index: int,
-    sparse_draws: int,
-    encoder: SampleEncoder,
-    empty_prompt: Tensor,  # [m, D]
-    make_sample: Callable[[int], Sample],
-    dropped: list[Dropped],
-) -> Iterator[tuple[SampleEntry, bytes]]:
-    """Yield the packed encodings of one clip, or append the reason to `dropped`."""
-    entry = raw.locate(index)[1]
-    try:
-        sample = make_sample(index)
-    except StoreError:  # the store failed, which says nothing about the clip
-        raise
-    except ValueError as error:  # a SampleError names the clip already
-        log.warning("not encoded: %s: %s", entry.key, error)  # the stream will meet it again, skip and count it
-        dropped.append(Dropped(entry.key, entry.key, one_line(error)))
-        return
-    masks = draw_sparse_masks(entry.key, len(sample.frame_mask), sparse_draws)
-    conditions = None
-    if sparse_draws:
-        first = torch.zeros(1, masks.shape[1], dtype=torch.bool)
-        first[0, 0] = True
-        conditions = encoder.encode_conditions(sample, torch.cat([first, masks]))
-    encoded = encoder.encode_sample(sample)
-    yield _pack(entry, sample, encoded, empty_prompt, masks, conditions)
 
 
 def draw_sparse_masks(key: str, num_frames: int, sparse_draws: int) -> Tensor:  # [K, T] bool
@@ -251,14 +212,21 @@ def draw_sparse_masks(key: str, num_frames: int, sparse_draws: int) -> Tensor:  
     return torch.stack(masks) if masks else torch.zeros(0, num_frames, dtype=torch.bool)
 
 
-def _pack(
+def _condition_masks(sparse_masks: Tensor) -> Tensor:  # [K, T] bool -> [1 + K, T]
+    """Put the mask of frame 0 alone before the sparse ones."""
+    return torch.cat([(torch.arange(sparse_masks.shape[1]) == 0)[None], sparse_masks])
+
+
+def _encode_clip(
     entry: SampleEntry,
     sample: Sample,
-    encoded: Encoded,
+    sparse_draws: int,
+    encoder: SampleEncoder,
     empty_prompt: Tensor,  # [m, D]
-    masks: Tensor,  # [K, T] bool
-    conditions: Tensor | None,  # [1 + K, C, t, h, w]
 ) -> tuple[SampleEntry, bytes]:
+    masks = draw_sparse_masks(entry.key, len(sample.frame_mask), sparse_draws)
+    conditions = encoder.encode_conditions(sample, _condition_masks(masks)) if sparse_draws else None
+    encoded = encoder.encode_sample(sample)
     tensors = {
         "latents": encoded.latents.float(),
         "prompt_embeds": encoded.prompt_embeds,
@@ -278,9 +246,8 @@ def _pack(
     }
     content = tar_bytes(entry.key, members)
     num_frames, height, width = sample.frames.shape[1:]
-    place = {"offset": 0, "size": len(content), "crc32": zlib.crc32(content)}
-    shape = {"num_frames": num_frames, "height": height, "width": width}
-    return SampleEntry(**{**asdict(entry), **place, **shape}), content
+    place = replace(entry, offset=0, size=len(content), crc32=zlib.crc32(content))
+    return replace(place, num_frames=num_frames, height=height, width=width), content
 
 
 def _check_shapes(tensors: dict[str, Tensor], caption: object) -> None:

@@ -12,10 +12,7 @@ from typing import BinaryIO
 
 @contextlib.contextmanager
 def locked(path: Path, wait_s: float, poll_s: float) -> Iterator[BinaryIO]:
-    """Open a file, made if need be, for reading and appending, and lock it.
-
-    Raises TimeoutError where another process keeps the lock for `wait_s`.
-    """
+    """Open a file (made if need be) for reading and appending, and lock it; TimeoutError after `wait_s`."""
     with path.open("a+b") as file:
         deadline = time.monotonic() + wait_s
         while True:

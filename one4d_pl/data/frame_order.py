@@ -1,17 +1,13 @@
 """The order of numbered files, the same for every reader: by the number in the name, or refused.
 
-Sorting names as text puts 10 before 2. Frames are then paired with other frames' depth and cameras,
-without an error.
+Sorting names as text puts 10 before 2. Frames are then paired with other frames' depth and cameras, without an error.
 
 - The number decides, whatever its leading zeros: 2 comes before 10, 0002 before 10.
-- Seconds ("1341846313.592026", as in TUM and Bonn) are one number with its fraction. "0.5" beside
-  "0.25" is refused.
-- Several numbers in a name ("clip_3_frame_12") must all ascend together; those that are the same in
-  all names do not count. Where one ascends while another falls, nobody can tell which one counts
-  frames.
-- Refused as well: two names of the same number (frame_1 beside frame_01), names with a number
-  beside names without, and names of different words whose numbers give another order than the words
-  do.
+- Seconds ("1341846313.592026", as in TUM and Bonn) are one number with its fraction. "0.5" beside "0.25" is refused.
+- Several numbers in a name ("clip_3_frame_12") must all ascend together; those that are the same in all names do not
+  count. Where one ascends while another falls, nobody can tell which one counts frames.
+- Refused as well: two names of the same number (frame_1 beside frame_01), names with a number beside names without, and
+  names of different words whose numbers give another order than the words do.
 - Names without any number are sorted as text.
 - Hidden files (".DS_Store", "._0001.png") are no frames.
 """
@@ -37,10 +33,7 @@ def by_number(
     names: Iterable[str],
     where: str,  # the folder or archive, for errors
 ) -> list[str]:
-    """Sort names by their numbers; files' suffixes and folders do not count.
-
-    Raises UserError, naming two of them, where the numbers leave the order in doubt.
-    """
+    """Sort names by their numbers, without folders and suffixes; UserError names two whose order is in doubt."""
     visible = [name for name in names if not PurePath(name).name.startswith(".")]
     parts = {name: _split(PurePath(name).stem) for name in visible}
     if all(not numbers for _, numbers in parts.values()):

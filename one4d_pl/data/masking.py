@@ -12,21 +12,25 @@ from one4d_pl.config import MaskingConfig
 from one4d_pl.types import TASKS, Task
 
 
+def _probs(config: MaskingConfig) -> tuple[float, ...]:  # of TASKS
+    return config.text_prob, config.image_prob, config.sparse_prob, config.video_prob
+
+
+def trained_tasks(config: MaskingConfig) -> list[Task]:
+    """List the tasks that are drawn at all."""
+    return [task for task, prob in zip(TASKS, _probs(config), strict=True) if prob > 0]
+
+
 def draw_task(config: MaskingConfig, generator: np.random.Generator) -> Task:
     """Draw one of the four tasks with the configured probabilities."""
-    bounds = np.cumsum([config.text_prob, config.image_prob, config.sparse_prob, config.video_prob])
-    # from uniform numbers alone: numpy may change how choice and permutation work, and runs must
-    # resume exactly
+    bounds = np.cumsum(_probs(config))
+    # from uniform numbers alone: numpy may change how choice and permutation work, and runs must resume exactly
     drawn = np.searchsorted(bounds / bounds[-1], generator.random(), side="right")
     return TASKS[int(drawn)]
 
 
 def draw_frame_mask(task: Task, num_frames: int, generator: np.random.Generator) -> Tensor:  # [T] bool, 1 = given
-    """Draw the frames given for a task.
-
-    Sparse: 2..T-1 of them, their count log-uniform, frame 0 always, the last one with probability
-    0.5.
-    """
+    """Draw a task's given frames. Sparse: frame 0, with probability 0.5 the last; in all 2..T-1, log-uniform."""
     given = torch.zeros(num_frames, dtype=torch.bool)
     if task == "video":
         given[:] = True

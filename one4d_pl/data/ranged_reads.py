@@ -1,12 +1,11 @@
 """Byte ranges of local files and any fsspec URL: each read ends in time, and is right or an error.
 
-1. A read that fails is tried again after growing pauses: a short failure of a store must not change
-   which samples are seen.
-2. A fault of the file itself (missing, too short, the same wrong bytes twice) is a ValueError: the
-   sample is damaged wherever it is read, and every rank takes the same stand-in.
-3. A fault of the way to it (no answer, refusals, other bytes each time) is a StoreError and ends
-   the run: a stand-in taken by the one rank that met the fault would not be in the other ranks'
-   order, nor in that of the resumed run.
+1. A read that fails is tried again after growing pauses: a short failure of a store must not change which samples are
+   seen.
+2. A fault of the file itself (missing, too short, the same wrong bytes twice) is a ValueError: the sample is damaged
+   wherever it is read, and every rank takes the same stand-in.
+3. A fault of the way to it (no answer, refusals, other bytes each time) is a StoreError and ends the run: a stand-in
+   taken by the one rank that met the fault would not be in the other ranks' order, nor in that of the resumed run.
 4. Ranges of a remote store are kept in a local cache (read_cache.py) where there is one.
 """
 
@@ -41,10 +40,7 @@ class StoreError(ShardSetError):
 
 
 def own_text(name: str, text: str) -> str:
-    """Cut an error's text out of a traceback that ends with it.
-
-    torch rebuilds the error of a worker process from its traceback.
-    """
+    """Cut an error's text out of the traceback from which torch rebuilds a worker's error."""
     return text.split(f"{name}: ", 1)[-1].rstrip()
 
 
@@ -72,10 +68,7 @@ class RangeReader:
     pauses_s: tuple[float, ...] = (0.5, 2.0, 8.0)  # before the 2nd, 3rd, ... attempt, each x 0.5 .. 1.5
 
     def read(self, url: str, start: int, end: int, crc32: int) -> bytes:
-        """Read bytes [start, end) of a file and check them.
-
-        Raises ValueError and StoreError as the module says.
-        """
+        """Read bytes [start, end) of a file and check them. Raises ValueError and StoreError as the module says."""
         if self.cache is None or not is_remote(url):
             return self._read(url, start, end, crc32)
         name = self.cache.name(url, start, end, crc32)
@@ -85,19 +78,13 @@ class RangeReader:
             self.cache.put(name, content)
         return content
 
-    def read_unchecked(self, url: str, start: int = 0, end: int | None = None) -> bytes:
-        """Read bytes [start, end) of a file, fewer where it ends before.
-
-        Raises FileNotFoundError, or StoreError as the module says.
-        """
+    def read_whole(self, url: str) -> bytes:
+        """Read a file, unchecked; FileNotFoundError, or StoreError as above."""
         trouble = ""
-        for answer in self._answers(url, start, end):
+        for answer in self._answers(url):
             if isinstance(answer, bytes):
                 return answer
             trouble = one_line(answer)
-        size = None if end is None else self._file_size(url)
-        if size is not None and size <= start:  # some stores refuse a range beyond the end
-            return b""
         raise self._store_error(url, trouble)
 
     def _read(self, url: str, start: int, end: int, crc32: int) -> bytes:
@@ -129,18 +116,13 @@ class RangeReader:
             "start again when it can be read: the run goes on where it was"
         )
 
-    def _answers(self, url: str, start: int, end: int | None) -> Iterator[bytes | Exception]:
-        """Yield the store's answers, one per attempt.
-
-        Raises FileNotFoundError where it says that there is no file.
-        """
-        # opened for each read, since remote filesystems do not survive a fork; fsspec caches them
-        # per process
+    def _answers(self, url: str, start: int = 0, end: int | None = None) -> Iterator[bytes | Exception]:
+        """Yield the store's answers, one per attempt. Raises FileNotFoundError where it says that there is no file."""
+        # opened for each read, since remote filesystems do not survive a fork; fsspec caches them per process
         filesystem, path = fsspec.core.url_to_fs(url)
         span = {} if end is None else {"start": start, "end": end}
         for attempt, pause in enumerate((0.0, *self.pauses_s)):
-            # a pause of its own for each range: ranks that wait for one store do not return all at
-            # once
+            # a pause of its own for each range: ranks that wait for one store do not return all at once
             time.sleep(pause * (0.5 + zlib.crc32(f"{url}/{start}/{attempt}".encode()) / 2**32))
             answer: bytes | Exception
             try:
@@ -162,10 +144,7 @@ class RangeReader:
             return None
 
     def _bounded(self, filesystem: fsspec.AbstractFileSystem, question: Callable[[dict[str, float]], Answer]) -> Answer:
-        """Return a filesystem's answer, or TimeoutError after `timeout_s`.
-
-        Only asynchronous ones know timeouts.
-        """
+        """Return a filesystem's answer, or TimeoutError after `timeout_s`. Only asynchronous ones know timeouts."""
         if filesystem.async_impl:
             return question({"timeout": self.timeout_s})
         return _within(self.timeout_s, lambda: question({}))

@@ -4,10 +4,9 @@ It holds one file per byte range, named after its origin. A file is used only if
 right, and whatever fails here (a full disk, a lock that stays taken) costs a warning and another
 read of the store: the cache saves time and can do nothing else.
 
-A process that adds a file holds the lock, and counts the file in the ledger before it writes it. So
-a process killed at any moment leaves the ledger too high, never too low, and the bound holds at
-every moment. When the ledger says that a file does not fit, the folder's files are counted again
-and those used longest ago are removed.
+A process that adds a file holds the lock, and counts the file in the ledger before it writes it. So a process killed at
+any moment leaves the ledger too high, never too low, and the bound holds at every moment. When the ledger says that a
+file does not fit, the folder's files are counted again and those used longest ago are removed.
 """
 
 from __future__ import annotations
@@ -45,10 +44,7 @@ class RangeCache:
         return hashlib.sha256(f"{url}\n{start}\n{end}\n{crc32}".encode()).hexdigest()[:32] + SUFFIX
 
     def get(self, name: str, size: int, crc32: int) -> bytes | None:
-        """Return the content of a range, or None where it is not kept.
-
-        A damaged file is removed.
-        """
+        """Return the content of a range, or None where it is not kept. A damaged file is removed."""
         path = self.folder / name
         try:
             content = path.read_bytes()
@@ -86,10 +82,7 @@ class RangeCache:
         return locked(self.folder / LEDGER, LOCK_WAIT_S, LOCK_POLL_S)
 
     def _make_room(self, ledger: BinaryIO, needed: int) -> None:
-        """Enter `needed` more bytes into the ledger, after an eviction where they do not fit.
-
-        The caller holds the lock.
-        """
+        """Enter `needed` more bytes into the locked ledger, after an eviction where they do not fit."""
         ledger.seek(0)
         text = ledger.read()
         total = int(text) if text.isdigit() else None  # None: a new folder or a half-written ledger, so count
@@ -100,10 +93,7 @@ class RangeCache:
         ledger.flush()
 
     def _evict(self, needed: int) -> int:
-        """Remove what was used longest ago until `needed` bytes fit below KEPT_SHARE.
-
-        Return the bytes left.
-        """
+        """Remove what was used longest ago until `needed` bytes fit below KEPT_SHARE. Return the bytes left."""
         kept: list[tuple[int, int, str]] = []  # time of last use, bytes, path
         for file in os.scandir(self.folder):
             if file.name.endswith(UNFINISHED):

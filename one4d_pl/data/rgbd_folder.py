@@ -1,17 +1,14 @@
 """Sequence folders of TUM RGB-D (Sturm et al., 2012) and Bonn RGB-D (Palazzolo et al., 2019).
 
-A folder holds `rgb/` and `depth/` (pngs whose names are timestamps in seconds), `rgb.txt` and
-`depth.txt` (lines `timestamp file`; without them the file names are taken) and `groundtruth.txt`
-(lines `timestamp tx ty tz qx qy qz qw`, metres). Depth is 16-bit z-depth, 5000 per metre, 0 = no
-measurement.
+A folder holds `rgb/` and `depth/` (pngs whose names are timestamps in seconds), `rgb.txt` and `depth.txt` (lines
+`timestamp file`; without them the file names are taken) and `groundtruth.txt` (lines `timestamp tx ty tz qx qy qz qw`,
+metres). Depth is 16-bit z-depth, 5000 per metre, 0 = no measurement.
 
 - TUM's ground truth is camera to world in OpenCV axes, as it stands.
-- Bonn's is the pose of markers: cam2world = T_ros · T_gt · T_ros · T_m, with both matrices as the
-  dataset's page publishes them. T_m's 3x3 block is a rotation times 1.0593; the rotation alone is
-  kept here.
-- The published intrinsics count pixel centres at integers (ROS); here they lie at +0.5, so half a
-  pixel is added to the principal point. Lens distortion (none in TUM's freiburg3) is left in the
-  images.
+- Bonn's is the pose of markers: cam2world = T_ros · T_gt · T_ros · T_m, with both matrices as the dataset's page
+  publishes them. T_m's 3x3 block is a rotation times 1.0593; the rotation alone is kept here.
+- The published intrinsics count pixel centres at integers (ROS); here they lie at +0.5, so half a pixel is added to the
+  principal point. Lens distortion (none in TUM's freiburg3) is left in the images.
 
 Nothing is decoded before a frame is asked for it.
 """
@@ -74,10 +71,7 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class RGBDFrame:
-    """One image with the depth map and the camera nearest in time.
-
-    Files are read when asked for.
-    """
+    """One image with the depth map and the camera nearest in time. Files are read when asked for."""
 
     timestamp: float  # of the image, seconds
     rgb_path: Path
@@ -105,11 +99,10 @@ class RGBDSequence:
 
 
 def open_sequence(root: str | Path) -> RGBDSequence:
-    """List a folder's frames.
+    """List a folder's frames; UserError names what is missing.
 
-    The folder's name tells the layout and the camera (…freiburg1…, …bonn…). Each image is paired
-    with a depth map and with a camera, nearest pairs first, each used once. UserError names what is
-    missing. Files are not opened, and need not all exist: see `RGBDFrame.present`.
+    The folder's name tells the layout and the camera (…freiburg1…, …bonn…). Each image is paired with a depth map and
+    with a camera, nearest pairs first, each used once. Files are not opened, and need not exist (`RGBDFrame.present`).
     """
     root = Path(root)
     camera = _camera_of(root.resolve().name, root.absolute().name)  # a link may have a name of its own
@@ -129,14 +122,8 @@ def open_sequence(root: str | Path) -> RGBDSequence:
     return RGBDSequence(root, layout, camera_intrinsics(camera), frames)
 
 
-def list_files(
-    root: Path,
-    kind: str,  # "rgb" or "depth"
-) -> list[StampedFile]:  # by time
-    """List the files in `kind`.txt or, without it, the pngs in `kind`/.
-
-    Raises UserError where neither exists.
-    """
+def list_files(root: Path, kind: str) -> list[StampedFile]:  # kind "rgb" or "depth" -> by time
+    """List the files in `kind`.txt or, without it, the pngs in `kind`/. Raises UserError where neither exists."""
     text, folder = root / f"{kind}.txt", root / kind
     if text.is_file():
         rows = _rows(text, 2)
@@ -151,10 +138,7 @@ def list_files(
 
 
 def list_pngs(folder: Path) -> list[StampedFile]:  # by time
-    """List the pngs of a folder, whose names are seconds, without hidden ones.
-
-    Raises UserError where two names mean the same time.
-    """
+    """List the pngs, not hidden, that are named after seconds; UserError where two names mean the same time."""
     paths = [path for path in folder.glob("*.png") if not path.name.startswith(".")]
     files = sorted((_number(path, 0, path.stem), path) for path in paths)
     for (before, first), (after, second) in itertools.pairwise(files):
@@ -164,10 +148,7 @@ def list_pngs(folder: Path) -> list[StampedFile]:  # by time
 
 
 def read_trajectory(path: Path) -> Trajectory:
-    """Read rows `timestamp tx ty tz qx qy qz qw`.
-
-    UserError names the file and line that is broken.
-    """
+    """Read rows `timestamp tx ty tz qx qy qz qw`. UserError names the file and line that is broken."""
     if not path.is_file():
         raise UserError(f"{path}: no such file, need TUM's trajectory text")
     rows = _rows(path, 8)
@@ -217,18 +198,13 @@ def read_rgb_png(path: Path) -> Tensor:  # [H, W, 3] uint8
     return torch.from_numpy(_decode(path, "RGB"))
 
 
-def read_depth_png(
-    path: Path,
-    per_metre: float = DEPTH_PER_METRE,
-) -> Tensor:  # [H, W] float32, metres; nan = no measurement
+def read_depth_png(path: Path) -> Tensor:  # [H, W] float32, metres; nan = no measurement
     """Read a 16-bit depth png; UserError names a broken or missing file."""
     codes = _decode(path, "I;16").astype(np.float32)
-    return torch.from_numpy(np.where(codes == 0, np.float32(np.nan), codes / np.float32(per_metre)))
+    return torch.from_numpy(np.where(codes == 0, np.float32(np.nan), codes / np.float32(DEPTH_PER_METRE)))
 
 
-def unrounded(
-    depth: Tensor,  # [...] float32, metres, of `read_depth_png`
-) -> Tensor:  # [...] float64
+def unrounded(depth: Tensor) -> Tensor:  # [...] float32, metres, of `read_depth_png` -> [...] float64
     """Undo float32's rounding of a depth map: return the file's whole numbers over 5000."""
     return (depth.double() * DEPTH_PER_METRE).round() / DEPTH_PER_METRE
 
@@ -257,10 +233,7 @@ def _rows(path: Path, columns: int) -> list[tuple[int, list[str]]]:
 
 
 def _inside(path: Path, line: int, name: str) -> str:
-    """Return the name.
-
-    Raises UserError where it leaves the folder: a downloaded list must not reach other files.
-    """
+    """Return the name. Raises UserError where it leaves the folder: a downloaded list must not reach other files."""
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise UserError(f"{path}: line {line}: {name!r} lies outside of the folder")
     return name

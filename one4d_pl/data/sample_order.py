@@ -1,18 +1,14 @@
 """The sample at each position of the training stream: a pure function of (seed, position).
 
-1. The stream of global positions 0, 1, 2 ... is endless and does not depend on ranks, workers or
-   the ends of epochs.
-2. The mixture's weights decide which source has its turn at a position, by a fixed cycle of 1000
-   turns.
-3. Each source walks its own permutation, a new one per epoch: its shards are permuted, then its
-   samples within consecutive blocks of `block_shards` shards, so reads stay near each other on
-   Lustre and object stores.
+1. The stream of global positions 0, 1, 2 ... is endless and does not depend on ranks, workers or the ends of epochs.
+2. The mixture's weights decide which source has its turn at a position, by a fixed cycle of 1000 turns.
+3. Each source walks its own permutation, a new one per epoch: its shards are permuted, then its samples within
+   consecutive blocks of `block_shards` shards, so reads stay near each other on Lustre and object stores.
 4. An optimiser step takes `global_batch` positions; position n goes to rank n mod world.
 5. Every random draw of a sample (task, noise ...) is seeded by (seed, position, purpose).
 
-So the step is all that resuming needs, and another world size loses and repeats nothing.
-Permutations sort the raw words of PCG64, which numpy promises never to change, unlike
-`Generator.permutation`.
+So the step is all that resuming needs, and another world size loses and repeats nothing. Permutations sort the raw
+words of PCG64, which numpy promises never to change, unlike `Generator.permutation`.
 """
 
 from __future__ import annotations
@@ -48,15 +44,11 @@ class MixtureOrder:
 
     def __init__(
         self,
-        sizes_per_source: Sequence[Sequence[int]],  # per source: samples of each shard, in manifest order
-        weights: Sequence[float],  # relative; > 0
+        sizes_per_source: Sequence[Sequence[int]],  # per source: samples of each shard (>= 1), in manifest order
+        weights: Sequence[float],  # relative; the config has checked that every source has its turns
         seed: int,
         block_shards: int,  # shards whose samples are shuffled together
     ) -> None:
-        if len(weights) != len(sizes_per_source) or not weights:
-            raise ValueError(f"{len(sizes_per_source)} sources need as many weights, got {len(weights)}")
-        if seed < 0 or block_shards < 1:
-            raise ValueError(f"seed must be >= 0 and block_shards >= 1, got {seed} and {block_shards}")
         self._turns = _cycle_of_turns(weights, seed)  # [CYCLE], the source at each turn
         owns = self._turns == np.arange(len(weights))[:, None]  # [sources, CYCLE]
         self._turns_before = np.cumsum(owns, axis=1) - owns  # [sources, CYCLE], within the cycle
@@ -66,8 +58,6 @@ class MixtureOrder:
 
     def locate(self, position: int) -> Place:
         """Return the place of the sample at a position of the stream."""
-        if position < 0:
-            raise ValueError(f"position must be >= 0, got {position}")
         cycle, turn = divmod(position, CYCLE)
         source = int(self._turns[turn])
         visit = cycle * int(self._turns_per_cycle[source]) + int(self._turns_before[source, turn])
@@ -82,8 +72,6 @@ class MixtureOrder:
         """
         place = self.locate(position)
         others = self._walks[place.source].num_samples - 1
-        if others < 1:
-            raise ValueError(f"source {place.source} has one sample only, nothing can replace it")
         start = derived_seed(self._seed, position, "replacement start") % others
         stride = 1 + derived_seed(self._seed, position, "replacement stride") % others
         while math.gcd(stride, others) > 1:
@@ -114,8 +102,6 @@ class _Walk:
 
     def __init__(self, sizes: Sequence[int], seed: int, source: int, block_shards: int) -> None:
         self._sizes = np.asarray(sizes, dtype=np.int64)
-        if not len(sizes) or self._sizes.min() < 1:
-            raise ValueError(f"source {source}: every shard must hold a sample, got {list(sizes)}")
         self._starts = np.cumsum(self._sizes) - self._sizes  # index of each shard's first sample
         self._seed, self._source, self._block_shards = seed, source, block_shards
         self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # permuted shards, end of each block
@@ -151,13 +137,9 @@ def _remember(memory: dict[Key, Value], key: Key, compute: Callable[[], Value]) 
 def _cycle_of_turns(weights: Sequence[float], seed: int) -> np.ndarray:  # [CYCLE] int64
     """Give each turn a source: interleaved by weight, then shuffled in short blocks."""
     relative = np.asarray(weights, dtype=np.float64)
-    if not np.isfinite(relative).all() or relative.min() <= 0:
-        raise ValueError(f"weights must be finite and > 0, got {list(weights)}; leave a source out instead")
     exact = relative / relative.sum() * CYCLE
     quota = np.floor(exact)
     quota[np.argsort(quota - exact, kind="stable")[: CYCLE - int(quota.sum())]] += 1  # largest remainders
-    if quota.min() < 1:
-        raise ValueError(f"weights {list(weights)}: a source below {100 / CYCLE} % of the mixture never has its turn")
     turns = np.empty(CYCLE, dtype=np.int64)
     taken = np.zeros(len(quota))
     for turn in range(CYCLE):
@@ -177,17 +159,7 @@ def permutation(count: int, entropy: tuple[int, int, int, int, int]) -> np.ndarr
 
 
 def rank_positions(step: int, global_batch: int, rank: int, world: int) -> range:
-    """Return the positions of a rank at an optimiser step, in order.
-
-    Position n goes to rank n mod world.
-
-    Raises ValueError, naming the legal world sizes, where `world` does not divide `global_batch`.
-    """
-    if global_batch < 1 or world < 1 or global_batch % world:
-        legal = [n for n in range(1, global_batch + 1) if global_batch % n == 0]
-        raise ValueError(f"global batch {global_batch} cannot be split over {world} ranks; possible are {legal}")
-    if not 0 <= rank < world or step < 0:
-        raise ValueError(f"need 0 <= rank < world and step >= 0, got rank {rank} of {world} at step {step}")
+    """Return the positions of a rank at an optimiser step, in order; position n goes to rank n mod world."""
     return range(step * global_batch + rank, (step + 1) * global_batch, world)
 
 
@@ -198,10 +170,7 @@ def derived_seed(seed: int, position: int, purpose: str) -> int:
 
 
 def derived_generator(seed: int, position: int, purpose: str) -> torch.Generator:
-    """Make the CPU generator for one random draw of one sample, e.g. purpose "noise".
-
-    The generator keeps 32 bits of the seed.
-    """
+    """Make the CPU generator (it keeps 32 bits of the seed) for one draw of one sample, e.g. purpose "noise"."""
     return torch.Generator().manual_seed(derived_seed(seed, position, purpose))
 
 

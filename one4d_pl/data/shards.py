@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from one4d_pl.data.clip_codec import decode_clip, encode_clip, validate_clip
+from one4d_pl.data.clip_codec import clip_fault, decode_clip, encode_clip
 from one4d_pl.data.ranged_reads import ShardSetError, StoreError, one_line
 from one4d_pl.data.tar_set import (
     MANIFEST_NAME,
@@ -30,10 +30,7 @@ class ShardSet(TarSet):
     """Random access to the clips of one folder of raw shards."""
 
     def read(self, index: int) -> Clip:
-        """Read and check one clip.
-
-        Raises SampleError for whatever is wrong with it, StoreError where the store fails.
-        """
+        """Read and check one clip; SampleError for whatever is wrong with it, StoreError where the store fails."""
         shard, entry = self.locate(index)
         try:
             return decode_clip(self.fetch(shard, entry), entry.key, (entry.num_frames, entry.height, entry.width))
@@ -44,12 +41,10 @@ class ShardSet(TarSet):
 
 
 def pack_clip(clip: Clip, scene: str = "", benchmark: str = "") -> tuple[SampleEntry, bytes]:
-    """Pack a clip as it will stand in a shard.
-
-    Raises ValueError, naming its key, where it breaks the schema.
-    """
-    validate_clip(clip)
+    """Pack a clip as it will stand in a shard. Raises ValueError, naming its key, where it breaks the schema."""
     try:
+        if fault := clip_fault(clip):
+            raise ValueError(fault)
         content = tar_bytes(clip.key, encode_clip(clip))
     except ValueError as error:
         raise ValueError(f"{clip.key}: {error}") from error
@@ -66,8 +61,6 @@ def write_shards(clips: Iterable[Clip], folder: str | Path, samples_per_shard: i
     without a manifest is no shard set and may be written again.
     """
     folder = Path(folder)
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
     if (folder / MANIFEST_NAME).exists():
         raise ShardSetError(f"{folder}: already holds shards; remove the folder or choose another")
     folder.mkdir(parents=True, exist_ok=True)
@@ -88,10 +81,7 @@ def write_shards(clips: Iterable[Clip], folder: str | Path, samples_per_shard: i
 
 
 def _checked(clips: Iterable[Clip], origins: set[Origin]) -> Iterator[Clip]:
-    """Yield the clips.
-
-    Raises ValueError unless keys are unique and source, domain and licence the same in all.
-    """
+    """Yield the clips. Raises ValueError unless keys are unique and source, domain and licence the same in all."""
     keys: set[str] = set()
     for clip in clips:
         if clip.key in keys:

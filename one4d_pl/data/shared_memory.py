@@ -1,7 +1,4 @@
-"""The shared memory that clips from the loaders' workers need.
-
-Where it is too small, training would hang.
-"""
+"""The shared memory that clips from the loaders' workers need; where it is too small, training would hang."""
 
 from __future__ import annotations
 

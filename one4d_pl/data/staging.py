@@ -1,12 +1,10 @@
 """An unfinished tar set, whose units any processes on any machines finish in any order.
 
-1. A unit is a named part of the work (a trajectory, a clip). Its packed samples are written as
-   pieces into `.staging`; then a record makes the unit finished. A killed process loses the unit it
-   was working on, and nothing else.
-2. `assemble` turns the pieces of finished units, in the plan's order, into shards; one process does
-   it at a time. So the shards' bytes do not depend on which process made what, when or how often.
-3. After the last shard `dropped.jsonl` and then the manifest are written, and `.staging` is
-   removed.
+1. A unit is a named part of the work (a trajectory, a clip). Its packed samples are written as pieces into `.staging`;
+   then a record makes the unit finished. A killed process loses the unit it was working on, and nothing else.
+2. `assemble` turns the pieces of finished units, in the plan's order, into shards; one process does it at a time. So
+   the shards' bytes do not depend on which process made what, when or how often.
+3. After the last shard `dropped.jsonl` and then the manifest are written, and `.staging` is removed.
 """
 
 from __future__ import annotations
@@ -50,10 +48,7 @@ class Dropped:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a set will be made of.
-
-    A run goes on where another stopped only if their plans are equal.
-    """
+    """What a set will be made of. A run goes on where another stopped only if their plans are equal."""
 
     units: list[str]
     samples_per_shard: int
@@ -68,10 +63,7 @@ class Plan:
 
 
 def is_finished(folder: Path, kind: str, recipe: Recipe) -> bool:
-    """Tell whether the set is whole already.
-
-    Raises ShardSetError where it was made with other settings.
-    """
+    """Tell whether the set is whole already. Raises ShardSetError where it was made with other settings."""
     try:
         manifest = Manifest.from_json((folder / MANIFEST_NAME).read_text(), (kind,))
     except FileNotFoundError:
@@ -85,10 +77,7 @@ def is_finished(folder: Path, kind: str, recipe: Recipe) -> bool:
 
 
 class Staging:
-    """The unfinished set of one folder.
-
-    Safe to open in many processes: every file appears by one rename.
-    """
+    """The unfinished set of one folder. Safe to open in many processes: every file appears by one rename."""
 
     def __init__(self, folder: Path, plan: Plan) -> None:
         self.folder, self.plan = folder, plan
@@ -138,8 +127,7 @@ class Staging:
     def assemble(self) -> bool:
         """Make the shards that can be made; return True once the set is whole.
 
-        Nothing happens while another process assembles. Raises ShardSetError where units do not fit
-        together.
+        Nothing happens while another process assembles. Raises ShardSetError where units do not fit together.
         """
         if (self.folder / MANIFEST_NAME).exists():
             return True
@@ -166,10 +154,7 @@ class Staging:
         return self.path / f"shard-{shard:06d}.json"
 
     def _read(self, path: Path) -> dict:
-        """Read a json file that this module has written.
-
-        Raises ShardSetError where the disk has damaged it.
-        """
+        """Read a json file that this module has written. Raises ShardSetError where the disk has damaged it."""
         try:
             return json.loads(path.read_text(encoding="utf-8"))
         except ValueError as error:
@@ -177,10 +162,7 @@ class Staging:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[bool]:
-        """Yield whether this process holds the lock.
-
-        The kernel frees the lock of a process that dies.
-        """
+        """Yield whether this process holds the lock. The kernel frees the lock of a process that dies."""
         with (self.path / "lock").open("w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -247,8 +229,7 @@ class Staging:
         )
         with open_whole(self.folder / MANIFEST_NAME, self.path) as file:
             file.write(manifest.to_json().encode())
-        # errors are ignored: others may still write units beyond the limit; is_finished removes the
-        # rest
+        # errors are ignored: others may still write units beyond the limit; is_finished removes the rest
         shutil.rmtree(self.path, ignore_errors=True)
 
 

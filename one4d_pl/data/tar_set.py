@@ -1,10 +1,9 @@
 """Sets of tars that are read by byte range: the manifest, reader and writer of every kind of shard.
 
-1. A folder holds `shard-000000.tar` ... and `manifest.json`, written last: without it a folder is
-   no set.
+1. A folder holds `shard-000000.tar` ... and `manifest.json`, written last: without it a folder is no set.
 2. A shard is a plain WebDataset tar; the members of one sample lie side by side.
-3. The manifest lists each sample's byte range and CRC-32, so a reader needs one ranged read per
-   sample, locally or through any fsspec URL, and a flipped byte is always noticed.
+3. The manifest lists each sample's byte range and CRC-32, so a reader needs one ranged read per sample, locally or
+   through any fsspec URL, and a flipped byte is always noticed.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from one4d_pl.files import open_whole
 
 MANIFEST_NAME = "manifest.json"
 SAFE_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
-VERIFY_CHUNK = 1 << 23  # bytes
 SPLITS = ("all", "train", "val")
 
 Recipe = dict[str, str | int | float | bool | None]
@@ -143,10 +141,7 @@ class Manifest:
 
 @dataclass(frozen=True)
 class TarSet:
-    """Random access to the samples of one folder.
-
-    Holds no open file, so workers may fork or pickle it.
-    """
+    """Random access to the samples of one folder. Holds no open file, so workers may fork or pickle it."""
 
     kind: ClassVar[str] = "raw"
     remedy: ClassVar[str] = "make it with: python -m data_prep.write_shards --source ... --root ... --out {folder}"
@@ -158,10 +153,7 @@ class TarSet:
 
     @classmethod
     def open(cls, location: str | Path, reader: RangeReader = PLAIN_READER) -> Self:
-        """Read the manifest of a folder or fsspec URL.
-
-        ShardSetError tells how to make a missing or broken one.
-        """
+        """Read the manifest of a folder or fsspec URL. ShardSetError tells how to make a missing or broken one."""
         folder = str(location).rstrip("/")
         return cls.of(folder, read_manifest(folder, (cls.kind,), cls.remedy.format(folder=folder), reader), reader)
 
@@ -197,45 +189,14 @@ class TarSet:
         return shard, shard.samples[index - self.starts[number]]
 
     def fetch(self, shard: ShardEntry, entry: SampleEntry) -> bytes:
-        """Read and check the bytes of one sample.
-
-        Raises ValueError where they are wrong, StoreError if the store fails.
-        """
+        """Read and check the bytes of one sample; ValueError where they are wrong, StoreError if the store fails."""
         return self.reader.read(f"{self.location}/{shard.name}", entry.offset, entry.offset + entry.size, entry.crc32)
-
-    def verify(self) -> None:
-        """Compare every shard with the manifest's size and sha256.
-
-        ShardSetError lists those that differ.
-        """
-        different = []
-        for shard in self.manifest.shards:
-            digest, size = hashlib.sha256(), 0
-            try:
-                for start in range(0, shard.bytes, VERIFY_CHUNK):
-                    end = min(start + VERIFY_CHUNK, shard.bytes)
-                    end += end == shard.bytes  # one more, to notice a file that is too long
-                    chunk = self.reader.read_unchecked(f"{self.location}/{shard.name}", start, end)
-                    digest.update(chunk)
-                    size += len(chunk)
-                    if len(chunk) < VERIFY_CHUNK:
-                        break  # the file ends here, whatever the manifest says
-            except FileNotFoundError:
-                different.append(f"{shard.name} is missing")
-            else:
-                if (digest.hexdigest(), size) != (shard.sha256, shard.bytes):
-                    different.append(f"{shard.name} differs ({size} bytes, written {shard.bytes})")
-        if different:
-            raise ShardSetError(f"{self.location}: {'; '.join(different)}")
 
 
 def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str, reader: RangeReader) -> Manifest:
-    """Read the manifest of a folder or fsspec URL.
-
-    Raises ShardSetError, with the remedy, where it is missing or broken.
-    """
+    """Read the manifest of a folder or URL; ShardSetError, with the remedy, where it is missing or broken."""
     try:
-        return Manifest.from_json(reader.read_unchecked(f"{folder}/{MANIFEST_NAME}").decode(), kinds)
+        return Manifest.from_json(reader.read_whole(f"{folder}/{MANIFEST_NAME}").decode(), kinds)
     except FileNotFoundError as error:
         raise ShardSetError(f"{folder}: no {MANIFEST_NAME}; {remedy}") from error
     except StoreError:
@@ -249,8 +210,7 @@ def read_manifest(folder: str, kinds: tuple[str, ...], remedy: str, reader: Rang
 def tar_bytes(key: str, members: dict[str, bytes]) -> bytes:
     """Write one sample as it stands in a tar: headers, contents, padding; no end of archive."""
     buffer = io.BytesIO()
-    # encoder=False, since the members are bytes already; fixed owner, mode and time give equal
-    # bytes
+    # encoder=False, since the members are bytes already; fixed owner, mode and time give equal bytes
     with TarWriter(buffer, user="", group="", mode=0o444, mtime=0, compress=False, encoder=False) as tar:
         tar.write({"__key__": key, **members})
         end = tar.tarstream.offset

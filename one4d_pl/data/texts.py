@@ -1,8 +1,7 @@
 """Captions and licences as datasets hold them: what is text, what is missing, what an error.
 
-null, NaN (which pandas writes for an empty cell) and the words that programs write for them mean
-that there is no text. A caption may be missing, a licence may not. Any other type (a number, a
-list) is an error, never turned into text.
+null, NaN (which pandas writes for an empty cell) and the words that programs write for them mean that there is no text.
+A caption may be missing, a licence may not. Any other type (a number, a list) is an error, never turned into text.
 """
 
 from __future__ import annotations
@@ -20,10 +19,7 @@ def is_missing(value: object) -> bool:
 
 
 def caption_text(value: object) -> str:
-    """Return the caption as it stands, "" where there is none.
-
-    Raises ValueError where it is something else.
-    """
+    """Return the caption as it stands, "" where there is none. Raises ValueError where it is something else."""
     if is_missing(value):
         return ""
     if not isinstance(value, str):

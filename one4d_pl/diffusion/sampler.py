@@ -13,9 +13,8 @@ from torch import Tensor
 def sampling_sigmas(steps: int) -> np.ndarray:  # [steps]
     """Return the sigma at which each step begins, before the shift: from 1 down by 1 / steps.
 
-    The last step ends at 0. This is Wan's schedule (`get_sampling_sigmas` of its repository).
-    Diffusers' default for Euler ends at its smallest training sigma, close to 0, and then steps to
-    0, which wastes one call of the model.
+    The last step ends at 0. This is Wan's schedule (`get_sampling_sigmas` of its repository). Diffusers' default for
+    Euler ends at its smallest training sigma, close to 0, and then steps to 0, which wastes one call of the model.
     """
     return np.linspace(1, 0, steps + 1)[:steps]
 
@@ -39,8 +38,7 @@ def integrate(
     scheduler.set_timesteps(sigmas=sampling_sigmas(steps), device=noise.device)  # shifts them and ends at 0
     latents = noise
     for i, timestep in enumerate(scheduler.timesteps):
-        # UniPC rounds its timesteps to whole numbers, a little off its sigmas; diffusers calls the
-        # base with those
+        # UniPC rounds its timesteps to whole numbers, a little off its sigmas; diffusers calls the base with those
         sigma = (timestep / 1000).to(torch.float32).expand(len(latents))
         latents = scheduler.step(velocity(latents, sigma).float(), timestep, latents, return_dict=False)[0]
         on_step(i + 1)

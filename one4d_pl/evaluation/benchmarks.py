@@ -36,7 +36,7 @@ from one4d_pl.data.rgbd_folder import (
 )
 from one4d_pl.errors import UserError
 from one4d_pl.evaluation.formats import read_cam, read_dpt
-from one4d_pl.toy.world import FPS, render_clip
+from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Clip
 
 SINTEL_CAMERAS = (
@@ -73,7 +73,6 @@ class EvalSequence(ABC):
     name: str
     num_frames: int
     scores: tuple[str, ...]  # of "depth" and "cameras"
-    fps: float
 
     @property
     def zooms(self) -> bool:
@@ -96,11 +95,6 @@ class EvalSequence(ABC):
     def read_cameras(self) -> tuple[Tensor, Tensor]:  # intrinsics [T, 3, 3] float64, cam2world [T, 4, 4] float64
         """Read the true cameras: OpenCV axes, pixels with centres at +0.5."""
 
-    @property
-    @abstractmethod
-    def timestamps(self) -> Tensor:  # [T] float64
-        """Return the times of the ground truth, as the benchmark counts them."""
-
 
 @dataclass(frozen=True)
 class SintelSequence(EvalSequence):
@@ -121,10 +115,6 @@ class SintelSequence(EvalSequence):
         intrinsics, cam2world = zip(*(read_cam(path) for path in self._paths("camdata_left", ".cam")))
         return torch.stack(intrinsics), torch.stack(cam2world)
 
-    @property
-    def timestamps(self) -> Tensor:
-        return torch.tensor([float(path.stem.split("_")[-1]) for path in self._paths("final", ".png")]).double()
-
 
 @dataclass(frozen=True)
 class RGBDFolderSequence(EvalSequence):
@@ -134,7 +124,6 @@ class RGBDFolderSequence(EvalSequence):
     depths: tuple[StampedFile | None, ...]  # None = no depth map for this image
     camera: str  # whose intrinsics
     cam2world: Tensor  # [T, 4, 4] float64
-    camera_times: Tensor  # [T] float64
 
     def read_frames(self) -> Tensor:
         return torch.stack([read_rgb_png(image.path) for image in self.images])
@@ -148,10 +137,6 @@ class RGBDFolderSequence(EvalSequence):
 
     def read_cameras(self) -> tuple[Tensor, Tensor]:
         return camera_intrinsics(self.camera).double().expand(self.num_frames, 3, 3), self.cam2world
-
-    @property
-    def timestamps(self) -> Tensor:
-        return self.camera_times
 
 
 @dataclass(frozen=True)
@@ -181,16 +166,11 @@ class ToySequence(EvalSequence):
         clip = self.clip()
         return clip.intrinsics.double(), clip.cam2world.double()
 
-    @property
-    def timestamps(self) -> Tensor:
-        return torch.arange(self.num_frames, dtype=torch.float64)
-
 
 def open_benchmark(name: str, root: Path | None, only: tuple[str, ...] = ()) -> list[EvalSequence]:
     """Open the sequences of a benchmark, all or those named in `only`.
 
-    They are checked to be complete before anything is read; UserError says in one line what is
-    missing.
+    They are checked to be complete before anything is read; UserError says in one line what is missing.
     """
     if name not in NAMES:
         raise UserError(f"benchmark {name!r}, need one of {', '.join(NAMES)}")
@@ -199,7 +179,8 @@ def open_benchmark(name: str, root: Path | None, only: tuple[str, ...] = ()) -> 
         raise UserError(f"{name}: no sequence {unknown[0]}; it has {', '.join(listed)}")
     wanted = [sequence for sequence in listed if not only or sequence in only]
     if name == "toy":
-        return [_open_toy(sequence) for sequence in wanted]
+        both = ("depth", "cameras")
+        return [ToySequence(toy, TOY_SHAPE[0], both, int(toy.removeprefix("toy_"))) for toy in wanted]
     family = name.split("_")[0]
     if root is None or not root.is_dir():
         raise UserError(f"{name}: no folder at {root}; {DOWNLOAD_HINTS[family]}, then say where with --root")
@@ -221,11 +202,6 @@ def _render(seed: int, shape: tuple[int, int, int]) -> Clip:
     return render_clip(seed, *shape)
 
 
-def _open_toy(sequence: str) -> ToySequence:
-    seed = int(sequence.removeprefix("toy_"))
-    return ToySequence(sequence, TOY_SHAPE[0], ("depth", "cameras"), FPS, seed)
-
-
 def _open_sintel(root: Path, sequence: str) -> SintelSequence:
     training = root / "training" if (root / "training").is_dir() else root
     count = SINTEL_FRAMES.get(sequence, 50)
@@ -235,12 +211,13 @@ def _open_sintel(root: Path, sequence: str) -> SintelSequence:
         found = len(numbered_files(folder, (f".{suffix}",), "frame_")) if folder.is_dir() else 0
         if found != count:
             raise UserError(f"sintel: {found} .{suffix} files in {folder}, need {count}; {DOWNLOAD_HINTS['sintel']}")
-    return SintelSequence(sequence, count, scores, 24.0, training)
+    return SintelSequence(sequence, count, scores, training)
 
 
 def _open_bonn(root: Path, sequence: str) -> RGBDFolderSequence:
     folder = _sequence_folder(root, f"rgbd_bonn_{sequence}", "bonn")
-    images, depths = (_list_folder_pngs(folder, kind)[BONN_SLICE] for kind in ("rgb", "depth"))
+    # the published preparation sorts file names: the text files beside them are not read
+    images, depths = (list_pngs(folder / kind)[BONN_SLICE] for kind in ("rgb", "depth"))
     count = BONN_SLICE.stop - BONN_SLICE.start
     if len(images) != count or len(depths) != count:
         raise UserError(
@@ -252,9 +229,8 @@ def _open_bonn(root: Path, sequence: str) -> RGBDFolderSequence:
     pairs = associate(times, trajectory.timestamps, BONN_MAX_DIFFERENCE)
     if len(pairs) != count:
         raise UserError(f"bonn: {count - len(pairs)} images of {folder} have no camera in groundtruth.txt")
-    rows = torch.tensor([row for _, row in pairs])
-    cam2world = bonn_cam2world(trajectory.cam2world[rows])
-    return RGBDFolderSequence(sequence, count, ("depth",), 30.0, tuple(images), tuple(depths), "bonn", cam2world, times)
+    cam2world = bonn_cam2world(trajectory.cam2world[torch.tensor([row for _, row in pairs])])
+    return RGBDFolderSequence(sequence, count, ("depth",), tuple(images), tuple(depths), "bonn", cam2world)
 
 
 def _open_tum(root: Path, sequence: str, count: int) -> RGBDFolderSequence:
@@ -268,18 +244,10 @@ def _open_tum(root: Path, sequence: str, count: int) -> RGBDFolderSequence:
         raise UserError(f"tum: {folder}: {missing}, need {count} images; {DOWNLOAD_HINTS['tum']}")
     depths = list_files(folder, "depth")
     depth_of = dict(associate(times, torch.tensor([d.timestamp for d in depths], dtype=torch.float64)))
-    rows = torch.tensor([row for _, row in pairs])
-    return RGBDFolderSequence(
-        sequence,
-        count,
-        ("cameras",),
-        30.0 / TUM_STRIDE,
-        tuple(images[i] for i, _ in pairs),
-        tuple(depths[depth_of[i]] if i in depth_of else None for i, _ in pairs),
-        "freiburg3",
-        trajectory.cam2world[rows],
-        trajectory.timestamps[rows],
-    )
+    cam2world = trajectory.cam2world[torch.tensor([row for _, row in pairs])]
+    chosen = tuple(images[i] for i, _ in pairs)
+    maps = tuple(depths[depth_of[i]] if i in depth_of else None for i, _ in pairs)
+    return RGBDFolderSequence(sequence, count, ("cameras",), chosen, maps, "freiburg3", cam2world)
 
 
 def _sequence_folder(root: Path, name: str, benchmark: str) -> Path:
@@ -288,11 +256,3 @@ def _sequence_folder(root: Path, name: str, benchmark: str) -> Path:
         if (folder / "groundtruth.txt").is_file():
             return folder
     raise UserError(f"{benchmark}: no {name}/groundtruth.txt under {root}; {DOWNLOAD_HINTS[benchmark]}")
-
-
-def _list_folder_pngs(folder: Path, kind: str) -> list[StampedFile]:
-    """List the folder's pngs by time.
-
-    Its text file is not read: the published preparation sorts file names.
-    """
-    return list_pngs(folder / kind) if (folder / kind).is_dir() else []

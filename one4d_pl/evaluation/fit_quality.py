@@ -2,11 +2,10 @@
 
 Rows are `PointmapErrors` after one scale and shift per clip, means over the clips:
 
-- trivial rows: `constant` (all points alike), `mean_pointmap` (of the training clips),
-  `first_frame` (the prediction's own frame 0 repeated: a scene that does not move);
-- the adapter: `video`, `sparse`, `image`; and two that must do badly, `video_other_clip` (frames
-  and caption of another clip as the condition) and `video_no_links` (the control links zeroed, so
-  that pointmaps cannot follow the frames);
+- trivial rows: `constant` (all points alike), `mean_pointmap` (of the training clips), `first_frame` (the prediction's
+  own frame 0 repeated: a scene that does not move);
+- the adapter: `video`, `sparse`, `image`; and two that must do badly, `video_other_clip` (frames and caption of another
+  clip as the condition) and `video_no_links` (the control links zeroed, so that pointmaps cannot follow the frames);
 - `ceiling`, the true pointmaps through the VAE and back.
 
 Frames are measured in dB against the true ones, given and hidden ones separately, beside the VAE's
@@ -16,7 +15,9 @@ round trip and the base's own inpainting. Depth and cameras are recovered from t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
@@ -68,8 +69,7 @@ def measure_fit(
     Args:
         pipeline: base plus adapter.
         base: the same base without one.
-        held_out: clips with their true frames, pointmaps and cameras, and statistics of the
-            training clips.
+        held_out: clips with their true frames, pointmaps and cameras, and statistics of the training clips.
     """
     clips, recovery = held_out.clips, held_out.recovery
     batch = collate(clips)
@@ -141,27 +141,25 @@ class ClipSampler:
         return torch.randn(2, *pipeline.encoders.latent_shape(*size), generator=generator)
 
 
-class links_zeroed:
-    """A context in which control links add nothing.
+@contextmanager
+def links_zeroed(pipeline: One4DPipeline, pattern: str = "*") -> Iterator[None]:
+    """Let control links add nothing for a while.
 
-    `pattern` chooses among the names of their weights (`block.rgb_to_xyz.weight` and so on);
-    ConfigError where none matches.
+    `pattern` chooses among the names of their weights (`block.rgb_to_xyz.weight` and so on); ConfigError where none
+    matches.
     """
-
-    def __init__(self, pipeline: One4DPipeline, pattern: str = "*") -> None:
-        named = dict(pipeline.transformer.links.named_parameters())
-        self.weights = [weight for name, weight in named.items() if fnmatch(name, pattern)]
-        if not self.weights:
-            raise ConfigError(f"links: none is called {pattern}; this adapter has {', '.join(named) or 'none'}")
-
-    def __enter__(self) -> None:
-        self.kept = [weight.detach().clone() for weight in self.weights]
-        for weight in self.weights:
+    named = dict(pipeline.transformer.links.named_parameters())
+    weights = [weight for name, weight in named.items() if fnmatch(name, pattern)]
+    if not weights:
+        raise ConfigError(f"links: none is called {pattern}; this adapter has {', '.join(named) or 'none'}")
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        for weight in weights:
             weight.data.zero_()
-
-    def __exit__(self, *error: object) -> None:
-        for weight, kept in zip(self.weights, self.kept, strict=True):
-            weight.data.copy_(kept)
+        yield
+    finally:
+        for weight, values in zip(weights, kept):
+            weight.data.copy_(values)
 
 
 def task_masks(task: Task, count: int, num_frames: int, seed: int) -> Tensor:  # [N, T] bool
@@ -185,13 +183,17 @@ def mean_errors(preds: Tensor, clips: list[Sample]) -> dict[str, float]:  # pred
     errors = []
     for points, clip in zip(preds, clips, strict=True):
         target = denormalise(clip.pointmap.movedim(0, -1), clip.scale).double()
-        errors.append(pointmap_errors(points.movedim(0, -1).double(), target, clip.valid, clip.moving, "scale_shift"))
+        errors.append(pointmap_errors(points.movedim(0, -1).double(), target, clip.valid, clip.moving))
     moving = [e for e in errors if int(e.num_moving)]
+
+    def mean(values: list[Tensor]) -> float:
+        return float(torch.stack(values).mean()) if values else math.nan
+
     return {
-        "rel_error": float(torch.stack([e.rel_error for e in errors]).mean()),
-        "inliers": float(torch.stack([e.inliers for e in errors]).mean()),
-        "rel_error_moving": float(torch.stack([e.rel_error_moving for e in moving]).mean()) if moving else float("nan"),
-        "inliers_moving": float(torch.stack([e.inliers_moving for e in moving]).mean()) if moving else float("nan"),
+        "rel_error": mean([e.rel_error for e in errors]),
+        "inliers": mean([e.inliers for e in errors]),
+        "rel_error_moving": mean([e.rel_error_moving for e in moving]),
+        "inliers_moving": mean([e.inliers_moving for e in moving]),
     }
 
 

@@ -4,8 +4,7 @@
 .cam  tag, float64 intrinsics [3, 3], float64 world-to-camera [3, 4] (OpenCV axes), so that
       x = intrinsics · [R | t] · X
 
-Sintel's pixel centres are integers (the principal point of 1024x436 is 511.5, 217.5); here they lie
-at +0.5.
+Sintel's pixel centres are integers (the principal point of 1024x436 is 511.5, 217.5); here they lie at +0.5.
 """
 
 from __future__ import annotations

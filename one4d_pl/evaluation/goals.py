@@ -1,8 +1,7 @@
 """Targets for adapters of the toy world's `clear` level, and which of them are met.
 
-The world itself has a target too: where the mean pointmap of the training clips is nearly right
-already, a good prediction proves nothing. Other levels are measured against the same targets,
-though these were not set for them.
+The world itself has a target too: where the mean pointmap of the training clips is nearly right already, a good
+prediction proves nothing. Other levels are measured against the same targets, though these were not set for them.
 """
 
 from __future__ import annotations

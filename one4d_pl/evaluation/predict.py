@@ -1,9 +1,8 @@
 """Run a model, or only its VAE, over a benchmark and store its prediction of each sequence.
 
-1. Place frames in the model's frame (`framing`): square pixels, about as many tokens as it was
-   trained with.
-2. Generate pointmaps in one pass of 4k+1 frames up to 113, or in overlapping windows of the trained
-   length (`inference.long_video`).
+1. Place frames in the model's frame (`framing`): square pixels, about as many tokens as it was trained with.
+2. Generate pointmaps in one pass of 4k+1 frames up to 113, or in overlapping windows of the trained length
+   (`inference.long_video`).
 3. Recover cameras and depth of one scene, and store it.
 
 The ceiling replaces step 2 by true pointmaps, normalised, encoded by the VAE and decoded. No model
@@ -12,7 +11,6 @@ on this base can be better than it. Without the VAE it measures the normalisatio
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from torch import Tensor
 from one4d_pl.data.sample_order import derived_generator
 from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.sweeps import sparse_indices
+from one4d_pl.geometry.camera import resize_crop_intrinsics, resize_nearest_valid
 from one4d_pl.geometry.pointmap import is_sky, normalise_pointmap
 from one4d_pl.geometry.se3 import rebase_to_first
 from one4d_pl.inference.long_video import fill_window, recover_video
@@ -69,29 +68,28 @@ class PredictOptions:
 
 def predict_sequence(
     pipeline: One4DPipeline,
-    sequence: EvalSequence,
     options: PredictOptions,
+    sequence: EvalSequence,
     folder: Path,  # of this sequence's prediction
-    on_step: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Generate pointmaps for one sequence, recover cameras and depth, and store them."""
     frames = sequence.read_frames()
     framing = options.framing((frames.shape[1], frames.shape[2]))
-    placed, _ = framing.place_frames(frames, torch.eye(3).expand(len(frames), 3, 3))
+    placed = framing.place_frames(frames)
     frame_mask, windows = options.frame_mask(len(frames)), options.windows(len(frames))
 
     def noise(window: int, shape: tuple[int, ...]) -> Tensor:
         return draw_noise(shape, sequence.name, window, options.seed)
 
-    _, points = pipeline.sample_windows(sequence.caption(), to_network(placed), frame_mask, windows, noise, on_step)
-    points = tuple(_cut(framing, part) for part in points)
+    _, points = pipeline.sample_windows(sequence.caption(), to_network(placed), frame_mask, windows, noise)
+    points = tuple(framing.cut(part.movedim(-1, 0)).movedim(0, -1) for part in points)
     _store(recover_video(windows, points, _recovery(sequence)), windows, framing, frame_mask, folder)
 
 
 def ceiling_sequence(
     encoder: FrozenSampleEncoder | None,  # None = without the VAE: normalisation and solver alone
-    sequence: EvalSequence,
     options: PredictOptions,
+    sequence: EvalSequence,
     folder: Path,
 ) -> None:
     """Store what true pointmaps give after normalisation, VAE and post-optimisation."""
@@ -99,22 +97,16 @@ def ceiling_sequence(
     intrinsics, cam2world = sequence.read_cameras()
     cam2world = rebase_to_first(cam2world).float()  # float32 is exact enough only near the origin
     framing = options.framing((depth.shape[1], depth.shape[2]))
-    blank = torch.zeros(*depth.shape, 3, dtype=torch.uint8)
-    _, intrinsics = framing.place_frames(blank, intrinsics.float())
-    placed = framing.place_map(depth)
+    inner = framing.inner_height, framing.inner_width
+    intrinsics = resize_crop_intrinsics(intrinsics.float(), (depth.shape[1], depth.shape[2]), inner)
+    placed = resize_nearest_valid(depth, *inner)
     windows = options.windows(len(depth))
     pointmaps, masks = [], []
     for window in windows:
         part = slice(window.start, window.stop)
-        true_depth = placed[part]
-        geometry = normalise_pointmap(
-            true_depth,
-            true_depth.isfinite() & (true_depth > 0),
-            intrinsics[part],
-            cam2world[part],
-            options.far_limit,
-            options.z_offset,
-        )
+        known = placed[part].isfinite() & (placed[part] > 0)
+        limits = options.far_limit, options.z_offset
+        geometry = normalise_pointmap(placed[part], known, intrinsics[part], cam2world[part], *limits)
         points, valid = geometry.points, geometry.valid
         if encoder is not None:
             points = _through_vae(encoder, points, window, framing)
@@ -128,10 +120,7 @@ def ceiling_sequence(
 def _through_vae(encoder: FrozenSampleEncoder, points: Tensor, window: Window, framing: Framing) -> Tensor:
     """Encode and decode points [T, h, w, 3]; bars of the frame repeat the pointmap's edge."""
     encoders, codec = encoder.encoders, encoder.codec
-    video = fill_window(points.permute(3, 0, 1, 2), window)
-    top, left = framing.bars
-    right, bottom = framing.width - framing.inner_width - left, framing.height - framing.inner_height - top
-    video = torch.nn.functional.pad(video, (left, right, top, bottom), mode="replicate")
+    video = framing.with_bars(fill_window(points.permute(3, 0, 1, 2), window), "replicate")
     latents = codec.encode(encoders, video[None].to(encoders.latents_mean.device))
     decoded = codec.decode(encoders, latents)[0].cpu()
     return framing.cut(decoded)[:, : window.stop - window.start].permute(1, 2, 3, 0)
@@ -141,18 +130,12 @@ def _recovery(sequence: EvalSequence) -> RecoverOptions:
     return RecoverOptions(shared_focal=False if sequence.zooms else None)
 
 
-def _cut(framing: Framing, maps: Tensor) -> Tensor:  # [t, height, width, 3] -> [t, inner_height, inner_width, 3]
-    return framing.cut(maps.movedim(-1, 0)).movedim(0, -1)
-
-
 def _store(
     scene: RecoveredScene, windows: tuple[Window, ...], framing: Framing, frame_mask: Tensor, folder: Path
 ) -> None:
     given = tuple(frame_mask.nonzero()[:, 0].tolist())
-    report = report_dict(scene.report) | {
-        "windows": [[window.start, window.stop, window.length] for window in windows],
-        "model_size": [framing.height, framing.width],
-    }
+    passes = [[window.start, window.stop, window.length] for window in windows]
+    report = report_dict(scene.report) | {"windows": passes, "model_size": [framing.height, framing.width]}
     write_prediction(folder, Prediction.of(scene, framing.placement, given), report)
 
 

@@ -9,14 +9,12 @@ one4d       geo4d's with the exact L1 minimum instead of Adam (One4D: "following
 scale_only  cut3r's with the exact L1 minimum: no published table uses it; what cut3r would give if
             it converged
 
-monst3r, geo4d and cut3r are the published computations themselves, early stops included, in
-float32; where a repository reads the truth as float64 (Bonn in MonST3R and CUT3R), in float64. See
-`metrics.published_fits`.
+monst3r, geo4d and cut3r are the published computations themselves, early stops included, in float32; where a repository
+reads the truth as float64 (Bonn in MonST3R and CUT3R), in float64. See `metrics.published_fits`.
 
-In all of them: one fit per sequence in depth; pixels with 0 < truth < 70 m; the depth mean over
-sequences weighs each by its scored pixels; the camera mean is unweighted over the sequences that
-evo can align (MonST3R drops the others, Geo4D records 0 for them and averages what is not 0). The
-mean over all sequences is always given beside it.
+In all of them: one fit per sequence in depth; pixels with 0 < truth < 70 m; the depth mean over sequences weighs each
+by its scored pixels; the camera mean is unweighted over the sequences that evo can align (MonST3R drops the others,
+Geo4D records 0 for them and averages what is not 0). The mean over all sequences is always given beside it.
 """
 
 from __future__ import annotations

@@ -12,13 +12,9 @@ from one4d_pl.config import Config, ConfigError, changes, flatten
 from one4d_pl.errors import reading
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark, sequence_names
 from one4d_pl.evaluation.pictures import save_pictures
-from one4d_pl.evaluation.predict import (
-    PredictOptions,
-    ceiling_sequence,
-    predict_sequence,
-)
+from one4d_pl.evaluation.predict import PredictOptions, ceiling_sequence, predict_sequence
 from one4d_pl.evaluation.protocols import Protocol
-from one4d_pl.evaluation.score import SequenceScore, score_benchmark
+from one4d_pl.evaluation.score import score_benchmark
 from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.tables import Row, write_report
 from one4d_pl.evaluation.vbench import generate_videos, read_i2v_prompts
@@ -57,19 +53,8 @@ class Request:
 
     def options(self, config: Config) -> PredictOptions:
         """Return how the model is shown the benchmark."""
-        data = config.data
-        return PredictOptions(
-            data.height,
-            data.width,
-            data.num_frames,
-            self.shape,
-            self.one_pass,
-            self.overlap,
-            self.sparsity,
-            self.seed,
-            data.far_limit,
-            data.z_offset,
-        )
+        data, shown = config.data, (self.shape, self.one_pass, self.overlap, self.sparsity, self.seed)
+        return PredictOptions(data.height, data.width, data.num_frames, *shown, data.far_limit, data.z_offset)
 
 
 @dataclass(frozen=True)
@@ -98,16 +83,18 @@ def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]
         bar = partial(Progress, desc=f"scoring {row.label}", total=len(sequences), unit="sequence")
         score = score_benchmark(request.bench, sequences, row.folder, request.protocol, request.processes, bar)
         rows.append(Row(row.label, score, row.settings))
-        if request.pictures:
-            _draw_pictures(request.out / "pictures" / row.folder.name, sequences, row.folder, score.sequences)
+        drawn = Progress(sequences, desc="drawing", unit="sequence") if request.pictures else ()
+        for sequence, one in zip(drawn, score.sequences):
+            path = find_prediction(row.folder, sequence.name)
+            assert path is not None  # it has just been scored
+            save_pictures(request.out / "pictures" / row.folder.name, sequence, read_prediction(path), one)
     return write_report(request.out, rows, len(sequence_names(request.bench)), request.sweep)
 
 
 def _select_sequences(request: Request, sequences: list[EvalSequence]) -> list[EvalSequence]:
     """Return all sequences, or those that score cameras where exactly these are predicted.
 
-    Sintel has cameras for 14 of its 23 sequences. Any other subset has to be named with
-    --sequences.
+    Sintel has cameras for 14 of its 23 sequences. Any other subset has to be named with --sequences.
     """
     assert request.predictions is not None
     with_cameras = [s for s in sequences if "cameras" in s.scores]
@@ -121,54 +108,28 @@ def _predict(
 ) -> list[_StoredRow]:
     device = device_of(config)
     encoder, options = None, request.options(config)
+    base: dict[str, object] = {"base": config.base.path, "base_fingerprint": fingerprint(config.base.path)}
     stored = []
     for folder in adapters:
         card = AdapterCard.read(folder)
         pipeline = One4DPipeline.open(card.configure(config), folder, device)
         encoder = FrozenSampleEncoder(pipeline.encoders, pipeline.transformer.codec)
-        model = _model_settings(config, folder, card)
+        model = base | {"adapters": str(folder), "step": card.step, "shift": card.shift}
+        model["precision"] = config.train.precision
         for label, variant, row_options in _variants(request, pipeline, options, card.step):
-            settings = model | {"sampler": asdict(variant.config), "options": asdict(row_options)}
-            settings |= {
-                "given": {str(n): sparse_indices(n, row_options.sparsity) for n in {s.num_frames for s in sequences}}
-            }
-            row = _StoredRow(label, request.out / "predictions" / label.replace(" ", "_"), settings)
-
-            def predict(
-                sequence: EvalSequence,
-                target: Path,
-                variant: One4DPipeline = variant,
-                row_options: PredictOptions = row_options,
-            ) -> None:
-                predict_sequence(variant, sequence, row_options, target)
-
-            _fill_folder(row, sequences, predict)
-            stored.append(row)
+            given = {str(n): sparse_indices(n, row_options.sparsity) for n in {s.num_frames for s in sequences}}
+            shown = {"sampler": asdict(variant.config), "options": asdict(row_options), "given": given}
+            predict = partial(predict_sequence, variant, row_options)
+            stored.append(_stored_row(request.out, label, model | shown, sequences, predict))
     if "ceiling" in request.rows and request.sweep is None:
         encoder = encoder or FrozenSampleEncoder.of(config, device)
         for label, encoder_used in (("ceiling with VAE", encoder), ("ceiling without VAE", None)):
-            settings = _model_settings(config, None, None) | {"options": asdict(options)}
+            settings = base | {"options": asdict(options)}
             if encoder_used is not None and encoder_used.codec.power != 1:
                 settings["pointmap_power"] = encoder_used.codec.power
-            row = _StoredRow(label, request.out / "predictions" / label.replace(" ", "_"), settings)
-
-            def predict_ceiling(
-                sequence: EvalSequence, target: Path, encoder_used: FrozenSampleEncoder | None = encoder_used
-            ) -> None:
-                ceiling_sequence(encoder_used, sequence, options, target)
-
-            _fill_folder(row, sequences, predict_ceiling)
-            stored.append(row)
+            ceiling = partial(ceiling_sequence, encoder_used, options)
+            stored.append(_stored_row(request.out, label, settings, sequences, ceiling))
     return stored
-
-
-def _model_settings(config: Config, adapters: Path | None, card: AdapterCard | None) -> dict[str, object]:
-    """Collect the settings that stored predictions of the same model share."""
-    model: dict[str, object] = {"base": config.base.path, "base_fingerprint": fingerprint(config.base.path)}
-    if card is not None:
-        model |= {"adapters": str(adapters), "step": card.step, "shift": card.shift}
-        model |= {"sampler": asdict(config.sampler), "precision": config.train.precision}
-    return model
 
 
 def _variants(
@@ -190,9 +151,16 @@ def _variants(
                 yield label, pipeline.with_settings(steps=int(value)), options
 
 
-def _fill_folder(row: _StoredRow, sequences: list[EvalSequence], predict: Callable[[EvalSequence, Path], None]) -> None:
-    """Predict what is not stored yet; ConfigError for a folder of other settings."""
-    path, text = row.folder / "settings.json", json.dumps(row.settings, indent=1, sort_keys=True) + "\n"
+def _stored_row(
+    out: Path,
+    label: str,
+    settings: dict[str, object],
+    sequences: list[EvalSequence],
+    predict: Callable[[EvalSequence, Path], None],
+) -> _StoredRow:
+    """Predict what a row's folder does not hold yet; ConfigError for a folder of other settings."""
+    row = _StoredRow(label, out / "predictions" / label.replace(" ", "_"), settings)
+    path, text = row.folder / "settings.json", json.dumps(settings, indent=1, sort_keys=True) + "\n"
     if path.is_file():
         stored = read_json(path)
         if not isinstance(stored, dict):
@@ -206,15 +174,7 @@ def _fill_folder(row: _StoredRow, sequences: list[EvalSequence], predict: Callab
     missing = [s for s in sequences if not (row.folder / s.name / "cameras.json").is_file()]
     for sequence in Progress(missing, desc=row.label, unit="sequence", disable=not missing):
         predict(sequence, row.folder / sequence.name)
-
-
-def _draw_pictures(
-    folder: Path, sequences: list[EvalSequence], stored: Path, scores: tuple[SequenceScore, ...]
-) -> None:
-    for sequence, score in zip(Progress(sequences, desc="drawing", unit="sequence"), scores):
-        path = find_prediction(stored, sequence.name)
-        assert path is not None
-        save_pictures(folder, sequence, read_prediction(path), score)
+    return row
 
 
 def generate_vbench(request: Request, config: Config, adapters: Path, ratio: str, fps: float) -> None:

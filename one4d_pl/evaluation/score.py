@@ -1,9 +1,8 @@
 """Score stored predictions: one sequence in memory at a time, several processes if asked.
 
-Depth maps are resampled to the image's pixels, aligned once per sequence over all its frames, and
-scored on all frames. Where the prediction says which frames the model was shown, those and the
-others are also scored apart. A prediction must have as many frames as the sequence: cameras are
-paired in their order.
+Depth maps are resampled to the image's pixels, aligned once per sequence over all its frames, and scored on all frames.
+Where the prediction says which frames the model was shown, those and the others are also scored apart. A prediction
+must have as many frames as the sequence: cameras are paired in their order.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from one4d_pl.interrupts import before_workers, uninterrupted
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.camera import camera_errors
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
-from one4d_pl.metrics.depth import DepthErrors, ScaleShift, align_depth, depth_errors
+from one4d_pl.metrics.depth import ScaleShift, align_depth, depth_errors
 from one4d_pl.scene.framing import nearest_to_image, to_image
 from one4d_pl.scene.predictions import Prediction, find_prediction, read_prediction
 
@@ -121,8 +120,7 @@ def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Predictio
         if prediction.depth is None:
             notes.append("no depth predicted")
         else:
-            depth, scale_shift, warnings = _score_depth(benchmark, sequence, prediction, protocol)
-            fit = float(scale_shift.scale), float(scale_shift.shift)
+            depth, fit, warnings = _score_depth(benchmark, sequence, prediction, protocol)
             notes += warnings
     if "cameras" in sequence.scores:
         if prediction.cam2world is None:
@@ -138,8 +136,8 @@ def score_sequence(benchmark: str, sequence: EvalSequence, prediction: Predictio
 
 def _score_depth(
     benchmark: str, sequence: EvalSequence, prediction: Prediction, protocol: Protocol
-) -> tuple[dict[str, DepthScore], ScaleShift, list[str]]:
-    """Return the scores by part, the alignment, and warnings."""
+) -> tuple[dict[str, DepthScore], tuple[float, float], list[str]]:
+    """Return the scores by part, the alignment's scale and shift, and warnings."""
     target = sequence.read_depth()  # [T, H, W]
     scored = target.isfinite() & (target > 0) & (target < protocol.max_depth.get(benchmark, math.inf))
     height, width = target.shape[1:]
@@ -170,8 +168,8 @@ def _score_depth(
     scores = {}
     for part in PARTS if partly else PARTS[:1]:
         frames = [part == "all" or (t in (observed or ())) == (part == "observed") for t in range(sequence.num_frames)]
-        scores[part] = _depth_score(_errors_of(preds, target, counts, frames))
-    return scores, fit, notes
+        scores[part] = _score_frames(preds, target, counts, frames)
+    return scores, (float(fit.scale), float(fit.shift)), notes
 
 
 def depth_warnings(
@@ -180,9 +178,8 @@ def depth_warnings(
 ) -> list[str]:
     """Warn of predictions that are no depth: not a number, zero, negative, or disparity.
 
-    The first three are named from 0.1 % of the pixels on. Disparity (1 / depth) is large where
-    depth is small: a rank correlation below -0.3 between the positive values and the truth shows
-    it, whatever their scale and shift.
+    The first three are named from 0.1 % of the pixels on. Disparity (1 / depth) is large where depth is small: a rank
+    correlation below -0.3 between the positive values and the truth shows it, whatever their scale and shift.
     """
     known = preds.isfinite()
     shares = {
@@ -190,8 +187,8 @@ def depth_warnings(
         "zero": float((preds == 0).double().mean()),
         "negative": float((known & (preds < 0)).double().mean()),
     }
-    notes = [f"predicted depth is {name} at {100 * share:.3g} % of the scored pixels" for name, share in shares.items()]
-    notes = [note for note, share in zip(notes, shares.values()) if share >= SUSPECT_SHARE]
+    suspect = {name: share for name, share in shares.items() if share >= SUSPECT_SHARE}
+    notes = [f"predicted depth is {name} at {100 * s:.3g} % of the scored pixels" for name, s in suspect.items()]
     usable = (known & (preds > 0)).nonzero()[:, 0]
     usable = usable[:: max(1, len(usable) // RANKED_PIXELS)]
     if len(usable) > 1 and _rank_correlation(preds[usable], target[usable]) < DISPARITY_CORRELATION:
@@ -219,8 +216,7 @@ def fit_warnings(
 ) -> list[str]:
     """Warn of a scale that is held at its limit, and of a unit that the protocol is not made for.
 
-    Where the unit matters, a prediction 100 times as large as the truth, or as small, is taken to
-    be in another one.
+    Where the unit matters, a prediction 100 times as large as the truth, or as small, is taken to be in another one.
     """
     notes = []
     if float(fit.scale) == protocol.lowest_scale:
@@ -246,15 +242,12 @@ def _rank_correlation(first: Tensor, second: Tensor) -> float:  # [N] each -> -1
     return float(ranks[0] @ ranks[1] / norms) if norms > 0 else 0.0
 
 
-def _errors_of(preds: Tensor, target: Tensor, counts: list[int], frames: list[bool]) -> DepthErrors:
+def _score_frames(preds: Tensor, target: Tensor, counts: list[int], frames: list[bool]) -> DepthScore:
     """Measure errors over the pixels of some frames; tensors hold one frame after the other."""
     if not all(frames):
         chosen = torch.repeat_interleave(torch.tensor(frames), torch.tensor(counts))
         preds, target = preds[chosen], target[chosen]
-    return depth_errors(preds, target, torch.ones(len(target), dtype=torch.bool))
-
-
-def _depth_score(errors: DepthErrors) -> DepthScore:
+    errors = depth_errors(preds, target, torch.ones(len(target), dtype=torch.bool))
     return DepthScore(int(errors.num_valid), {name: float(getattr(errors, name)) for name in DEPTH_ERRORS})
 
 

@@ -1,7 +1,6 @@
 """What an evaluation writes: results.json, sequences.csv, and table.md laid out as One4D's tables.
 
-Published rows (One4D, Tables 3-6) stand beside ours wherever the benchmark has them; every row
-names its protocol.
+Published rows (One4D, Tables 3-6) stand beside ours wherever the benchmark has them; every row names its protocol.
 """
 
 from __future__ import annotations
@@ -9,50 +8,43 @@ from __future__ import annotations
 import csv
 import io
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from one4d_pl.evaluation.benchmarks import SINTEL_CAMERAS
 from one4d_pl.evaluation.score import PARTS, BenchmarkScore, SequenceScore
-from one4d_pl.files import write_text
+from one4d_pl.files import finite, write_text
 from one4d_pl.metrics.camera import ERROR_NAMES as CAMERA_ERRORS
 from one4d_pl.metrics.depth import ERROR_NAMES as DEPTH_ERRORS
 
+QUOTED = (
+    "Published rows are quoted from One4D's tables, which do not say how each was scored; the protocols in the "
+    "columns' names are those of our own rows."
+)
 STANDING = 0.9  # of a standing camera's ATE: a prediction above it has not found the path
 # One4D, Tables 3 and 4: AbsRel and delta < 1.25 in percent; ATE, RPE-T, RPE-R
 PUBLISHED_DEPTH = {
     "sintel": {
-        "MonST3R": (0.335, 58.5),
-        "CUT3R": (0.311, 62.0),
-        "DepthCrafter": (0.270, 69.7),
-        "Geo4D": (0.205, 73.5),
+        "MonST3R": (0.335, 58.5), "CUT3R": (0.311, 62.0), "DepthCrafter": (0.270, 69.7), "Geo4D": (0.205, 73.5),
         "One4D": (0.273, 70.4),
     },
     "bonn": {
-        "MonST3R": (0.063, 96.4),
-        "CUT3R": (0.070, 96.7),
-        "DepthCrafter": (0.071, 97.2),
-        "Geo4D": (0.059, 97.2),
+        "MonST3R": (0.063, 96.4), "CUT3R": (0.070, 96.7), "DepthCrafter": (0.071, 97.2), "Geo4D": (0.059, 97.2),
         "One4D": (0.092, 93.7),
     },
-}
+}  # fmt: skip
 _TUM = {
-    "MonST3R": (0.063, 0.009, 1.217),
-    "CUT3R": (0.046, 0.014, 0.446),
-    "Geo4D": (0.073, 0.020, 0.635),
+    "MonST3R": (0.063, 0.009, 1.217), "CUT3R": (0.046, 0.014, 0.446), "Geo4D": (0.073, 0.020, 0.635),
     "One4D": (0.129, 0.022, 1.447),
-}
+}  # fmt: skip
 PUBLISHED_CAMERAS = {
     "sintel": {
-        "MonST3R": (0.108, 0.042, 0.732),
-        "CUT3R": (0.208, 0.062, 0.610),
-        "Geo4D": (0.185, 0.063, 0.547),
+        "MonST3R": (0.108, 0.042, 0.732), "CUT3R": (0.208, 0.062, 0.610), "Geo4D": (0.185, 0.063, 0.547),
         "One4D": (0.213, 0.057, 0.818),
     },
     "tum": _TUM,
     "tum_30": _TUM,
-}
+}  # fmt: skip
 # Tables 5 and 6: what is swept -> its value -> (AbsRel, delta) per benchmark
 PUBLISHED_SWEEPS: dict[str, dict[str, dict[str, tuple[float, float]]]] = {
     "sparsity": {
@@ -89,11 +81,11 @@ class Row:
 def write_report(out: Path, rows: list[Row], total: int, sweep: str | None = None) -> str:
     """Write results.json, sequences.csv and table.md below `out`; return the table's text.
 
-    `total` is the number of sequences of the whole benchmark; `sweep` says what the rows' labels
-    are values of.
+    `total` is the number of sequences of the whole benchmark; `sweep` says what the rows' labels are values of.
     """
     table = markdown(rows, total, sweep)
-    write_text(out / "results.json", json.dumps([_as_dict(row) for row in rows], indent=1, allow_nan=False) + "\n")
+    results = finite([_as_dict(row) for row in rows])
+    write_text(out / "results.json", json.dumps(results, indent=1, allow_nan=False) + "\n")
     write_text(out / "sequences.csv", sequences_csv(rows))
     write_text(out / "table.md", table)
     return table
@@ -106,11 +98,7 @@ def markdown(rows: list[Row], total: int, sweep: str | None) -> str:
     part = "" if scored == total else f" (**{scored} of its {total} sequences**: {_comparable(rows[0].score)})"
     lines = [f"# {benchmark}{part}", "", protocol.describe(benchmark), ""]
     if benchmark in PUBLISHED_DEPTH or benchmark in PUBLISHED_CAMERAS:
-        lines += [
-            "Published rows are quoted from One4D's tables, which do not say how each was scored; the protocols in the "
-            "columns' names are those of our own rows.",
-            "",
-        ]
+        lines += [QUOTED, ""]
     lines += _depth_table(rows, benchmark, sweep) + _camera_table(rows, benchmark)
     for row in rows:
         if row.score.degenerate:
@@ -207,12 +195,13 @@ def _camera_table(rows: list[Row], benchmark: str) -> list[str]:
     lines += [f"| {n}, published | | {a:.3f} | {t:.3f} | {r:.3f} | | | | |" for n, (a, t, r) in published.items()]
     for row in rows:
         counted = sum(s.cameras is not None for s in row.score.sequences)
-        for with_degenerate in (False, True):
-            mean, count = row.score.camera_mean(with_degenerate), counted
-            count -= 0 if with_degenerate else len(row.score.degenerate)
+        aligned = counted - len(row.score.degenerate)
+        for name, mean in (
+            (f"{aligned} that evo aligns", row.score.camera_mean(False)),
+            (f"all {counted}", row.score.camera_mean(True)),
+        ):
             if mean is None:
                 continue
-            name = f"all {count}" if with_degenerate else f"{count} that evo aligns"
             lines.append(
                 f"| {row.label} | {name} | {_number(mean['ate'])} | {_number(mean['rpe_trans'])} | "
                 f"{_number(mean['rpe_rot'])} | {mean['auc_30']:.3f} | {_number(mean['ate_standing'])} | "
@@ -235,34 +224,24 @@ def _number(value: float) -> str:
 
 def _as_dict(row: Row) -> dict[str, object]:
     score = row.score
-    depth = {part: mean for part in PARTS if (mean := score.depth_mean(part)) is not None}
     return {
         "row": row.label,
         "benchmark": score.benchmark,
         "protocol": asdict(score.protocol),
         "settings": row.settings,
-        "depth_mean": {part: _finite(mean) for part, mean in depth.items()},
-        "camera_mean": {
-            "protocol": _finite(score.camera_mean(False)),
-            "all_sequences": _finite(score.camera_mean(True)),
-        },
+        "depth_mean": {part: mean for part in PARTS if (mean := score.depth_mean(part)) is not None},
+        "camera_mean": {"protocol": score.camera_mean(False), "all_sequences": score.camera_mean(True)},
         "degenerate": score.degenerate,
         "sequences": [
             {
                 "name": s.name,
                 "frames": s.num_frames,
-                "depth": {part: {"pixels": d.num_valid, **(_finite(d.errors) or {})} for part, d in s.depth.items()},
+                "depth": {part: {"pixels": d.num_valid, **d.errors} for part, d in s.depth.items()},
                 "fit": s.fit,
-                "cameras": _finite(s.cameras),
+                "cameras": s.cameras,
                 "degenerate": s.degenerate,
                 "notes": s.notes,
             }
             for s in score.sequences
         ],
     }
-
-
-def _finite(values: dict[str, float] | None) -> dict[str, float | None] | None:
-    if values is None:
-        return None
-    return {name: value if math.isfinite(value) else None for name, value in values.items()}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,7 +11,7 @@ from one4d_pl.config import Config
 from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit
 from one4d_pl.evaluation.goals import goal_table, goals
 from one4d_pl.evaluation.toy_clips import HeldOut
-from one4d_pl.files import write_text
+from one4d_pl.files import finite, write_text
 from one4d_pl.inference.pipeline import One4DPipeline
 
 SEED = 0
@@ -53,7 +52,7 @@ def evaluate_tasks(config: Config, adapters: Path, clips: int, out: Path) -> Tas
         "goals": [asdict(goal) | {"verdict": goal.verdict} for goal in found],
         "cpu_seconds": round(time.process_time() - began),
     }
-    write_text(out / "metrics.json", json.dumps(_finite(metrics), indent=2, allow_nan=False) + "\n")
+    write_text(out / "metrics.json", json.dumps(finite(metrics), indent=2, allow_nan=False) + "\n")
     write_text(out / "tables.txt", text)
     return TaskReport(held_out, quality, text)
 
@@ -73,12 +72,3 @@ def tables(quality: FitQuality, clips: int) -> str:
         lines += ["", f"{task.capitalize()} to 4D, median over clips:"]
         lines += [f"  {name:24} {value:.3f}" for name, value in row.items()]
     return "\n".join(lines)
-
-
-def _finite(tree: object) -> object:
-    """Replace numbers that json cannot hold by null."""
-    if isinstance(tree, dict):
-        return {name: _finite(value) for name, value in tree.items()}
-    if isinstance(tree, list):
-        return [_finite(value) for value in tree]
-    return None if isinstance(tree, float) and not math.isfinite(tree) else tree

@@ -5,10 +5,9 @@ the air lets through. Light and t move the pixel only within the plane of albedo
 angle about the axis of the air's colour is that of its albedo. This is what hue means here: it is
 the same in shade, far away and in a pale generated frame. Chroma is the distance from that axis.
 
-A colour is visible where at least `SHARE` of all pixels have its hue within `TOLERANCE`, nearer to
-it than to any other of the palette, and at least `MIN_CHROMA` of its chroma. White is left out: it
-has next to no hue. Floors and walls have hues too, so some colours are found that no thing has: the
-shares for other clips' captions show how often.
+A colour is visible where at least `SHARE` of all pixels have its hue within `TOLERANCE`, nearer to it than to any other
+of the palette, and at least `MIN_CHROMA` of its chroma. White is left out: it has next to no hue. Floors and walls have
+hues too, so some colours are found that no thing has: the shares for other clips' captions show how often.
 """
 
 from __future__ import annotations

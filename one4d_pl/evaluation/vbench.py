@@ -69,30 +69,21 @@ def generate_videos(
     for entry in progress(prompts):
         picture = load_image(entry.image)[None]
         framing = options.framing((picture.shape[1], picture.shape[2]))
-        placed, _ = framing.place_frames(picture, torch.eye(3)[None])
-        frame = to_network(placed)  # [3, 1, h, w]
+        frame = to_network(framing.place_frames(picture))  # [3, 1, h, w]
         clip = frame.expand(-1, options.num_frames, -1, -1).to(pipeline.device)
         given = torch.zeros(1, options.num_frames, dtype=torch.bool, device=clip.device)
         given[:, 0] = True
         for index in range(SAMPLES):
-            if (folder / video_name(entry.prompt, index)).is_file():
+            path = folder / video_name(entry.prompt, index)
+            if path.is_file():
                 continue
             shape = (2, *encoders.latent_shape(*clip.shape[1:]))
             noise = draw_noise(shape, entry.prompt, index, options.seed).to(clip.device)
             scene = pipeline.sample([entry.prompt], clip[None], given, noise)
-            write_video(folder, entry.prompt, index, framing.cut(scene.frames[0].cpu()), fps)
+            _write_video(path, framing.cut(scene.frames[0].cpu()), fps)
 
 
-def write_video(
-    folder: Path,
-    prompt: str,
-    index: int,
-    frames: Tensor,  # [3, T, H, W] in [-1, 1]; an odd last row or column is cut
-    fps: float,
-) -> Path:
-    """Write one video under its VBench name; return its path."""
-    path = folder / video_name(prompt, index)
-    height, width = frames.shape[2] // 2 * 2, frames.shape[3] // 2 * 2  # 4:2:0 needs even sides
-    pixels = to_bytes((frames[:, :, :height, :width].permute(1, 2, 3, 0) + 1) / 2)
-    save_video(path, pixels, fps, crf=10)
-    return path
+def _write_video(path: Path, frames: Tensor, fps: float) -> None:  # [3, T, H, W] in [-1, 1]
+    """Write one video; an odd last row or column is cut, since 4:2:0 needs even sides."""
+    height, width = frames.shape[2] // 2 * 2, frames.shape[3] // 2 * 2
+    save_video(path, to_bytes((frames[:, :, :height, :width].permute(1, 2, 3, 0) + 1) / 2), fps, crf=10)

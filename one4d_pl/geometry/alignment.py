@@ -1,10 +1,9 @@
 """Closed-form least-squares alignment of point sets, named by what is free.
 
-`align_scale` fits a scale, `align_scale_shift` a scale and a shift, `align_sim3` a similarity.
-All minimise sum_i w_i |s R p_i + t - q_i|² with one set of parameters per leading index and s >= 0
-(a mirrored scene is not an aligned one). Squared errors let far points count most: for a relative
-error pass weights such as 1 / depth². Rows of weight zero are ignored even if they hold nan.
-The caller flattens the points: a clip is [T·H·W, 3].
+`align_scale_shift` fits a scale and a shift, `align_sim3` a similarity. Both minimise
+sum_i w_i |s R p_i + t - q_i|² with one set of parameters per leading index and s >= 0 (a mirrored scene is not an
+aligned one). Squared errors let far points count most: for a relative error pass weights such as 1 / depth². Rows of
+weight zero are ignored even if they hold nan. The caller flattens the points: a clip is [T·H·W, 3].
 """
 
 from __future__ import annotations
@@ -19,10 +18,7 @@ from one4d_pl.geometry.se3 import matrix_product, rotate
 
 @dataclass(frozen=True)
 class Similarity:
-    """The map x -> scale · rotation · x + translation.
-
-    What an alignment does not fit is the identity.
-    """
+    """The map x -> scale · rotation · x + translation. What an alignment does not fit is the identity."""
 
     scale: Tensor  # [...]
     rotation: Tensor  # [..., 3, 3]
@@ -34,37 +30,24 @@ class Similarity:
         return self.scale[..., None, None] * rotated + self.translation[..., None, :]
 
 
-def align_scale(
-    preds: Tensor,  # [..., N, 3]
-    target: Tensor,  # [..., N, 3]
-    valid: Tensor,  # [..., N] bool, or weights >= 0
-) -> Similarity:
-    """Fit the least-squares scale s = sum w p·q / sum w p·p, at least 0.
-
-    ValueError where no point away from the origin has weight.
-    """
-    preds, target, weights = _clean(preds, target, valid)
-    scale = _scale(preds, target, weights, "align_scale: no valid prediction away from the origin")
-    return Similarity(scale, _identity(preds), torch.zeros_like(preds[..., 0, :]))
-
-
 def align_scale_shift(
     preds: Tensor,  # [..., N, 3]
     target: Tensor,  # [..., N, 3]
     valid: Tensor,  # [..., N] bool, or weights >= 0
 ) -> Similarity:
-    """Fit the least-squares scale (at least 0) and 3-D shift.
-
-    ValueError for fewer than two distinct valid points.
-    """
+    """Fit the least-squares scale (at least 0) and 3-D shift. ValueError for fewer than two distinct valid points."""
     preds, target, weights = _clean(preds, target, valid)
     preds_mean, target_mean = _mean(preds, weights), _mean(target, weights)
     centred, target_centred = preds - preds_mean[..., None, :], target - target_mean[..., None, :]
     # Equal points keep rounding errors after centring, which must not pass for a spread.
     size = preds.abs().amax((-2, -1), keepdim=True)
     centred = torch.where(centred.abs() <= 8 * torch.finfo(preds.dtype).eps * size, 0, centred)
-    scale = _scale(centred, target_centred, weights, "align_scale_shift: fewer than two distinct valid points")
-    return Similarity(scale, _identity(preds), target_mean - scale[..., None] * preds_mean)
+    spread = (weights[..., None] * centred.square()).sum((-2, -1))
+    if not bool((spread > 0).all()):
+        raise ValueError("align_scale_shift: fewer than two distinct valid points")
+    scale = ((weights[..., None] * centred * target_centred).sum((-2, -1)) / spread).clamp(min=0)
+    rotation = torch.eye(3, dtype=preds.dtype, device=preds.device).expand(*preds.shape[:-2], 3, 3)
+    return Similarity(scale, rotation, target_mean - scale[..., None] * preds_mean)
 
 
 def align_sim3(
@@ -109,14 +92,3 @@ def _clean(preds: Tensor, target: Tensor, valid: Tensor) -> tuple[Tensor, Tensor
 
 def _mean(points: Tensor, weights: Tensor) -> Tensor:  # [..., N, 3], [..., N] -> [..., 3]
     return (weights[..., None] * points).sum(-2)
-
-
-def _scale(preds: Tensor, target: Tensor, weights: Tensor, reason: str) -> Tensor:  # -> [...]
-    spread = (weights[..., None] * preds.square()).sum((-2, -1))
-    if not bool((spread > 0).all()):
-        raise ValueError(reason)
-    return ((weights[..., None] * preds * target).sum((-2, -1)) / spread).clamp(min=0)
-
-
-def _identity(points: Tensor) -> Tensor:  # [..., N, 3] -> [..., 3, 3]
-    return torch.eye(3, dtype=points.dtype, device=points.device).expand(*points.shape[:-2], 3, 3)

@@ -2,8 +2,7 @@
 
 OpenCV axes (x right, y down, z forward), pixel centres at +0.5, depth is z. Intrinsics have no
 skew. Resizing covers the target with one scale for both axes (square pixels stay square), then
-crops the centre at whole pixels. Frames and geometry maps follow the same `ResizeCropPlan`:
-position (u, v) of the result shows position ((u + left) / scale, (v + top) / scale) of the source.
+crops the centre at whole pixels. Frames and geometry maps follow the same `Placement`.
 """
 
 from __future__ import annotations
@@ -59,10 +58,7 @@ def project(
     points: Tensor,  # [..., H, W, 3], camera frame; N loose points are [..., 1, N, 3]
     intrinsics: Tensor,  # [..., 3, 3], pixels
 ) -> tuple[Tensor, Tensor]:  # pixels [..., H, W, 2] as (u, v); depth [..., H, W]
-    """Project camera-frame points to pixels and z-depth.
-
-    The pixels are undefined where depth <= 0.
-    """
+    """Project camera-frame points to pixels and z-depth. The pixels are undefined where depth <= 0."""
     fx, fy, cx, cy = split_intrinsics(intrinsics)  # [..., 1, 1] each
     x, y, depth = points.unbind(-1)
     return torch.stack([fx * x / depth + cx, fy * y / depth + cy], dim=-1), depth
@@ -99,30 +95,17 @@ def resize_intrinsics(
     return intrinsics * factors[:, None]
 
 
-def crop_intrinsics(
-    intrinsics: Tensor,  # [..., 3, 3], pixels
-    top: int,
-    left: int,
-) -> Tensor:  # [..., 3, 3], pixels of the cropped image
-    """Return the intrinsics of the image after `top` rows and `left` columns were cut off."""
-    shift = intrinsics.new_zeros(3, 3)
-    shift[0, 2], shift[1, 2] = left, top
-    return intrinsics - shift
-
-
 @dataclass(frozen=True)
-class ResizeCropPlan:
-    """Scaling by `scale`, then a cut of `height` x `width` pixels from row `top`, column `left`."""
+class Placement:
+    """Where a map lies on its image: (u, v) of the map shows ((u + left) / scale, (v + top) / scale) of the image."""
 
-    scale: float  # target pixels per source pixel, the same for both axes
-    top: int
-    left: int
-    height: int
-    width: int
+    scale: float  # map pixels per image pixel, the same for both axes
+    top: float
+    left: float
 
 
-def resize_crop_plan(from_height: int, from_width: int, height: int, width: int) -> ResizeCropPlan:
-    """Find the smallest scale that covers height x width, and the centre crop.
+def resize_crop_plan(from_height: int, from_width: int, height: int, width: int) -> Placement:
+    """Find the smallest scale that covers height x width, and the centre crop, at whole pixels.
 
     ValueError where a side is below one pixel.
     """
@@ -131,35 +114,42 @@ def resize_crop_plan(from_height: int, from_width: int, height: int, width: int)
     scale = max(height / from_height, width / from_width)
     while int(from_height * scale) < height or int(from_width * scale) < width:
         scale = math.nextafter(scale, math.inf)  # 49 · (3 / 49) < 3 in floating point: one pixel would be lost
-    top = (int(from_height * scale) - height) // 2
-    left = (int(from_width * scale) - width) // 2
-    return ResizeCropPlan(scale, top, left, height, width)
+    return Placement(scale, (int(from_height * scale) - height) // 2, (int(from_width * scale) - width) // 2)
+
+
+def resize_crop_intrinsics(
+    intrinsics: Tensor,  # [..., 3, 3], pixels
+    from_size: tuple[int, int],  # height, width
+    to_size: tuple[int, int],  # height, width
+) -> Tensor:  # [..., 3, 3], pixels of the new frames
+    """Return the intrinsics of frames after `resize_frames`."""
+    plan = resize_crop_plan(*from_size, *to_size)
+    resized = resize_intrinsics(intrinsics, from_size, (from_size[0] * plan.scale, from_size[1] * plan.scale))
+    resized[..., 0, 2] -= plan.left
+    resized[..., 1, 2] -= plan.top
+    return resized
 
 
 def resize_frames(
     frames: Tensor,  # [T, H, W, 3] uint8
-    intrinsics: Tensor,  # [..., 3, 3], pixels of the frames as they come
     height: int,
     width: int,
-) -> tuple[Tensor, Tensor]:  # [T, height, width, 3] uint8; [..., 3, 3] of the new frames
+) -> Tensor:  # [T, height, width, 3] uint8
     """Scale the frames (bicubic, antialiased) to cover the target and crop the centre.
 
-    Returns the intrinsics of the result too. ValueError unless the frames are uint8.
+    ValueError unless the frames are uint8.
     """
     if frames.dtype != torch.uint8:
         raise ValueError(f"frames: {frames.dtype}, need uint8 (bicubic overshoot is cut only there)")
-    from_height, from_width = frames.shape[1:3]
-    plan = resize_crop_plan(from_height, from_width, height, width)
+    plan = resize_crop_plan(frames.shape[1], frames.shape[2], height, width)
     resized = functional.interpolate(
         frames.permute(0, 3, 1, 2),  # a channels-last view: the fast uint8 kernel
         scale_factor=(plan.scale, plan.scale),  # not a size: rounding the cropped side would stretch it
         mode="bicubic",
         antialias=True,
     ).permute(0, 2, 3, 1)
-    cropped = resized[:, plan.top : plan.top + height, plan.left : plan.left + width].contiguous()
-    to_size = (from_height * plan.scale, from_width * plan.scale)
-    resized_intrinsics = resize_intrinsics(intrinsics, (from_height, from_width), to_size)
-    return cropped, crop_intrinsics(resized_intrinsics, plan.top, plan.left)
+    top, left = int(plan.top), int(plan.left)
+    return resized[:, top : top + height, left : left + width].contiguous()
 
 
 def resize_nearest_valid(

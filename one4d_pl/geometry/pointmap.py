@@ -12,9 +12,8 @@ a compact scene keeps every point, a few flying points cannot stretch the cube, 
 costs at most e · far_limit / 0.90 of the median distance. Only the camera path can enlarge the cube
 further.
 
-For near points that error is large relative to their distance. `bend` moves every point along its
-ray from camera 0 so that distances r become r ** power. Only the VAE sees the bent cube; everything
-else sees the cube as it is.
+For near points that error is large relative to their distance. `bend` moves every point along its ray from camera 0 so
+that distances r become r ** power. Only the VAE sees the bent cube; everything else sees the cube as it is.
 """
 
 from __future__ import annotations
@@ -104,10 +103,7 @@ def unbend(
     points: Tensor,  # [..., H, W, 3], the bent cube, possibly decoded
     power: float,  # of `bend`
 ) -> Tensor:  # [..., H, W, 3], the cube
-    """Undo `bend`.
-
-    Geometry that a decoder put beyond 0.90 is moved onto 0.90: further out it would read as sky.
-    """
+    """Undo `bend`. Geometry that a decoder put beyond 0.90 is moved onto 0.90: further out it would read as sky."""
     if power == 1:
         return points
     straight = _raise_distances(points, 1 / power)
@@ -162,8 +158,7 @@ def infill_depth(
 ) -> Tensor:  # [T, H, W], finite
     """Replace every depth that is not valid by that of the nearest valid pixel of its frame.
 
-    Distance is city-block. A frame without a valid pixel takes the median of the clip's valid
-    depths.
+    Distance is city-block. A frame without a valid pixel takes the median of the clip's valid depths.
     """
     filled = depth.clone()
     empty = ~valid.flatten(1).any(1)  # [T]

@@ -1,8 +1,7 @@
 """Rotations and rigid transforms: quaternions, so(3), inverses, products, relative cameras.
 
-A transform is named by its direction: `a2b` takes coordinates in a to coordinates in b. Small
-products are written as sums of elementwise products, not as matmul: under bf16 autocast or TF32 a
-matmul would silently keep 8 to 10 bits.
+A transform is named by its direction: `a2b` takes coordinates in a to coordinates in b. Small products are written as
+sums of elementwise products, not as matmul: under bf16 autocast or TF32 a matmul would silently keep 8 to 10 bits.
 """
 
 from __future__ import annotations
@@ -54,13 +53,9 @@ def relative_se3(
     reference2world: Tensor,  # [..., 4, 4]
     other2world: Tensor,  # [..., 4, 4], leading dims broadcast
 ) -> Tensor:  # [..., 4, 4], other2reference
-    """Return other2reference = reference2world⁻¹ · other2world.
-
-    Precision does not suffer far from the origin.
-    """
+    """Return other2reference = reference2world⁻¹ · other2world. Precision does not suffer far from the origin."""
     (reference_rotation, reference_centre), (rotation, centre) = split_se3(reference2world), split_se3(other2world)
-    # Centres are subtracted before they are rotated: two cameras a metre apart may be 100 km from
-    # the origin.
+    # Centres are subtracted before they are rotated: two cameras a metre apart may be 100 km from the origin.
     offset = rotate(reference_rotation.mT, centre - reference_centre)
     return se3_matrix(matrix_product(reference_rotation.mT, rotation), offset)
 
@@ -95,8 +90,7 @@ def wxyz_to_matrix(quaternion: Tensor) -> Tensor:  # [..., 4] -> [..., 3, 3]
 def matrix_to_xyzw(rotation: Tensor) -> Tensor:  # [..., 3, 3] -> [..., 4]
     """Convert a rotation to a unit quaternion (x, y, z, w), w >= 0; accurate at every angle."""
     (m00, m01, m02), (m10, m11, m12), (m20, m21, m22) = (row.unbind(-1) for row in rotation.unbind(-2))
-    # Row i is 4·q_i·(x, y, z, w). The row of the largest component is never near zero, so its
-    # length is a safe divisor.
+    # Row i is 4·q_i·(x, y, z, w). The row of the largest component is never near zero, so its length is a safe divisor.
     rows = [
         [1 + m00 - m11 - m22, m01 + m10, m02 + m20, m21 - m12],
         [m01 + m10, 1 - m00 + m11 - m22, m12 + m21, m02 - m20],
@@ -147,10 +141,7 @@ def geodesic_angle(
     preds: Tensor,  # [..., 3, 3]
     target: Tensor,  # [..., 3, 3]
 ) -> Tensor:  # [...], radians in [0, pi]
-    """Return the angle between two rotations.
-
-    Accurate near 0 and near pi, where arccos of the trace is not.
-    """
+    """Return the angle between two rotations. Accurate near 0 and near pi, where arccos of the trace is not."""
     quaternion = matrix_to_xyzw(matrix_product(preds.mT, target))
     return 2 * torch.atan2(torch.linalg.vector_norm(quaternion[..., :3], dim=-1), quaternion[..., 3])
 

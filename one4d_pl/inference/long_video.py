@@ -1,11 +1,10 @@
 """Videos of any length: join the sampler's overlapping windows to one scene.
 
-1. Windows of the trained length 4k+1 overlap. The last frame is repeated to fill a window, and the
-   copies are cut off again.
-2. Given frames condition the window they lie in. Later windows also see the shared frames that the
-   window before has generated.
-3. Each window's pointmaps become cameras and depth (`postopt`); the shared frames align the
-   windows' worlds.
+1. Windows of the trained length 4k+1 overlap. The last frame is repeated to fill a window, and the copies are cut off
+   again.
+2. Given frames condition the window they lie in. Later windows also see the shared frames that the window before has
+   generated.
+3. Each window's pointmaps become cameras and depth (`postopt`); the shared frames align the windows' worlds.
 """
 
 from __future__ import annotations

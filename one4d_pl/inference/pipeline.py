@@ -33,7 +33,7 @@ from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
 from one4d_pl.errors import UserError
 from one4d_pl.files import whole_folder, write_text
-from one4d_pl.geometry.camera import resize_crop_plan
+from one4d_pl.geometry.camera import Placement, resize_crop_plan, resize_frames
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
 from one4d_pl.inference.long_video import fill_window, join_frames, recover_video
 from one4d_pl.inference.sampling_mode import choose_mode
@@ -45,9 +45,9 @@ from one4d_pl.models.precision import autocast, uses_bfloat16
 from one4d_pl.models.transformer import CoupledTransformer
 from one4d_pl.models.wan import WanEncoders
 from one4d_pl.postopt.recover import RecoverOptions
-from one4d_pl.postopt.windows import Window, plan_windows, window_condition
-from one4d_pl.scene.framing import Framing, Placement, frame_images
-from one4d_pl.scene.media import FrameFolder, VideoReader, load_image, open_video, to_network, to_size
+from one4d_pl.postopt.windows import Window, plan_windows, window_mask
+from one4d_pl.scene.framing import Framing, frame_images
+from one4d_pl.scene.media import FrameFolder, VideoReader, load_image, open_video, to_network
 from one4d_pl.scene.panels import to_bytes
 from one4d_pl.scene.predictions import report_dict
 from one4d_pl.scene.scene import Scene
@@ -81,10 +81,8 @@ class One4DPipeline:
         config: steps, solver and guidance.
         shift: sigma shift, the one the adapter was trained with.
         negative_prompt: prompt of the unconditional branch.
-        card: the adapter's card; None = untrained, or still in training. Calling and saving the
-            pipeline need it.
-        bfloat16: run under bfloat16 autocast; a base in bfloat16 needs it, since the adapter's
-            own weights are float32.
+        card: the adapter's card; None = untrained, or still in training. Calling and saving the pipeline need it.
+        bfloat16: run under bfloat16 autocast; a base in bfloat16 needs it, since the adapter's own weights are float32.
     """
 
     def __init__(
@@ -108,7 +106,8 @@ class One4DPipeline:
         dtype: str = "float32",  # of the frozen transformer and text encoder; bfloat16 also runs under autocast
         device: torch.device | str = "cpu",
         memory: float | None = None,  # GiB of the GPU to stay within; None = everything lies on the device
-        size: tuple[int, int, int] | None = None,  # frames, height, width that `memory` is for; None = the card's
+        height: int | None = None,  # of the scenes that `memory` is for; None = the card's, as for the width
+        width: int | None = None,
     ) -> One4DPipeline:
         """Open a base with an adapter, sampled as its card says; ConfigError if they mismatch.
 
@@ -128,8 +127,9 @@ class One4DPipeline:
         )
         config, mode = card.configure(config), MODES[0]
         if memory is not None:
-            frames, height, width = size or (card.num_frames, card.height, card.width)
-            scene = replace(config.data, num_frames=frames, height=height, width=width)
+            height, width = height or card.height, width or card.width
+            # longer videos run in windows of the card's length
+            scene = replace(config.data, num_frames=card.num_frames, height=height, width=width)
             mode = choose_mode(replace(config, data=scene), memory, torch.device(device))
         return One4DPipeline.open(config, Path(adapters), torch.device(device), mode)
 
@@ -190,23 +190,19 @@ class One4DPipeline:
 
         Args:
             prompt: what the scene shows; may be empty where frames are given.
-            frames: index -> picture of the given frames, frame 0 among them. Each is resized to
-                cover the scene's size and cropped in the middle.
-            num_frames: any number; default: the video's, or the adapter's own. A longer video than
-                the adapter's runs in overlapping windows. A length that is not 4k+1 is filled by
-                repeating the last frame, and the copies are cut off.
-            height: height of the scene in pixels; like `width` a multiple of what the base takes
-                (16 for Wan). Default: as many pixels as the adapter was trained with, in the shape
-                of the first picture.
+            frames: index -> picture of the given frames, frame 0 among them. Each is resized to cover the scene's size
+                and cropped in the middle.
+            num_frames: any number; default: the video's, or the adapter's own. A longer video than the adapter's runs
+                in overlapping windows. A length that is not 4k+1 is filled by repeating the last frame, and the copies
+                are cut off.
+            height: height of the scene in pixels; like `width` a multiple of what the base takes (16 for Wan). Default:
+                as many pixels as the adapter was trained with, in the shape of the first picture.
             width: see height.
             steps: steps of the solver; default: the card's.
-            guidance_scale: guidance on text, for both branches; 1 = off. Default: the card's, by
-                task.
+            guidance_scale: guidance on text, for both branches; 1 = off. Default: the card's, by task.
             negative_prompt: default: the card's.
-            generator: source of the noise, on the CPU; it draws first frames, then pointmaps,
-                window by window.
-            fps: frames per second of the result, and at which a video is read. Default: the
-                video's, else 16.
+            generator: source of the noise, on the CPU; it draws first frames, then pointmaps, window by window.
+            fps: frames per second of the result, and at which a video is read. Default: the video's, else 16.
             zooms: solve for one focal length per frame.
             on_step: called with the finished steps and all steps, over all windows.
             video: file, or folder of pictures, whose frames are all given, instead of `frames`.
@@ -229,7 +225,7 @@ class One4DPipeline:
         placed = torch.zeros(count, framing.height, framing.width, 3, dtype=torch.uint8)
         frame_mask = torch.zeros(count, dtype=torch.bool)
         for index, pixels in pictures.items():
-            placed[index] = to_size(pixels[None], framing.height, framing.width)[0]
+            placed[index] = resize_frames(pixels[None], framing.height, framing.width)[0]
             frame_mask[index] = True
         placement = framing.placement if given else None
         return pipeline._make_scene(prompt, placed, frame_mask, placement, generator, fps or FPS, zooms, on_step)
@@ -241,7 +237,7 @@ class One4DPipeline:
         frames, framing = [], None
         for frame in islice(reader, num_frames or MAX_SCENE_FRAMES):
             framing = framing or self.framing((frame.shape[0], frame.shape[1]), height, width)
-            frames.append(to_size(frame[None], framing.height, framing.width)[0])
+            frames.append(resize_frames(frame[None], framing.height, framing.width)[0])
         if framing is None or len(frames) < 2:
             raise RequestError(f"{reader.path}: holds {len(frames)} frames, need 2 or more; a still is an image")
         if num_frames is None and len(frames) == MAX_SCENE_FRAMES:
@@ -272,8 +268,7 @@ class One4DPipeline:
             on_step(done, total)
 
         def draw_noise(window: int, shape: tuple[int, ...]) -> Tensor:
-            # Two draws: then a plain Wan pipeline with the same generator starts from the same
-            # frames.
+            # Two draws: then a plain Wan pipeline with the same generator starts from the same frames.
             return torch.cat([torch.randn(1, *shape[1:], generator=generator) for _ in MODALITIES])
 
         parts, points = self.sample_windows(prompt, to_network(frames), frame_mask, windows, draw_noise, count_step)
@@ -318,7 +313,7 @@ class One4DPipeline:
         """
         shown, made_frames, made_points = frames, [], []
         for index, window in enumerate(windows):
-            given = window_condition(frame_mask, windows, index).frame_mask
+            given = window_mask(frame_mask, windows, index)
             clip = fill_window(shown[:, window.start : window.stop], window)
             noise = draw_noise(index, (2, *self.encoders.latent_shape(*clip.shape[1:]))).to(self.device)
             scene = self.sample([prompt], clip[None].to(self.device), given[None].to(self.device), noise, on_step)
@@ -377,8 +372,7 @@ class One4DPipeline:
             unit = self.encoders.spatial_factor * side
             if value < unit or value % unit:
                 raise RequestError(f"{name}: {value}, need a multiple of {unit} (VAE times patch of this base)")
-        plan = resize_crop_plan(from_height, from_width, height, width)
-        return Framing(height, width, height, width, Placement(plan.scale, plan.top, plan.left))
+        return Framing(height, width, height, width, resize_crop_plan(from_height, from_width, height, width))
 
     def save_pretrained(self, folder: Path | str) -> None:
         """Write adapter, card and a hub model card into a new folder, whole or not at all."""

@@ -1,15 +1,13 @@
 """Camera trajectories against ground truth: ATE, RPE, relative pose AUC, and how far they go.
 
-ATE and RPE are those of evo with Sim(3) alignment over all frames (`evo_ape -as`, `evo_rpe -as -d 1
--u f` with all pairs): root mean squares. RPE does not depend on the rotation and translation of the
-alignment, only on its scale.
+ATE and RPE are those of evo with Sim(3) alignment over all frames (`evo_ape -as`, `evo_rpe -as -d 1 -u f` with all
+pairs): root mean squares. RPE does not depend on the rotation and translation of the alignment, only on its scale.
 
-A camera that stands still, or moves on a line, does not determine the rotation of the alignment;
-evo refuses it, and published protocols then drop the sequence. Here the errors of the best
-similarity are reported all the same (they are unique) and the sequence is flagged `degenerate`.
-Path length and total rotation are reported too, so that a standing camera does not look good.
-Nor does one that only trembles: Sim(3) scales its jitter to whatever fits best, so its path may
-have any length, but its ATE is hardly below `ate_standing`.
+A camera that stands still, or moves on a line, does not determine the rotation of the alignment; evo refuses it, and
+published protocols then drop the sequence. Here the errors of the best similarity are reported all the same (they are
+unique) and the sequence is flagged `degenerate`. Path length and total rotation are reported too, so that a standing
+camera does not look good. Nor does one that only trembles: Sim(3) scales its jitter to whatever fits best, so its path
+may have any length, but its ATE is hardly below `ate_standing`.
 """
 
 from __future__ import annotations
@@ -94,8 +92,7 @@ def absolute_error(
         everywhere = torch.ones_like(preds[:, 0], dtype=torch.bool)
         fit = align_sim3(preds, target, everywhere)
         return (fit.apply(preds) - target).square().sum(-1).mean().sqrt(), fit.scale, refused
-    # Rank below 2: every best rotation leaves the same residual (Umeyama 1991, eq. 33), so none
-    # has to be chosen.
+    # Rank below 2: every best rotation leaves the same residual (Umeyama 1991, eq. 33), so none has to be chosen.
     variance = centred.square().sum(-1).mean()
     scale = singular[0] / variance if bool(variance > 0) else torch.zeros_like(variance)
     squared = target_centred.square().sum(-1).mean() - scale * singular[0]

@@ -3,24 +3,21 @@
 Errors are AbsRel, SqRel, RMSE, log RMSE and δ < 1.25^k.
 
 1. Scored are the pixels with 0 < target < max_depth, whatever was predicted there.
-2. One alignment per sequence, in depth (not disparity), named by what is free; the fit may use
-   fewer of these pixels.
-3. The aligned prediction may be cut from above (post_clip), never from below. A depth <= 0 counts
-   as 1e-5 in the logarithmic and ratio errors, and the share of such depths is reported. A
-   prediction that is not finite counts as 0: a missing answer must not improve the mean.
-4. Each error is a mean over the pixels of its sequence; sequences are averaged with their pixel
-   count as weight.
+2. One alignment per sequence, in depth (not disparity), named by what is free; the fit may use fewer of these pixels.
+3. The aligned prediction may be cut from above (post_clip), never from below. A depth <= 0 counts as 1e-5 in the
+   logarithmic and ratio errors, and the share of such depths is reported. A prediction that is not finite counts as 0:
+   a missing answer must not improve the mean.
+4. Each error is a mean over the pixels of its sequence; sequences are averaged with their pixel count as weight.
 
-The L1 fits are exact (a convex, piecewise linear problem). Published code stops earlier, so its
-result depends on the unit of the prediction and on rounding. Its fits are in `published_fits`, to
-match printed numbers.
+The L1 fits are exact (a convex, piecewise linear problem). Published code stops earlier, so its result depends on the
+unit of the prediction and on rounding. Its fits are in `published_fits`, to match printed numbers.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import astuple, dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -28,7 +25,7 @@ from torchmetrics import Metric
 
 from one4d_pl.metrics.published_fits import ADAM, adam_scale_shift, weiszfeld_scale
 
-Alignment = Literal["none", "median", "scale", "scale_shift", "scale_cut3r", "scale_shift_monst3r", "scale_shift_geo4d"]
+Alignment = Literal["none", "scale", "scale_shift", "scale_cut3r", "scale_shift_monst3r", "scale_shift_geo4d"]
 
 MIN_DEPTH = 1e-5  # smallest depth in a ratio or a logarithm
 CHUNK = 1 << 20  # pixels lifted to float64 at a time
@@ -73,9 +70,8 @@ def align_depth(
 ) -> ScaleShift:
     """Fit target ≈ scale · preds + shift over the valid pixels of a sequence.
 
-    none: 1 and 0. median: ratio of the (lower) medians. scale, scale_shift: the least sum of
-    absolute errors. All of these keep the scale >= 0. The others are `published_fits`, in the
-    precision of preds and target. Where nothing can be fitted (no valid pixel with a finite
+    none: 1 and 0. scale, scale_shift: the least sum of absolute errors with scale >= 0. The others are
+    `published_fits`, in the precision of preds and target. Where nothing can be fitted (no valid pixel with a finite
     prediction) the result is the identity. ValueError for an unknown alignment.
     """
     usable = valid & preds.isfinite() & target.isfinite()
@@ -85,16 +81,12 @@ def align_depth(
         pass
     elif alignment in ("scale", "scale_shift"):
         scale, shift = _fit_l1(points, depths, free_shift=alignment == "scale_shift")
-    elif alignment == "median":
-        middle = float(points.median())
-        scale = max(0.0, float(depths.median()) / middle) if middle else 0.0
     elif alignment in ADAM:
         scale, shift = adam_scale_shift(points, depths, *ADAM[alignment])
     elif alignment == "scale_cut3r":
         scale = weiszfeld_scale(points, depths)
     else:
-        known = ", ".join(["none", "median", "scale", "scale_shift", "scale_cut3r", *ADAM])
-        raise ValueError(f"depth alignment {alignment!r}, need {known}")
+        raise ValueError(f"depth alignment {alignment!r}, need one of {', '.join(get_args(Alignment))}")
     return ScaleShift(*preds.new_tensor([scale, shift], dtype=torch.float64))
 
 
@@ -103,74 +95,12 @@ def depth_errors(
     target: Tensor,  # [...], > 0 where valid
     valid: Tensor,  # [...] bool
 ) -> DepthErrors:
-    """Measure all errors over the valid pixels of one sequence, summed in float64."""
-    identity = align_depth(preds, target, valid, "none")
-    return _mean_errors(preds[valid], target[valid], identity, post_clip=None)
-
-
-def score_depth(
-    preds: Tensor,  # [T, H, W], one sequence, any unit that the alignment frees
-    target: Tensor,  # [T, H, W]
-    valid: Tensor,  # [T, H, W] bool
-    alignment: Alignment,
-    max_depth: float | None = None,  # unit of the target; None = no limit
-    post_clip: float | None = None,  # upper limit of the aligned prediction; None = no limit
-    fit_valid: Tensor | None = None,  # [T, H, W] bool, pixels that the fit may use; None = all scored ones
-) -> DepthErrors:
-    """Align one sequence and score it (steps 1 to 3 of the module's docstring)."""
-    scored = valid & target.isfinite() & (target > 0)
-    if max_depth is not None:
-        scored &= target < max_depth
-    points, depths = preds[scored], target[scored]  # [N]
-    everywhere = torch.ones_like(points, dtype=torch.bool)
-    fit = align_depth(points, depths, everywhere if fit_valid is None else fit_valid[scored], alignment)
-    return _mean_errors(points, depths, fit, post_clip)
-
-
-class VideoDepthError(Metric):
-    """Mean over sequences of every error of `score_depth`, weighted by scored pixels.
-
-    nan before any pixel.
-    """
-
-    higher_is_better, full_state_update = False, False
-    totals: Tensor
-    num_valid: Tensor
-
-    def __init__(self, alignment: Alignment, max_depth: float | None = None, post_clip: float | None = None) -> None:
-        super().__init__()
-        self.alignment, self.max_depth, self.post_clip = alignment, max_depth, post_clip
-        self.add_state("totals", torch.zeros(len(ERROR_NAMES), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("num_valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
-
-    def update(self, preds: Tensor, target: Tensor, valid: Tensor, fit_valid: Tensor | None = None) -> None:
-        """Add one sequence, [T, H, W] each."""
-        errors = score_depth(preds, target, valid, self.alignment, self.max_depth, self.post_clip, fit_valid)
-        num_valid, *means = astuple(errors)
-        self.totals += torch.stack(means) * num_valid
-        self.num_valid += num_valid
-
-    def compute(self) -> dict[str, Tensor]:
-        """Return one scalar per field of `DepthErrors` but the count."""
-        return dict(zip(ERROR_NAMES, self.totals / self.num_valid))
-
-
-def _mean_errors(
-    preds: Tensor,  # [N]
-    target: Tensor,  # [N], > 0
-    fit: ScaleShift,
-    post_clip: float | None,
-) -> DepthErrors:
-    """Apply the fit and average the errors, as steps 2 to 4 of the module's docstring say.
-
-    It goes chunk by chunk, in float64.
-    """
+    """Measure all errors over the valid pixels of one sequence, chunk by chunk in float64 (steps 3 and 4)."""
+    preds, target = preds[valid], target[valid]
     totals = torch.zeros(len(ERROR_NAMES), dtype=torch.float64, device=preds.device)
     for p, g in zip(preds.split(CHUNK), target.split(CHUNK)):
         p, g = p.double(), g.double()
-        p = torch.where(p.isfinite(), fit.apply(p), 0)
-        if post_clip is not None:
-            p = p.clamp(max=post_clip)
+        p = torch.where(p.isfinite(), p, 0)
         error, positive = p - g, p.clamp(min=MIN_DEPTH)
         ratio = torch.maximum(positive / g, g / positive)
         within = [(ratio < 1.25**k).double() for k in (1, 2, 3)]
@@ -182,13 +112,49 @@ def _mean_errors(
     return DepthErrors(torch.tensor(preds.numel(), device=preds.device), *means)
 
 
+def score_depth(
+    preds: Tensor,  # [T, H, W], one sequence, any unit that the alignment frees
+    target: Tensor,  # [T, H, W]
+    valid: Tensor,  # [T, H, W] bool
+    alignment: Alignment,
+    fit_valid: Tensor | None = None,  # [T, H, W] bool, pixels that the fit may use; None = all scored ones
+) -> DepthErrors:
+    """Align one sequence and score it, without limits of depth."""
+    scored = valid & target.isfinite() & (target > 0)
+    fit = align_depth(preds, target, scored if fit_valid is None else scored & fit_valid, alignment)
+    return depth_errors(fit.apply(preds.double()), target, scored)
+
+
+class VideoDepthError(Metric):
+    """Mean over sequences of every error of `score_depth`, weighted by scored pixels. nan before any pixel."""
+
+    higher_is_better, full_state_update = False, False
+    totals: Tensor
+    num_valid: Tensor
+
+    def __init__(self, alignment: Alignment) -> None:
+        super().__init__()
+        self.alignment: Alignment = alignment
+        self.add_state("totals", torch.zeros(len(ERROR_NAMES), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("num_valid", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, preds: Tensor, target: Tensor, valid: Tensor) -> None:
+        """Add one sequence, [T, H, W] each."""
+        num_valid, *means = astuple(score_depth(preds, target, valid, self.alignment))
+        self.totals += torch.stack(means) * num_valid
+        self.num_valid += num_valid
+
+    def compute(self) -> dict[str, Tensor]:
+        """Return one scalar per field of `DepthErrors` but the count."""
+        return dict(zip(ERROR_NAMES, self.totals / self.num_valid))
+
+
 @dataclass
 class _Residuals:
     """min over t of sum |g - s p - t|, a function of s, over points whose sign is not known yet.
 
-    Once s is known to lie in a bracket, a point on the same side of the line for every s in it adds
-    a constant to the derivative and is dropped: after a few steps almost none are left, whatever N
-    was.
+    Once s is known to lie in a bracket, a point on the same side of the line for every s in it adds a constant to the
+    derivative and is dropped: after a few steps almost none are left, whatever N was.
     """
 
     points: Tensor  # [N] float64

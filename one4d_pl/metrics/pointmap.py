@@ -1,27 +1,23 @@
 """Pointmaps against ground truth in camera-0 coordinates: relative point error, inlier share.
 
-The relative error of a point is |p - g| / |g|: its error after the alignment over the true point's
-distance from camera 0, the origin of the pointmap's world. It weighs a decoder's error, which is
-uniform in the cube, most where it hurts most: at near points. It does not change with the unit of
-the clip, and a prediction of nothing but the origin gets 1. A moving camera may see points where
-camera 0 stood, so distances count as at least a tenth of the clip's median. The alignment minimises
-the squares of the same relative errors. A prediction that is not finite has error 1.
+The relative error of a point is |p - g| / |g|: its error after the alignment over the true point's distance from camera
+0, the origin of the pointmap's world. It weighs a decoder's error, which is uniform in the cube, most where it hurts
+most: at near points. It does not change with the unit of the clip, and a prediction of nothing but the origin gets 1. A
+moving camera may see points where camera 0 stood, so distances count as at least a tenth of the clip's median. One
+scale and one shift per clip minimise the squares of the same relative errors. A prediction that is not finite has error
+1.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from one4d_pl.geometry.alignment import Similarity, align_scale, align_scale_shift, align_sim3
+from one4d_pl.geometry.alignment import Similarity, align_scale_shift
 
-Alignment = Literal["scale", "scale_shift", "sim3"]
-
-ALIGN = {"scale": align_scale, "scale_shift": align_scale_shift, "sim3": align_sim3}
 INLIER = 0.25  # an inlier has a smaller relative error
 MIN_DISTANCE = 0.1  # times the median distance: the least that a distance counts as
 
@@ -36,45 +32,34 @@ class PointmapErrors:
     inliers_moving: Tensor
     num_valid: Tensor
     num_moving: Tensor
-    collapsed: Tensor  # bool: one point or one line, too little for the alignment that was asked for
+    collapsed: Tensor  # bool: one point, too little for an alignment
 
 
 def align_pointmap(
     preds: Tensor,  # [..., 3], one clip of any shape
     target: Tensor,  # [..., 3], camera-0 coordinates
     valid: Tensor,  # [...] bool, at least one
-    alignment: Alignment,
 ) -> tuple[Similarity, bool]:
-    """Fit the similarity of least squared relative error over the valid finite points.
+    """Fit scale and shift of least squared relative error over the valid finite points.
 
-    Returns it, and whether the prediction is collapsed. Such a prediction takes the best fit that
-    it allows: sim3 falls back to scale_shift (a line), scale_shift to the mean of the target (one
-    point), scale to 0 (the origin). ValueError for an unknown alignment.
+    Returns them, and whether the prediction is collapsed: of one point, or none, only the target's mean is left.
     """
-    if alignment not in ALIGN:
-        raise ValueError(f"pointmap alignment {alignment!r}, need one of {list(ALIGN)}")
     usable = valid & preds.isfinite().all(-1)
     distance = _distances(target, valid)
     points, truth, weights = preds[usable], target[usable], distance[usable].square().reciprocal()
-    for attempt in ("sim3", "scale_shift") if alignment == "sim3" else (alignment,):
-        if points.numel() == 0:
-            break
-        try:
-            return ALIGN[attempt](points, truth, weights), attempt != alignment
-        except ValueError:  # of geometry/alignment.py: the points do not determine this fit
-            continue
-    zero = distance.new_zeros(())
-    centre = (weights[:, None] * truth).sum(0) / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-    rotation = torch.eye(3, dtype=distance.dtype, device=distance.device)
-    return Similarity(zero, rotation, 0 * centre if alignment == "scale" else centre), True
+    try:
+        return align_scale_shift(points, truth, weights), False
+    except ValueError:  # fewer than two distinct points
+        centre = (weights[:, None] * truth).sum(0) / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
+        rotation = torch.eye(3, dtype=distance.dtype, device=distance.device)
+        return Similarity(distance.new_zeros(()), rotation, centre), True
 
 
 def pointmap_errors(
-    preds: Tensor,  # [T, H, W, 3], any frame and unit that the alignment frees
+    preds: Tensor,  # [T, H, W, 3], any unit, shifted by anything
     target: Tensor,  # [T, H, W, 3], camera-0 coordinates, not normalised with an offset
     valid: Tensor,  # [T, H, W] bool
     moving: Tensor | None,  # [T, H, W] bool; None = unknown, nothing is reported as moving
-    alignment: Alignment,
 ) -> PointmapErrors:
     """Align one clip on all its valid points; measure all of them, and the moving ones alone."""
     empty = torch.zeros((), dtype=torch.float64, device=preds.device)
@@ -82,7 +67,7 @@ def pointmap_errors(
     count = valid.sum()
     if count == 0:
         return PointmapErrors(empty, empty, empty, empty, count, count, count > 0)
-    fit, collapsed = align_pointmap(preds, target, valid, alignment)
+    fit, collapsed = align_pointmap(preds, target, valid)
     distance = _distances(target, valid)
     error = torch.linalg.vector_norm(fit.apply(preds[valid]) - target[valid], dim=-1) / distance[valid]  # [N]
     error = torch.where(preds[valid].isfinite().all(-1), error, 1).double()
@@ -113,9 +98,8 @@ class PointmapError(Metric):
     moving_clips: Tensor
     collapsed: Tensor
 
-    def __init__(self, alignment: Alignment) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.alignment: Alignment = alignment
         self.add_state("totals", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("moving_totals", torch.zeros(2, dtype=torch.float64), dist_reduce_fx="sum")
         for name in ("clips", "moving_clips", "collapsed"):
@@ -124,8 +108,7 @@ class PointmapError(Metric):
     def update(self, preds: Tensor, target: Tensor, valid: Tensor, moving: Tensor | None = None) -> None:
         """Add clips: preds and target [B, T, H, W, 3], valid and moving [B, T, H, W] bool."""
         for i in range(len(preds)):
-            clip_moving = None if moving is None else moving[i]
-            errors = pointmap_errors(preds[i], target[i], valid[i], clip_moving, self.alignment)
+            errors = pointmap_errors(preds[i], target[i], valid[i], None if moving is None else moving[i])
             self.totals += torch.stack([errors.rel_error, errors.inliers])
             self.moving_totals += torch.stack([errors.rel_error_moving, errors.inliers_moving])
             self.clips += errors.num_valid > 0
@@ -133,19 +116,10 @@ class PointmapError(Metric):
             self.collapsed += errors.collapsed
 
     def compute(self) -> dict[str, Tensor]:
-        """Return rel_error and inliers over all and over moving points, and collapsed.
-
-        `collapsed` is the share of clips whose prediction is collapsed.
-        """
-        rel_error, inliers = self.totals / self.clips
-        rel_error_moving, inliers_moving = self.moving_totals / self.moving_clips
-        return {
-            "rel_error": rel_error,
-            "inliers": inliers,
-            "rel_error_moving": rel_error_moving,
-            "inliers_moving": inliers_moving,
-            "collapsed": self.collapsed / self.clips,
-        }
+        """Return rel_error and inliers over all and over moving points, and the share of collapsed clips."""
+        names = ("rel_error", "inliers", "rel_error_moving", "inliers_moving")
+        means = (*(self.totals / self.clips), *(self.moving_totals / self.moving_clips))
+        return dict(zip(names, means)) | {"collapsed": self.collapsed / self.clips}
 
 
 def _distances(target: Tensor, valid: Tensor) -> Tensor:  # [..., 3], [...] -> [...]

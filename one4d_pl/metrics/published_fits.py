@@ -6,13 +6,12 @@ Adam        MonST3R and Geo4D. It minimises sum |s p + t - g| from the ratio of 
             a sum long before it reaches the minimum.
 Weiszfeld   CUT3R. Ten reweighted least squares for one scale, which end near the exact L1 fit.
 
-Precision is part of the protocol and follows the arguments: Sintel's truth is float32, Bonn's is
-float64 in MonST3R and CUT3R and float32 in Geo4D, predictions are float32 in all. Sums are torch's
-own, over all points in their order, by one thread: on a CPU the results equal those of plain
-autograd code to the last bit, however many processes score. They are no more portable than that.
-Where Adam stops depends on how a sum is rounded, so another vector width, more threads or a GPU may
-end elsewhere: sums in float64, rounded to float32, moved AbsRel by 0.1 % in the median of twelve
-Geo4D fits, by 1.2 % at worst.
+Precision is part of the protocol and follows the arguments: Sintel's truth is float32, Bonn's is float64 in MonST3R and
+CUT3R and float32 in Geo4D, predictions are float32 in all. Sums are torch's own, over all points in their order, by one
+thread: on a CPU the results equal those of plain autograd code to the last bit, however many processes score. They are
+no more portable than that. Where Adam stops depends on how a sum is rounded, so another vector width, more threads or a
+GPU may end elsewhere: sums in float64, rounded to float32, moved AbsRel by 0.1 % in the median of twelve Geo4D fits, by
+1.2 % at worst.
 """
 
 from __future__ import annotations
@@ -54,7 +53,8 @@ def adam_scale_shift(
     steps: int,
 ) -> tuple[float, float]:
     """Fit scale and shift by Adam, which may stop early; nothing keeps the scale positive."""
-    scale_shift = points.new_tensor([_ratio(depths.median(), points.median()), 0.0])
+    middle = points.median()
+    scale_shift = points.new_tensor([float(depths.median() / middle) if middle != 0 else 0.0, 0.0])
     optimizer = torch.optim.Adam([scale_shift], lr=lr)
     absolute_errors = _AbsoluteErrors(points, depths)
     previous = math.nan
@@ -101,7 +101,3 @@ class _AbsoluteErrors:
             sign_sum += float(signed.sum())
             signed.mul_(points)
         return float(self.errors.sum()), scale_shift.new_tensor([float(self.signed.sum()), sign_sum])
-
-
-def _ratio(numerator: Tensor, denominator: Tensor) -> float:
-    return float(numerator / denominator) if denominator != 0 else 0.0

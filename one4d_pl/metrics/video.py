@@ -1,9 +1,8 @@
 """Fréchet distance between sets of videos, under a name that says whose features it compares.
 
-`fvd` is the distance of I3D features as published FVD numbers use them, from a local TorchScript
-file. `fd_vae` is that of pooled latents of a video VAE: it needs nothing but the base model, and is
-not comparable with any published number. Both are torchmetrics' FrechetInceptionDistance: running
-sums in float64, reduced over ranks.
+`fvd` is the distance of I3D features as published FVD numbers use them, from a local TorchScript file. `fd_vae` is that
+of pooled latents of a video VAE: it needs nothing but the base model, and is not comparable with any published number.
+Both are torchmetrics' FrechetInceptionDistance: running sums in float64, reduced over ranks.
 """
 
 from __future__ import annotations
@@ -29,10 +28,9 @@ I3D_MIN_FRAMES = 10  # with fewer, the temporal strides leave nothing to pool
 class I3DFeatures(nn.Module):
     """Kinetics-400 logits of an I3D network, the features of FVD (Unterthiner et al. 2018).
 
-    The file is the converted original that public FVD code shares (`i3d_torchscript.pt`): called
-    with videos [B, 3, T, 224, 224] in [-1, 1] and rescale=False, resize=False,
-    return_features=True, it returns [B, 400]. Frames are brought to 224 pixels exactly as that code
-    does it: tests/metrics/test_fvd.py states its values.
+    The file is the converted original that public FVD code shares (`i3d_torchscript.pt`): called with videos
+    [B, 3, T, 224, 224] in [-1, 1] and rescale=False, resize=False, return_features=True, it returns [B, 400]. Frames
+    are brought to 224 pixels exactly as that code does it: tests/metrics/test_fvd.py states its values.
     """
 
     name = "fvd"
@@ -89,9 +87,8 @@ class VaeFeatures(nn.Module):
 class FrechetVideoDistance(FrechetInceptionDistance):
     """The Fréchet distance of torchmetrics on video features, in float64; `name` is the features'.
 
-    update(videos, real) takes [B, 3, T, H, W] in [-1, 1]. With no more videos than features a
-    covariance is singular and the distance biased upwards: compute() warns, and such numbers
-    compare only at equal counts.
+    update(videos, real) takes [B, 3, T, H, W] in [-1, 1]. With no more videos than features a covariance is singular
+    and the distance biased upwards: compute() warns, and such numbers compare only at equal counts.
     """
 
     def __init__(self, features: I3DFeatures | VaeFeatures) -> None:
@@ -102,10 +99,7 @@ class FrechetVideoDistance(FrechetInceptionDistance):
         self.orig_dtype = torch.float64
 
     def compute(self) -> Tensor:
-        """Return the squared distance (float64).
-
-        RuntimeError for fewer than two videos on a side.
-        """
+        """Return the squared distance (float64). RuntimeError for fewer than two videos on a side."""
         fewest = int(min(self.real_features_num_samples, self.fake_features_num_samples))
         if fewest <= self.num_features:
             rank_zero_warn(

@@ -1,13 +1,11 @@
 """Activation checkpointing of blocks: recomputed whole, or all but self-attention.
 
-The cost of self-attention grows with the square of the number of tokens, and its result is as small
-as the block's input. Keeping it doubles the memory kept per block and saves a third of the
-recomputation at 18 thousand tokens.
+The cost of self-attention grows with the square of the number of tokens, and its result is as small as the block's
+input. Keeping it doubles the memory kept per block and saves a third of the recomputation at 18 thousand tokens.
 
-torch's create_selective_checkpoint_contexts does not serve here: since torch 2.13 it requires every
-operation of the recomputation to be one of the forward pass, and under ZeRO-3 the two gather and
-free different weights. A compiled block, which ZeRO-3 never has, does use it: the compiler cannot
-trace a dispatch mode of ours.
+torch's create_selective_checkpoint_contexts does not serve here: since torch 2.13 it requires every operation of the
+recomputation to be one of the forward pass, and under ZeRO-3 the two gather and free different weights. A compiled
+block, which ZeRO-3 never has, does use it: the compiler cannot trace a dispatch mode of ours.
 """
 
 from __future__ import annotations
@@ -50,8 +48,7 @@ def run_checkpointed(
 ) -> Tensor:
     """Run a block, hooks (links) included; the backward pass computes its activations again.
 
-    Non-reentrant, because the first block's input needs no gradient: all before the first LoRA is
-    frozen.
+    Non-reentrant, because the first block's input needs no gradient: all before the first LoRA is frozen.
 
     Args:
         block: called with `inputs`.
@@ -102,8 +99,7 @@ def _attention_kept_and_reused() -> Contexts:
 class _Keep(TorchDispatchMode):
     """Keeps the result of the block's first attention, which is Wan's self-attention.
 
-    Cross-attention to the few tokens of text and image is cheap, but its result is as large: it is
-    not kept.
+    Cross-attention to the few tokens of text and image is cheap, but its result is as large: it is not kept.
     """
 
     def __init__(self, kept: list[object]) -> None:

@@ -168,8 +168,7 @@ def save_adapters(
 def load_adapters(transformer: CoupledTransformer, folder: Path, base_fingerprint: str) -> AdapterCard:
     """Fill the transformer's trainables from an adapter folder.
 
-    Raises ConfigError where the adapter belongs to another base or has another shape, naming what
-    differs.
+    Raises ConfigError where the adapter belongs to another base or has another shape, naming what differs.
     """
     card, config = AdapterCard.read(folder), transformer.config
     if card.base_fingerprint != base_fingerprint:

@@ -12,10 +12,9 @@ NORMS = ("norm_q", "norm_k", "norm_added_k")  # of a Wan attention; the last one
 class InputDtypeNorm(nn.RMSNorm):
     """An RMSNorm that autocast leaves alone: its output has its input's dtype.
 
-    CUDA's autocast would make it float32, and with it everything up to the attention's output
-    projection: twice the bytes of bfloat16 for no gain in precision, since the kernel itself
-    accumulates in float32. Wan's own inference has no autocast. On a CPU, whose autocast does not
-    know this norm, nothing changes.
+    CUDA's autocast would make it float32, and with it everything up to the attention's output projection: twice the
+    bytes of bfloat16 for no gain in precision, since the kernel itself accumulates in float32. Wan's own inference has
+    no autocast. On a CPU, whose autocast does not know this norm, nothing changes.
     """
 
     def forward(self, hidden: Tensor) -> Tensor:

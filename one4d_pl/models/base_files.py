@@ -1,8 +1,7 @@
 """A base's folder, its layout and its identity, read from files alone: no heavy import is needed.
 
-Two layouts of a folder are known: diffusers' (model_index.json, a folder per part) and the original
-one of Wan-AI and VideoX-Fun (config.json and diffusion_pytorch_model*.safetensors at the top, one
-.pth file per encoder).
+Two layouts of a folder are known: diffusers' (model_index.json, a folder per part) and the original one of Wan-AI and
+VideoX-Fun (config.json and diffusion_pytorch_model*.safetensors at the top, one .pth file per encoder).
 """
 
 from __future__ import annotations
@@ -53,10 +52,7 @@ class TensorHeader(TypedDict):
 
 
 def resolve_base(path: str) -> Path:
-    """Return a local folder as it is, or a hub id's folder in the local cache.
-
-    Nothing is downloaded.
-    """
+    """Return a local folder as it is, or a hub id's folder in the local cache. Nothing is downloaded."""
     folder = base_folder(path)
     if not folder.is_dir():
         from huggingface_hub import snapshot_download
@@ -96,10 +92,7 @@ def tokenizer_folder(folder: Path) -> Path:
 
 
 def transformer_config(folder: Path) -> dict[str, object]:
-    """Read the transformer's settings, under diffusers' names.
-
-    ConfigError names what One4D cannot use.
-    """
+    """Read the transformer's settings, under diffusers' names. ConfigError names what One4D cannot use."""
     file = folder / "config.json" if is_original(folder) else folder / "transformer" / "config.json"
     settings = read_json(file)
     if not isinstance(settings, dict):
@@ -145,9 +138,8 @@ def missing_shards(place: Path) -> list[str]:
 def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
     """Hash a base's identity: each weight file's name, size, header and 64 samples of 4 KiB.
 
-    Hashing 60 GB in full would take minutes at every start, and another training of the same
-    architecture differs in every sample. The same weights in another layout are other files, and
-    so count as another base.
+    Hashing 60 GB in full would take minutes at every start, and another training of the same architecture differs in
+    every sample. The same weights in another layout are other files, and so count as another base.
     """
     digest = hashlib.sha256()
     folder = resolve_base(path)
@@ -170,10 +162,7 @@ def fingerprint(path: str, parts: tuple[str, ...] = PARTS) -> str:
 
 
 def safetensors_header(file: Path) -> dict[str, TensorHeader]:
-    """Read names, dtypes, shapes and places of a file's tensors.
-
-    Raises ConfigError where it is not whole.
-    """
+    """Read names, dtypes, shapes and places of a file's tensors. Raises ConfigError where it is not whole."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -194,8 +183,7 @@ def safetensors_header(file: Path) -> dict[str, TensorHeader]:
 def sizes_of(path: str) -> tuple[Path | None, dict[str, object], str]:
     """Return a base's folder, its transformer's settings, and in words where they come from.
 
-    Where nothing lies at `path`: None and the settings of the release that `path` names;
-    ConfigError if it names none.
+    Where nothing lies at `path`: None and the settings of the release that `path` names; ConfigError if it names none.
     """
     if holds_base(path):
         folder = resolve_base(path)
@@ -210,9 +198,8 @@ def sizes_of(path: str) -> tuple[Path | None, dict[str, object], str]:
 def encoder_sizes(folder: Path | None) -> tuple[dict[str, int], dict[str, int], int]:
     """Count the parameters of a base's encoders.
 
-    Returns each part's; what of each is at most on a GPU at a time, since the text encoder visits it
-    block by block, two blocks at once; and the VAE's width. Without a folder, and in Wan's own
-    layout, these are Wan 2.1's.
+    Returns each part's; what of each is at most on a GPU at a time, since the text encoder visits it block by block,
+    two blocks at once; and the VAE's width. Without a folder, and in Wan's own layout, these are Wan 2.1's.
     """
     if folder is None or is_original(folder):
         config = {"image_dim": IMAGE_DIM} if folder is None else transformer_config(folder)

@@ -1,7 +1,6 @@
 """The couplings that One4D compares itself with (Fig. 2-3): one sequence for both branches.
 
-One LoRA adapts the base to both at once, so nothing keeps the base's frames as they were. Only
-`make nano` uses them.
+One LoRA adapts the base to both at once, so nothing keeps the base's frames as they were. Only `make nano` uses them.
 """
 
 from __future__ import annotations
@@ -18,10 +17,7 @@ from one4d_pl.models.transformer import CoupledTransformer
 
 
 class ConcatTransformer(CoupledTransformer):
-    """One LoRA, PEFT's own, on every linear that Decoupled LoRA Control adapts.
-
-    B starts at zero.
-    """
+    """One LoRA, PEFT's own, on every linear that Decoupled LoRA Control adapts. B starts at zero."""
 
     joined_dim: int  # axis of the output along which frames come first
 
@@ -68,9 +64,8 @@ class ConcatTransformer(CoupledTransformer):
 class ChannelTransformer(ConcatTransformer):
     """Branches joined along channels: a token holds a patch of frames and of pointmaps.
 
-    The patch embedding takes 16 more channels, through weights that start at zero; the output layer
-    gives 16 more, from a copy of its weights. So at step 0 the frames are the base model's. Half
-    the tokens of Decoupled LoRA Control.
+    The patch embedding takes 16 more channels, through weights that start at zero; the output layer gives 16 more, from
+    a copy of its weights. So at step 0 the frames are the base model's. Half the tokens of Decoupled LoRA Control.
     """
 
     joined_dim = 1
@@ -87,9 +82,8 @@ class ChannelTransformer(ConcatTransformer):
 class WidthTransformer(ConcatTransformer):
     """Branches joined along the width, frames on the left (4DNeX, arXiv 2508.13154).
 
-    Both halves have the positions of a video of half the width, and a trainable embedding each,
-    zero at step 0, that tells them apart. As many tokens as Decoupled LoRA Control, but each
-    attends to both halves.
+    Both halves have the positions of a video of half the width, and a trainable embedding each, zero at step 0, that
+    tells them apart. As many tokens as Decoupled LoRA Control, but each attends to both halves.
     """
 
     joined_dim = -1

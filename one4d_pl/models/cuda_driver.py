@@ -11,17 +11,15 @@ import torch
 NVIDIA_SMI_PATIENCE_S = 20.0  # it wakes each GPU first, which takes seconds; with a broken driver it hangs
 # "CUDA UMD Version" is what the newest driver alone prints
 DRIVER_CUDA = re.compile(r"CUDA (?:UMD )?Version:\s*(\d+)\.(\d+)")
-# driver's CUDA -> the PyTorch index whose builds every driver of that major version runs (CUDA's
-# minor version compatibility). torch 2.13 is built for these two; no torch that setup.cfg allows is
-# built for CUDA 11.
+# driver's CUDA -> the PyTorch index whose builds every driver of that major version runs (CUDA's minor version
+# compatibility). torch 2.13 is built for these two; no torch that setup.cfg allows is built for CUDA 11.
 TORCH_INDEXES = {12: "cu126", 13: "cu130"}
 
 
 def driver_mismatch() -> str | None:
     """Say in one line that torch sees no GPU because the NVIDIA driver is older than torch's CUDA.
 
-    Returns None otherwise; also where no driver is found, or where CUDA_VISIBLE_DEVICES hides the
-    GPUs on purpose.
+    Returns None otherwise; also where no driver is found, or where CUDA_VISIBLE_DEVICES hides the GPUs on purpose.
     """
     if torch.cuda.is_available() or torch.version.cuda is None:
         return None
@@ -42,10 +40,7 @@ def driver_mismatch() -> str | None:
 
 
 def _driver_cuda() -> tuple[int, int] | None:
-    """Ask nvidia-smi for the newest CUDA that this machine's driver runs.
-
-    Returns None without a working driver.
-    """
+    """Ask nvidia-smi for the newest CUDA that this machine's driver runs. Returns None without a working driver."""
     try:
         asked = subprocess.Popen(["nvidia-smi"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     except OSError:  # not installed, or not executable for this user

@@ -1,9 +1,8 @@
 """The base's VAE, text and image encoder, opened from either layout by one streaming loader.
 
-Wan's own files carry no config of the encoders: sizes are read from the tensors' shapes, and what
-shapes cannot tell is taken as in Wan 2.1. transformers' own loader is not used: its release 5
-leaves UMT5's input embedding empty where the file holds it only once, as Wan's does, and merely
-warns.
+Wan's own files carry no config of the encoders: sizes are read from the tensors' shapes, and what shapes cannot tell is
+taken as in Wan 2.1. transformers' own loader is not used: its release 5 leaves UMT5's input embedding empty where the
+file holds it only once, as Wan's does, and merely warns.
 """
 
 from __future__ import annotations

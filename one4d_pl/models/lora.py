@@ -16,10 +16,7 @@ from one4d_pl.types import MODALITIES
 
 
 class BranchLinear(nn.Module):
-    """A frozen linear with one LoRA per modality.
-
-    The rgb branch is the first half of the batch, xyz the second.
-    """
+    """A frozen linear with one LoRA per modality. The rgb branch is the first half of the batch, xyz the second."""
 
     def __init__(self, base: nn.Linear, rank: int, scale: float, generator: Generator, device: torch.device) -> None:
         super().__init__()
@@ -33,8 +30,7 @@ class BranchLinear(nn.Module):
             {m: nn.Linear(rank, base.out_features, bias=False, device="meta", dtype=torch.float32) for m in MODALITIES}
         ).to_empty(device=device)
         for modality in MODALITIES:
-            # PEFT's convention: A starts as nn.Linear does, B at zero, so at step 0 both branches
-            # are plain Wan
+            # PEFT's convention: A starts as nn.Linear does, B at zero, so at step 0 both branches are plain Wan
             _kaiming_uniform(_weight(self.lora_A[modality]), generator)
             nn.init.zeros_(_weight(self.lora_B[modality]))
 
@@ -44,17 +40,15 @@ class BranchLinear(nn.Module):
             low = self.scale * low
         base = self.base(hidden)
         up = torch.stack([_weight(self.lora_B[m]) for m in MODALITIES]).transpose(1, 2)  # [2, rank, D']
-        # one product adds the LoRAs of both branches: the D' numbers of a token are read and
-        # written once
+        # one product adds the LoRAs of both branches: the D' numbers of a token are read and written once
         return torch.baddbmm(base.unflatten(0, (2, -1)).flatten(1, 2), low.flatten(1, 2), up).view(base.shape)
 
 
 class BranchPatchEmbedding(nn.Module):
     """The frozen patch embedding for rgb and a trainable copy of it for xyz.
 
-    The copy is our reading of the paper's 250.7 M control parameters. It keeps the base's 36 input
-    channels; the 20 conditioning channels are fed zeros ("zero pad", One4D, Fig. 4) and so never
-    get a gradient.
+    The copy is our reading of the paper's 250.7 M control parameters. It keeps the base's 36 input channels; the 20
+    conditioning channels are fed zeros ("zero pad", One4D, Fig. 4) and so never get a gradient.
     """
 
     def __init__(self, base: nn.Conv3d) -> None:
@@ -106,8 +100,7 @@ def _weight(linear: nn.Module) -> Tensor:
 def _kaiming_uniform(weight: Tensor, generator: Generator) -> None:
     """Initialise as nn.Linear does, from numbers drawn on the generator's device, the CPU.
 
-    The default device has no say, so the same seed gives the same weights everywhere. Meta tensors
-    are left alone.
+    The default device has no say, so the same seed gives the same weights everywhere. Meta tensors are left alone.
     """
     if weight.is_meta:
         return

@@ -1,8 +1,7 @@
 """One branch's LoRA in diffusers' `load_lora_weights` format and under Wan's original names.
 
-Both formats hold the LoRA alone: they have no place for control links, the xyz patch embedding, or
-the card's xyz_statistics and pointmap_power. The rgb LoRA is a plain Wan LoRA: our rgb branch with
-the links off.
+Both formats hold the LoRA alone: they have no place for control links, the xyz patch embedding, or the card's
+xyz_statistics and pointmap_power. The rgb LoRA is a plain Wan LoRA: our rgb branch with the links off.
 """
 
 from __future__ import annotations

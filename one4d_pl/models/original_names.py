@@ -1,8 +1,7 @@
 """Names of diffusers' and transformers' tensors in Wan's original files.
 
-Each function takes the name that our model uses and returns the place in the original file. The
-numbers are the same under other names, except that CLIP's queries, keys and values are one matrix
-there.
+Each function takes the name that our model uses and returns the place in the original file. The numbers are the same
+under other names, except that CLIP's queries, keys and values are one matrix there.
 """
 
 from __future__ import annotations

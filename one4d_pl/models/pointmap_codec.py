@@ -26,8 +26,7 @@ class PointmapCodec(nn.Module):
     since its statistics are measured on them.
 
     Args:
-        power: power of `geometry.pointmap.bend`, by which the VAE sees distances
-            (data.pointmap_power); 1 = linear.
+        power: power of `geometry.pointmap.bend`, by which the VAE sees distances (data.pointmap_power); 1 = linear.
         channels: number of latent channels C.
         device: where the statistics lie.
     """
@@ -57,10 +56,7 @@ class PointmapCodec(nn.Module):
         return unbend(encoders.decode(latents).movedim(1, -1), self.power).movedim(-1, 1)
 
     def standardise(self, latents: Tensor) -> Tensor:  # [2B, C, t, h, w], rgb first
-        """Give the pointmaps' latents mean 0 and deviation 1 per channel.
-
-        The frames' stay the same.
-        """
+        """Give the pointmaps' latents mean 0 and deviation 1 per channel. The frames' stay the same."""
         rgb, xyz = latents.chunk(2)
         return torch.cat([rgb, (xyz - self.mean) / self.std])
 
@@ -84,10 +80,7 @@ class PointmapCodec(nn.Module):
 
     @property
     def statistics(self) -> dict[str, list[float]] | None:
-        """Return what `set_statistics` was given, for the card.
-
-        Returns None where nothing is standardised.
-        """
+        """Return what `set_statistics` was given, for the card. Returns None where nothing is standardised."""
         if not self.standardises:
             return None
         return {"mean": self.mean.flatten().tolist(), "std": self.std.flatten().tolist()}

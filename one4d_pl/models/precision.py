@@ -33,9 +33,8 @@ def computes_bfloat16(device: torch.device) -> bool:
 def uses_bfloat16(config: Config, device: torch.device) -> bool:
     """Tell whether the network runs under bfloat16 autocast on this device.
 
-    Where the processor has no bfloat16 arithmetic, train.precision=bf16-mixed means float32. A base
-    whose weights are bfloat16 needs autocast everywhere, since the adapter's own weights are
-    float32.
+    Where the processor has no bfloat16 arithmetic, train.precision=bf16-mixed means float32. A base whose weights are
+    bfloat16 needs autocast everywhere, since the adapter's own weights are float32.
     """
     if config.train.precision != "bf16-mixed":
         return False

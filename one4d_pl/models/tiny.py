@@ -94,15 +94,13 @@ def _save_parts(folder: Path, config: TinyWanConfig, vae: AutoencoderKLWan, toke
 def _pass_noise_through(transformer: WanTransformer3DModel) -> None:
     """Make the output layer read what the patch embedding wrote, as in trained denoisers.
 
-    A wholly random Wan loses the noise between the two, and an adapter would spend its training on
-    learning to pass it.
+    A wholly random Wan loses the noise between the two, and an adapter would spend its training on learning to pass it.
     """
     channels, width = transformer.config.out_channels, transformer.proj_out.in_features
     kernel = transformer.patch_embedding.weight.data  # [D, 2C + 4, 1, p, p]
     patch = kernel.shape[-2] * kernel.shape[-1]
     mixing = nn.init.orthogonal_(torch.empty(width, channels * patch))  # [D, C p p]
     kernel[:, :channels] = mixing.view(width, channels, *kernel.shape[2:])
-    # unpatchify reads the output layer's rows as (p, p, C); the final norm gives the hidden state
-    # unit variance
+    # unpatchify reads the output layer's rows as (p, p, C); the final norm gives the hidden state unit variance
     head = mixing.T.view(channels, patch, width).transpose(0, 1).flatten(0, 1)  # [p p C, D]
     transformer.proj_out.weight.data.copy_(head * (channels * patch / width) ** 0.5)

@@ -88,8 +88,7 @@ class CoupledTransformer(nn.Module):
         """Count the trainable parameters: lora (both branches), links, xyz_patch_embedding."""
         counts = {"lora": 0, "links": 0, "xyz_patch_embedding": 0}
         for name, parameter in self.trainable_parameters():
-            # a parameter that ZeRO-3 has sharded is empty while it is not used; ds_numel is its
-            # full size
+            # a parameter that ZeRO-3 has sharded is empty while it is not used; ds_numel is its full size
             counts[adapter_part(name)] += getattr(parameter, "ds_numel", parameter.numel())
         return counts
 
@@ -100,8 +99,7 @@ def attend_with(base: WanTransformer3DModel, backend: str) -> None:
         return  # torch's own choice, or that of diffusers' environment variable
     try:
         if backend == "_native_math" and base.device.type == "cpu":
-            # this CUDA setting also rules the CPU: without it these products widen bfloat16 to
-            # float32
+            # this CUDA setting also rules the CPU: without it these products widen bfloat16 to float32
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
         # set_attention_backend also sets a global default, which this restores, and calls itself experimental
         with attention_backend("native"), _diffusers_quiet():
@@ -121,10 +119,7 @@ def _diffusers_quiet() -> Iterator[None]:
 
 
 def compile_wan(base: WanTransformer3DModel, attention: str, backend: str = "inductor") -> None:
-    """Compile a Wan's blocks by torch.compile.
-
-    `attend_with` has set their kernels to `attention`.
-    """
+    """Compile a Wan's blocks by torch.compile. `attend_with` has set their kernels to `attention`."""
     # inductor recognises plain products as attention and would replace them by the fused kernels
     plain = backend == "inductor" and attention == "_native_math"
     base.compile_repeated_blocks(backend=backend, options={"pattern_matcher": False} if plain else None)
@@ -136,8 +131,7 @@ class One4DTransformer(CoupledTransformer):
     The branches are the two halves of the batch.
 
     Args:
-        base: a 36-channel (inpainting layout) Wan; its block linears and patch embedding are
-            wrapped in place.
+        base: a 36-channel (inpainting layout) Wan; its block linears and patch embedding are wrapped in place.
         config: rank, scale, links.
         seed: seeds the LoRA A matrices; everything else starts at zero or as a copy.
         pointmap_power: data.pointmap_power, for the codec.
@@ -155,8 +149,7 @@ class One4DTransformer(CoupledTransformer):
         both_ways = config.link_direction == "both"
         self.links = nn.ModuleDict({str(i): ControlLink(width, device, both_ways) for i in positions})
         for i in positions:
-            # a hook runs between this block and the next, inside the checkpointed region:
-            # recomputed with the block
+            # a hook runs between this block and the next, inside the checkpointed region: recomputed with the block
             base.blocks[i].register_forward_hook(_LinkHook(self.links[str(i)]))
 
     def forward(

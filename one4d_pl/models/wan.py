@@ -106,6 +106,8 @@ class WanEncoders(nn.Module):
 
         The text encoder, by far the largest part, visits it block by block.
         """
+        if self.waits_on_host:
+            return self
         self.to(CPU)
         if device.type != "cpu":
             self._park_text_blocks(device)
@@ -124,10 +126,7 @@ class WanEncoders(nn.Module):
 
     @contextmanager
     def _at_work(self, part: nn.Module) -> Iterator[None]:
-        """Put a part on the device for this section.
-
-        Its host copy is kept and put back afterwards.
-        """
+        """Put a part on the device for this section. Its host copy is kept and put back afterwards."""
         if not self.waits_on_host:
             yield
             return

@@ -2,9 +2,8 @@
 
 1. The module is built with empty (meta) parameters; its buffers are real.
 2. Each tensor is read from the files (diffusers' or Wan's own names), cast, and put on the device.
-3. Where a `Partitioner` shards the transformer (ZeRO-3), it takes each block as soon as it is
-   whole, so no process ever holds more than its share and one block. Only one process then reads
-   the files; the others receive from it.
+3. Where a `Partitioner` shards the transformer (ZeRO-3), it takes each block as soon as it is whole, so no process ever
+   holds more than its share and one block. Only one process then reads the files; the others receive from it.
 """
 
 from __future__ import annotations
@@ -35,10 +34,7 @@ class Partitioner(Protocol):
     reads: bool  # whether this process reads the files; the others receive what it read
 
     def partition(self, module: nn.Module) -> None:
-        """Spread the reading process's values of a module's parameters over all processes.
-
-        This is a collective.
-        """
+        """Spread the reading process's values of a module's parameters over all processes. This is a collective."""
 
 
 class TensorFiles:
@@ -67,10 +63,7 @@ class TensorFiles:
         return key in self._shape
 
     def shape(self, key: str) -> list[int]:
-        """Return the shape of a tensor by its name in the files.
-
-        Raises ConfigError where it is missing.
-        """
+        """Return the shape of a tensor by its name in the files. Raises ConfigError where it is missing."""
         if key not in self._shape:
             raise ConfigError(f"{self._missing_from(key)}: {key} is missing")
         return self._shape[key]
@@ -128,10 +121,7 @@ def stream(
     partitioner: Partitioner | None = None,
     after_block: Callable[[nn.Module], None] = lambda block: None,  # called with each filled block
 ) -> Module:
-    """Fill the model, frozen and in eval mode.
-
-    ConfigError names the file and the tensor that does not fit.
-    """
+    """Fill the model, frozen and in eval mode. ConfigError names the file and the tensor that does not fit."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     files.refuse_other({name: parameter.shape for name, parameter in model.named_parameters()}, unused)
 
@@ -166,10 +156,7 @@ def stream_transformer(
     partitioner: Partitioner | None,
     after_block: Callable[[nn.Module], None],
 ) -> WanTransformer3DModel:
-    """Load the frozen transformer.
-
-    ConfigError names what is damaged, missing or of another shape.
-    """
+    """Load the frozen transformer. ConfigError names what is damaged, missing or of another shape."""
     config = transformer_config(folder)
     with init_empty_weights(include_buffers=False):
         model = WanTransformer3DModel.from_config(config)

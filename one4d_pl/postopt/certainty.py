@@ -1,8 +1,7 @@
 """How well the points determine focal length and motion, from the normal equations at the minimum.
 
-Deviations assume that pixels err independently. In truth the errors of neighbouring pixels are
-alike, so noise alone is no reason to call a camera static: its motion must also be below a fixed
-share of the distance.
+Deviations assume that pixels err independently. In truth the errors of neighbouring pixels are alike, so noise alone is
+no reason to call a camera static: its motion must also be below a fixed share of the distance.
 """
 
 from __future__ import annotations
@@ -26,30 +25,22 @@ def focal_certainty(
 ) -> tuple[Tensor, Tensor]:
     """Return how well the focal length is determined: its condition and the deviation of its log.
 
-    The condition (0 .. 1) is the share of the focal's effect that no change of pose or lens can
-    imitate, less the share that noise in depth imitates. It is 0 on a fronto-parallel plane, or in
-    a field of view so narrow that depths hardly differ. Both are [], or [T] for one focal per
-    frame.
+    The condition (0 .. 1) is the share of the focal's effect that no change of pose or lens can imitate, less the share
+    that noise in depth imitates. It is 0 on a fronto-parallel plane, or in a field of view so narrow that depths hardly
+    differ. Both are [], or [T] for one focal per frame.
     """
     unexplained = _focal_information(_eliminate_poses(normal), objective)
     information = _focal_information(
         _eliminate_poses(normal) / _information_scale(samples, noise, objective), objective
     )
     focal = normal.matrix[:, 6, 6]
-    from_noise = focal * _noise_share(samples, cameras, noise)
+    # a depth that is off by e changes an effect proportional to it by e / depth
+    distance = torch.linalg.vector_norm(samples.points - cameras.centre[:, None], dim=-1)
+    from_noise = focal * (noise / weighted_median(distance, samples.weights).clamp_min(1e-300)).square()
     if objective.focal_mode == "shared":
         from_noise, focal = from_noise.sum(), focal.sum()
     share = torch.where(unexplained > 1.25 * from_noise, unexplained - from_noise, 0) / focal.clamp_min(1e-300)
     return share, information.clamp_min(1e-300).rsqrt()
-
-
-def _noise_share(samples: Samples, cameras: Cameras, noise: Tensor) -> Tensor:  # [T]
-    """Return the share of an effect proportional to depth that is noise.
-
-    A depth that is off by e changes the effect by e / depth.
-    """
-    distance = torch.linalg.vector_norm(samples.points - cameras.centre[:, None], dim=-1)
-    return (noise / weighted_median(distance, samples.weights).clamp_min(1e-300)).square()
 
 
 def pose_information(
@@ -57,8 +48,7 @@ def pose_information(
 ) -> Tensor:  # [T, 6, 6]
     """Return the inverse covariance of each frame's rotation and centre.
 
-    A focal length per frame is free as well. A shared one and the lens err alike in all frames and
-    are taken as known.
+    A focal length per frame is free as well. A shared one and the lens err alike in all frames and are taken as known.
     """
     pose = normal.matrix[:, :6, :6]
     if objective.focal_mode == "per_frame":
@@ -74,13 +64,11 @@ def motion_flags(
 ) -> tuple[str, ...]:
     """Say whether the camera is static or only turns, as far as noise lets one tell.
 
-    Centres within 1/1000 of the distance and turns within 0.1 degree are static. So are centres
-    within 1/50 and turns within 1 degree where noise explains them: squared deviations from one
-    pose are then at most twice what noise gives, over all frames and between the means of the
-    clip's two halves, where slow motion adds up.
+    Centres within 1/1000 of the distance and turns within 0.1 degree are static. So are centres within 1/50 and turns
+    within 1 degree where noise explains them: squared deviations from one pose are then at most twice what noise gives,
+    over all frames and between the means of the clip's two halves, where slow motion adds up.
     """
-    num_frames = len(cameras.centre)
-    if num_frames == 1:
+    if len(cameras.centre) == 1:
         return ()
     shift = cameras.centre - cameras.centre.mean(0)
     spread = float(torch.linalg.vector_norm(shift, dim=-1).amax()) / distance
@@ -142,7 +130,7 @@ def _information_scale(samples: Samples, noise: Tensor, objective: Objective) ->
 
     The objective weights by 1 / noise, the likelihood by 1 / noise².
     """
-    return (objective.alpha1 / samples.weights.sum() * MEAN_INVERSE * noise)[:, None, None]
+    return (1 / samples.weights.sum() * MEAN_INVERSE * noise)[:, None, None]
 
 
 def _focal_information(reduced: Tensor, objective: Objective) -> Tensor:  # [] or [T]

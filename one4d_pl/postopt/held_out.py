@@ -62,14 +62,12 @@ def credible_alpha2(cameras: Cameras, samples: Samples, objective: Objective) ->
         smooth = smoothness(cameras, replace(objective, alpha2=factor * objective.alpha2))
         score = 0.0
         for number, fold_system in enumerate(held_out):
-            others = normals[:number] + normals[number + 1 :]
-            fitted = weighted_normal(others, [1 / len(others)] * len(others))
-            score += _model_cost(*fold_system, solve(*assemble(fitted, smooth, objective), DAMPING))
+            fitted = assemble(_without(normals, number), smooth, objective)
+            score += _model_cost(*fold_system, solve(*fitted, DAMPING))
         scores.append(score)
     best = min(range(len(scores)), key=scores.__getitem__)
-    # The excess over each fold's own best fit has two sources: the errors of the pixels fitted,
-    # which smoothing may reduce, and those of the fold itself. Divided by the number of folds it is
-    # the share of the former.
+    # The excess over each fold's own best fit has two sources: the errors of the pixels fitted, which smoothing may
+    # reduce, and those of the fold itself. Divided by the number of folds it is the share of the former.
     own = sum(_model_cost(*fold_system, solve(*fold_system, DAMPING)) for fold_system in held_out)
     loss = (scores[-1] - own) / len(held_out)
     alpha2 = _ALPHA2_FACTORS[best] * objective.alpha2 if scores[-1] - scores[best] > _CREDIBLE * loss else 0.0
@@ -81,10 +79,9 @@ def gains(
 ) -> list[Tensor]:
     """Return by which share each alternative lowers the data term of held-out quarters: [Q] each.
 
-    A wrong intrinsic is wrong in every quarter of the picture, so what corrects it in three helps
-    in the fourth. Bent surfaces and correlated noise, which a freer fit follows as well, differ
-    from quarter to quarter. All gains are 0 where the points are exact, and where no alternative
-    gains more than `_MIN_GAIN` on the very pixels that it fits.
+    A wrong intrinsic is wrong in every quarter of the picture, so what corrects it in three helps in the fourth. Bent
+    surfaces and correlated noise, which a freer fit follows as well, differ from quarter to quarter. All gains are 0
+    where the points are exact, and where no alternative gains more than `_MIN_GAIN` on the very pixels that it fits.
     """
     samples = samples.pixels(slice(None, None, max(1, len(samples.x) // _PIXELS)))
     inside = ray_distance(samples, cameras) < noise.gate[:, None]  # without outliers, in the data term too
@@ -113,8 +110,7 @@ def _changes(
     """
     changes = []
     for number, held_out in enumerate(normals):
-        others = normals[:number] + normals[number + 1 :]
-        fitted = weighted_normal(others, [1 / len(others)] * len(others))
+        fitted = _without(normals, number)
         step = solve(*assemble(fitted, smooth, objective), DAMPING)
         costs = [_model_cost(*assemble(one, unsmoothed, objective), step) for one in (fitted, held_out)]
         changes.append([change / max(float(one.cost), _EXACT) for change, one in zip(costs, (fitted, held_out))])
@@ -138,6 +134,12 @@ def _tile_folds(samples: Samples) -> Iterator[Samples]:
     fold_of = (tile[0] + 2 * tile[1]) % 4
     folds = (samples.pixels(fold_of == number) for number in range(4))
     yield from (fold for fold in folds if bool((fold.weights > 0).any()))
+
+
+def _without(normals: list[NormalEquations], number: int) -> NormalEquations:
+    """Return the mean of all folds but one."""
+    others = normals[:number] + normals[number + 1 :]
+    return weighted_normal(others, [1 / len(others)] * len(others))
 
 
 def _model_cost(matrix: Tensor, gradient: Tensor, step: Tensor) -> float:

@@ -1,9 +1,8 @@
 """Pixels with their points, and the focal length from them alone: one vote per frame, or a prior.
 
-In this package pixels are measured from the principal point in units of the picture's longer side,
-y divided by the aspect fy / fx. One number, the focal length in longer sides, then gives the ray
-(x / focal, y / focal, 1). Aspect and principal point are the `Lens` of the samples. Everything is
-float64: the normal matrices have conditions up to 1e12.
+In this package pixels are measured from the principal point in units of the picture's longer side, y divided by the
+aspect fy / fx. One number, the focal length in longer sides, then gives the ray (x / focal, y / focal, 1). Aspect and
+principal point are the `Lens` of the samples. Everything is float64: the normal matrices have conditions up to 1e12.
 """
 
 from __future__ import annotations
@@ -133,10 +132,9 @@ def sample_medians(
 def camera_votes(samples: Samples) -> tuple[Tensor, Tensor]:  # [T], longer sides; [T, 3]: aspect, principal point
     """Estimate focal length and lens of each frame by itself, from its camera matrix.
 
-    The matrix is that of the normalised DLT (Hartley & Zisserman 7.1). The focal length is that of
-    square pixels, √(fx fy); aspect and principal point are relative to the samples' lens. A frame
-    has no vote (nan) where its camera matrix is not unique (planar or too few points) or where it
-    sees its points mirrored (negative determinant).
+    The matrix is that of the normalised DLT (Hartley & Zisserman 7.1). The focal length is that of square pixels,
+    √(fx fy); aspect and principal point are relative to the samples' lens. A frame has no vote (nan) where its
+    camera matrix is not unique (planar or too few points) or where it sees its points mirrored (negative determinant).
     """
     points = _normalised_points(samples)
     eigenvalues, eigenvectors = _direct_linear_transform(points, samples)
@@ -158,10 +156,9 @@ def camera_votes(samples: Samples) -> tuple[Tensor, Tensor]:  # [T], longer side
 def plane_votes(samples: Samples) -> Tensor:  # [T], longer sides; nan = no vote
     """Estimate the focal length of each frame of nearly planar points, from their homography.
 
-    Two axes of the plane, orthogonal and equally long in space, give two conditions (Zhang 2000).
-    With the first two entries of each row of the homography as one complex number they become one:
-    (row1² + row2²) / f² + row3² = 0. A plane seen straight on makes both terms vanish: it has no
-    vote, or an arbitrary one.
+    Two axes of the plane, orthogonal and equally long in space, give two conditions (Zhang 2000). With the first two
+    entries of each row of the homography as one complex number they become one: (row1² + row2²) / f² + row3² = 0. A
+    plane seen straight on makes both terms vanish: it has no vote, or an arbitrary one.
     """
     points = _normalised_points(samples)
     spread, axes = principal_axes(points, samples.weights)

@@ -3,23 +3,21 @@
 The plain model is one focal length, square pixels and the principal point at the image centre.
 One rule decides which of these assumptions are given up:
 
-- Alternatives: one focal length per frame, a free principal point, a free aspect, and, where a
-  focal length is given, a free one; each alone and every combination.
+- Alternatives: one focal length per frame, a free principal point, a free aspect, and, where a focal length is given, a
+  free one; each alone and every combination.
 - When: after each fit, first on the blocks, then on the grid, until nothing more is given up.
-- How: by cross-validation (`held_out.gains`). An alternative is fitted by one step to three
-  quarters of the picture and scored by the data term of the fourth, each once. It convinces if it
-  lowers the data term of every quarter, and by 10 % on average; 0.3 % are enough for what the user
-  asks for ("solve"). Of those within 90 % of the best, the one with the fewest unknowns is chosen,
-  and everything is fitted again. The change stays if that brings the points 1 % nearer to their
-  rays, or if the user asked for it.
-- Known values: what the user has given is kept. Where the choice includes it, a flag says so and
-  nothing is given up, as other unknowns would only make up for the wrong value.
+- How: by cross-validation (`held_out.gains`). An alternative is fitted by one step to three quarters of the picture and
+  scored by the data term of the fourth, each once. It convinces if it lowers the data term of every quarter, and by 10
+  % on average; 0.3 % are enough for what the user asks for ("solve"). Of those within 90 % of the best, the one with
+  the fewest unknowns is chosen, and everything is fitted again. The change stays if that brings the points 1 % nearer
+  to their rays, or if the user asked for it.
+- Known values: what the user has given is kept. Where the choice includes it, a flag says so and nothing is given up,
+  as other unknowns would only make up for the wrong value.
 
-One step is not enough where the plain model fits a part of the scene, a plane for example, and
-takes the rest for outliers. So where more than a tenth of the blocks lie far off, all assumptions
-are given up at once, starting from the frames' own camera matrices. If that brings the points
-clearly nearer, plain values come back one by one where they cost nothing, and what is still free
-is the choice.
+One step is not enough where the plain model fits a part of the scene, a plane for example, and takes the rest for
+outliers. So where more than a tenth of the blocks lie far off, all assumptions are given up at once, starting from the
+frames' own camera matrices. If that brings the points clearly nearer, plain values come back one by one where they cost
+nothing, and what is still free is the choice.
 
 A focal length that the points do not determine is taken from the prior.
 """
@@ -55,11 +53,7 @@ _MAX_CHANGES = 3  # of the model, on blocks or on the grid
 
 # The plain model's assumptions, in the order in which they are given up, and their flags.
 _FOCAL, _ZOOM, _POINT, _ASPECT = "focal", "zoom", "principal point", "aspect"
-_UNUSUAL = {
-    _ZOOM: "focal length changes",
-    _POINT: "principal point off the centre",
-    _ASPECT: "pixels not square",
-}
+_UNUSUAL = {_ZOOM: "focal length changes", _POINT: "principal point off the centre", _ASPECT: "pixels not square"}
 _CONTRADICTED = {
     _FOCAL: "points contradict the known focal length",
     _ZOOM: "points contradict one focal length",
@@ -85,7 +79,7 @@ def fit(
         mode, focal = "fixed", blocks.points.new_tensor(known_focal)
     else:
         focal = best_focal(blocks, focal_candidates(torch.stack([camera_votes(blocks)[0], plane_votes(blocks)]), prior))
-    objective = first = Objective(options.alpha1, options.alpha2, mode)
+    objective = first = Objective(options.alpha2, mode)
     coarse = _refine_on_blocks(solve_poses(blocks, focal.expand(len(blocks.points))), blocks, objective)
 
     def on_blocks(fit: Refined, objective: Objective) -> Refined:

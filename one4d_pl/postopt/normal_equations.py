@@ -1,13 +1,12 @@
 """The objective of the refinement (One4D, Eq. 12) at some cameras: cost and normal equations.
 
-    alpha1 · mean |X - X̂| + alpha2 · mean (‖R_iᵀ R_{i+1} - I‖_F + ‖o_{i+1} - o_i‖)
+    mean |X - X̂| + alpha2 · mean (‖R_iᵀ R_{i+1} - I‖_F + ‖o_{i+1} - o_i‖)
 
-With the best depth of each pixel put in, |X - X̂| is the distance from the point to its pixel's
-ray: 6 T + 1 unknowns are left, and up to three more of the lens. The distance enters through
-Tukey's biweight. Its weights equal those of |r| on average over inliers and are 0 beyond six times
-the noise, which is measured by the frame's median distance: so flying points are left out. In a
-frame that has no such points the gate is so wide that these are least squares, the most accurate
-where noise is Gaussian.
+With the best depth of each pixel put in, |X - X̂| is the distance from the point to its pixel's ray: 6 T + 1 unknowns
+are left, and up to three more of the lens. The distance enters through Tukey's biweight. Its weights equal those of |r|
+on average over inliers and are 0 beyond six times the noise, which is measured by the frame's median distance: so
+flying points are left out. In a frame that has no such points the gate is so wide that these are least squares, the
+most accurate where noise is Gaussian.
 """
 
 from __future__ import annotations
@@ -41,7 +40,6 @@ _MAX_SHIFT = 1.0  # longer sides, of the principal point from the image centre
 class Objective:
     """What is minimised over which unknowns."""
 
-    alpha1: float  # of the data term
     alpha2: float  # of the smoothness of the trajectory
     focal_mode: FocalMode
     aspect: bool = False  # True = solved for, one for all frames
@@ -73,7 +71,7 @@ class NormalEquations:
     and the principal point's x and y (longer sides, y divided by the aspect).
     """
 
-    cost: Tensor  # [], alpha1 · mean loss
+    cost: Tensor  # [], mean loss
     matrix: Tensor  # [T, U, U], of the reweighted squares
     gradient: Tensor  # [T, U]
     excess: Tensor  # [T, U, U], matrix less the loss's Hessian
@@ -112,7 +110,7 @@ def linearise(
         _linearise_frames(cameras.take(part), samples.take(part), noise.take(part), with_lens)
         for part in torch.arange(num_frames, device=total.device).split(size)
     ]
-    factor = objective.alpha1 / total
+    factor = 1 / total
     cost, matrix, gradient, excess = (torch.cat(field) for field in zip(*parts))
     return NormalEquations(factor * cost.sum(), factor * matrix, factor * gradient, factor * excess)
 
@@ -244,8 +242,6 @@ def assemble(
     full = poses.view(6 * num_frames, 6 * num_frames)
     gradient = (normal.gradient[:, :6] + smooth.gradient).flatten()
     to_unknowns = _intrinsic_unknowns(normal, objective)  # [T, U - 6, F + L]
-    if to_unknowns is None:
-        return full, gradient
     border = (normal.matrix[:, :6, 6:] @ to_unknowns).flatten(0, 1)
     corner = (to_unknowns.mT @ normal.matrix[:, 6:, 6:] @ to_unknowns).sum(0)
     more = (to_unknowns.mT @ normal.gradient[:, 6:, None]).sum(0)[:, 0]
@@ -253,16 +249,11 @@ def assemble(
     return full, torch.cat([gradient, more])
 
 
-def _intrinsic_unknowns(normal: NormalEquations, objective: Objective) -> Tensor | None:
-    """Return which unknown changes which intrinsic: [T, U - 6, F + L] of 0 and 1.
-
-    None where all intrinsics are known.
-    """
+def _intrinsic_unknowns(normal: NormalEquations, objective: Objective) -> Tensor:
+    """Return which unknown changes which intrinsic: [T, U - 6, F + L] of 0 and 1."""
     num_frames, width = len(normal.matrix), normal.matrix.shape[-1] - 6
     count = {"fixed": 0, "shared": 1, "per_frame": num_frames}[objective.focal_mode]
     columns = objective.lens_columns
-    if count + len(columns) == 0:
-        return None
     change = normal.matrix.new_zeros(num_frames, width, count + len(columns))
     if objective.focal_mode == "per_frame":
         frames = torch.arange(num_frames, device=change.device)
@@ -275,10 +266,7 @@ def _intrinsic_unknowns(normal: NormalEquations, objective: Objective) -> Tensor
 
 
 def solve(full: Tensor, gradient: Tensor, damping: float) -> Tensor:
-    """Solve for the damped step.
-
-    The damping is added after scaling the matrix to a unit diagonal.
-    """
+    """Solve for the damped step. The damping is added after scaling the matrix to a unit diagonal."""
     diagonal = full.diagonal().clamp_min(1e-300)
     scale = diagonal.rsqrt()
     scaled = scale[:, None] * full * scale

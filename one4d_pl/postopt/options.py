@@ -9,14 +9,12 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RecoverOptions:
-    """What is known of the camera, and the objective's weights (One4D, Eq. 12).
+    """What is known of the camera, and the weight of smoothness (One4D, Eq. 12, with alpha1 = 1).
 
-    None assumes one focal length, square pixels and a principal point at the image centre until the
-    points contradict that clearly. "solve" accepts a weaker contradiction. A given value is kept,
-    and a contradiction becomes a flag.
+    None assumes one focal length, square pixels and a principal point at the image centre until the points contradict
+    that clearly. "solve" accepts a weaker contradiction. A given value is kept, and a contradiction becomes a flag.
     """
 
-    alpha1: float = 1.0  # mean distance of points and recovered points
     alpha2: float = 0.01  # mean smoothness of the trajectory, less if `credible_alpha2` says so (MonST3R 0.01); 0 = off
     shared_focal: bool | None = None  # True: one focal length; False: one per frame; None = one, if that fits
     focal: float | None = None  # known fx in pixels; None = solved for
@@ -25,7 +23,7 @@ class RecoverOptions:
     pixels_per_frame: int = 14000  # of the last steps: 88 x 156 whole, every fourth row and column of 352 x 624
 
     def __post_init__(self) -> None:
-        for name in ("alpha1", "aspect", "pixels_per_frame"):
+        for name in ("aspect", "pixels_per_frame"):
             if (value := getattr(self, name)) not in (None, "solve") and not (math.isfinite(value) and value > 0):
                 raise ValueError(f"postopt.{name}: {value}, need a finite number > 0")
         if not self.alpha2 >= 0:

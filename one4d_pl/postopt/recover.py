@@ -1,15 +1,13 @@
 """Recover intrinsics, a camera per frame and depth from a pointmap video (One4D, Eq. 11-12).
 
-1. Sample pixels of every frame: medians of 3x3 blocks for the start, a dense grid for the last
-   steps.
-2. Closed form: compare focal votes of the frames (DLT) with a ladder of focal lengths, then solve
-   for a pose per frame (SQPnP).
-3. Newton's method on all poses and the focal length, first on the blocks, then on the grid. The
-   smoothness weight is lowered, down to 0, where cross-validation shows that it costs accuracy.
-4. One focal length, square pixels and a centred principal point are assumed. Where held-out
-   quarters of the picture all contradict one of these, it is solved for (`model_choice`).
-5. A focal length that the points do not determine is replaced by the prior, and the poses are
-   solved again for it.
+1. Sample pixels of every frame: medians of 3x3 blocks for the start, a dense grid for the last steps.
+2. Closed form: compare focal votes of the frames (DLT) with a ladder of focal lengths, then solve for a pose per frame
+   (SQPnP).
+3. Newton's method on all poses and the focal length, first on the blocks, then on the grid. The smoothness weight is
+   lowered, down to 0, where cross-validation shows that it costs accuracy.
+4. One focal length, square pixels and a centred principal point are assumed. Where held-out quarters of the picture all
+   contradict one of these, it is solved for (`model_choice`).
+5. A focal length that the points do not determine is replaced by the prior, and the poses are solved again for it.
 6. Depth: each point's projection onto its pixel's ray.
 """
 
@@ -194,10 +192,9 @@ def _scene_frame(blocks: Samples) -> tuple[Tensor, Tensor]:  # [3], []
 
 def _default_cameras(pointmap: Tensor, focal: float) -> Cameras:
     """Put every camera at the origin of the pointmap's frame, looking along its z."""
-    shape, device = pointmap.shape[0], pointmap.device
-    eye = torch.eye(3, dtype=torch.float64, device=device).expand(shape, 3, 3)
-    log_focal = torch.full((shape,), math.log(focal), dtype=torch.float64, device=device)
-    return Cameras(log_focal, eye, torch.zeros(shape, 3, dtype=torch.float64, device=device))
+    zeros = torch.zeros(len(pointmap), dtype=torch.float64, device=pointmap.device)
+    eye = torch.eye(3, dtype=torch.float64, device=pointmap.device).expand(len(pointmap), 3, 3)
+    return Cameras(zeros + math.log(focal), eye, zeros[:, None].expand(-1, 3))
 
 
 def _report(
@@ -226,16 +223,5 @@ def _report(
     deviation = 0.0 if focal_known else float(refined.focal_deviation.amax())
     if not refined.converged:
         flags += ("not converged",)
-    return RecoverReport(
-        residual,
-        noise,
-        inliers,
-        solved,
-        behind,
-        refined.iterations,
-        refined.converged,
-        refined.alpha2,
-        condition,
-        deviation,
-        flags,
-    )
+    steps = refined.iterations, refined.converged, refined.alpha2
+    return RecoverReport(residual, noise, inliers, solved, behind, *steps, condition, deviation, flags)

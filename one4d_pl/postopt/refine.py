@@ -75,18 +75,9 @@ def refine(
         before, noise = noise, measure_noise(samples, cameras)
         if bool((noise.level > 0.8 * before.level).all()) or bool((noise.level < 3 * NOISE_FLOOR).all()):
             break
-    condition, deviation = focal_certainty(known, samples, cameras, before.level, objective)
-    return Refined(
-        cameras,
-        samples.lens,
-        noise.level,
-        iterations,
-        converged,
-        objective.alpha2,
-        condition,
-        deviation,
-        pose_information(known, samples, before.level, objective),
-    )
+    certainty = focal_certainty(known, samples, cameras, before.level, objective)
+    information = pose_information(known, samples, before.level, objective)
+    return Refined(cameras, samples.lens, noise.level, iterations, converged, objective.alpha2, *certainty, information)
 
 
 def _minimise(
@@ -94,8 +85,7 @@ def _minimise(
 ) -> tuple[Cameras, Samples, NormalEquations, int, bool]:
     """Take damped steps for fixed noise levels.
 
-    Returns cameras, samples with their lens, normal equations there, the steps used, and whether
-    they converged.
+    Returns cameras, samples with their lens, normal equations there, the steps used, and whether they converged.
     """
     smooth = smoothness(cameras, objective)
     cost, damping, reach = normal.cost + smooth.cost, DAMPING, 2.0
@@ -103,7 +93,7 @@ def _minimise(
         full, gradient = assemble(towards_newton(normal, reach), smooth, objective)
         step = solve(full, gradient, damping)
         expected = -float(gradient @ step) / 2  # gain of the quadratic model
-        if expected <= 0.1 * tolerance * float(cost) or float(cost) < _EXACT * objective.alpha1:
+        if expected <= 0.1 * tolerance * float(cost) or float(cost) < _EXACT:
             return cameras, samples, normal, number - 1, True
         candidate, seen = move(cameras, samples, step, objective)
         new, new_smooth = linearise(candidate, seen, noise, objective), smoothness(candidate, objective)

@@ -1,10 +1,9 @@
 """One camera per frame for a known focal length, in closed form; the others are interpolated.
 
-For a fixed focal length the summed squared distance of the points to their pixels' rays is, once
-the translation is eliminated, a quadratic form rᵀ Ω r in the nine entries of the rotation (Terzakis
-& Lourakis 2020, "SQPnP"): all pixels are read once, then rotations are found from 9x9 matrices.
-Points on a plane determine only two columns of the rotation, their homography, so every frame is
-also started from that.
+For a fixed focal length the summed squared distance of the points to their pixels' rays is, once the translation is
+eliminated, a quadratic form rᵀ Ω r in the nine entries of the rotation (Terzakis & Lourakis 2020, "SQPnP"): all pixels
+are read once, then rotations are found from 9x9 matrices. Points on a plane determine only two columns of the rotation,
+their homography, so every frame is also started from that.
 """
 
 from __future__ import annotations
@@ -185,9 +184,8 @@ def _size(samples: Samples) -> Tensor:  # [T]
 def best_focal(samples: Samples, candidates: Tensor, frames: int = 9) -> Tensor:  # [F] -> scalar
     """Return the focal length whose poses bring the points of some frames nearest to their rays.
 
-    Measured by the median distance. The first candidates are the closed form's votes. They win
-    unless another is nearer by more than noise explains: on a plane, distances hardly differ over a
-    wide range of focal lengths.
+    Measured by the median distance. The first candidates are the closed form's votes. They win unless another is nearer
+    by more than noise explains: on a plane, distances hardly differ over a wide range of focal lengths.
     """
     chosen = torch.linspace(0, len(samples.points) - 1, min(frames, len(samples.points))).round().long()
     some = samples.take(chosen.to(candidates.device))
@@ -287,8 +285,7 @@ def _descend(omega: Tensor, rotation: Tensor, steps: int) -> tuple[Tensor, Tenso
     damping = torch.full(rotation.shape[:2], 1e-3, dtype=omega.dtype, device=omega.device)
 
     def cost_of(candidate: Tensor) -> Tensor:
-        flat = candidate.flatten(-2)
-        return (flat * (omega @ flat[..., None])[..., 0]).sum(-1)
+        return (candidate.flatten(-2) * _times_rotation(omega, candidate)).sum(-1)
 
     cost = cost_of(rotation)
     for _ in range(steps):

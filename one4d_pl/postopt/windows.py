@@ -38,19 +38,6 @@ class Window:
         return self.length - (self.stop - self.start)
 
 
-@dataclass(frozen=True)
-class WindowCondition:
-    """Which frames the model is shown in a window; no frame is both given and carried."""
-
-    given: Tensor  # [length] bool, frames of the user
-    carried: Tensor  # [length] bool, frames that the previous window has generated
-
-    @property
-    def frame_mask(self) -> Tensor:  # [length] bool, 1 = shown
-        """Return which frames are shown at all."""
-        return self.given | self.carried
-
-
 def plan_windows(num_frames: int, window: int, overlap: int) -> tuple[Window, ...]:
     """Cover a video by windows of `window` = 4k+1 frames, neighbours sharing at least `overlap`.
 
@@ -69,12 +56,12 @@ def plan_windows(num_frames: int, window: int, overlap: int) -> tuple[Window, ..
     return tuple(Window(start, start + window, window) for start in starts)
 
 
-def window_condition(
+def window_mask(
     frame_mask: Tensor,  # [num_frames] bool, 1 = given by the user
     windows: tuple[Window, ...],
     index: int,
-) -> WindowCondition:
-    """Decide what window `index` is shown: given frames, and hidden ones made by the one before.
+) -> Tensor:  # [length] bool, 1 = shown
+    """Decide what window `index` is shown: given frames, and those that the one before has made.
 
     text: window 0 nothing, later ones the shared frames. image: window 0 frame 0, later ones the
     shared frames. sparse: the given frames, later windows also the shared ones. video: all frames
@@ -84,13 +71,10 @@ def window_condition(
     if len(frame_mask) != windows[-1].stop:
         raise ValueError(f"windows: frame_mask of {len(frame_mask)} frames, the windows cover {windows[-1].stop}")
     window = windows[index]
-    given = frame_mask[window.start : window.stop].bool()
-    carried = torch.zeros_like(given)
+    shown = frame_mask[window.start : window.stop].clone()
     if index > 0:
-        carried[: windows[index - 1].stop - window.start] = True
-    flags = torch.stack([given, carried & ~given])
-    flags = torch.cat([flags, flags[:, -1:].expand(-1, window.padding)], dim=1)
-    return WindowCondition(flags[0], flags[1])
+        shown[: windows[index - 1].stop - window.start] = True
+    return torch.cat([shown, shown[-1:].expand(window.padding)])
 
 
 def join_windows(
@@ -138,7 +122,10 @@ def _align(fixed: RecoveredScene, moving: RecoveredScene) -> Seam:
     seen = (depths[0] > 0) & (depths[1] > 0) & depths[0].isfinite() & depths[1].isfinite()
     if not bool(seen.any()):
         return _align_by_cameras(fixed, moving)
-    target, source = (_world_points(scene)[grid][seen] for scene in (fixed, moving))
+    target, source = (
+        to_world(unproject(scene.depth.double(), scene.intrinsics.double()), scene.cam2world)[grid][seen]
+        for scene in (fixed, moving)
+    )
     # 1. Start from medians of depth ratios, rotations and shifts, which outliers hardly move.
     scale = (depths[0][seen] / depths[1][seen]).median()
     start = _with_median_shift(scale, _median_rotation(fixed, moving), source, target)
@@ -192,32 +179,21 @@ def _camera_axes(scene: RecoveredScene, distance: Tensor) -> Tensor:  # -> [4 T,
     return torch.cat([centre[:, None], axes], dim=1).flatten(0, 1)
 
 
-def _world_points(scene: RecoveredScene) -> Tensor:  # [T, H, W, 3]
-    return to_world(unproject(scene.depth.double(), scene.intrinsics.double()), scene.cam2world)
-
-
 def _transform(scene: RecoveredScene, similarity: Similarity) -> RecoveredScene:
     """Move the scene into another world, with depth and the report's lengths in its unit."""
     rotation, centre = split_se3(scene.cam2world)
     moved = se3_matrix(matrix_product(similarity.rotation, rotation), similarity.apply(centre))
-    report = replace(
-        scene.report, residual=scene.report.residual * similarity.scale, noise=scene.report.noise * similarity.scale
-    )
-    depth = scene.depth * similarity.scale.to(scene.depth.dtype)
+    scale, report = similarity.scale, scene.report
+    report = replace(report, residual=report.residual * scale, noise=report.noise * scale)
+    depth = scene.depth * scale.to(scene.depth.dtype)
     points = similarity.apply(scene.pointmap.double().flatten(0, 2)).view(scene.pointmap.shape).to(scene.pointmap.dtype)
     return RecoveredScene(points, scene.known, scene.intrinsics, invert_se3(moved), depth, report)
 
 
 def _frames(scene: RecoveredScene, frames: slice) -> RecoveredScene:
     """Return some frames of a scene; the report stays whole."""
-    return RecoveredScene(
-        scene.pointmap[frames],
-        scene.known[frames],
-        scene.intrinsics[frames],
-        scene.world2cam[frames],
-        scene.depth[frames],
-        scene.report,
-    )
+    geometry = scene.pointmap[frames], scene.known[frames], scene.intrinsics[frames], scene.world2cam[frames]
+    return RecoveredScene(*geometry, scene.depth[frames], scene.report)
 
 
 def _blend(first: RecoveredScene, second: RecoveredScene, shared: int) -> RecoveredScene:

@@ -38,10 +38,7 @@ NAME = "a GPU that is not there"
 
 
 def load_device() -> None:
-    """Register the device with torch's C++ side.
-
-    ConfigError says why that fails and what would help.
-    """
+    """Register the device with torch's C++ side. ConfigError says why that fails and what would help."""
     if "torch" in sys.modules:
         raise RuntimeError("load_device: torch is imported already, and has looked for its CUDA hooks")
     root = _torch_folder()
@@ -72,10 +69,7 @@ def _torch_folder() -> Path:
 
 @contextmanager
 def pretend(watch: Watch) -> Iterator[torch.device]:
-    """Enter fake tensors and a `torch.cuda` that reports one device; yield the device.
-
-    Args:
-        watch: its `peak` is what torch.cuda.max_memory_allocated returns.
+    """Enter fake tensors and a `torch.cuda` of one device whose peak memory is the watch's; yield the device.
 
     Raises ConfigError under a CUDA build of torch without a GPU: its own device cannot be replaced.
     """
@@ -117,9 +111,6 @@ def _python_side(watch: Watch) -> dict[str, object]:
     """List replacements of torch.cuda's functions, whose C++ module a CPU build lacks."""
     properties = SimpleNamespace(name=NAME, total_memory=2**62, major=9, minor=0, multi_processor_count=132)
 
-    def nothing(*args: object, **kwargs: object) -> None:
-        return None
-
     def answer(value: object) -> object:
         return lambda *args, **kwargs: value
 
@@ -129,7 +120,7 @@ def _python_side(watch: Watch) -> dict[str, object]:
         def __init__(self, *args: object) -> None:
             pass
 
-        wait_stream = wait = nothing
+        wait_stream = wait = answer(None)
 
         def record_event(self) -> Stream:
             return self
@@ -148,7 +139,7 @@ def _python_side(watch: Watch) -> dict[str, object]:
         "current_stream": Stream,
         "stream": nullcontext,
         "max_memory_allocated": lambda *args: watch.peak,
-        **dict.fromkeys(silent, nothing),
+        **dict.fromkeys(silent, answer(None)),
     }
 
 

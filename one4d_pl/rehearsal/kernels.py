@@ -19,10 +19,7 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Replace scaled_dot_product_attention by flash in half precision without mask, else efficient.
-
-    Flash and efficient attention are torch's kernels of these names.
-    """
+    """Replace scaled_dot_product_attention by torch's kernels: flash in half precision without mask, else efficient."""
     if torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))

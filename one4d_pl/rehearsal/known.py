@@ -1,7 +1,6 @@
 """Real values of small fake tensors, so that control flow which depends on them is the real run's.
 
-Masks, positions, sigmas and lengths are computed twice: as fake tensors on their device, and for
-real on the CPU.
+Masks, positions, sigmas and lengths are computed twice: as fake tensors on their device, and for real on the CPU.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 SMALL = 4096  # elements
 aten = torch.ops.aten
-UNKNOWN = {torch.bool: True}  # the assumed element of a tensor whose value is not known; 1 for other dtypes
 
 
 class Known:
@@ -32,11 +30,7 @@ class Known:
         return self._twins.get(tensor)
 
     def follow(
-        self,
-        func: Callable[..., object],
-        args: tuple[object, ...],
-        kwargs: Mapping[str, object],
-        made: list[Tensor],
+        self, func: Callable[..., object], args: tuple[object, ...], kwargs: Mapping[str, object], made: list[Tensor]
     ) -> None:
         """Compute an operation's results for real if they are small and its inputs known."""
         if not made or any(tensor.numel() > SMALL for tensor in made) or "one4d_rehearsal" in str(func):
@@ -51,16 +45,13 @@ class Known:
                 self._twins[fake] = value
 
     def item(self, tensor: Tensor) -> object:
-        """Return the tensor's only element."""
+        """Return the tensor's only element; True or 1 where it is not known."""
         value = self.twin(tensor)
         with unset_fake_temporarily():
-            return UNKNOWN.get(tensor.dtype, 1) if value is None else value.item()
+            return (tensor.dtype == torch.bool or 1) if value is None else value.item()
 
     def indices(self, mask: Tensor) -> list[Tensor]:
-        """Find where a mask is true, one index per dimension.
-
-        A mask that is not known counts as true.
-        """
+        """Find where a mask is true, one index per dimension. A mask that is not known counts as true."""
         found = self._found(mask)
         with unset_fake_temporarily():
             columns = found.unbind(1)
@@ -81,7 +72,9 @@ class Known:
         return fake
 
     def _real(self, leaf: object) -> object:
-        return self.twin(leaf) if isinstance(leaf, Tensor) else torch.device("cpu") if _is_device(leaf) else leaf
+        if isinstance(leaf, Tensor):
+            return self.twin(leaf)
+        return torch.device("cpu") if isinstance(leaf, torch.device) else leaf
 
     def _real_device(self, name: str, value: object) -> object:
         if name == "device":
@@ -93,7 +86,3 @@ class Known:
         schema = getattr(func, "_schema", None)
         if schema is not None and schema.is_mutable and args and isinstance(args[0], Tensor):
             self._twins.pop(args[0], None)
-
-
-def _is_device(leaf: object) -> bool:
-    return isinstance(leaf, torch.device)

@@ -20,13 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import lightning
 import torch
+from lightning import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
-from one4d_pl.config import Config, ConfigError, DataConfig
-from one4d_pl.costs.flops import TransformerShape
+from one4d_pl.config import Config, ConfigError
+from one4d_pl.costs.flops import TransformerShape, count_tokens
 from one4d_pl.costs.memory import Memory, batch_of, layout_of, step_memory
 from one4d_pl.data.datamodule import TimedLoader
 from one4d_pl.data.latent_stats import LatentStats
@@ -84,13 +84,9 @@ class Rehearsal:
 
 
 def rehearse(config: Config, blocks: int | None = None) -> Rehearsal:
-    """Rehearse a run.
+    """Rehearse a run with so many of the transformer's blocks (None = all); neither weights nor data need exist.
 
     Raises Fault where a GPU would fail, ConfigError where the config cannot be rehearsed.
-
-    Args:
-        config: the run's config; neither weights nor data need exist.
-        blocks: how many of the transformer's blocks; None = all.
     """
     with TemporaryDirectory() as folder:
         origin = write_skeleton(Path(folder) / "base", config.base.path, blocks)
@@ -127,8 +123,7 @@ def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
 def rehearsing(config: Config) -> Iterator[Watch]:
     """Enter fake tensors that are watched; errors inside become Faults."""
     shape = TransformerShape.of(transformer_config(Path(config.base.path)), replace(config.dlc, coupling="decoupled"))
-    t, h, w = batch_of(config, 0).latent_grid
-    tokens = t * h * w // (shape.patch[0] * shape.patch[1] * shape.patch[2])
+    tokens = count_tokens(shape, batch_of(config, 0))
     watch = Watch(2 * config.train.micro_batch_size * tokens * shape.width)
     # it would log a traceback of what a Fault says in one line
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
@@ -157,7 +152,7 @@ def fit(config: Config, *callbacks: Callback) -> None:
     trainer.fit(One4DModule(config, adapters=None), datamodule=FakeClips(config))
 
 
-def sample(trainer: lightning.Trainer, module: One4DModule, watch: Watch) -> None:
+def sample(trainer: Trainer, module: One4DModule, watch: Watch) -> None:
     """Sample one scene from a first frame, as the callbacks of a run do."""
     batch = collate([fake_sample(module.config, given=[0])]).to(module.device)
     watch.begin("sampling: encoders")
@@ -171,70 +166,57 @@ def sample(trainer: lightning.Trainer, module: One4DModule, watch: Watch) -> Non
 
 
 class Watching(Callback):
-    """Tells the watch which phase the Trainer is in, and makes the step the largest of a run.
+    """Tells the watch which phase the Trainer is in; calls `at_end` after the step, while the model is on its device.
 
-    Args:
-        watch: the watch.
-        at_end: called after the step, while the model is on its device.
-        largest: as in the middle of a run, AdamW has its moments and an accumulation its gradients.
+    With `largest`, AdamW has its moments and an accumulation its gradients, as in the middle of a run.
     """
 
     def __init__(
-        self,
-        watch: Watch,
-        at_end: Callable[[lightning.Trainer, One4DModule, Watch], None] | None = None,
-        largest: bool = True,
+        self, watch: Watch, at_end: Callable[[Trainer, One4DModule, Watch], None] | None = None, largest: bool = True
     ) -> None:
         self.watch, self.at_end, self.largest = watch, at_end, largest
         self.at_peak: Counter[str] = Counter()
         self.blocks = 0
         self.tensors: dict[str, str] = {}
 
-    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         self.watch.name(module, "transformer")
         self.watch.name(module.encoders, "encoders")
         module.transformer.register_forward_pre_hook(lambda *_: self._transformer_begins(trainer, module))
 
-    def on_sanity_check_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.watch.begin("validation")
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         if self.largest:
             self.watch.begin("moments")
             trainables = [parameter for _, parameter in module.transformer.trainable_parameters()]
             fill_optimizer(trainables, trainer.optimizers[0], 1, lambda i, _: torch.zeros_like(trainables[i]))
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self.watch.begin("encoding")
         self.watch.peak = 0
 
-    def on_before_backward(self, trainer: lightning.Trainer, module: lightning.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
         assert isinstance(module, One4DModule)
         self._accumulate(module)  # again, since the Trainer has dropped the gradients as before a step's first batch
         self.watch.begin("backward")
 
     def on_before_optimizer_step(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         self.watch.begin("optimizer")
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: object,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: Batch, batch_idx: int
     ) -> None:
         self.watch.begin("callbacks")
         for size, label in self.watch.at_peak.values():
             self.at_peak[label] += size
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         self.blocks = len(module.transformer.base.blocks)
         self.tensors = {"transformer": _described(module.transformer)}
@@ -246,7 +228,7 @@ class Watching(Callback):
                 self.at_end(trainer, module, self.watch)
         self.watch.begin(AFTER)
 
-    def _transformer_begins(self, trainer: lightning.Trainer, module: One4DModule) -> None:
+    def _transformer_begins(self, trainer: Trainer, module: One4DModule) -> None:
         if not trainer.training or trainer.sanity_checking:
             return
         self._accumulate(module)
@@ -259,7 +241,7 @@ class Watching(Callback):
                 parameter.grad = torch.zeros_like(parameter)
 
 
-class FakeClips(lightning.LightningDataModule):
+class FakeClips(LightningDataModule):
     """The run's data module with clips that have no bytes."""
 
     def __init__(self, config: Config) -> None:
@@ -287,10 +269,7 @@ class FakeClips(lightning.LightningDataModule):
 
 
 def fake_sample(config: Config, given: list[int], encoded: bool = False, position: int = 0) -> Sample:
-    """Make a clip of the config's size.
-
-    If some but not all frames are given, the step encodes them.
-    """
+    """Make a clip of the config's size. If some but not all frames are given, the step encodes them."""
     data = config.data
     frames, size = data.num_frames, (data.num_frames, data.height, data.width)
     frame_mask = torch.zeros(frames, dtype=torch.bool)
@@ -309,12 +288,12 @@ def fake_sample(config: Config, given: list[int], encoded: bool = False, positio
         task=task_of(frame_mask),
         caption=PROMPT,
         drop_caption=False,
-        encoded=_fake_encoded(config, data) if encoded else None,
+        encoded=_fake_encoded(config) if encoded else None,
         skipped=(),
     )
 
 
-def _fake_encoded(config: Config, data: DataConfig) -> Encoded:
+def _fake_encoded(config: Config) -> Encoded:
     settings = transformer_config(Path(config.base.path))
     grid = batch_of(config, 0).latent_grid
     channels, width = int(str(settings["out_channels"])), int(str(settings["text_dim"]))

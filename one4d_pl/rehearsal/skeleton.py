@@ -1,8 +1,7 @@
 """A base without weights, of any size: a folder that the project's own loader opens.
 
-It is in diffusers' layout. Its safetensors files have true headers and no bytes behind them: they
-are sparse and take no room on the disk. Fake tensors read nothing, so they can be opened as real
-ones would be.
+It is in diffusers' layout. Its safetensors files have true headers and no bytes behind them: they are sparse and take
+no room on the disk. Fake tensors read nothing, so they can be opened as real ones would be.
 """
 
 from __future__ import annotations
@@ -14,14 +13,7 @@ from pathlib import Path
 
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanTransformer3DModel
-from transformers import (
-    ByT5Tokenizer,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    PreTrainedModel,
-    UMT5Config,
-    UMT5EncoderModel,
-)
+from transformers import ByT5Tokenizer, CLIPVisionConfig, CLIPVisionModel, PreTrainedModel, UMT5Config, UMT5EncoderModel
 
 from one4d_pl.config import DIFFUSERS_MARK
 from one4d_pl.models.base_files import is_original, sizes_of, tokenizer_folder
@@ -35,14 +27,9 @@ CLIP_VIT_H = {
 
 
 def write_skeleton(folder: Path, base_path: str, blocks: int | None) -> str:
-    """Write the skeleton of the base at `base_path` into a new folder.
+    """Write the skeleton of the base at `base_path` into a new folder; return in words where its sizes come from.
 
-    Return in words where its sizes come from.
-
-    Args:
-        folder: the folder to fill.
-        base_path: base.path; where nothing lies there, its name tells which release it would be.
-        blocks: how many blocks to keep; None = all.
+    Where nothing lies at `base_path`, its name tells which release it would be. `blocks`: how many to keep; None = all.
     """
     source, settings, origin = sizes_of(base_path)
     settings = {**settings, "num_layers": settings["num_layers"] if blocks is None else blocks}

@@ -36,7 +36,6 @@ class Phase:
     peak: int = 0  # bytes alive on the GPU
     block_bytes: int = 0  # read and written by operations within the blocks
     block_elementwise: int = 0  # of these, by other operations than products and attention
-    other_bytes: int = 0  # outside of the blocks
     waits: Counter[str] = field(default_factory=Counter)  # place -> times the CPU waited for the GPU
     uploads: int = 0  # copies from the host to the GPU
     # (kind of module, operation) -> wide float32 results
@@ -47,8 +46,7 @@ class Phase:
 class Watch(TorchDispatchMode):
     """A mode that sees every operation of a rehearsal; `begin` names the phase that it counts for.
 
-    Args:
-        wide: float32 results within the blocks are noted from so many elements on: tokens x width.
+    `wide`: float32 results within the blocks are noted from so many elements on (tokens x width).
     """
 
     def __init__(self, wide: int = sys.maxsize) -> None:
@@ -162,10 +160,9 @@ class Watch(TorchDispatchMode):
             self._track(tensor, f"{self.where or self.phase} {name} {list(tensor.shape)} {str(tensor.dtype)[6:]}")
         if view or not made or name.startswith(("aten.empty", "aten.new_empty", "aten.detach", "aten.alias")):
             return
-        moved = sum(_bytes(tensor) for tensor in [*read, *made] if tensor.is_cuda)
         if not self._in_blocks:
-            self.current.other_bytes += moved
             return
+        moved = sum(_bytes(tensor) for tensor in [*read, *made] if tensor.is_cuda)
         self.current.block_bytes += moved
         self.current.by_operation[name] += moved
         if not any(part in name for part in PRODUCTS):
@@ -230,10 +227,7 @@ def refuse_generator(func: OpOverload, generator: object, made: list[Tensor]) ->
 
 
 def place() -> str:
-    """Find the innermost running line of this package, as `models/lora.py:93`.
-
-    Lines of the rehearsal itself do not count.
-    """
+    """Find the innermost running line of this package, but for the rehearsal's, as `models/lora.py:93`."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         if (found := place_of(frame.f_code.co_filename, frame.f_lineno)) is not None:
@@ -243,10 +237,7 @@ def place() -> str:
 
 
 def place_of(file: str, line: int) -> str | None:
-    """Write a line of this package as `models/lora.py:93`.
-
-    Returns None for others and for the rehearsal's.
-    """
+    """Write a line of this package as `models/lora.py:93`. Returns None for others and for the rehearsal's."""
     path = Path(file)
     if PACKAGE not in path.parents or path.parent in COMMANDS or path.name == "signals.py":
         return None  # commands and their callers

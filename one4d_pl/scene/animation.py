@@ -15,12 +15,12 @@ import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from one4d_pl.geometry.camera import project, split_intrinsics, to_camera, to_world
+from one4d_pl.geometry.camera import project, to_camera
 from one4d_pl.geometry.pointmap import is_sky
 from one4d_pl.geometry.se3 import se3_matrix, so3_exp
 from one4d_pl.postopt.recover import RecoveredScene
 from one4d_pl.scene.panels import near_to_far, to_bytes
-from one4d_pl.scene.point_cloud import draw_points, solid_pixels, static_pixels
+from one4d_pl.scene.point_cloud import EDGES, camera_pyramids, draw_points, solid_pixels, static_pixels
 
 PICTURES = 64
 FPS = 16.0
@@ -62,12 +62,8 @@ def animate(columns: list[Column], width: int) -> Tensor:  # [PICTURES, h, w, 3]
         for i, column in enumerate(columns):
             left = GAP + i * (width + GAP)
             _write(draw, (left + width // 2, STRIP // 2 + 2), column.title, 18, "mm")
-            cells = (
-                _given_cell(column, k, height, width),
-                _enlarged(_frame_at(column.frames, k), height, width),
-                clouds[i][k],
-            )
-            for row, cell in enumerate(cells):
+            frame = _enlarged(_frame_at(column.frames, k), height, width)
+            for row, cell in enumerate((_given_cell(column, k, height, width), frame, clouds[i][k])):
                 sheet.paste(cell, (left, STRIP + row * (height + STRIP) + STRIP))
         pictures.append(torch.from_numpy(np.asarray(sheet).copy()))
     return torch.stack(pictures)
@@ -88,8 +84,7 @@ def _given_cell(column: Column, picture: int, height: int, width: int) -> Image.
     if isinstance(column.given, Tensor):
         return _enlarged(_frame_at(column.given, picture), height, width)
     card = Image.new("RGB", (width, height), CARD)
-    lines = textwrap.wrap(column.given, 34)
-    _write(ImageDraw.Draw(card), (width // 2, height // 2), "\n".join(lines), 16, "mm")
+    _write(ImageDraw.Draw(card), (width // 2, height // 2), textwrap.fill(column.given, 34), 16, "mm")
     return card
 
 
@@ -107,20 +102,16 @@ def _turning_cloud(column: Column, height: int, width: int) -> list[Image.Image]
     Static points are drawn from all frames: one frame alone leaves holes behind near objects.
     """
     points, scene = column.scene.pointmap.double(), column.scene
-    solid = solid_pixels(column.scene.pointmap, scene.depth)
+    solid = solid_pixels(scene.pointmap, scene.depth)
     distance = float(points[solid].norm(dim=-1).median()) if bool(solid.any()) else 1.0
-    frusta = torch.stack(
-        [
-            frustum_lines(k.double(), c, points.shape[1], points.shape[2], CAMERA_DEPTH * distance)
-            for k, c in zip(scene.intrinsics, scene.cam2world, strict=True)
-        ]
-    )  # [T, 8, 2, 3]
+    size = (points.shape[1], points.shape[2], CAMERA_DEPTH * distance)
+    pyramids = camera_pyramids(scene.intrinsics.double(), scene.cam2world, *size)
+    frusta = pyramids[:, EDGES].unflatten(1, (8, 2))  # [T, 8, 2, 3], edges
     views = [_swinging_view(k / PICTURES, distance) for k in range(PICTURES)]
-    lenses = _fitting_lenses(points[solid], frusta.view(-1, 3), views, SUPERSAMPLING * height, SUPERSAMPLING * width)
-    size = scene.depth / scene.intrinsics[:, 0, 0, None, None] * OVERLAP
-    static = solid & static_pixels(
-        points, ~is_sky(column.scene.pointmap), solid, scene.depth, scene.intrinsics, scene.cam2world
-    )
+    lenses = _fitting_lenses(points[solid], pyramids.view(-1, 3), views, SUPERSAMPLING * height, SUPERSAMPLING * width)
+    edge = scene.depth / scene.intrinsics[:, 0, 0, None, None] * OVERLAP
+    surface = ~is_sky(scene.pointmap)
+    static = solid & static_pixels(points, surface, solid, scene.depth, scene.intrinsics, scene.cam2world)
     static = static.flatten().nonzero()[:, 0]
     static = static[:: max(1, len(static) // STATIC_POINTS)]
     pictures = []
@@ -129,7 +120,7 @@ def _turning_cloud(column: Column, height: int, width: int) -> list[Image.Image]
         drawn = torch.cat([static, t * solid[0].numel() + solid[t].flatten().nonzero()[:, 0]])
         cloud = draw_points(
             points.view(-1, 3)[drawn], column.frames.reshape(-1, 3)[drawn], intrinsics, view,
-            SUPERSAMPLING * height, SUPERSAMPLING * width, size.flatten()[drawn], BACKGROUND,
+            SUPERSAMPLING * height, SUPERSAMPLING * width, edge.flatten()[drawn], BACKGROUND,
         )  # fmt: skip
         image = Image.fromarray(cloud.numpy())
         _draw_cameras(ImageDraw.Draw(image), frusta, t, intrinsics, view)
@@ -149,8 +140,7 @@ def _swinging_view(phase: float, distance: float) -> Tensor:  # cam2world [4, 4]
 def _fitting_lenses(points: Tensor, cameras: Tensor, views: list[Tensor], height: int, width: int) -> list[Tensor]:
     """Return intrinsics [3, 3] for every view that centre the scene and all cameras in it.
 
-    The outermost 1 % of the points on each side may be cut off. All views have one focal length,
-    the longest that fits.
+    The outermost 1 % of the points on each side may be cut off. All views have one focal length, the longest that fits.
     """
     size, corners = torch.tensor([width, height], dtype=torch.float64), []
     points = points[:: max(1, len(points) // FITTED_POINTS)]
@@ -180,23 +170,3 @@ def _draw_cameras(draw: ImageDraw.ImageDraw, frusta: Tensor, now: int, intrinsic
             if min(z) > 1e-3:
                 colour = tuple(to_bytes((bright if t == now else dim)[t]).tolist())
                 draw.line([tuple(a), tuple(b)], fill=colour, width=3 * SUPERSAMPLING if t == now else SUPERSAMPLING)
-
-
-def frustum_lines(
-    intrinsics: Tensor,  # [3, 3], pixels
-    cam2world: Tensor,  # [4, 4]
-    height: int,  # of the camera's picture
-    width: int,
-    depth: float,
-) -> Tensor:  # [8, 2, 3], world
-    """Return the edges of a camera's pyramid: four from its centre, four about its picture.
-
-    The picture lies `depth` ahead of the centre.
-    """
-    corners = torch.tensor([[[0, 0], [width, 0], [width, height], [0, height]]], dtype=torch.float64)
-    u, v = corners.unbind(-1)
-    fx, fy, cx, cy = split_intrinsics(intrinsics)
-    rays = torch.stack([(u - cx) / fx, (v - cy) / fy, torch.ones_like(u)], dim=-1)  # [1, 4, 3]
-    ends = to_world(depth * rays, cam2world)[0]
-    centre = cam2world[:3, 3].expand(4, 3)
-    return torch.cat([torch.stack([centre, ends], 1), torch.stack([ends, ends.roll(-1, 0)], 1)])

@@ -1,8 +1,7 @@
 """COLMAP's sparse models, binary and text: cameras, images, points3D.
 
-There is one PINHOLE camera for every distinct intrinsics; pixel centres at +0.5 are COLMAP's
-convention too. Images hold their pose as world to camera, the quaternion's w first. Every point is
-observed once, by the pixel it comes from.
+There is one PINHOLE camera for every distinct intrinsics; pixel centres at +0.5 are COLMAP's convention too. Images
+hold their pose as world to camera, the quaternion's w first. Every point is observed once, by the pixel it comes from.
 """
 
 from __future__ import annotations

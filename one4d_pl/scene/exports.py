@@ -26,9 +26,9 @@ from torch import Tensor
 from one4d_pl.files import open_whole, whole_file, whole_folder, write_json, write_text
 from one4d_pl.geometry.se3 import matrix_to_xyzw
 from one4d_pl.scene.colmap_files import write_colmap
-from one4d_pl.scene.folder import save_picture, save_ply
+from one4d_pl.scene.folder import save_frames, save_ply
 from one4d_pl.scene.gltf import glb_bytes
-from one4d_pl.scene.point_cloud import frustum_depth, not_flying
+from one4d_pl.scene.point_cloud import camera_pyramids, frustum_depth, not_flying
 from one4d_pl.scene.scene import Scene
 
 POINT_LIMIT = 500_000  # points of a cloud of all frames; a frame's own .ply has every pixel
@@ -44,15 +44,6 @@ class Cloud:
     pixel: Tensor  # [N, 3] int64: frame, row, column
 
 
-@dataclass(frozen=True)
-class ExportSource:
-    """A scene with the points that every format exports."""
-
-    scene: Scene
-    pixels: Tensor  # [T, H, W] bool, whose points are exported
-    cloud: Cloud  # of all frames
-
-
 def export_scene(
     scene: Scene,
     out: Path,  # a new folder; it appears whole or not at all
@@ -60,18 +51,13 @@ def export_scene(
     keep_flying_points: bool = False,  # at depth edges, see point_cloud.not_flying
     point_limit: int = POINT_LIMIT,  # evenly thinned to it
 ) -> None:
-    """Write one folder per format.
-
-    FileExistsError where `out` exists, OSError where it cannot be written.
-    """
-    if out.exists():
-        raise FileExistsError(f"{out} exists")
+    """Write one folder per format; UserError where `out` cannot be written."""
     pixels = shown_pixels(scene, keep_flying_points)
-    source = ExportSource(scene, pixels, collect_points(scene, pixels, point_limit))
+    cloud = collect_points(scene, pixels, point_limit)
     with whole_folder(out) as staging:
         for name in formats:
             (staging / name).mkdir()
-            FORMATS[name](source, staging / name)
+            FORMATS[name](scene, pixels, cloud, staging / name)
 
 
 def shown_pixels(scene: Scene, keep_flying_points: bool) -> Tensor:  # [T, H, W] bool
@@ -110,30 +96,29 @@ def save_depth16(folder: Path, depth: Tensor, valid: Tensor) -> None:  # [T, H, 
     write_json(folder / "depth.json", metadata)
 
 
-def _write_ply(source: ExportSource, folder: Path) -> None:
-    scene, pixels = source.scene, source.pixels
+def _write_ply(scene: Scene, pixels: Tensor, cloud: Cloud, folder: Path) -> None:
     for i in range(scene.num_frames):
         save_ply(folder / f"{i:06d}.ply", scene.pointmap[i][pixels[i]], scene.frames[i][pixels[i]])
-    save_ply(folder / "merged.ply", source.cloud.position, source.cloud.colour)
+    save_ply(folder / "merged.ply", cloud.position, cloud.colour)
 
 
-def _write_glb(source: ExportSource, folder: Path) -> None:
-    scene, cloud, frame = source.scene, source.cloud, source.cloud.pixel[:, 0]
+def _write_glb(scene: Scene, pixels: Tensor, cloud: Cloud, folder: Path) -> None:
+    frame = cloud.pixel[:, 0]
     clouds = [(cloud.position[frame == i], cloud.colour[frame == i]) for i in range(scene.num_frames)]
-    frusta = camera_frusta(scene)
+    size = (*scene.frames.shape[1:3], frustum_depth(scene.depth, scene.valid))
+    frusta = camera_pyramids(scene.intrinsics, scene.cam2world, *size).float()
     with open_whole(folder / "scene.glb") as file:
         file.write(glb_bytes(clouds, frusta, scene.fps))
 
 
-def _write_colmap(source: ExportSource, folder: Path) -> None:
-    _save_frames(folder / "images", source.scene.frames)
-    write_colmap(folder, source.scene, source.cloud.position, source.cloud.colour, source.cloud.pixel)
+def _write_colmap(scene: Scene, pixels: Tensor, cloud: Cloud, folder: Path) -> None:
+    save_frames(folder / "images", scene.frames)
+    write_colmap(folder, scene, cloud.position, cloud.colour, cloud.pixel)
 
 
-def _write_nerfstudio(source: ExportSource, folder: Path) -> None:
-    scene = source.scene
-    _save_frames(folder / "images", scene.frames)
-    save_ply(folder / "points.ply", source.cloud.position, source.cloud.colour)
+def _write_nerfstudio(scene: Scene, pixels: Tensor, cloud: Cloud, folder: Path) -> None:
+    save_frames(folder / "images", scene.frames)
+    save_ply(folder / "points.ply", cloud.position, cloud.colour)
     height, width = scene.frames.shape[1:3]
     lenses = [
         {"fl_x": k[0][0], "fl_y": k[1][1], "cx": k[0][2], "cy": k[1][2], "w": width, "h": height}
@@ -149,37 +134,17 @@ def _write_nerfstudio(source: ExportSource, folder: Path) -> None:
     write_json(folder / "transforms.json", transforms)
 
 
-def _write_tum(source: ExportSource, folder: Path) -> None:
-    scene = source.scene
+def _write_tum(scene: Scene, pixels: Tensor, cloud: Cloud, folder: Path) -> None:
     rows = torch.cat([scene.cam2world[:, :3, 3], matrix_to_xyzw(scene.cam2world[:, :3, :3])], dim=1).tolist()
     lines = [" ".join(f"{number:.12g}" for number in [i / scene.fps, *row]) for i, row in enumerate(rows)]
     write_text(folder / "trajectory.txt", "# t x y z qx qy qz qw\n" + "\n".join(lines) + "\n")
 
 
-def _write_depth16(source: ExportSource, folder: Path) -> None:
-    save_depth16(folder, source.scene.depth, source.scene.valid)
-
-
-def camera_frusta(scene: Scene) -> Tensor:  # [T, 5, 3] float32, world
-    """Return each camera as a pyramid: centre, then image corners clockwise from the top left."""
-    size = frustum_depth(scene.depth, scene.valid)
-    height, width = scene.frames.shape[1:3]
-    corners = torch.tensor([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], dtype=torch.float64)
-    rays = corners @ torch.linalg.inv(scene.intrinsics).mT * size  # [T, 4, 3]
-    centres = scene.cam2world[:, None, :3, 3]  # [T, 1, 3]
-    return torch.cat([centres, rays @ scene.cam2world[:, :3, :3].mT + centres], dim=1).float()
-
-
-def _save_frames(folder: Path, frames: Tensor) -> None:  # [T, H, W, 3] uint8
-    for i, frame in enumerate(frames):
-        save_picture(folder / f"{i:06d}.png", frame, [])
-
-
-FORMATS: dict[str, Callable[[ExportSource, Path], None]] = {
+FORMATS: dict[str, Callable[[Scene, Tensor, Cloud, Path], None]] = {
     "ply": _write_ply,
     "glb": _write_glb,
     "colmap": _write_colmap,
     "nerfstudio": _write_nerfstudio,
     "tum": _write_tum,
-    "depth16": _write_depth16,
+    "depth16": lambda scene, pixels, cloud, folder: save_depth16(folder, scene.depth, scene.valid),
 }

@@ -1,7 +1,4 @@
-"""Writers of the files that people open: videos, pictures, point clouds.
-
-Every file appears whole or not at all.
-"""
+"""Writers of the files that people open: videos, pictures, point clouds. Every file appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -71,6 +68,12 @@ def save_picture(path: Path, picture: Tensor, rows: list[str]) -> None:  # [H, W
         image = labelled
     with whole_file(path) as staging:
         image.save(staging, format="png")
+
+
+def save_frames(folder: Path, frames: Tensor) -> None:  # [T, H, W, 3] uint8
+    """Write a png per frame: 000000.png, ..."""
+    for i, frame in enumerate(frames):
+        save_picture(folder / f"{i:06d}.png", frame, [])
 
 
 def save_ply(path: Path, points: Tensor, colours: Tensor) -> None:  # [N, 3] float, [N, 3] uint8

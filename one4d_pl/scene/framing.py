@@ -1,9 +1,8 @@
 """Place a benchmark's images in the model's frame, and bring predictions back to their pixels.
 
-Square pixels stay square. `no_squash` takes the multiple-of-16 size that is nearest to the image's
-shape and to the model's number of tokens, covers it and crops the overhang (a few pixels).
-`letterbox` keeps the model's own size, fits the whole image in and leaves black bars; the bars are
-cut from every prediction before anything is read from it.
+Square pixels stay square. `no_squash` takes the multiple-of-16 size that is nearest to the image's shape and to the
+model's number of tokens, covers it and crops the overhang (a few pixels). `letterbox` keeps the model's own size, fits
+the whole image in and leaves black bars; the bars are cut from every prediction before anything is read from it.
 """
 
 from __future__ import annotations
@@ -16,24 +15,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from one4d_pl.geometry.camera import resize_crop_plan, resize_frames, resize_nearest_valid
+from one4d_pl.geometry.camera import Placement, resize_crop_plan, resize_frames
 
 Shape = Literal["no_squash", "letterbox"]
 
 MULTIPLE = 16  # VAE x patch
-BLACK = 0
-
-
-@dataclass(frozen=True)
-class Placement:
-    """Where a map lies on its image.
-
-    Position (u, v) of the map shows ((u + left) / scale, (v + top) / scale) of the image.
-    """
-
-    scale: float  # map pixels per image pixel, the same for both axes
-    top: float
-    left: float
 
 
 @dataclass(frozen=True)
@@ -51,28 +37,21 @@ class Framing:
         """Return the rows above and the columns left of the image."""
         return (self.height - self.inner_height) // 2, (self.width - self.inner_width) // 2
 
-    def place_frames(
-        self,
-        frames: Tensor,  # [T, H, W, 3] uint8
-        intrinsics: Tensor,  # [T, 3, 3], pixels
-    ) -> tuple[Tensor, Tensor]:  # [T, height, width, 3] uint8 with bars; [T, 3, 3] of the inner part
+    def place_frames(self, frames: Tensor) -> Tensor:  # [T, H, W, 3] uint8 -> [T, height, width, 3], with bars
         """Resize images and add the bars, as the model sees them."""
-        resized, intrinsics = resize_frames(frames, intrinsics, self.inner_height, self.inner_width)
-        return self._with_bars(resized.movedim(-1, 1)).movedim(1, -1), intrinsics
-
-    def place_map(self, maps: Tensor) -> Tensor:  # [T, H, W] -> [T, inner_height, inner_width]
-        """Resize geometry by nearest pixel, without bars."""
-        return resize_nearest_valid(maps, self.inner_height, self.inner_width)
+        resized = resize_frames(frames, self.inner_height, self.inner_width)
+        return self.with_bars(resized.movedim(-1, 1), "constant").movedim(1, -1)
 
     def cut(self, maps: Tensor) -> Tensor:  # [..., height, width] -> [..., inner_height, inner_width]
         """Cut off the bars."""
         top, left = self.bars
         return maps[..., top : top + self.inner_height, left : left + self.inner_width]
 
-    def _with_bars(self, maps: Tensor) -> Tensor:  # [..., inner_height, inner_width] -> [..., height, width]
+    def with_bars(self, maps: Tensor, mode: str) -> Tensor:  # [..., inner_height, inner_width] -> [..., height, width]
+        """Add the bars: black ("constant"), or the edge repeated ("replicate")."""
         top, left = self.bars
         right, bottom = self.width - self.inner_width - left, self.height - self.inner_height - top
-        return functional.pad(maps, (left, right, top, bottom), value=BLACK)
+        return functional.pad(maps, (left, right, top, bottom), mode)
 
 
 def frame_images(
@@ -88,8 +67,7 @@ def frame_images(
         inner = min(height, max(1, round(from_height * scale))), min(width, max(1, round(from_width * scale)))
     else:
         height, width = inner = nearest_size(from_height / from_width, height * width // MULTIPLE**2)
-    plan = resize_crop_plan(from_height, from_width, *inner)
-    return Framing(height, width, *inner, Placement(plan.scale, plan.top, plan.left))
+    return Framing(height, width, *inner, resize_crop_plan(from_height, from_width, *inner))
 
 
 def nearest_size(

@@ -12,11 +12,12 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from one4d_pl.scene.point_cloud import EDGES
+
 POINTS, LINES = 0, 1  # primitive modes
 FLOAT, USHORT = 5126, 5123  # component types
 UPRIGHT = [1.0, 0.0, 0.0, 0.0]  # x y z w: half a turn about x
 CAMERA_COLOUR = [0.9, 0.35, 0.1, 1.0]
-EDGES = (0, 1, 0, 2, 0, 3, 0, 4, 1, 2, 2, 3, 3, 4, 4, 1)  # of a frustum's five points
 
 _SRGB = np.arange(256) / 255
 # Vertex colours are linear light in glTF (3.7.2.1), frames are sRGB (IEC 61966-2-1). Only 16 bits
@@ -94,11 +95,7 @@ def glb_bytes(
     }
     if len(clouds) > 1 and played:
         document["animations"] = [_animation(buffer, played, len(clouds), fps)]
-    document |= {
-        "accessors": buffer.accessors,
-        "bufferViews": buffer.views,
-        "buffers": [{"byteLength": buffer.size}],
-    }
+    document |= {"accessors": buffer.accessors, "bufferViews": buffer.views, "buffers": [{"byteLength": buffer.size}]}
     return _container(json.dumps(document, separators=(",", ":")).encode(), b"".join(buffer.parts))
 
 

@@ -21,7 +21,6 @@ from torch import Tensor
 
 from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.errors import UserError, fault_of
-from one4d_pl.geometry.camera import resize_frames
 
 IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "GIF")
 MAX_PIXELS = 100_000_000  # a larger picture costs more memory to open than a scene to make
@@ -44,8 +43,7 @@ class MediaError(UserError):
 def load_image(path: Path) -> Tensor:  # [H, W, 3] uint8
     """Load a picture: upright as its EXIF says, alpha over white, grey as RGB, 16 bits as 8.
 
-    Of an animation this is the first frame. MediaError where the file is missing, broken, too large
-    or no picture.
+    Of an animation this is the first frame. MediaError where the file is missing, broken, too large or no picture.
     """
     if not path.is_file():
         raise MediaError(f"{path}: no such file")
@@ -103,9 +101,8 @@ class VideoReader:
 
     Args:
         path: see `upright_frames`.
-        fps: frames per second to deliver; None = see `frame_rate`, at most 120. A frame is repeated
-            or left out where the video's rate differs or varies: each moment shows the frame that
-            was on screen then.
+        fps: frames per second to deliver; None = see `frame_rate`, at most 120. A frame is repeated or left out where
+            the video's rate differs or varies: each moment shows the frame that was on screen then.
 
     Raises MediaError where there is no video, or it is broken.
     """
@@ -249,11 +246,6 @@ def _video_fault(path: Path, error: Exception) -> MediaError:
 def open_video(path: Path, fps: float | None, folder_fps: float) -> VideoReader | FrameFolder:
     """Open a video file (fps None: its own) or a folder of frames (fps None: folder_fps)."""
     return FrameFolder(path, fps or folder_fps) if path.is_dir() else VideoReader(path, fps)
-
-
-def to_size(frames: Tensor, height: int, width: int) -> Tensor:  # [T, H, W, 3] uint8 -> [T, height, width, 3]
-    """Resize frames to cover the size and crop them in the middle, antialiased, as in training."""
-    return resize_frames(frames, torch.eye(3).expand(len(frames), 3, 3), height, width)[0]
 
 
 def to_network(frames: Tensor) -> Tensor:  # [T, H, W, 3] uint8 -> [3, T, H, W] in [-1, 1]

@@ -50,10 +50,7 @@ def panel(rows: list[Tensor], zoom: int = 1) -> Tensor:  # [T, H, W, 3] in [0, 1
 
 
 def pointmap_colours(points: Tensor, valid: Tensor) -> Tensor:  # [T, H, W, 3], [T, H, W] bool -> [T, H, W, 3] in [0, 1]
-    """Show x, y, z as red, green, blue.
-
-    Mid-grey is the first camera's centre; the range holds 98 % of the surfaces.
-    """
+    """Show x, y, z as red, green, blue. Mid-grey is the first camera's centre; the range holds 98 % of the surfaces."""
     reach = points.abs().amax(-1)[valid].float()
     if len(reach) == 0:
         return torch.full_like(points, 0.5)

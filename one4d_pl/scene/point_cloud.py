@@ -14,6 +14,7 @@ from one4d_pl.geometry.se3 import se3_matrix, so3_exp
 from one4d_pl.postopt.recover import RecoveredScene
 
 FLYING = 0.15  # of the disparity: where it bends by more, a pixel lies between two surfaces
+EDGES = (0, 1, 0, 2, 0, 3, 0, 4, 1, 2, 2, 3, 3, 4, 4, 1)  # of the five points of a camera's pyramid
 SWING = math.radians(25)  # of the turntable's camera to either side
 SEEN_THROUGH = 0.1  # of the distance: a surface this much behind a point shows that the point is not there
 PROBES = 8  # frames, evenly spaced, that a point is compared with
@@ -34,8 +35,7 @@ def not_flying(
 ) -> Tensor:  # [T, H, W] bool
     """Return the valid pixels of known depth except flying points, which lie between two surfaces.
 
-    Disparity is linear along every plane, however slanted, so where it bends by more than `FLYING`
-    there is an edge.
+    Disparity is linear along every plane, however slanted, so where it bends by more than `FLYING` there is an edge.
     """
     known = valid & depth.isfinite() & (depth > 0)
     disparity = torch.where(known, 1 / depth.clamp_min(1e-6), 0.0)
@@ -76,6 +76,20 @@ def frustum_depth(depth: Tensor, valid: Tensor) -> float:  # [T, H, W] x 2
     """Return the depth of a drawn camera, in the depth's unit: a tenth of the median depth."""
     seen = depth[valid & depth.isfinite() & (depth > 0)]
     return 0.1 * float(seen[:: max(1, len(seen) // 100_000)].median()) if len(seen) else 0.1
+
+
+def camera_pyramids(
+    intrinsics: Tensor,  # [T, 3, 3] float64, pixels
+    cam2world: Tensor,  # [T, 4, 4] float64
+    height: int,  # of the cameras' pictures
+    width: int,
+    depth: float,  # of the pictures, ahead of the centres
+) -> Tensor:  # [T, 5, 3] float64, world
+    """Return each camera as a pyramid: centre, then image corners clockwise from the top left."""
+    corners = torch.tensor([[0, 0, 1], [width, 0, 1], [width, height, 1], [0, height, 1]], dtype=torch.float64)
+    rays = corners @ torch.linalg.inv(intrinsics).mT * depth  # [T, 4, 3]
+    centres = cam2world[:, None, :3, 3]  # [T, 1, 3]
+    return torch.cat([centres, rays @ cam2world[:, :3, :3].mT + centres], dim=1)
 
 
 def draw_points(

@@ -13,14 +13,12 @@ demo      depth/%06d.npy and camera/%06d.npz, whose `pose` is camera to world (C
 npz       prediction.npz, or <sequence>.npz beside the folders: arrays `depth` [T, h, w],
           `cam2world` [T, 4, 4] and `valid` [T, h, w] bool; depth or cam2world may be absent
 
-Cameras may also be [T, 3, 4]. The folder has the sequence's name, or that of the dataset's own
-folder for it (rgbd_dataset_freiburg3_<sequence>, rgbd_bonn_<sequence>). Files are ordered by their
-numbers. Nothing is unpickled.
+Cameras may also be [T, 3, 4]. The folder has the sequence's name, or that of the dataset's own folder for it
+(rgbd_dataset_freiburg3_<sequence>, rgbd_bonn_<sequence>). Files are ordered by their numbers. Nothing is unpickled.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,10 +28,10 @@ from torch import Tensor
 
 from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.errors import reading
-from one4d_pl.files import open_whole, read_json, read_text, write_json
+from one4d_pl.files import finite, open_whole, read_json, read_text, write_json
+from one4d_pl.geometry.camera import Placement
 from one4d_pl.geometry.se3 import geodesic_angle, is_rotation, se3_matrix, wxyz_to_matrix
 from one4d_pl.postopt.recover import RecoveredScene, RecoverReport
-from one4d_pl.scene.framing import Placement
 
 FORMAT = "one4d_pl cameras 1"
 WRONG_QUATERNION_ORDER = (
@@ -83,20 +81,19 @@ def write_prediction(folder: Path, prediction: Prediction, report: dict[str, obj
         if tensor is None:
             (folder / f"{name}.npy").unlink(missing_ok=True)
         else:
-            write_npy(folder / f"{name}.npy", tensor)
+            with open_whole(folder / f"{name}.npy") as file:  # np.save would add a suffix to a path
+                np.save(file, tensor.cpu().numpy(), allow_pickle=False)
+    cameras = (
+        [None] * prediction.num_frames if tensor is None else tensor.double().tolist()
+        for tensor in (prediction.intrinsics, prediction.cam2world)
+    )
     content = {
         "format": FORMAT,
         "convention": "OpenCV axes; cam2world row-major; pixels of the depth map, centres at +0.5; depth is z",
         "placement": None if prediction.placement is None else asdict(prediction.placement),
         "given": prediction.given,
         "flags": prediction.flags,
-        "frames": [
-            {"intrinsics": k, "cam2world": c}
-            for k, c in zip(
-                _lists(prediction.intrinsics, prediction.num_frames),
-                _lists(prediction.cam2world, prediction.num_frames),
-            )
-        ],
+        "frames": [{"intrinsics": k, "cam2world": c} for k, c in zip(*cameras)],
         "report": report,
     }
     write_json(folder / "cameras.json", content)
@@ -104,12 +101,12 @@ def write_prediction(folder: Path, prediction: Prediction, report: dict[str, obj
 
 def report_dict(report: RecoverReport) -> dict[str, object]:
     """Convert a recovery's report to what json can hold: nan and infinities become null."""
-    fields = {
-        name: _json_value(value.tolist() if isinstance(value, Tensor) else value)
+    fields: dict[str, object] = {
+        name: finite(value.tolist() if isinstance(value, Tensor) else value)
         for name, value in vars(report).items()
         if name != "seams"
     }
-    return fields | {"seams": [{"residual": _json_value(s.residual), "inliers": s.inliers} for s in report.seams]}
+    return fields | {"seams": [{"residual": finite(s.residual), "inliers": s.inliers} for s in report.seams]}
 
 
 def find_prediction(root: Path, sequence: str) -> Path | None:
@@ -135,12 +132,6 @@ def read_prediction(path: Path) -> Prediction:
         else:
             prediction = _read_frames(path)
         return _checked(prediction)
-
-
-def write_npy(path: Path, tensor: Tensor) -> None:
-    """Write an array, whole or not at all."""
-    with open_whole(path) as file:  # np.save would add a suffix to a path
-        np.save(file, tensor.cpu().numpy(), allow_pickle=False)
 
 
 def _read_ours(folder: Path) -> Prediction:
@@ -188,17 +179,10 @@ def _read_frames(folder: Path) -> Prediction:
         cam2world = _to_4x4(matrices)
     elif trajectory.is_file():
         cam2world = read_wxyz_trajectory(trajectory)
-        if len(cam2world) and _is_half_turn(cam2world[0, :3, :3]):
+        half_turn = torch.diag(cam2world.new_tensor([-1, -1, 1]))  # how 0 0 0 1, TUM's identity, is read here
+        if len(cam2world) and bool(geodesic_angle(cam2world[0, :3, :3], half_turn) < HALF_TURN_TOLERANCE):
             flags = (WRONG_QUATERNION_ORDER,)
     return Prediction(_stack_maps(files) if files else None, cam2world, flags=flags)
-
-
-def _is_half_turn(rotation: Tensor) -> bool:
-    """Tell whether a rotation is half a turn about z, or nearly.
-
-    The identity is read as that if its quaternion is stored as x y z w, 0 0 0 1.
-    """
-    return bool(geodesic_angle(rotation, torch.diag(rotation.new_tensor([-1, -1, 1]))) < HALF_TURN_TOLERANCE)
 
 
 def _read_demo(folder: Path) -> Prediction:
@@ -276,20 +260,8 @@ def _checked(prediction: Prediction) -> Prediction:
     return prediction
 
 
-def _lists(tensor: Tensor | None, count: int) -> Iterable[object]:
-    return [None] * count if tensor is None else tensor.double().tolist()
-
-
 def _stack(matrices: list[list[list[float]] | None]) -> Tensor | None:
     known = [matrix for matrix in matrices if matrix is not None]
     if len(known) not in (0, len(matrices)):
         raise ValueError("cameras.json: some frames have a camera and some have none")
     return torch.tensor(known, dtype=torch.float64) if known else None
-
-
-def _json_value(value: object) -> object:
-    if isinstance(value, (list, tuple)):
-        return [_json_value(item) for item in value]
-    if isinstance(value, float) and not (-float("inf") < value < float("inf")):
-        return None
-    return value

@@ -22,8 +22,8 @@ from torch import Tensor
 from one4d_pl.data.frame_order import numbered_files
 from one4d_pl.errors import UserError, reading
 from one4d_pl.files import open_whole, read_json, replaced_folder, write_json
-from one4d_pl.scene.folder import save_picture, save_video
-from one4d_pl.scene.framing import Placement
+from one4d_pl.geometry.camera import Placement
+from one4d_pl.scene.folder import save_frames, save_picture, save_video
 from one4d_pl.scene.panels import SKY_COLOUR, near_to_far, panel, pointmap_colours, to_bytes
 from one4d_pl.scene.predictions import Prediction, read_prediction, write_prediction
 
@@ -62,32 +62,22 @@ def save_scene(folder: Path, scene: Scene) -> None:
 
     A scene that is already there is replaced once the new one is complete; other files stay.
     """
-    with replaced_folder(folder, NAMES, last="scene.json") as staging:
-        _write_scene(staging, scene)
-
-
-def _write_scene(folder: Path, scene: Scene) -> None:
-    (folder / FRAMES).mkdir()
-    for i, frame in enumerate(scene.frames):
-        save_picture(folder / FRAMES / f"{i:06d}.png", frame, [])
-    save_video(folder / "rgb.mp4", _even_sized(scene.frames), scene.fps)
-    save_video(folder / "depth.mp4", _even_sized(depth_pictures(scene.depth, scene.valid)), scene.fps)
-    save_picture(folder / "panel.png", _panel(scene), ["frames", "pointmap", "depth"])
-    with open_whole(folder / "pointmap.npz") as file:  # np.savez would add a suffix to a path
-        np.savez_compressed(file, pointmap=scene.pointmap.numpy(), valid=scene.valid.numpy())
+    depth = depth_pictures(scene.depth, scene.valid)
+    rows = [scene.frames / 255, pointmap_colours(scene.pointmap, scene.valid), depth / 255]
+    shown = panel(rows, zoom=max(1, 256 // scene.frames.shape[1]))
     prediction = Prediction(
         scene.depth, scene.cam2world, scene.intrinsics, scene.valid, scene.placement, scene.given, scene.flags
     )
-    write_prediction(folder, prediction, scene.report)
     metadata = {"format": FORMAT, "prompt": scene.prompt, "fps": scene.fps, "made": scene.made}
-    write_json(folder / "scene.json", metadata)
-
-
-def _panel(scene: Scene) -> Tensor:  # [H, W, 3] uint8
-    """Draw frames, pointmap as colours and depth below each other."""
-    depth = depth_pictures(scene.depth, scene.valid) / 255
-    rows = [scene.frames / 255, pointmap_colours(scene.pointmap, scene.valid), depth]
-    return panel(rows, zoom=max(1, 256 // scene.frames.shape[1]))
+    with replaced_folder(folder, NAMES, last="scene.json") as staging:
+        save_frames(staging / FRAMES, scene.frames)
+        save_video(staging / "rgb.mp4", _even_sized(scene.frames), scene.fps)
+        save_video(staging / "depth.mp4", _even_sized(depth), scene.fps)
+        save_picture(staging / "panel.png", shown, ["frames", "pointmap", "depth"])
+        with open_whole(staging / "pointmap.npz") as file:  # np.savez would add a suffix to a path
+            np.savez_compressed(file, pointmap=scene.pointmap.numpy(), valid=scene.valid.numpy())
+        write_prediction(staging, prediction, scene.report)
+        write_json(staging / "scene.json", metadata)
 
 
 def may_become_scene(folder: Path) -> bool:
@@ -114,7 +104,7 @@ def open_scene(folder: Path) -> Scene:
     for name in ("cameras.json", "depth.npy", "pointmap.npz"):
         if not (folder / name).is_file():
             raise UserError(f"{folder / name}: missing")
-    metadata = _read_metadata(folder / "scene.json")
+    prompt, fps, made = _read_metadata(folder / "scene.json")
     prediction = read_prediction(folder)
     pointmap, valid = _read_points(folder / "pointmap.npz")
     frames = _read_frames(folder / FRAMES)
@@ -126,21 +116,9 @@ def open_scene(folder: Path) -> Scene:
             raise UserError(f"{folder / name}: {list(tensor.shape[:3])}, but pointmap.npz has {list(size)}")
     if len(prediction.cam2world) != size[0]:
         raise UserError(f"{folder / 'cameras.json'}: {len(prediction.cam2world)} cameras for {size[0]} frames")
-    return Scene(
-        frames,
-        pointmap,
-        valid,
-        prediction.depth,
-        prediction.intrinsics.double(),
-        prediction.cam2world,
-        metadata[1],
-        metadata[0],
-        prediction.given or (),
-        prediction.placement,
-        prediction.flags,
-        _read_report(folder / "cameras.json"),
-        metadata[2],
-    )
+    geometry = pointmap, valid, prediction.depth, prediction.intrinsics, prediction.cam2world
+    told = prediction.given or (), prediction.placement, prediction.flags, _read_report(folder / "cameras.json")
+    return Scene(frames, *geometry, fps, prompt, *told, made)
 
 
 def depth_pictures(depth: Tensor, valid: Tensor) -> Tensor:  # [T, H, W] x 2 -> [T, H, W, 3] uint8

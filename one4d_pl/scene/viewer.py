@@ -85,8 +85,7 @@ class Stage:
     def set_up(self, server: ViserServer) -> None:
         """Set the up direction and the first view.
 
-        Up is the mean of the cameras' up. The view is from behind the first camera, above it and to
-        its right.
+        Up is the mean of the cameras' up. The view is from behind the first camera, above it and to its right.
         """
         cam2world = self.scene.cam2world
         up = -cam2world[:, :3, 1].mean(0)
@@ -199,12 +198,7 @@ class Viewer:
             self._depth.image = _sized(self._pictures[frame], PANEL)
 
 
-def write_html(
-    path: Path,
-    scene: Scene,
-    keep_flying_points: bool,
-    limit: int = HTML_BYTES,
-) -> int:
+def write_html(path: Path, scene: Scene, keep_flying_points: bool, limit: int = HTML_BYTES) -> int:
     """Record a scene in one offline file of at most `limit` bytes, with a time slider.
 
     Returns the stride of its points. ValueError where no stride is coarse enough.

@@ -1,8 +1,7 @@
 """Drawing toy scenes: a seed becomes a room or courtyard, things in it, and a camera path.
 
-What a clip must look like (depth range, sky, moving share, focal length, path length) is drawn
-first. Then scenes are drawn until a coarse preview meets it, so that the spread of difficulty is
-decided here and not left to chance.
+What a clip must look like (depth range, sky, moving share, focal length, path length) is drawn first. Then scenes are
+drawn until a coarse preview meets it, so that the spread of difficulty is decided here and not left to chance.
 """
 
 from __future__ import annotations
@@ -157,19 +156,21 @@ def _draw_thing(
     rng: np.random.Generator, noun: str, motion: str, colour: str, half_width: float, anchor: Floats
 ) -> Thing:
     """Draw a thing on the ground at `anchor` [3], about 2 * half_width wide, not yet painted."""
-    proportions = {
-        "box": rng.uniform(0.6, 1.2, 3),
-        "ball": np.ones(3),
-        "egg": np.array([0.75, 1.0, 0.75]),
-        "blob": np.array([1.0, 0.85, 1.0]),
-        "post": np.array([0.4, 0.8, 0.4]),
-        "figure": np.array([0.6, 1.7, 0.6]),
-    }[noun]
-    size = half_width * proportions
+    size = (
+        half_width
+        * {
+            "box": rng.uniform(0.6, 1.2, 3),
+            "ball": np.ones(3),
+            "egg": np.array([0.75, 1.0, 0.75]),
+            "blob": np.array([1.0, 0.85, 1.0]),
+            "post": np.array([0.4, 0.8, 0.4]),
+            "figure": np.array([0.6, 1.7, 0.6]),
+        }[noun]
+    )
     return Thing(
-        noun=noun,
-        motion=motion,
-        colour=colour,
+        noun,
+        motion,
+        colour,
         texture=_UNPAINTED,
         accent=_UNPAINTED,
         size=size,
@@ -198,10 +199,7 @@ def _paint(rng: np.random.Generator, thing: Thing, level: Level) -> Thing:
 def _draw_things(
     rng: np.random.Generator, level: Level, targets: Targets, room: Room, path: CameraPath, near: float, far: float
 ) -> list[Thing]:
-    """Draw unpainted things ahead of the camera.
-
-    They touch neither each other, nor the room, nor the camera's path.
-    """
+    """Draw unpainted things ahead of the camera. They touch neither each other, nor the room, nor the camera's path."""
     count, movers = rng.integers(*level.things[targets.lively]), rng.integers(*level.movers[targets.lively])
     colours = rng.permutation(list(THING_COLOURS))
     times = np.linspace(0, 2 * math.pi / path.rate, 32)

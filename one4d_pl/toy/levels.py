@@ -1,9 +1,8 @@
 """How hard the toy world is, and what a caption can name in it.
 
-`hard` has what real video has: a depth range of up to 50, wide and long lenses, zooms, things in
-the air. Camera recovery and evaluation are tested on it. `clear` is what a tiny model learns in an
-hour on one core: a narrow depth range, one lens, a few large things on the ground, and air that
-makes far things paler. Both have exact ground truth.
+`hard` has what real video has: a depth range of up to 50, wide and long lenses, zooms, things in the air. Camera
+recovery and evaluation are tested on it. `clear` is what a tiny model learns in an hour on one core: a narrow depth
+range, one lens, a few large things on the ground, and air that makes far things paler. Both have exact ground truth.
 """
 
 from __future__ import annotations
@@ -12,32 +11,18 @@ from dataclasses import dataclass
 
 # display colours; things differ clearly from the room, so that a caption can name them
 THING_COLOURS = {
-    "red": (0.86, 0.20, 0.18),
-    "orange": (0.96, 0.55, 0.14),
-    "yellow": (0.97, 0.83, 0.22),
-    "green": (0.22, 0.66, 0.30),
-    "teal": (0.08, 0.66, 0.68),
-    "blue": (0.20, 0.38, 0.87),
-    "purple": (0.56, 0.28, 0.74),
-    "pink": (0.95, 0.52, 0.72),
-    "white": (0.94, 0.94, 0.92),
-}
+    "red": (0.86, 0.20, 0.18), "orange": (0.96, 0.55, 0.14), "yellow": (0.97, 0.83, 0.22),
+    "green": (0.22, 0.66, 0.30), "teal": (0.08, 0.66, 0.68), "blue": (0.20, 0.38, 0.87),
+    "purple": (0.56, 0.28, 0.74), "pink": (0.95, 0.52, 0.72), "white": (0.94, 0.94, 0.92),
+}  # fmt: skip
 GROUND_COLOURS = {
-    "grey": (0.56, 0.57, 0.58),
-    "sandy": (0.79, 0.70, 0.53),
-    "brown": (0.50, 0.37, 0.28),
-    "mossy": (0.44, 0.53, 0.33),
-    "slate": (0.38, 0.45, 0.57),
-    "terracotta": (0.71, 0.45, 0.36),
-}
+    "grey": (0.56, 0.57, 0.58), "sandy": (0.79, 0.70, 0.53), "brown": (0.50, 0.37, 0.28),
+    "mossy": (0.44, 0.53, 0.33), "slate": (0.38, 0.45, 0.57), "terracotta": (0.71, 0.45, 0.36),
+}  # fmt: skip
 WALL_COLOURS = {
-    "cream": (0.90, 0.85, 0.74),
-    "pale grey": (0.76, 0.78, 0.81),
-    "pale blue": (0.66, 0.76, 0.87),
-    "brick": (0.66, 0.42, 0.35),
-    "mint": (0.69, 0.82, 0.73),
-    "lilac": (0.77, 0.71, 0.85),
-}
+    "cream": (0.90, 0.85, 0.74), "pale grey": (0.76, 0.78, 0.81), "pale blue": (0.66, 0.76, 0.87),
+    "brick": (0.66, 0.42, 0.35), "mint": (0.69, 0.82, 0.73), "lilac": (0.77, 0.71, 0.85),
+}  # fmt: skip
 PATTERNS = ("plain", "striped", "checked")
 MOTIONS: dict[str, tuple[str, ...]] = {
     "box": ("slides back and forth", "spins", "tumbles in the air", "moves in a circle"),

@@ -6,15 +6,14 @@
 3. `shade` colours hits: Lambert, soft ambient, blob shadows, textures that are sums of sine waves.
 4. `render` calls them frame chunk by frame chunk and supersamples colour where surfaces meet.
 
-World: OpenCV axes (y points down), the ground is the plane y = 0, so everything else has y < 0.
-Dims: T frames, P rays per frame, N hits, W waves. Colours are linear light (display value squared)
-until the end.
+World: OpenCV axes (y points down), the ground is the plane y = 0, so everything else has y < 0. Dims: T frames, P rays
+per frame, N hits, W waves. Colours are linear light (display value squared) until the end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -66,10 +65,7 @@ class Solid:
 
 @dataclass(frozen=True)
 class Room:
-    """The inside of an axis-aligned box.
-
-    With `open_sky` there is no ceiling and the walls end at lower[1].
-    """
+    """The inside of an axis-aligned box. With `open_sky` there is no ceiling and the walls end at lower[1]."""
 
     lower: Floats  # [3]; y is up negative: lower[1] is the top
     upper: Floats  # [3]; upper[1] = 0 is the ground
@@ -85,16 +81,10 @@ class Room:
 
 @dataclass(frozen=True)
 class Views:
-    """Cameras of the clip, in float64 but rounded to float32.
-
-    Clips store float32, so what they store is exact.
-    """
+    """Cameras of the clip, in float64 but rounded to float32. Clips store float32, so what they store is exact."""
 
     intrinsics: Floats  # [T, 3, 3] pixels
     cam2world: Floats  # [T, 4, 4]
-
-    def chunk(self, frames: slice) -> Views:
-        return Views(self.intrinsics[frames], self.cam2world[frames])
 
 
 def pixel_rays(views: Views, u: Floats, v: Floats) -> Floats:  # u, v broadcast to [T, P] -> [T, P, 3]
@@ -162,10 +152,7 @@ def _dot(a: Floats, b: Floats) -> Floats:  # [N, C] x 2 -> [N]
 
 
 def _hit_ellipsoid(origin: Floats, direction: Floats, size: Floats) -> Floats:  # [N, 3] x 3 -> [N], inf = miss
-    return _hit_unit_sphere(origin / size, direction / size)
-
-
-def _hit_unit_sphere(origin: Floats, direction: Floats) -> Floats:
+    origin, direction = origin / size, direction / size
     a, b = _dot(direction, direction), _dot(origin, direction)
     closest = origin - (b / a)[:, None] * direction  # b^2 - a c would lose digits by cancellation
     discriminant = (1 - _dot(closest, closest)) / a
@@ -190,7 +177,7 @@ def _hit_capsule(origin: Floats, direction: Floats, size: Floats) -> Floats:
     distance = (-b - np.sqrt(np.maximum(discriminant, 0))) / a
     y = origin[:, 1] + distance * direction[:, 1]
     end = origin - np.stack([0 * y, np.sign(y) * half, 0 * y], axis=-1)
-    cap = _hit_unit_sphere(end / radius[:, None], direction / radius[:, None])
+    cap = _hit_ellipsoid(end, direction, radius[:, None])
     return np.where(discriminant > 0, np.where((np.abs(y) < half) & (distance > 0), distance, cap), np.inf)
 
 
@@ -222,8 +209,7 @@ def _blend(texture: Texture, point: Floats, step_u: Floats, step_v: Floats) -> N
     waves = texture.waves.T.astype(np.float32)
     phase = (point @ texture.waves.T + texture.phases).astype(np.float32)
     per_pixel = (step_u.astype(np.float32) @ waves) ** 2 + (step_v.astype(np.float32) @ waves) ** 2
-    # a Gaussian footprint of width sigma multiplies a sine of w radians per pixel by
-    # exp(-sigma^2 w^2 / 2)
+    # a Gaussian footprint of width sigma multiplies a sine of w radians per pixel by exp(-sigma^2 w^2 / 2)
     faded = np.exp(np.float32(-0.5 * _FOOTPRINT_SIGMA**2) * per_pixel) * np.sin(phase)
     weight = (0.5 + 0.5 * np.tanh(faded @ texture.amplitudes.astype(np.float32)))[:, None]
     low, high = texture.colours.astype(np.float32)
@@ -333,16 +319,13 @@ def render(
 
     Shapes are [T, H, W, 3] in [0, 1], [T, H, W] and [T, H, W].
     """
-    num_frames = len(views.intrinsics)
     per_chunk = max(1, _MAX_RAYS // (height * width))
     parts = []
-    for start in range(0, num_frames, per_chunk):
-        frames = slice(start, min(start + per_chunk, num_frames))
-        chunk_solids = [
-            Solid(s.shape, s.centre[frames], s.rotation[frames], s.size[frames], s.texture, s.moving, s.casts_shadow)
-            for s in solids
-        ]
-        parts.append(_render_chunk(room, chunk_solids, views.chunk(frames), height, width))
+    for start in range(0, len(views.intrinsics), per_chunk):
+        part = slice(start, start + per_chunk)
+        shown = [replace(s, centre=s.centre[part], rotation=s.rotation[part], size=s.size[part]) for s in solids]
+        cameras = Views(views.intrinsics[part], views.cam2world[part])
+        parts.append(_render_chunk(room, shown, cameras, height, width))
     colour, depth, code = (np.concatenate(part) for part in zip(*parts, strict=True))
     return np.sqrt(np.clip(colour, 0, 1)), depth, code
 
@@ -372,10 +355,9 @@ def _render_chunk(
 def _edges(surface: Ints) -> NDArray[np.bool_]:  # [T, H, W] -> [T, H, W]
     """Mark pixels with another surface among their four neighbours."""
     edge = np.zeros(surface.shape, dtype=bool)
-    for axis in (1, 2):
-        differs = np.diff(surface, axis=axis) != 0
-        before, after = [slice(None)] * 3, [slice(None)] * 3
-        before[axis], after[axis] = slice(None, -1), slice(1, None)
-        edge[tuple(before)] |= differs
-        edge[tuple(after)] |= differs
+    down, right = np.diff(surface, axis=1) != 0, np.diff(surface, axis=2) != 0
+    edge[:, :-1] |= down
+    edge[:, 1:] |= down
+    edge[:, :, :-1] |= right
+    edge[:, :, 1:] |= right
     return edge

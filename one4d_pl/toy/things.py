@@ -1,7 +1,6 @@
 """A toy scene at any time: things that move, and a camera path, as pure functions of seconds.
 
-World: OpenCV axes, ground at y = 0, up is -y. A yaw of 0 looks along +z, a positive yaw turns to
-the right.
+World: OpenCV axes, ground at y = 0, up is -y. A yaw of 0 looks along +z, a positive yaw turns to the right.
 """
 
 from __future__ import annotations
@@ -97,20 +96,10 @@ def yaw_rotation(yaw: Floats) -> Floats:  # [T] -> [T, 3, 3]
     return rotation_about(np.array([0.0, 1.0, 0.0]), yaw)
 
 
-def progress(path: CameraPath, times: Floats) -> Floats:  # [T] s -> [T]
-    """Return the share of its span that the camera has covered.
-
-    0 at time 0, then back and forth between -0.08 and 1.08.
-    """
-    return (np.sin(path.rate * times - _SWEEP) / math.sin(_SWEEP) + 1) / 2
-
-
 def views_at(path: CameraPath, times: Floats, height: int, width: int) -> Views:
-    """Return the cameras at `times` [T] s.
-
-    Values are rounded to float32, so that a clip can store them exactly.
-    """
-    done = progress(path, times)
+    """Return the cameras at `times` [T] s. Values are rounded to float32, so that a clip can store them exactly."""
+    # the share of its span that the camera has covered: 0 at time 0, then back and forth between -0.08 and 1.08
+    done = (np.sin(path.rate * times - _SWEEP) / math.sin(_SWEEP) + 1) / 2
     if path.kind in DIRECTIONS:
         yaw = np.full_like(done, path.yaw)
         position = path.start + path.span * done[:, None] * (yaw_rotation(yaw[:1])[0] @ DIRECTIONS[path.kind])

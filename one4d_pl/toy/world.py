@@ -3,8 +3,7 @@
 1. `draw.build_scene` turns a seed into a scene of known difficulty.
 2. `things` evaluates it at any time; a longer clip continues a shorter one, frame for frame.
 3. `render.render` casts rays; `describe` builds the caption from what they hit.
-4. `render_clip` returns the exact clip ("synthetic"), or what a phone and a reconstruction would
-   make of it ("real").
+4. `render_clip` returns the exact clip ("synthetic"), or what a phone and a reconstruction would make of it ("real").
 """
 
 from __future__ import annotations
@@ -39,11 +38,10 @@ def render_clip(
 ) -> Clip:
     """Render one clip, a pure function of its arguments.
 
-    The scene of (seed, domain, level) is the same at every size. "synthetic" is exact: depth (z,
-    scene units) belongs to pixel centres, `valid` is where it is finite (+inf = sky). "real" is
-    what a phone and a reconstruction would make of the scene: blurred, noisy frames; noisy depth
-    with holes (nan) and pseudo cameras with jitter and a focal error, all in an unknown unit;
-    `moving` and caption stay true. ValueError for an unknown domain or level (levels.py), a
+    The scene of (seed, domain, level) is the same at every size. "synthetic" is exact: depth (z, scene units) belongs
+    to pixel centres, `valid` is where it is finite (+inf = sky). "real" is what a phone and a reconstruction would make
+    of the scene: blurred, noisy frames; noisy depth with holes (nan) and pseudo cameras with jitter and a focal error,
+    all in an unknown unit; `moving` and caption stay true. ValueError for an unknown domain or level (levels.py), a
     negative seed, or a size below 1.
     """
     scene = build_scene(seed, domain, level)
@@ -96,8 +94,7 @@ def _to_bytes(colour: Tensor) -> Tensor:  # [T, H, W, 3] in [0, 1] -> uint8
 def describe(scene: Scene, code: Ints) -> str:
     """Caption what is seen in code [T, H, W]: things by size, their motion, the place, the camera.
 
-    Only things that cover at least 0.2 % of the clip are named; "sky" occurs if and only if a pixel
-    shows it.
+    Only things that cover at least 0.2 % of the clip are named; "sky" occurs if and only if a pixel shows it.
     """
     share = np.bincount(code.reshape(-1), minlength=FIRST_SOLID) / code.size
     named: list[tuple[float, str]] = []
@@ -185,10 +182,7 @@ def _with_pseudo_geometry(exact: Clip, rng: np.random.Generator, noise: torch.Ge
 
 
 def _depth_edges(depth: Tensor) -> Tensor:  # [T, H, W] -> [T, H, W] bool
-    """Mark pixels where disparity bends by more than 10 %.
-
-    On any plane, however slanted, it is linear.
-    """
+    """Mark pixels where disparity bends by more than 10 %. On any plane, however slanted, it is linear."""
     disparity = pad(1 / depth[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]  # 0 = sky
     here = disparity[:, 1:-1, 1:-1]
     bend_u = (disparity[:, 1:-1, 2:] + disparity[:, 1:-1, :-2] - 2 * here).abs()

@@ -6,11 +6,10 @@
                      weights.safetensors     with optim.ema_decay; the adapter is their average
                      trainer.json            step, config, every other file's sha256
 
-Under every strategy whole tensors are gathered to rank 0 (training/zero.py), so a run can be
-resumed with any other strategy and number of processes. Rank 0 writes them while training goes on,
-into a temporary folder that is then renamed: a folder named step-* may be damaged later, but is
-never half-written. The position in the data (data/sample_order.py) and the learning rate (optim.py) follow
-from the step.
+Under every strategy whole tensors are gathered to rank 0 (training/zero.py), so a run can be resumed with any other
+strategy and number of processes. Rank 0 writes them while training goes on, into a temporary folder that is then
+renamed: a folder named step-* may be damaged later, but is never half-written. The position in the data
+(data/sample_order.py) and the learning rate (optim.py) follow from the step.
 """
 
 from __future__ import annotations
@@ -23,8 +22,8 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -33,6 +32,7 @@ from torch import Tensor
 from one4d_pl.config import Config, ConfigError, as_dict, changeable, changes, flatten
 from one4d_pl.data.datamodule import One4DDataModule, datamodule_of
 from one4d_pl.data.latent_stats import LatentStats
+from one4d_pl.data.masking import trained_tasks
 from one4d_pl.errors import RunFailed
 from one4d_pl.files import settle, sync
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
@@ -52,7 +52,6 @@ from one4d_pl.training.module import WEIGHTS, One4DModule
 from one4d_pl.training.step_guard import SkippedSteps, gather
 from one4d_pl.training.weight_average import WeightAverage
 from one4d_pl.training.zero import MOMENTS, fill_optimizer, link_moments, whole_moment, whole_parameter
-from one4d_pl.types import TASKS
 
 VAL_TOTAL = "val/loss/total"  # the metric, by Lightning's name, that decides which checkpoints are the best
 COOLDOWN_KEYS = ("optim.cooldown_steps", "train.max_steps")
@@ -198,7 +197,7 @@ class StepCheckpoint(Callback):
         self.config, self.resume_from, self.skipped, self.average = config, resume_from, skipped, average
         self.writer = BackgroundWriter()
 
-    def setup(self, trainer: lightning.Trainer, module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         """Raise RunFailed where ranks found different newest checkpoints: file systems may lag."""
         steps = gather(trainer.global_step)
         if len(set(steps)) > 1:
@@ -208,7 +207,7 @@ class StepCheckpoint(Callback):
                 f"{next(s for s in steps if s != steps[0])}; start again"
             )
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         if self.resume_from is not None:
             skipped = read_skipped(self.resume_from)
@@ -219,30 +218,22 @@ class StepCheckpoint(Callback):
         self.saved_step = trainer.global_step
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         step = trainer.global_step
         if step % self.config.train.save_every == 0 or step == self.config.train.max_steps:
             self.save(trainer, module)
 
-    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
         loss = trainer.callback_metrics.get(VAL_TOTAL)
         if trainer.is_global_zero and loss is not None and not trainer.sanity_checking:
             write_score(self.config.run_dir, trainer.global_step, float(loss))
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         self.writer.wait()
 
-    def save(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        """Save the present step unless it is saved already, a collective.
-
-        The files are written in the background after this returns.
-        """
+    def save(self, trainer: Trainer, module: LightningModule) -> None:
+        """Save the present step, if it is not saved already: a collective; files are written in the background."""
         assert isinstance(module, One4DModule)
         step = trainer.global_step
         if step <= self.saved_step:
@@ -261,10 +252,7 @@ class StepCheckpoint(Callback):
 
 
 def refuse_started_adapter(transformer: CoupledTransformer) -> None:
-    """Raise RuntimeError unless LoRA B and links are zero, as they must be before the first step.
-
-    Without this check, a run that lost its zero start would silently train from noise.
-    """
+    """Raise RuntimeError unless LoRA B and links are zero before the first step: it would train from noise."""
     for name, parameter in transformer.trainable_parameters():
         if (".lora_B." in name or name.startswith("links.")) and bool(whole_parameter(parameter).any()):
             raise RuntimeError(f"{name} is not zero before the first step: the strategy lost its initialisation")
@@ -273,8 +261,7 @@ def refuse_started_adapter(transformer: CoupledTransformer) -> None:
 def _card(
     module: One4DModule, step: int, latents: LatentStats | None, data_sources: list[dict[str, str]]
 ) -> AdapterCard:
-    config, masking, transformer = module.config, module.config.masking, module.transformer
-    probs = (masking.text_prob, masking.image_prob, masking.sparse_prob, masking.video_prob)
+    config, transformer = module.config, module.transformer
     return AdapterCard(
         base_path=config.base.path,
         base_fingerprint=module.base_fingerprint,
@@ -282,7 +269,7 @@ def _card(
         lora_scale=config.dlc.lora_scale,
         link_blocks=[int(i) for i in transformer.links],
         xyz_patch_embedding=config.dlc.xyz_patch_embedding,
-        tasks=[task for task, prob in zip(TASKS, probs, strict=True) if prob > 0],
+        tasks=[*trained_tasks(config.masking)],
         shift=config.flow.shift,
         step=step,
         num_frames=config.data.num_frames,

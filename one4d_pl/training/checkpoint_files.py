@@ -38,11 +38,7 @@ def read_step(folder: Path) -> int:
 
 
 def step_folders(run_dir: str) -> list[Path]:
-    """List the checkpoints of a run by the step they hold, oldest first, damaged ones included.
-
-    Raises ConfigError where their folder exists but cannot be read: that is no reason to start at
-    0.
-    """
+    """List a run's checkpoints by the step they hold, damaged ones too; ConfigError where they cannot be read."""
     root = Path(run_dir) / "checkpoints"
     try:
         # a dangling link counts: it is a checkpoint that cannot be read
@@ -108,10 +104,7 @@ def find_fault(folder: Path) -> str | None:
 
 
 def hash_files(folder: Path) -> dict[str, str]:
-    """Hash every file of a checkpoint being written, by sha256.
-
-    `find_fault` compares with these.
-    """
+    """Hash every file of a checkpoint being written, by sha256. `find_fault` compares with these."""
     files = sorted(f for f in folder.rglob("*") if f.is_file())
     return {str(f.relative_to(folder)): _sha256(f) for f in files}
 
@@ -135,10 +128,7 @@ def new_staging(folder: Path) -> Path:
 
 
 def discard(folder: Path) -> None:
-    """Delete a checkpoint; where that fails, warn, and give what is left its name back.
-
-    It is renamed first, so that a process that is killed meanwhile leaves no half of a checkpoint.
-    """
+    """Delete a checkpoint, renamed first lest a kill leave half of one; where that fails, warn and put it back."""
     aside = new_staging(folder)
     try:
         folder.rename(aside)
@@ -170,10 +160,7 @@ def read_scores(run_dir: str) -> dict[str, float]:
 
 
 def _step_of(folder: Path) -> int:
-    """Return the step a folder holds, whatever its name.
-
-    Where that cannot be read, return the step in its name.
-    """
+    """Return the step a folder holds, whatever its name. Where that cannot be read, return the step in its name."""
     try:
         return read_step(folder)
     except (OSError, ValueError, KeyError, TypeError):

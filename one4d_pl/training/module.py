@@ -38,8 +38,7 @@ class One4DModule(lightning.LightningModule):
     Args:
         config: the whole run's config.
         adapters: folder to start from (a checkpoint, or train.init_from); None = a fresh adapter.
-        resume: where a checkpoint's adapter is an average (optim.ema_decay), start from the weights
-            beside it.
+        resume: where a checkpoint's adapter is an average (optim.ema_decay), start from the weights beside it.
     """
 
     transformer: CoupledTransformer

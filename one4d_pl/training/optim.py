@@ -10,10 +10,7 @@ from one4d_pl.models.transformer import CoupledTransformer, adapter_part
 
 
 def build_optimizer(transformer: CoupledTransformer, config: OptimConfig) -> torch.optim.AdamW:
-    """Build AdamW with groups lora, links and xyz_patch_embedding, each with its own `base_lr`.
-
-    Empty groups are left out.
-    """
+    """Build AdamW with those groups lora, links, xyz_patch_embedding that are not empty, each with its `base_lr`."""
     width = transformer.base.proj_out.in_features
     parts: dict[str, list[nn.Parameter]] = {"lora": [], "links": [], "xyz_patch_embedding": []}
     for name, parameter in transformer.trainable_parameters():
@@ -32,10 +29,7 @@ def build_optimizer(transformer: CoupledTransformer, config: OptimConfig) -> tor
 
 
 def lr_share(step: int, max_steps: int, config: OptimConfig) -> float:
-    """Return the share of the base lr at an optimiser step.
-
-    It rises linearly to 1, stays there, and falls linearly towards 0 at max_steps.
-    """
+    """Return the share of the base lr at an optimiser step: up to 1, constant, then down towards 0 at max_steps."""
     warm = (step + 1) / max(1, config.warmup_steps)
     left = (max_steps - step) / max(1, config.cooldown_steps)
     return min(1.0, warm, left)

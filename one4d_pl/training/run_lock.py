@@ -67,10 +67,7 @@ def _locked(path: Path) -> Iterator[BinaryIO]:
 
 
 def _owner(path: Path) -> str:
-    """Read which process last held the lock, as it wrote into it.
-
-    Returns "" where nothing can be read.
-    """
+    """Read which process last held the lock, as it wrote into it. Returns "" where nothing can be read."""
     try:
         return path.read_text(errors="replace")[:200]
     except OSError:

@@ -1,13 +1,12 @@
 """Optimiser steps with a loss or gradient that is not finite are skipped: no weight changes.
 
-1. One4DModule turns every gradient of a loss that is not finite into NaN, so it is enough to look
-   at the gradients' norm.
-2. All ranks have the same norm: under single and ddp the gradients are equal everywhere by then,
-   and the ZeRO engine sums its norm over all ranks. So all ranks decide the same without a
-   collective.
-3. A skipped step changes no weight, no moment and none of AdamW's step counters. The position in
-   the data and the learning rate follow the global step, which goes on. Checkpoints note how many
-   steps were skipped, so that resuming stays exact.
+1. One4DModule turns every gradient of a loss that is not finite into NaN, so it is enough to look at the gradients'
+   norm.
+2. All ranks have the same norm: under single and ddp the gradients are equal everywhere by then, and the ZeRO engine
+   sums its norm over all ranks. So all ranks decide the same without a collective.
+3. A skipped step changes no weight, no moment and none of AdamW's step counters. The position in the data and the
+   learning rate follow the global step, which goes on. Checkpoints note how many steps were skipped, so that resuming
+   stays exact.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from torch import Tensor
@@ -79,11 +78,11 @@ class StepGuard(Callback):
         self.seen: list[MicroBatch] = []
         self.suspects: list[str] = []  # this rank's samples with bad losses, over the skipped steps in a row
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         self.step = trainer.global_step
 
     def on_before_optimizer_step(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, optimizer: torch.optim.Optimizer
+        self, trainer: Trainer, module: LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
         if isinstance(trainer.strategy, ZeroStrategy):
             return  # the engine checks its norm and skips the step itself
@@ -95,12 +94,7 @@ class StepGuard(Callback):
                 parameter.grad = None  # AdamW then leaves the parameter, its moments and its counter alone
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: STEP_OUTPUT,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, module: LightningModule, outputs: STEP_OUTPUT, batch: Batch, batch_idx: int
     ) -> None:
         assert isinstance(module, One4DModule) and isinstance(outputs, Mapping)
         losses = torch.stack([outputs[modality] for modality in MODALITIES])
@@ -120,7 +114,7 @@ class StepGuard(Callback):
             for logger in trainer.loggers:
                 logger.log_metrics({"train/skipped_steps": float(self.skipped.total)}, self.step)
 
-    def _note_skip(self, trainer: lightning.Trainer, module: One4DModule) -> None:
+    def _note_skip(self, trainer: Trainer, module: One4DModule) -> None:
         self.skipped.total += 1
         self.skipped.in_a_row += 1
         if self.skipped.total == self.step:
@@ -132,8 +126,7 @@ class StepGuard(Callback):
         elif trainer.is_global_zero:
             log.warning("step %d is skipped: a gradient, or another rank's loss, is not finite", self.step)
         if self.skipped.in_a_row >= MOST_IN_A_ROW:
-            # where losses are finite and gradients are not, any sample of the last step may be the
-            # cause
+            # where losses are finite and gradients are not, any sample of the last step may be the cause
             samples = [name for seen in self.seen for name in seen.names()]
             gathered = gather((self.suspects, samples))
             names = [n for suspects, _ in gathered for n in suspects] or [n for _, all_ in gathered for n in all_]

@@ -1,8 +1,9 @@
-"""From the config to a Lightning Trainer."""
+"""From the config to a Lightning Trainer and its data."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 
 import lightning
@@ -13,8 +14,11 @@ from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
 from one4d_pl.config import Config
+from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.models.device import device_of
 from one4d_pl.models.precision import uses_bfloat16
+from one4d_pl.models.sample_encoder import FrozenSampleEncoder
+from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 from one4d_pl.training.loggers import build_loggers
 from one4d_pl.training.zero import ZeroStrategy
 
@@ -54,6 +58,18 @@ def build_trainer(config: Config, callbacks: list[Callback], start_step: int = 0
     )
 
 
+def training_data(
+    config: Config,
+    on_progress: Callable[[], None] = lambda: None,
+    between_clips: Callable[[], None] = lambda: None,
+) -> One4DDataModule:
+    """Return the run's data module. Its encoders are opened only where some clips are not encoded yet."""
+    fingerprints = fingerprint(config.base.path, ENCODER_PARTS)
+    return One4DDataModule(
+        config, lambda device: FrozenSampleEncoder.of(config, device), fingerprints, on_progress, between_clips
+    )
+
+
 def fast_forward(trainer: lightning.Trainer, step: int, accumulation: int) -> None:
     """Set Lightning's counters to `step` finished optimiser steps, as its own checkpoints would."""
     loop = trainer.fit_loop.epoch_loop
@@ -66,10 +82,7 @@ def fast_forward(trainer: lightning.Trainer, step: int, accumulation: int) -> No
 
 
 def limit_threads(config: Config) -> None:
-    """Share this machine's cores between its processes: oversubscribed OpenMP is ten times slower.
-
-    Where the user has set OMP_NUM_THREADS, torch has already applied it.
-    """
+    """Share this machine's cores between its processes, unless OMP_NUM_THREADS does: more threads are slower."""
     if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // config.train.devices))
 
@@ -81,8 +94,5 @@ def _strategy(config: Config, bfloat16: bool) -> Strategy:
         return ZeroStrategy(config.train, bfloat16, COLLECTIVE_TIMEOUT)
     # every trainable is used in every step, whatever the task; the base has no buffers that change
     return DDPStrategy(
-        find_unused_parameters=False,
-        broadcast_buffers=False,
-        gradient_as_bucket_view=True,
-        timeout=COLLECTIVE_TIMEOUT,
+        find_unused_parameters=False, broadcast_buffers=False, gradient_as_bucket_view=True, timeout=COLLECTIVE_TIMEOUT
     )

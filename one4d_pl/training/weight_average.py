@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import lightning
 import torch
+from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,21 +22,16 @@ from one4d_pl.training.zero import cut_share, gather_share, local_share, show_sh
 
 
 class WeightAverage(Callback):
-    """Updates the average after every step that was not skipped.
+    """Updates the average after every step that was not skipped; a callback between `StepGuard` and the checkpoints.
 
-    In the list of callbacks it comes after `StepGuard` and before the checkpoints.
-
-    Args:
-        decay: decay at late steps; the n-th update uses min(decay, (1 + n) / (10 + n)), so that the
-            start is soon forgotten.
-        guard: knows which steps were skipped.
-        resume_from: the checkpoint to resume; None = begin with the adapter as it is.
+    The n-th update's decay is min(decay, (1 + n) / (10 + n)), so that the start is soon forgotten. `resume_from` is the
+    checkpoint to resume; None = begin with the adapter as it is.
     """
 
     def __init__(self, decay: float, guard: StepGuard, resume_from: Path | None) -> None:
         self.decay, self.guard, self.resume_from = decay, guard, resume_from
 
-    def on_fit_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         self.parameters = [parameter for _, parameter in module.transformer.trainable_parameters()]
         self.averages = {parameter: local_share(parameter).clone() for parameter in self.parameters}
@@ -49,12 +44,7 @@ class WeightAverage(Callback):
                 self.averages[parameter].copy_(cut_share(parameter, stored[name]))
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        module: lightning.LightningModule,
-        outputs: object,
-        batch: object,
-        batch_idx: int,
+        self, trainer: Trainer, module: LightningModule, outputs: object, batch: object, batch_idx: int
     ) -> None:
         if trainer.global_step == self.step:
             return  # in the middle of an accumulation
@@ -66,13 +56,7 @@ class WeightAverage(Callback):
         shares = [local_share(parameter) for parameter in self.parameters]
         torch._foreach_lerp_(list(self.averages.values()), shares, 1 - decay)
 
-    def on_validation_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self._exchange(trainer)
-
-    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        self._exchange(trainer)
-
-    def _exchange(self, trainer: lightning.Trainer) -> None:
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Swap averages and weights; a collective at stage 3."""
         # Lightning validates in inference mode; training could not use tensors made in it
         with torch.inference_mode(False), torch.no_grad():
@@ -82,6 +66,9 @@ class WeightAverage(Callback):
                 share.copy_(average)
                 average.copy_(kept)
             show_shares(self.parameters, trainer.optimizers[0])
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self.on_validation_start(trainer, module)  # swap back
 
     def whole(self, parameter: Tensor) -> Tensor:
         """Gather a trainable's whole average, outside of validations; a collective if sharded."""

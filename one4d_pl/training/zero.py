@@ -1,14 +1,12 @@
 """DeepSpeed ZeRO under Lightning, on CUDA and on the CPU (gloo) with the same code.
 
-1. The engine runs in float32 mode: it casts nothing. The frozen base keeps the dtypes it was opened
-   in, trainables and optimiser are float32, and bf16-mixed is torch's autocast, as under the other
-   strategies; the engine's config names it.
-2. At stage 3 the base is sharded block by block while it is read (models/weights.py). LoRA and
-   links are built as ordinary tensors, with their values, and then sharded by the engine. Nothing
-   is ever initialised inside `zero.Init`: there a later `zeros_` would act on an empty tensor, and
-   training would start from noise.
-3. Only this module reads and writes whole tensors of sharded parameters and moments; checkpoints
-   hold no shards.
+1. The engine runs in float32 mode: it casts nothing. The frozen base keeps the dtypes it was opened in, trainables and
+   optimiser are float32, and bf16-mixed is torch's autocast, as under the other strategies; the engine's config names
+   it.
+2. At stage 3 the base is sharded block by block while it is read (models/weights.py). LoRA and links are built as
+   ordinary tensors, with their values, and then sharded by the engine. Nothing is ever initialised inside `zero.Init`:
+   there a later `zeros_` would act on an empty tensor, and training would start from noise.
+3. Only this module reads and writes whole tensors of sharded parameters and moments; checkpoints hold no shards.
 """
 
 from __future__ import annotations
@@ -19,8 +17,8 @@ from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeGuard
 
-import lightning
 import torch
+from lightning import LightningModule
 from lightning.pytorch.accelerators.cuda import CUDAAccelerator
 from lightning.pytorch.plugins.precision.deepspeed import DeepSpeedPrecision
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
@@ -45,18 +43,14 @@ if TYPE_CHECKING:
         def partition(self, parameters: list[ShardedParameter], has_been_updated: bool) -> None: ...
 
 
-# LoRA matrices (327 thousand parameters at the 14B) stay whole: gathering each would cost more than
-# the memory is worth
+# LoRA matrices (327 thousand parameters at the 14B) stay whole: gathering each would cost more than the memory is worth
 PERSISTENT_PARAMETERS = 1_000_000
 BUCKET = 200_000_000  # elements of a reduce or prefetch bucket
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's state of a parameter, besides its step
 
 
 def skip_compilation() -> None:
-    """Keep the engine from compiling an operation that only inference uses; for a CPU.
-
-    To be called before the engine starts.
-    """
+    """Keep the engine, before it starts on a CPU, from compiling an operation that only inference uses."""
     import deepspeed.ops
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
@@ -79,7 +73,7 @@ class ZeroPrecision(DeepSpeedPrecision):
         return torch.autocast("cuda" if torch.cuda.is_available() else "cpu", torch.bfloat16, enabled=self.bfloat16)
 
     def backward(  # type: ignore[override]
-        self, tensor: Tensor, model: lightning.LightningModule, optimizer: object, *args: object, **kwargs: object
+        self, tensor: Tensor, model: LightningModule, optimizer: object, *args: object, **kwargs: object
     ) -> None:
         # Lightning has already divided the loss by the accumulation. The engine would divide it
         # again, which Adam would not notice but gradient clipping would.
@@ -87,13 +81,7 @@ class ZeroPrecision(DeepSpeedPrecision):
 
 
 class ZeroStrategy(DeepSpeedStrategy):
-    """A real DeepSpeedEngine at `train.zero_stage`, with gloo where there is no CUDA.
-
-    Args:
-        config: stage, offload.
-        bfloat16: whether steps run under bfloat16 autocast.
-        timeout: timeout of every collective.
-    """
+    """A real DeepSpeedEngine at `train.zero_stage` (gloo where there is no CUDA); `timeout` is every collective's."""
 
     def __init__(self, config: TrainConfig, bfloat16: bool, timeout: timedelta) -> None:
         super().__init__(config=engine_config(config, bfloat16), precision_plugin=ZeroPrecision(bfloat16))
@@ -142,10 +130,7 @@ class StagePartitioner:
         self.config, self.reads = config, reads
 
     def partition(self, module: nn.Module) -> None:
-        """Shard a module, a collective.
-
-        Its parameters become placeholders, gathered when needed.
-        """
+        """Shard a module, a collective. Its parameters become placeholders, gathered when needed."""
         import deepspeed
 
         deepspeed.zero.Init(module=module, config_dict_or_path=self.config)
@@ -208,9 +193,8 @@ def engine_config(config: TrainConfig, bfloat16: bool) -> dict[str, object]:
         "zero_force_ds_cpu_optimizer": False,
     }
     if bfloat16:
-        # On CUDA, and only there, the engine notices our autocast around it and, unless its config
-        # names one, switches it off inside. The empty list makes it reduce gradients in float32, as
-        # under the other strategies.
+        # On CUDA, and only there, the engine notices our autocast around it and, unless its config names one, switches
+        # it off inside. The empty list makes it reduce gradients in float32, as under the other strategies.
         engine["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
     return engine
 
@@ -275,10 +259,7 @@ def fill_optimizer(
 
 
 def local_share(parameter: nn.Parameter) -> Tensor:
-    """Return this process's part of a trainable, to read and write.
-
-    That is the whole of it, or at stage 3 a flat share [n].
-    """
+    """Return this process's part of a trainable, to read and write: all of it, or at stage 3 a flat share [n]."""
     return parameter.ds_tensor if _is_stage3(parameter) else parameter.detach()
 
 
@@ -305,10 +286,7 @@ def gather_share(parameter: nn.Parameter, share: Tensor) -> Tensor:
 
 
 def show_shares(parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> None:
-    """Make every process compute with shares that were just written.
-
-    This is a collective at stage 3, where some parameters are held whole.
-    """
+    """Make all processes compute with shares just written; a collective at stage 3, where some are held whole."""
     sharded = [p for p in parameters if _is_stage3(p)]
     if not sharded:
         return

@@ -5,31 +5,23 @@ from __future__ import annotations
 import logging
 import re
 import time
-from pathlib import Path
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from one4d_pl.callbacks import throughput
 from one4d_pl.callbacks.throughput import step_line
 from one4d_pl.cluster.survival import Preemption
-from one4d_pl.config import Config
 from one4d_pl.costs.flops import BatchShape, TransformerShape, training_flops
 from one4d_pl.data.decode import ClipStream
 from one4d_pl.fit import fit
 from one4d_pl.models.wan import load_transformer
+from tests.conftest import scalars
 
 LINE = re.compile(
     r"step (?P<step>\d+)/6 \| rgb (?P<rgb>[\d.]+) \| xyz (?P<xyz>[\d.]+) \| (?P<step_s>[\d.e-]+) s/step \| "
     r"(?P<samples>[\d.]+) samples/s \| data wait (?P<wait>[\d.]+)% \| (?P<tflops>[\d.e-]+) TFLOP/s"
     r"( \| MFU (?P<mfu>[\d.]+)% \| HFU (?P<hfu>[\d.]+)%)? \| (?P<gib>[\d.]+) GiB"
 )
-
-
-def scalars(config: Config) -> dict[str, dict[int, float]]:
-    (file,) = (Path(config.run_dir) / "tensorboard").glob("events*")
-    events = EventAccumulator(str(file)).Reload()
-    return {tag: {e.step: e.value for e in events.Scalars(tag)} for tag in events.Tags()["scalars"]}
 
 
 def lines_of(caplog: pytest.LogCaptureFixture) -> list[re.Match[str]]:
@@ -42,7 +34,7 @@ def test_one_line_per_logged_step_whose_numbers_belong_together(run_config, capl
     config = run_config("train.log_every=2", "train.micro_batch_size=1", "train.activation_checkpointing=full")
     with caplog.at_level(logging.INFO):
         fit(config)
-    lines, logged = lines_of(caplog), scalars(config)
+    lines, logged = lines_of(caplog), scalars(config.run_dir)
     assert [int(line["step"]) for line in lines] == [2, 4, 6]
     wan = load_transformer(config.base.path, "float32").config
     batch = BatchShape(1, (5, 4, 6), config.base.max_text_tokens)  # 17 frames of 32x48
@@ -65,7 +57,7 @@ def test_with_a_peak_mfu_counts_the_method_and_hfu_what_is_executed(run_config, 
     config = run_config("train.max_steps=6", "train.log_every=3", "train.activation_checkpointing=full")
     with caplog.at_level(logging.INFO):
         fit(config)
-    logged = scalars(config)
+    logged = scalars(config.run_dir)
     for line in lines_of(caplog):
         step = int(line["step"])
         assert logged["train/flops/mfu"][step] == pytest.approx(logged["train/flops/tflops"][step], rel=1e-5)
@@ -89,7 +81,7 @@ def test_data_wait_is_the_time_in_the_fetch_and_in_nothing_else(run_config, monk
     monkeypatch.setattr(ClipStream, "__getitem__", read)
     config = run_config("train.max_steps=4", "train.global_batch_size=2", "val.every=100", "val.clips=1")
     fit(config)
-    logged = scalars(config)
+    logged = scalars(config.run_dir)
     for step in (2, 3, 4):  # the first one's fetch begins before the clock of the step
         waited = logged["train/time/data_wait"][step] * logged["train/time/step_s"][step]
         assert 2 * fetch <= waited < 2 * fetch + 0.5 * slow

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from torch import Tensor, nn
 
 from one4d_pl.config import ConfigError, ToyConfig, check_paths
 from one4d_pl.data.datamodule import write_toy_world
@@ -19,6 +17,8 @@ from one4d_pl.inference.pipeline import GeneratedScene
 from one4d_pl.metrics.perceptual import PACKAGE
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch
+from tests.conftest import scalars
+from tests.metrics.videos import TinyI3D, saved
 
 # TorchScript is the format of the shared I3D file, whatever torch recommends for new ones
 pytestmark = pytest.mark.filterwarnings(
@@ -27,25 +27,14 @@ pytestmark = pytest.mark.filterwarnings(
 ONCE = ("train.max_steps=1", "val.every=1000", "val.clips=1", "eval.video_every=1000")
 
 
-class TinyI3D(nn.Module):
-    """The call signature of the shared I3D file, with pooled pixels as features."""
-
-    def forward(self, videos: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
-        return nn.functional.adaptive_avg_pool3d(videos, (4, 10, 10)).mean(1).flatten(1)
-
-
 @pytest.fixture
-def i3d(tmp_path: Path) -> str:
-    path = tmp_path / "i3d.pt"
-    torch.jit.script(TinyI3D()).save(str(path))
-    return str(path)
+def i3d(tmp_path: Path) -> Path:
+    return saved(TinyI3D(), tmp_path)
 
 
-def scalars(run_dir: str | Path) -> dict[str, float]:
+def first_values(run_dir: Path) -> dict[str, float]:
     """Every validation value at step 0."""
-    (file,) = (Path(run_dir) / "tensorboard").glob("events*")
-    events = EventAccumulator(str(file)).Reload()
-    return {tag: events.Scalars(tag)[0].value for tag in events.Tags()["scalars"] if tag.startswith("val/")}
+    return {tag: values[0] for tag, values in scalars(run_dir).items() if tag.startswith("val/")}
 
 
 @pytest.mark.parametrize("name", ["fvd", "fd_vae"])
@@ -65,7 +54,7 @@ def test_true_videos_have_no_distance_and_grey_ones_do(name, run_config, i3d, tm
         monkeypatch.setattr(One4DModule, "sample", sample)
         run_dir = tmp_path / sample.__name__
         fit(run_config(*overrides, f"run_dir={run_dir}"))
-        values = {tag: value for tag, value in scalars(run_dir).items() if tag.startswith("val/video/")}
+        values = {tag: value for tag, value in first_values(run_dir).items() if tag.startswith("val/video/")}
         assert values.keys() - {"val/video/st_lpips"} == {f"val/video/{name}", "val/video/psnr"}
         assert ("val/video/st_lpips" in values) == (importlib.util.find_spec(PACKAGE) is not None)
         distances.append(values[f"val/video/{name}"])
@@ -89,7 +78,7 @@ def test_two_ranks_log_what_one_logs(run_config, fit_command, fit_environment, t
     command = fit_command(*overrides, *ranks)
     done = subprocess.run(command, env=fit_environment, cwd=tmp_path, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = scalars(tmp_path / "one"), scalars(tmp_path / "two")
+    one, two = first_values(tmp_path / "one"), first_values(tmp_path / "two")
     assert (
         {"val/loss/rgb", "val/depth/abs_rel", "val/camera/ate", "val/video/fd_vae", "val/video/psnr"}
         <= one.keys()

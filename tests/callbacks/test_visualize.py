@@ -14,18 +14,15 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from one4d_pl.callbacks import visualize
 from one4d_pl.callbacks.visualize import Visualize, scene_points
-from one4d_pl.config import DataConfig
-from one4d_pl.data.decode import Draw, make_sample
+from one4d_pl.config import Config, DataConfig
+from one4d_pl.evaluation.toy_clips import render_samples
 from one4d_pl.inference.pipeline import GeneratedScene
-from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Batch, collate
 
 
 @pytest.fixture(scope="module")
 def batch() -> Batch:
-    given = torch.ones(9, dtype=torch.bool)
-    config = DataConfig(num_frames=9, height=32, width=48)
-    return collate([make_sample(render_clip(2, 9, 32, 48), 0, Draw("video", given, False), config, None)])
+    return collate(render_samples(Config(data=DataConfig(num_frames=9, height=32, width=48)), range(2, 3), "clips"))
 
 
 def draw(batch: Batch, folder: Path) -> EventAccumulator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import socket
@@ -19,21 +20,14 @@ from one4d_pl.cluster import readiness
 from one4d_pl.cluster.readiness import Place, Report, checkpoint_bytes, differences, faults_of, look
 from one4d_pl.commands.preflight import main, meet, share
 from one4d_pl.config import Config, to_yaml
+from tests.conftest import REPO, free_port
 
-REPO = Path(__file__).parents[2]
 
-
-def slurm(rank: int, world: int, port: int, nodes: int | None = None) -> dict[str, str]:
+def slurm(rank: int, world: int, port: int) -> dict[str, str]:
     """The variables of one rank per node, as srun and the script set them."""
-    variables = {"STEP_ID": 0, "PROCID": rank, "NTASKS": world, "LOCALID": 0, "NODEID": rank, "NNODES": nodes or world}
+    variables = {"STEP_ID": 0, "PROCID": rank, "NTASKS": world, "LOCALID": 0, "NODEID": rank, "NNODES": world}
     names = {f"SLURM_{name}": str(value) for name, value in variables.items()}
     return {**names, "SLURMD_NODENAME": f"node{rank + 1}", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.fixture
@@ -72,8 +66,6 @@ def broken_shard(tmp_path: Path, config: Config) -> list[str]:
 
 
 def other_run(tmp_path: Path, config: Config) -> list[str]:
-    import json
-
     folder = tmp_path / "run/checkpoints/step-00000004"
     folder.mkdir(parents=True)
     stored = OmegaConf.to_container(OmegaConf.structured(config))
@@ -170,14 +162,9 @@ def test_two_processes_meet_and_notice_mixed_versions(run_config, tmp_path):
     (older / "METADATA").write_text("Metadata-Version: 2.1\nName: peft\nVersion: 0.1\n")
     processes = []
     for rank in range(2):
-        folders = [str(REPO), *([str(older.parent)] if rank else [])]
-        environment = {
-            **os.environ,
-            **slurm(rank, 2, port),
-            "PYTHONPATH": os.pathsep.join(folders),
-            "OMP_NUM_THREADS": "1",
-        }
-        environment["GLOO_SOCKET_IFNAME"] = "lo"
+        folders = os.pathsep.join([str(REPO), *([str(older.parent)] if rank else [])])
+        ours = {"PYTHONPATH": folders, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        environment = {**os.environ, **slurm(rank, 2, port), **ours}
         command = [sys.executable, "-m", "one4d_pl", "preflight", "--config", str(path), "--timeout", "100"]
         processes.append(
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -58,6 +58,5 @@ def test_a_reader_that_has_enough_ends_a_command_without_a_word(lines):
     process = subprocess.Popen(
         [sys.executable, "-c", program], cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
-    assert process.stdout is not None and process.stderr is not None
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait(20) == PIPE_CLOSED

@@ -49,7 +49,7 @@ def start(program: str, tmp_path: Path) -> subprocess.Popen[str]:
         [sys.executable, "-c", START, sys.executable, "-c", lines + program, str(tmp_path)],
         cwd=REPO, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    assert process.stdout.readline() == "ready\n"
     return process
 
 

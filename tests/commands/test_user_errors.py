@@ -19,7 +19,7 @@ from experiments.nano import __main__ as nano_main
 from experiments.tiny_wan import build_vae
 from one4d_pl import fit
 from one4d_pl.commands import cameras, demo, evaluate, export, generate, preflight, view
-from one4d_pl.commands.command import USER_ERROR, Command
+from one4d_pl.commands.command import USER_ERROR
 from one4d_pl.config import DEMO_ADAPTERS, EMBEDDED_BASE, base_folder
 from one4d_pl.data.rgbd_folder import list_files, read_trajectory
 from one4d_pl.errors import UserError
@@ -32,15 +32,6 @@ from tests.own_process import in_own_process
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 19000000\n"
 ROWS = [f"{10 + i / 30:.5f} {i} 0 0 0 0 0 1" for i in range(5)]
 TOY = ["--source", "toy", "--height", "48", "--width", "64", "--num-frames", "9", "--count", "2"]
-
-
-def line_of(capsys: pytest.CaptureFixture[str], command: Command, *arguments: str | Path) -> str:
-    """The one line with which a command ends."""
-    capsys.readouterr()
-    assert command([str(word) for word in arguments]) == USER_ERROR
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), lines
-    return lines[0]
 
 
 @pytest.fixture
@@ -106,7 +97,7 @@ def test_sintels_files_that_are_cut_or_hold_no_numbers_are_named(tmp_path, cut):
             read(path)
 
 
-def test_evaluate_says_which_file_of_a_benchmark_is_damaged(tmp_path, capsys):
+def test_evaluate_says_which_file_of_a_benchmark_is_damaged(tmp_path, refusal):
     folder = tmp_path / "rgbd_dataset_freiburg3_walking_xyz"
     (folder / "rgb").mkdir(parents=True)
     (folder / "depth").mkdir()
@@ -115,7 +106,7 @@ def test_evaluate_says_which_file_of_a_benchmark_is_damaged(tmp_path, capsys):
     for content in ("\n".join(ROWS).replace(" 2 ", " nan ").encode(), b"a,b", "\n".join(ROWS).encode("utf-16")):
         (folder / "groundtruth.txt").write_bytes(content)
         arguments = ["--bench", "tum_30", "--root", tmp_path, "--sequences", "walking_xyz", "--predictions", tmp_path]
-        assert "groundtruth.txt" in line_of(capsys, evaluate.main, *arguments, "--out", tmp_path / "out")
+        assert "groundtruth.txt" in refusal(evaluate.main, *arguments, "--out", tmp_path / "out")
 
 
 # ---- git-lfs pointers
@@ -154,10 +145,10 @@ def test_a_base_of_pointers_is_refused_by_training_and_preflight(tmp_path, capsy
 
 
 @pytest.mark.parametrize("file", ["rgb/adapter_model.safetensors", "links.safetensors", "card.json"])
-def test_an_adapter_of_pointers_is_named_and_not_the_output(tmp_path, capsys, file):
+def test_an_adapter_of_pointers_is_named_and_not_the_output(tmp_path, refusal, file):
     shutil.copytree(DEMO_ADAPTERS, tmp_path / "adapters")
     (tmp_path / "adapters" / file).write_bytes(POINTER)
-    said = line_of(capsys, export.main, tmp_path / "adapters", "--out", tmp_path / "out")
+    said = refusal(export.main, tmp_path / "adapters", "--out", tmp_path / "out")
     assert str(tmp_path / "adapters" / file) in said and "git lfs pull" in said and "--out" not in said
     assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
 
@@ -176,7 +167,7 @@ def test_shards_of_pointers_are_named(tmp_path, capsys, file):
 # ---- what cannot be written
 
 
-def test_outputs_that_cannot_be_are_refused_by_every_command(tmp_path, capsys, scene):
+def test_outputs_that_cannot_be_are_refused_by_every_command(tmp_path, refusal, scene):
     (tmp_path / "file").touch()
     save_scene(tmp_path / "scene", scene)
     assert write_shards.main([*TOY, "--out", str(tmp_path / "set")]) == 0
@@ -192,9 +183,9 @@ def test_outputs_that_cannot_be_are_refused_by_every_command(tmp_path, capsys, s
     for command, arguments in commands.items():
         for place in ("file/x", "file/x/y", "n" * 300):
             end = f"{place}/scene.html" if command is view.main else place
-            assert "cannot write" in line_of(capsys, command, *arguments, tmp_path / end), command.name
+            assert "cannot write" in refusal(command, *arguments, tmp_path / end), command.name
     for command in (fit.main, preflight.main):
-        said = line_of(capsys, command, "--config", "configs/dlc.yaml", f"run_dir={tmp_path}/file/run")
+        said = refusal(command, "--config", "configs/dlc.yaml", f"run_dir={tmp_path}/file/run")
         assert said.startswith("error: run_dir: cannot write")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "scene", "set"]
 
@@ -245,17 +236,17 @@ def _save_without_room(folder: Path, scene: Scene) -> None:
             raise AssertionError(limit)
 
 
-def test_a_scene_folder_that_was_cut_short_may_be_written_again_and_a_persons_own_may_not(tmp_path, capsys, scene):
+def test_a_scene_folder_that_was_cut_short_may_be_written_again_and_a_persons_own_may_not(tmp_path, refusal, scene):
     for missing in (["scene.json"], ["scene.json", "cameras.json", "depth.npy"]):
         save_scene(tmp_path / "cut", scene)
         for name in missing:
             (tmp_path / "cut" / name).unlink()
-        assert "no scene.json" in line_of(capsys, view.main, tmp_path / "cut")
+        assert "no scene.json" in refusal(view.main, tmp_path / "cut")
         save_scene(tmp_path / "cut", scene)
         assert len(open_scene(tmp_path / "cut").frames) == 3
     for own in ("frames/000000.png", "notes.txt", "rgb.mp4"):
         folder = tmp_path / own.partition("/")[0].replace(".", "_")
         (folder / own).parent.mkdir(parents=True)
         (folder / own).touch()
-        assert "holds other things" in line_of(capsys, generate.main, "--prompt", "a", "--out", folder)
+        assert "holds other things" in refusal(generate.main, "--prompt", "a", "--out", folder)
         assert (folder / own).exists()

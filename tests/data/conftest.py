@@ -1,17 +1,25 @@
-"""A store of shards on 127.0.0.1 that can be as bad as a real one."""
+"""What the tests of this room share: toy shards, ways to break them, a store on 127.0.0.1 as bad as a real one."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import torch
+from torch import Tensor
+from torch._utils import ExceptionWrapper
 
-Answer = (
-    int | str
-)  # a status instead of the file, or one of "right", "cut", "broken off", "whole file", "flipped", "stall"
+from one4d_pl.data.shards import write_shards
+from one4d_pl.data.tar_set import TarSet
+from one4d_pl.toy.world import render_clip
+from one4d_pl.types import Batch, Sample
+
+# a status instead of the file, or one of "right", "cut", "broken off", "whole file", "flipped", "stall"
+Answer = int | str
 
 
 class Server(ThreadingHTTPServer):
@@ -97,3 +105,43 @@ def serve() -> Iterator[Callable[..., Server]]:
         server.closing.set()
         server.shutdown()
         server.server_close()
+
+
+@pytest.fixture(scope="session")
+def seven_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Seven clips in shards of three; not to be changed."""
+    path = tmp_path_factory.mktemp("shards") / "set"
+    write_shards((render_clip(seed, 17, 16, 32) for seed in range(7)), path, samples_per_shard=3)
+    return path
+
+
+def flip_byte(tars: TarSet, index: int) -> str:
+    """Flip one byte in the middle of a sample; returns its key."""
+    shard, entry = tars.locate(index)
+    path = Path(tars.location) / shard.name
+    content = bytearray(path.read_bytes())
+    content[entry.offset + entry.size // 2] ^= 1
+    path.write_bytes(content)
+    return entry.key
+
+
+def assert_same(actual: Sample | Batch, expected: Sample | Batch, but: tuple[str, ...] = ()) -> None:
+    for field in dataclasses.fields(expected):
+        a, b = getattr(actual, field.name), getattr(expected, field.name)
+        if field.name == "scale":
+            a, b = torch.stack([a.scale, a.offset]), torch.stack([b.scale, b.offset])
+        if field.name not in but:
+            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, field.name
+
+
+def error_here_and_from_worker(read: Callable[[], object], kind: type[Exception]) -> tuple[str, str]:
+    """The text of an error, and what is left of it when a loader's worker process hands it over."""
+    with pytest.raises(kind) as here:
+        read()
+    try:
+        read()
+    except kind:
+        sent = ExceptionWrapper(where="in DataLoader worker process 0")  # all that a worker tells of its error
+    with pytest.raises(kind) as from_worker:
+        sent.reraise()
+    return str(here.value), str(from_worker.value)

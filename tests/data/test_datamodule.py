@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import shutil
 import threading
 import time
 from collections import Counter
@@ -25,9 +26,9 @@ from one4d_pl.data.sample_order import MixtureOrder
 from one4d_pl.data.shards import ShardSet, ShardSetError, write_shards
 from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Batch, Encoded, Sample
+from tests.data.conftest import assert_same
 
 STEPS, GLOBAL_BATCH = 6, 12
-BATCH_OF_24 = 24  # worlds 1 to 4 with micro batches of 1 and 2 make it
 
 
 class PlainEncoder:
@@ -86,62 +87,23 @@ def prepare(module: One4DDataModule) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(seven_clips: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Seven clips, one of them broken; not to be changed."""
-    path = tmp_path_factory.mktemp("shards") / "set"
-    write_shards((render_clip(seed, 17, 16, 32) for seed in range(7)), path, samples_per_shard=3)
+    path = shutil.copytree(seven_clips, tmp_path_factory.mktemp("broken") / "set")
     last = path / "shard-000002.tar"  # holds one clip
     last.write_bytes(last.read_bytes()[:-20_000])
     return path
 
 
-def assert_same_batches(actual: list[Batch], expected: list[Batch]) -> None:
-    assert len(actual) == len(expected)
-    for a, b in zip(actual, expected, strict=True):
-        for field in dataclasses.fields(Batch):
-            x, y = getattr(a, field.name), getattr(b, field.name)
-            if field.name == "scale":
-                x, y = torch.stack([x.scale, x.offset]), torch.stack([y.scale, y.offset])
-            assert torch.equal(x, y) if isinstance(x, Tensor) else x == y, field.name
+# --- loaders; test_order_simulation.py has the laws of their positions
 
 
-# --- steps
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro_batch", [1, 2])
-def test_the_ranks_of_a_step_share_its_positions(world, micro_batch):
-    per_step = BATCH_OF_24 // world // micro_batch
-    ranks = [list(StepSampler(0, STEPS, BATCH_OF_24, micro_batch, rank, world)) for rank in range(world)]
-    for micro_batches in ranks:
-        assert len(micro_batches) == STEPS * per_step
-        assert {len(positions) for positions in micro_batches} == {micro_batch}
-    for step in range(STEPS):
-        seen = [n for rank in ranks for n in itertools.chain(*rank[step * per_step : (step + 1) * per_step])]
-        assert sorted(seen) == list(range(step * BATCH_OF_24, (step + 1) * BATCH_OF_24))
-
-
-@pytest.mark.parametrize("world", [1, 2, 3, 4])
-@pytest.mark.parametrize("micro_batch", [1, 2])
-@pytest.mark.parametrize("start", [0, 1, 4, STEPS, STEPS + 2])
-def test_a_resumed_rank_sees_the_tail_of_the_undisturbed_one(world, micro_batch, start):
-    for rank in range(world):
-        undisturbed = list(StepSampler(0, STEPS, BATCH_OF_24, micro_batch, rank, world))
-        resumed = StepSampler(start, STEPS, BATCH_OF_24, micro_batch, rank, world)
-        assert list(resumed) == undisturbed[start * BATCH_OF_24 // world // micro_batch :]
-        assert list(resumed) == list(resumed)  # asking twice moves nothing
-        assert len(resumed) == len(list(resumed))
-
-
-@pytest.mark.parametrize(("before", "after"), [(4, 3), (1, 4), (3, 2)])
-def test_a_change_of_the_world_loses_and_repeats_nothing(before, after):
-    first = [StepSampler(0, 2, BATCH_OF_24, 1, rank, before) for rank in range(before)]
-    then = [StepSampler(2, STEPS, BATCH_OF_24, 1, rank, after) for rank in range(after)]
-    seen = [n for sampler in (*first, *then) for positions in sampler for n in positions]
-    assert sorted(seen) == list(range(STEPS * BATCH_OF_24))
-
-
-# --- loaders
+def test_a_run_that_is_done_has_no_batch_left_and_asking_twice_moves_nothing():
+    for start in (STEPS, STEPS + 2):
+        done = StepSampler(start, STEPS, GLOBAL_BATCH, 2, 1, 3)
+        assert (len(done), list(done)) == (0, [])
+    sampler = StepSampler(1, STEPS, GLOBAL_BATCH, 2, 1, 3)
+    assert list(sampler) == list(sampler)
 
 
 def test_ranks_that_come_and_go_in_the_middle_of_an_epoch_see_one_stream(folder):
@@ -216,18 +178,8 @@ def test_worker_processes_change_nothing_and_resume_is_the_tail(folder):
     module = make_module(make_config(folder, num_workers=2))
     module.start_step = 2
     per_step = GLOBAL_BATCH // 2
-    assert_same_batches(list(module.train_dataloader()), alone[2 * per_step :])
-
-
-def test_two_ranks_together_see_what_one_process_sees(folder):
-    alone = {n: key for batch in make_module(make_config(folder)).train_dataloader() for n, key in by_position(batch)}
-    config = make_config(folder, devices=2)
-    ranks = [
-        {n: key for batch in make_module(config, rank).train_dataloader() for n, key in by_position(batch)}
-        for rank in range(2)
-    ]
-    assert not ranks[0].keys() & ranks[1].keys()
-    assert ranks[0] | ranks[1] == alone
+    for batch, expected in zip(module.train_dataloader(), alone[2 * per_step :], strict=True):
+        assert_same(batch, expected)
 
 
 def by_position(batch: Batch) -> list[tuple[int, tuple[str, str, bool]]]:
@@ -250,7 +202,7 @@ def test_validation_counts_each_clip_once_in_equally_many_batches_on_every_rank(
     assert positions == list(range(count))
     shown = {int(batch.position): batch for batch in batches}
     for again in (batch for batch in everything if not batch.counted):
-        assert_same_batches([dataclasses.replace(again, counted=torch.tensor([True]))], [shown[int(again.position)]])
+        assert_same(again, shown[int(again.position)], but=("counted",))
     whole = [batch.keys[0] for batch in batches if not batch.skipped]
     assert len(set(whole)) == len(whole) >= len(positions) - 1
     assert not any(prompt == "" for batch in batches for prompt in batch.prompts)
@@ -321,7 +273,7 @@ def test_every_tensor_of_a_batch_is_pinned_where_there_is_a_gpu(toy_config, monk
     monkeypatch.setattr(Tensor, "pin_memory", pin)
     locked = pin_memory(batch)  # as the DataLoader's thread calls it
     assert isinstance(locked, Batch) and locked.encoded is not None and batch.encoded is not None
-    assert_same_batches([dataclasses.replace(locked, encoded=None)], [dataclasses.replace(batch, encoded=None)])
+    assert_same(locked, batch, but=("encoded",))
     inner = [*vars(locked.scale).values(), *(e.latents for e in locked.encoded)]
     inner += [e.prompt_embeds for e in locked.encoded]
     tensors = [t for t in vars(locked).values() if isinstance(t, Tensor)] + inner
@@ -404,10 +356,7 @@ def test_benchmark_clips_are_no_training_data(tmp_path):
 
 
 def test_a_broken_clip_is_not_encoded_and_the_stream_counts_it(folder, tmp_path):
-    copy = tmp_path / "set"
-    copy.mkdir()
-    for path in folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
+    copy = shutil.copytree(folder, tmp_path / "set")
     encoder = PlainEncoder()
     config = make_config(copy, cache_latents=True)
     prepare(make_module(config, encoder=encoder))

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import shutil
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
-from torch._utils import ExceptionWrapper
 
-from one4d_pl.config import DataConfig, MaskingConfig
+from one4d_pl.config import Config, DataConfig, MaskingConfig, TrainConfig
 from one4d_pl.data.decode import (
     MAX_BROKEN,
     ClipStream,
@@ -30,6 +29,7 @@ from one4d_pl.geometry.camera import project, to_camera
 from one4d_pl.geometry.pointmap import GEOMETRY_EXTENT, SKY_EXTENT, denormalise
 from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Clip, Sample, collate
+from tests.data.conftest import assert_same, error_here_and_from_worker, flip_byte
 
 CONFIG = DataConfig(num_frames=17, height=16, width=32)
 POSITIONS = range(30)  # five epochs of six clips
@@ -51,47 +51,17 @@ def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def open_stream(*folders: Path, config: DataConfig = CONFIG, overfit_clips: int = 0) -> ClipStream:
     """As the data module opens it, with equal weights and seed 0."""
     sources = [ShardSet.open(folder) for folder in folders]
-    return ClipStream(
-        sources,
-        [None] * len(sources),
-        MixtureOrder([s.samples_per_shard for s in sources], [1.0] * len(sources), 0, config.block_shards),
-        config,
-        MaskingConfig(),
-        caption_dropout=0.1,
-        seed=0,
-        overfit_clips=overfit_clips,
-        validation=False,
-    )
-
-
-def break_clip(folder: Path, index: int) -> str:
-    """Flip one byte in the middle of a clip; returns its key."""
-    source = ShardSet.open(folder)
-    shard, entry = source.locate(index)
-    path = folder / shard.name
-    content = bytearray(path.read_bytes())
-    content[entry.offset + entry.size // 2] ^= 1
-    path.write_bytes(bytes(content))
-    return entry.key
+    order = MixtureOrder([s.samples_per_shard for s in sources], [1.0] * len(sources), 0, config.block_shards)
+    run = Config(data=config, train=TrainConfig(overfit_clips=overfit_clips))
+    return ClipStream(sources, [None] * len(sources), order, run, validation=False)
 
 
 def broken_copy(pristine: Path, folder: Path, *indices: int) -> Path:
     """The same clips, some of them damaged."""
-    folder.mkdir()
-    for path in pristine.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(pristine, folder)
     for index in indices:
-        break_clip(folder, index)
+        flip_byte(ShardSet.open(folder), index)
     return folder
-
-
-def assert_same_sample(actual: Sample, expected: Sample, but: tuple[str, ...] = ()) -> None:
-    for field in dataclasses.fields(Sample):
-        a, b = getattr(actual, field.name), getattr(expected, field.name)
-        if field.name == "scale":
-            a, b = torch.stack([a.scale, a.offset]), torch.stack([b.scale, b.offset])
-        if field.name not in but:
-            assert torch.equal(a, b) if isinstance(a, Tensor) else a == b, field.name
 
 
 # --- resize and crop
@@ -194,7 +164,7 @@ def test_a_longer_clip_is_cut_to_its_first_frames():
     clip = render_clip(0, 21, 16, 32)
     sample = make_sample(clip, 0, SHOW_ALL, CONFIG, None)
     assert sample.frames.shape[1] == sample.valid.shape[0] == len(sample.intrinsics) == len(sample.cam2world) == 17
-    assert_same_sample(sample, make_sample(render_clip(0, 17, 16, 32), 0, SHOW_ALL, CONFIG, None), but=("caption",))
+    assert_same(sample, make_sample(render_clip(0, 17, 16, 32), 0, SHOW_ALL, CONFIG, None), but=("caption",))
 
 
 def test_a_clip_too_short_says_how_long_it_is():
@@ -291,7 +261,7 @@ def test_broken_clips_are_named_counted_and_replaced(pristine, tmp_path, caplog)
         expected, actual = whole[n], stream[n]
         assert actual.key not in broken
         if expected.key not in broken:
-            assert_same_sample(actual, expected)
+            assert_same(actual, expected)
             continue
         replaced += 1
         shard = stream.sources[0].locate(stream.order.locate(n).index)[0].name
@@ -324,7 +294,7 @@ def test_a_broken_clip_is_read_once_and_changes_nothing_by_being_known(pristine,
     assert {reads[key] for key in broken} == {1} and len(caplog.records) == 2  # said once each
     for n in POSITIONS:
         for stream in (knowing, open_stream(damaged), pickle.loads(pickle.dumps(knowing))):
-            assert_same_sample(stream[n], first[n])
+            assert_same(stream[n], first[n])
 
 
 def test_every_stream_finds_the_same_stand_in(pristine, tmp_path):
@@ -332,7 +302,7 @@ def test_every_stream_finds_the_same_stand_in(pristine, tmp_path):
     one, two = open_stream(damaged), open_stream(damaged)
     second = {n: two[n] for n in reversed(POSITIONS)}
     for n in POSITIONS:
-        assert_same_sample(one[n], second[n])
+        assert_same(one[n], second[n])
     stand_ins = {one[n].key for n in POSITIONS if one[n].skipped}
     assert stand_ins == {one.sources[0].key(index) for index in (1, 4, 5)}  # not always the same neighbour
 
@@ -374,7 +344,7 @@ def test_a_stand_in_comes_from_the_same_source(pristine, tmp_path):
     other = tmp_path / "other"
     clips = (dataclasses.replace(render_clip(seed, 17, 16, 32), source="other") for seed in (20, 21, 22))
     write_shards(clips, other, samples_per_shard=3)
-    key = break_clip(other, 1)
+    key = flip_byte(ShardSet.open(other), 1)
     stream = open_stream(pristine, other)
     own = {stream.sources[1].key(index) for index in (0, 2)}
     replaced = [stream[n] for n in POSITIONS if stream[n].skipped]
@@ -386,7 +356,7 @@ def test_a_source_of_broken_clips_is_one_error_that_tries_each_clip_once(count, 
     folder = tmp_path / "set"
     write_shards(toy_clips(count), folder, samples_per_shard=2)
     for index in range(count):
-        break_clip(folder, index)
+        flip_byte(ShardSet.open(folder), index)
     stream = open_stream(folder)
     with pytest.raises(SampleError) as caught:
         stream[3]
@@ -410,15 +380,7 @@ def test_a_large_source_of_broken_clips_is_given_up_soon(tmp_path, caplog):
 def test_the_error_of_a_broken_source_crosses_the_border_of_a_worker_process(tmp_path):
     folder = tmp_path / "set"
     write_shards(toy_clips(1), folder, samples_per_shard=1)
-    key = break_clip(folder, 0)
+    key = flip_byte(ShardSet.open(folder), 0)
     stream = open_stream(folder)
-    with pytest.raises(SampleError) as here:
-        stream[0]
-    try:
-        stream[0]
-    except SampleError:
-        sent = ExceptionWrapper(where="in DataLoader worker process 0")  # all that a worker tells of its error
-    with pytest.raises(SampleError) as from_worker:
-        sent.reraise()
-    assert str(from_worker.value) == str(here.value)  # torch hands over a traceback; the door wants the one line
-    assert key in str(here.value)
+    here, there = error_here_and_from_worker(lambda: stream[0], SampleError)
+    assert there == here and key in here  # torch hands over a traceback; the door wants the one line

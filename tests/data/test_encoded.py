@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor
 
-from one4d_pl.config import DataConfig, MaskingConfig
+from one4d_pl.config import Config, DataConfig, FlowConfig, TrainConfig
 from one4d_pl.data.clip_codec import tar_members
 from one4d_pl.data.datamodule import video_sample_maker
 from one4d_pl.data.decode import ClipStream
@@ -31,6 +31,7 @@ from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_sha
 from one4d_pl.data.tar_set import tar_bytes
 from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Encoded, Sample
+from tests.data.conftest import flip_byte
 
 CONFIG = DataConfig(num_frames=17, height=16, width=32)
 RECIPE = encoding_recipe("wan", 96, CONFIG)
@@ -128,14 +129,6 @@ def test_every_setting_that_changes_an_encoding_changes_its_folder():
     assert cache_folder("shards", encoding_recipe("wan", 96, same)) == cache_folder("shards", RECIPE)
 
 
-def flip_byte(encoded_set: EncodedSet, index: int) -> None:
-    shard, entry = encoded_set.locate(index)
-    path = Path(encoded_set.location) / shard.name
-    content = bytearray(path.read_bytes())
-    content[entry.offset + entry.size // 2] ^= 1
-    path.write_bytes(content)
-
-
 def test_a_broken_encoding_is_a_sample_error_with_a_remedy_and_the_others_are_fine(raw_pristine, tmp_path):
     encode(raw_pristine, tmp_path)
     encoded_set = EncodedSet.open(tmp_path)
@@ -150,7 +143,8 @@ def test_a_broken_encoding_is_a_sample_error_with_a_remedy_and_the_others_are_fi
 
 def make_stream(source: ShardSet | EncodedSet, cache: EncodedSet | None, epochs_seed: int = 0) -> ClipStream:
     order = MixtureOrder([source.samples_per_shard], [1.0], 0, 8)
-    return ClipStream([source], [cache], order, CONFIG, MaskingConfig(), 0.5, epochs_seed, 0, validation=False)
+    config = Config(data=CONFIG, flow=FlowConfig(caption_dropout=0.5), train=TrainConfig(seed=epochs_seed))
+    return ClipStream([source], [cache], order, config, validation=False)
 
 
 def test_the_stream_brings_each_clips_own_encoding_and_skips_a_broken_one(raw_pristine, tmp_path):

@@ -10,6 +10,7 @@ import itertools
 import multiprocessing
 import os
 import random
+import shutil
 import time
 import zlib
 from collections.abc import Callable
@@ -18,19 +19,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch._utils import ExceptionWrapper
 
-from one4d_pl.config import DataConfig, MaskingConfig
+from one4d_pl.config import Config, DataConfig
 from one4d_pl.data import ranged_reads, read_cache
 from one4d_pl.data.decode import ClipStream
 from one4d_pl.data.ranged_reads import RangeReader, StoreError
 from one4d_pl.data.read_cache import LEDGER, RangeCache
 from one4d_pl.data.sample_order import MixtureOrder
-from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError, write_shards
-from one4d_pl.toy.world import render_clip
+from one4d_pl.data.shards import SampleError, ShardSet, ShardSetError
+from tests.data.conftest import error_here_and_from_worker, flip_byte
 from tests.own_process import in_own_process
 
-CONFIG = DataConfig(num_frames=17, height=16, width=32)
+CONFIG = Config(data=DataConfig(num_frames=17, height=16, width=32))
 POSITIONS = range(14)  # two epochs of seven clips
 QUICK = RangeReader(timeout_s=0.5, pauses_s=(0.01, 0.01, 0.01))
 ATTEMPTS = 4
@@ -38,24 +38,21 @@ BOUND_S = ATTEMPTS * 2 * QUICK.timeout_s + 2  # and a slow machine
 SEED = 6
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven clips in shards of three; not to be changed."""
-    path = tmp_path_factory.mktemp("shards") / "set"
-    write_shards((render_clip(seed, 17, 16, 32) for seed in range(7)), path, samples_per_shard=3)
-    return path
-
-
 def open_stream(location: str | Path, reader: RangeReader = QUICK) -> ClipStream:
     source = ShardSet.open(location, reader)
     order = MixtureOrder([source.samples_per_shard], [1.0], 0, 2)
-    return ClipStream([source], [None], order, CONFIG, MaskingConfig(), 0.1, 0, 0, False)
+    return ClipStream([source], [None], order, CONFIG, validation=False)
 
 
 def sequence(stream: ClipStream) -> list[tuple[str, str, float, int]]:
     """Key, task, content and number of stand-ins at every position."""
     samples = [stream[n] for n in POSITIONS]
     return [(s.key, s.task, float(s.frames.sum() + s.pointmap.sum()), len(s.skipped)) for s in samples]
+
+
+@pytest.fixture(scope="module")
+def folder(seven_clips: Path) -> Path:
+    return seven_clips
 
 
 @pytest.fixture(scope="module")
@@ -117,15 +114,8 @@ def test_a_store_that_sends_other_bytes_each_time_is_not_believed(folder, serve)
 
 def test_a_stores_error_crosses_the_border_of_a_worker_process(folder, serve):
     stream = open_stream(serve(folder, lambda path, n: 500).url)
-    with pytest.raises(StoreError) as here:
-        stream[0]
-    try:
-        stream[0]
-    except StoreError:
-        sent = ExceptionWrapper(where="in DataLoader worker process 0")  # all that a worker tells of its error
-    with pytest.raises(StoreError) as from_worker:
-        sent.reraise()
-    assert str(from_worker.value) == str(here.value)
+    here, there = error_here_and_from_worker(lambda: stream[0], StoreError)
+    assert there == here
 
 
 def test_a_manifest_that_cannot_be_read_is_retried_and_ends_in_one_line(folder, monkeypatch):
@@ -173,18 +163,12 @@ def test_the_pauses_grow_and_depend_on_the_place_alone(folder, serve, monkeypatc
 
 
 def damaged_copy(folder: Path, copy: Path, change: Callable[[Path], None]) -> Path:
-    copy.mkdir()
-    for path in folder.iterdir():
-        (copy / path.name).write_bytes(path.read_bytes())
-    change(copy)
+    change(shutil.copytree(folder, copy))
     return copy
 
 
 def flip(folder: Path) -> None:
-    path = folder / "shard-000000.tar"
-    content = bytearray(path.read_bytes())
-    content[ShardSet.open(folder).manifest.shards[0].samples[1].offset + 700] ^= 1
-    path.write_bytes(content)
+    flip_byte(ShardSet.open(folder), 1)
 
 
 def cut(folder: Path) -> None:
@@ -203,16 +187,6 @@ def test_a_damaged_file_has_the_same_stand_ins_through_a_store_as_on_the_disk(fo
     assert any(stand_ins for *_, stand_ins in expected)
     assert sequence(open_stream(serve(copy).url)) == expected
     assert sequence(open_stream(serve(copy, lambda path, n: 500 if n == 0 else "right").url)) == expected
-
-
-def test_verify_reads_a_store_as_it_reads_a_disk(folder, tmp_path, serve, monkeypatch):
-    monkeypatch.setattr("one4d_pl.data.tar_set.VERIFY_CHUNK", 10240)  # divides every tar's size
-    ShardSet.open(serve(folder).url, QUICK).verify()
-    for number, change in enumerate((flip, cut, remove)):
-        copy = damaged_copy(folder, tmp_path / f"set-{number}", change)
-        for location in (copy, serve(copy).url):
-            with pytest.raises(ShardSetError, match=r"shard-00000[01]\.tar (differs|is missing)"):
-                ShardSet.open(location, QUICK).verify()
 
 
 # --- the cache

@@ -1,4 +1,7 @@
-"""Laws of the TUM/Bonn folder reader; literals are worked out by hand from the formats' pages."""
+"""Laws of the TUM/Bonn folder reader; literals are worked out by hand from the formats' pages.
+
+Real files: tests/data_prep/test_real_files.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,6 @@ import torch
 from PIL import Image
 
 from one4d_pl.data.rgbd_folder import (
-    BONN_ROS,
     associate,
     bonn_cam2world,
     list_files,
@@ -21,18 +23,7 @@ from one4d_pl.data.rgbd_folder import (
     read_rgb_png,
     read_trajectory,
 )
-from one4d_pl.geometry.camera import project, to_camera, to_world, unproject
-from one4d_pl.geometry.se3 import invert_se3, is_rotation
-
-REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
-TUM, BONN = REAL / "tum" / "rgbd_dataset_freiburg1_desk", REAL / "bonn" / "rgbd_bonn_crowd"
-
-
-def bonn_groundtruth(cam2world: torch.Tensor) -> torch.Tensor:  # [..., 4, 4] float64 -> [..., 4, 4]
-    """Undo `bonn_cam2world`: the row that Bonn's file would hold for a camera."""
-    ros = cam2world.new_tensor(BONN_ROS)
-    marker = bonn_cam2world(torch.eye(4, dtype=cam2world.dtype))  # ros · ros = 1
-    return ros @ cam2world @ invert_se3(marker) @ ros
+from one4d_pl.geometry.se3 import is_rotation
 
 
 def png16(codes: list[list[int]]) -> bytes:
@@ -136,7 +127,6 @@ def test_bonn_rows_become_cameras_by_the_published_rule():
     moved[:3, 3] = torch.tensor([1.0, 2.0, 3.0])
     shift = bonn_cam2world(moved)[:3, 3] - camera[:3, 3]
     torch.testing.assert_close(shift, torch.tensor([-1.0, 3.0, 2.0]).double(), rtol=0, atol=1e-12)
-    torch.testing.assert_close(bonn_groundtruth(bonn_cam2world(moved)), moved, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -165,34 +155,6 @@ def test_a_broken_folder_is_named(tmp_path, folder):
         open_sequence(folder).frames[0].read_depth()
     with pytest.raises(ValueError, match="need 16-bit grey"):
         read_depth_png(folder / "rgb" / "1.00.png")
-
-
-def reprojection_error(root: Path, raw: bool) -> float:
-    """Median distance, metres, between a frame's points and those that the last frame sees at the same pixels."""
-    sequence = open_sequence(root)
-    first, *_, last = [frame for frame in sequence.frames if frame.present]
-    intrinsics = sequence.intrinsics.double()
-    here, there = (unproject(frame.read_depth().double(), intrinsics) for frame in (first, last))
-    cameras = [bonn_groundtruth(f.cam2world) if raw else f.cam2world for f in (first, last)]
-    points = to_camera(to_world(here, cameras[0]), cameras[1])
-    pixels, depth = project(points, intrinsics)
-    column, row = pixels.floor().unbind(-1)
-    inside = (depth > 0) & (column >= 0) & (column < 640) & (row >= 0) & (row < 480)
-    distance = torch.linalg.vector_norm(there[row[inside].long(), column[inside].long()] - points[inside], dim=-1)
-    return float(distance[distance.isfinite()].median())
-
-
-@pytest.mark.realdata
-@pytest.mark.skipif(not TUM.is_dir(), reason="no TUM files in shared/data")
-def test_real_tum_frames_agree_in_the_world():
-    assert reprojection_error(TUM, raw=False) < 0.012  # 9 cm of motion at about 1 m
-
-
-@pytest.mark.realdata
-@pytest.mark.skipif(not BONN.is_dir(), reason="no Bonn files in shared/data")
-def test_real_bonn_frames_agree_by_its_camera_rule_alone():
-    by_rule, raw = reprojection_error(BONN, raw=False), reprojection_error(BONN, raw=True)
-    assert by_rule < 0.12 and raw > 3 * by_rule
 
 
 @pytest.mark.parametrize("name", ["../elsewhere/secret.png", "/etc/secret.png", "rgb/../../secret.png"])

@@ -15,7 +15,7 @@ from one4d_pl.commands import preflight
 from one4d_pl.config import ConfigError, load_config, to_yaml
 from one4d_pl.data import shared_memory
 from one4d_pl.data.shared_memory import BYTES_PER_PIXEL, PREFETCH, needed_bytes, refuse_small_shared_memory
-from one4d_pl.fit import training_data
+from one4d_pl.training.strategy import training_data
 from tests.conftest import REPO
 
 NODES = ["dlc", "scale/wan_14b", "data/one4d_mix", "scale/nodes_8x8"]

@@ -16,9 +16,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 
 from data_prep.captions import CaptionOptions
 from data_prep.parallel import run_parallel
@@ -28,6 +26,7 @@ from one4d_pl.data.clip_codec import encode_clip
 from one4d_pl.data.decode import resize_clip
 from one4d_pl.data.staging import Plan
 from one4d_pl.toy.world import render_clip
+from tests.data_prep.raw_layouts import write_trajectory
 
 NUM_FRAMES, HEIGHT, WIDTH = 17, 352, 624
 GOAL = 0.8
@@ -37,13 +36,9 @@ def write_dataset(root: Path, trajectories: int) -> None:
     """Toy scenes in TartanAir's layout and size: png frames, npy depth."""
     for number in range(trajectories):
         clip = render_clip(number, NUM_FRAMES, 480, 640)
+        rows = [[n, 0, 0, 0, 0, 0, 1] for n in range(NUM_FRAMES)]
         folder = root / f"scene{number}" / "Easy" / "P000"
-        for name in ("image_left", "depth_left"):
-            (folder / name).mkdir(parents=True)
-        np.savetxt(folder / "pose_left.txt", [[n, 0, 0, 0, 0, 0, 1] for n in range(NUM_FRAMES)])
-        for n, (frame, depth) in enumerate(zip(clip.frames, clip.depth, strict=True)):
-            Image.fromarray(frame.numpy()).save(folder / "image_left" / f"{n:06d}_left.png")
-            np.save(folder / "depth_left" / f"{n:06d}_left_depth.npy", depth.nan_to_num(posinf=10000.0).numpy())
+        write_trajectory(folder, clip.frames, clip.depth.nan_to_num(posinf=10000.0), rows)
 
 
 def decode_and_encode(task: UnitTask) -> int:

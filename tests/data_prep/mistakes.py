@@ -63,7 +63,4 @@ def with_the_cameras_of_neighbours(clip: Clip, start: int, num_frames: int, stri
     shifted = {
         step: range(start + step * stride, start + step * stride + stride * num_frames, stride) for step in (1, -1)
     }
-    return {
-        "cameras early": part(clip, frames, shifted[1]),
-        "cameras late": part(clip, frames, shifted[-1]),
-    }
+    return {"cameras early": part(clip, frames, shifted[1]), "cameras late": part(clip, frames, shifted[-1])}

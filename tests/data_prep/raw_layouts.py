@@ -90,20 +90,26 @@ def save_video(path: Path, frames: Array, fps: int) -> None:  # [T, H, W, 3] uin
         container.mux(stream.encode())
 
 
-def write_tartanair(root: Path, shot: Shot, first: int = 3) -> Path:
-    """640x480; rows before `first` belong to frames that were not downloaded."""
-    folder = root / "seaside" / "Easy" / "P000"
+def write_trajectory(folder: Path, frames: Array, depth: Array, rows: Array, first: int = 0) -> None:
+    """TartanAir's folder: pictures and depth from number `first` on, and the rows of the camera file."""
     for name in ("image_left", "depth_left"):
         (folder / name).mkdir(parents=True)
+    np.savetxt(folder / "pose_left.txt", rows, fmt="%.9e")
+    for n, (frame, metres) in enumerate(zip(frames, depth, strict=True), start=first):
+        picture = Image.fromarray(np.asarray(frame))
+        picture.save(folder / "image_left" / f"{n:06d}_left.png", compress_level=1)
+        np.save(folder / "depth_left" / f"{n:06d}_left_depth.npy", np.asarray(metres, np.float32))
+
+
+def write_tartanair(root: Path, shot: Shot, first: int = 3) -> Path:
+    """640x480; rows before `first` belong to frames that were not downloaded."""
     rows = [[9.0] * 3 + [0.0, 0, 0, 1]] * first
-    for t, camera in enumerate(shot.cam2world):
+    for camera in shot.cam2world:
         x, y, z = camera[:3, 3]
         qx, qy, qz, qw = Rotation.from_matrix(camera[:3, :3]).as_quat()
         rows.append([z, x, y, qz, qx, qy, qw])  # forward, right, down
-        Image.fromarray(shot.frames[t]).save(folder / "image_left" / f"{first + t:06d}_left.png")
-        depth = np.where(np.isinf(shot.depth[t]), 10000, shot.depth[t]).astype(np.float32)
-        np.save(folder / "depth_left" / f"{first + t:06d}_left_depth.npy", depth)
-    np.savetxt(folder / "pose_left.txt", rows, fmt="%.9e")
+    depth = np.where(np.isinf(shot.depth), 10000, shot.depth)
+    write_trajectory(root / "seaside" / "Easy" / "P000", shot.frames, depth, rows, first)
     return root
 
 

@@ -21,6 +21,7 @@ import pytest
 from PIL import Image
 
 from data_prep.sources import registry
+from data_prep.sources.decoding import npy_array
 from one4d_pl.data.clip_codec import clip_fault, encode_depth
 from tests.data_prep import raw_layouts as raw
 from tests.data_prep.raw_layouts import Shot, film
@@ -304,6 +305,14 @@ def test_the_fuzz_sees_a_reader_that_lets_an_error_through(all_layouts, monkeypa
     omniworld = next(n for n, layout in enumerate(all_layouts) if layout.source == "omniworld")
     with pytest.raises(AssertionError, match="KeyError"):
         run_case(omniworld, all_layouts)
+
+
+def test_text_beyond_unicode_is_no_text():
+    buffer = io.BytesIO()
+    np.save(buffer, np.array("a"))
+    assert npy_array(buffer.getvalue(), "x").item() == "a"
+    with pytest.raises(ValueError, match="x: its text holds a character beyond Unicode"):
+        npy_array(buffer.getvalue()[:-4] + b"\xff\xff\xff\x7f", "x")
 
 
 def test_names_in_archives_are_never_paths(tmp_path):

@@ -4,37 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-import torch
 from scipy import ndimage
-from torch import Tensor
 
 from data_prep.sources import registry
 from data_prep.sources.decoding import read_video
 from data_prep.sources.spatialvid import read_cameras, video_frames_of_rows
 from one4d_pl.types import Clip
-from tests.data_prep.real_clips import REAL, pointodyssey_clip
+from tests.data_prep.real_clips import REAL, median_error, pointodyssey_clip
 
 pytestmark = [pytest.mark.realdata, pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data")]
 
 
-def errors(clip: Clip, pairs: list[tuple[int, int]]) -> list[float]:
-    """Median 3-D error of each pair in metres."""
-    return [median_error(torch.where(clip.valid, clip.depth, torch.nan), clip, i, j) for i, j in pairs]
-
-
-def median_error(depth: Tensor, clip: Clip, i: int, j: int) -> float:
-    """Over pixels that are measured in both frames; what moves hides in the other half."""
-    height, width = depth.shape[1:]
-    v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)], dim=-1).double()
-    points, target = (pixels @ torch.linalg.inv(clip.intrinsics[t].double()).T * depth[t, ..., None] for t in (i, j))
-    i_to_j = torch.linalg.inv(clip.cam2world[j].double()) @ clip.cam2world[i].double()
-    moved = points @ i_to_j[:3, :3].T + i_to_j[:3, 3]
-    projected = moved @ clip.intrinsics[j].double().T
-    where = (projected[..., :2] / projected[..., 2:]).nan_to_num(-1).floor().long()
-    u_j, v_j = where.unbind(-1)
-    inside = (u_j >= 0) & (u_j < width) & (v_j >= 0) & (v_j < height) & (moved[..., 2] > 0)
-    return float((target[v_j[inside], u_j[inside]] - moved[inside]).norm(dim=-1).nanmedian())
+def errors(clip: Clip, pairs: list[tuple[int, int]]) -> list[float]:  # metres
+    return [median_error(clip, i, j) for i, j in pairs]
 
 
 def test_tum_desk():

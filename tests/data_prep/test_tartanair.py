@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,11 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data_prep.sources.tartanair import iter_clips
+from data_prep.sources import registry
 from data_prep.sources.tracks import clip_windows
 from data_prep.write_shards import main
 from one4d_pl.data.shards import ShardSet, write_shards
+from one4d_pl.types import Clip
+from tests.data_prep.raw_layouts import write_trajectory
+from tests.data_prep.real_clips import median_error, moved_points
 
+iter_clips = partial(registry.iter_clips, "tartanair", num_frames=17)
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data" / "tartanair"
 FIRST, LAST = 50, 67  # the frames of the handmade trajectory; its camera rows start at 0, as the real ones do
 QUARTER_TURN = [0.0, 0.0, 0.5**0.5, 0.5**0.5]  # about NED z (down): forward becomes right
@@ -33,15 +38,12 @@ def camera_rows() -> np.ndarray:  # [LAST + 1, 7]
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A dataset of one trajectory of 18 frames; not to be changed."""
     root = tmp_path_factory.mktemp("tartanair")
-    trajectory = root / "office" / "Easy" / "P001"
-    (trajectory / "image_left").mkdir(parents=True)
-    (trajectory / "depth_left").mkdir()
-    np.savetxt(trajectory / "pose_left.txt", camera_rows())
-    for n in range(FIRST, LAST + 1):
-        Image.new("RGB", (640, 480), (n, 0, 255 - n)).save(trajectory / "image_left" / f"{n:06d}_left.png")
-        depth = np.full((480, 640), n / 10, np.float32)
-        depth[0, :6] = [10000.0, 1000.0, 999.0, np.inf, 0.0, np.nan]
-        np.save(trajectory / "depth_left" / f"{n:06d}_left_depth.npy", depth)
+    numbers = np.arange(FIRST, LAST + 1)
+    colours = np.stack([numbers, 0 * numbers, 255 - numbers], 1).astype(np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (len(numbers), 480, 640, 3))
+    depth = np.full((len(numbers), 480, 640), numbers[:, None, None] / 10)
+    depth[:, 0, :6] = [10000.0, 1000.0, 999.0, np.inf, 0.0, np.nan]
+    write_trajectory(root / "office" / "Easy" / "P001", frames, depth, camera_rows(), FIRST)
     return root
 
 
@@ -157,24 +159,17 @@ def last_line(text: str) -> str:
     return text.rstrip().splitlines()[-1]
 
 
-def test_the_door_writes_shards(pristine, tmp_path):
+def test_the_door_writes_resized_shards(pristine, tmp_path):
     arguments = ["--source", "tartanair", "--root", str(pristine), "--out", str(tmp_path / "out")]
     assert main([*arguments, "--num-frames", "17", "--height", "48", "--width", "64"]) == 0
     shard_set = ShardSet.open(tmp_path / "out")
-    assert [shard_set.key(index) for index in range(len(shard_set))] == ["office-Easy-P001-000050"]
-
-
-def test_the_door_resizes(pristine, tmp_path):
-    pytest.importorskip("one4d_pl.data.decode")
-    arguments = ["--source", "tartanair", "--root", str(pristine), "--out", str(tmp_path / "out")]
-    assert main([*arguments, "--num-frames", "17", "--height", "48", "--width", "64"]) == 0
-    clip = ShardSet.open(tmp_path / "out").read(0)
+    assert [entry.key for entry in shard_set.entries] == ["office-Easy-P001-000050"]
+    clip = shard_set.read(0)
     assert clip.depth.shape == (17, 48, 64)
     assert torch.equal(clip.intrinsics[0], torch.tensor([[32.0, 0, 32], [0, 32, 24], [0, 0, 1]]))
 
 
 def test_the_door_renders_the_toy_world(tmp_path):
-    pytest.importorskip("one4d_pl.toy.world")
     arguments = ["--source", "toy", "--num-frames", "17", "--height", "32", "--width", "48"]
     arguments += ["--samples-per-shard", "2", "--seed", "5"]
     assert main([*arguments, "--count", "3", "--domain", "real", "--out", str(tmp_path / "three")]) == 0
@@ -217,27 +212,13 @@ def test_bad_clips_end_in_exit_code_2_and_one_line(root, tmp_path, capsys):
 # --- the real slice
 
 
-def median_error(depth: Tensor, intrinsics: Tensor, cam2world: Tensor, i: int, j: int) -> float:
-    """Median distance of frame i's points, moved by the cameras, to frame j's point at the pixel they fall on."""
-    height, width = depth.shape[1:]
-    v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)], dim=-1).double()  # [H, W, 3]
-    points, target = (pixels @ torch.linalg.inv(intrinsics[t].double()).T * depth[t, ..., None] for t in (i, j))
-    i_to_j = torch.linalg.inv(cam2world[j].double()) @ cam2world[i].double()
-    moved = points @ i_to_j[:3, :3].T + i_to_j[:3, 3]
-    projected = moved @ intrinsics[j].double().T
-    u_j, v_j = (projected[..., :2] / projected[..., 2:]).floor().long().unbind(-1)
-    inside = (u_j >= 0) & (u_j < width) & (v_j >= 0) & (v_j < height) & (moved[..., 2] > 0) & depth[i].isfinite()
-    return (target[v_j[inside], u_j[inside]] - moved[inside]).norm(dim=-1).median().item()
-
-
 @pytest.mark.realdata
 @pytest.mark.skipif(not REAL.is_dir(), reason="needs ../shared/data/tartanair")
 def test_the_real_slice_is_static_and_survives_the_shards(tmp_path):
     (clip,) = iter_clips(REAL)
     assert clip.key == "tartanair-000050" and clip.num_frames == 17
     for i, j in ((0, 1), (7, 9), (0, 16)):
-        assert median_error(clip.depth, clip.intrinsics, clip.cam2world, i, j) <= 0.005  # metres
+        assert median_error(clip, i, j) <= 0.005  # metres
     back = write_shards([clip], tmp_path, samples_per_shard=1).read(0)
     assert torch.equal(back.cam2world, clip.cam2world) and torch.equal(back.intrinsics, clip.intrinsics)
     assert torch.equal(back.valid, clip.valid)
@@ -254,20 +235,14 @@ def test_the_published_principal_point_is_meant_with_pixel_centres_at_one_half()
     for shift in (-0.5, 0.0, 0.5):
         intrinsics = clip.intrinsics.clone()
         intrinsics[:, :2, 2] += shift
-        errors[shift] = interpolated_error(clip.depth, intrinsics, clip.cam2world, 0, 8)
+        errors[shift] = interpolated_error(clip, intrinsics, 0, 8)
     assert errors[0.0] < 0.8 * min(errors[-0.5], errors[0.5])
 
 
-def interpolated_error(depth: Tensor, intrinsics: Tensor, cam2world: Tensor, i: int, j: int) -> float:
+def interpolated_error(clip: Clip, intrinsics: Tensor, i: int, j: int) -> float:
     """Like `median_error`, in z alone and bilinear in frame j: fine enough to see half a pixel."""
-    height, width = depth.shape[1:]
-    v, u = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
-    pixels = torch.stack([u, v, torch.ones_like(u)], dim=-1).double()
-    points = (pixels @ torch.linalg.inv(intrinsics[i].double()).T) * depth[i, ..., None]
-    i_to_j = torch.linalg.inv(cam2world[j].double()) @ cam2world[i].double()
-    moved = points @ i_to_j[:3, :3].T + i_to_j[:3, 3]
-    projected = moved @ intrinsics[j].double().T
-    grid = projected[..., :2] / projected[..., 2:] / torch.tensor([width, height]) * 2 - 1
-    found = torch.nn.functional.grid_sample(depth[j][None, None].double(), grid[None], align_corners=False)[0, 0]
+    moved, pixels = moved_points(clip, intrinsics, i, j)
+    grid = pixels / torch.tensor([clip.depth.shape[2], clip.depth.shape[1]]) * 2 - 1
+    found = torch.nn.functional.grid_sample(clip.depth[j][None, None].double(), grid[None], align_corners=False)[0, 0]
     inside = (grid.abs() < 1).all(-1) & (moved[..., 2] > 0)
     return (found - moved[..., 2]).abs()[inside].median().item()

@@ -12,7 +12,7 @@ import pytest
 
 from data_prep.captions import CaptionOptions, best_caption, read_table
 from data_prep.sources import registry
-from one4d_pl.data.clip_codec import decode_clip, validate_clip
+from one4d_pl.data.clip_codec import clip_fault, decode_clip
 from one4d_pl.data.shards import ShardSet, ShardSetError, pack_clip, write_shards
 from one4d_pl.data.texts import caption_text, licence_text
 from one4d_pl.toy.world import render_clip
@@ -72,12 +72,8 @@ def test_generic_clips_name_what_is_no_text(tmp_path, shot, field, value, caplog
 
 
 def test_generic_archives_follow_the_same_rule(tmp_path, shot, caplog):
-    for name, caption in (
-        ("a", np.float64("nan")),
-        ("b", np.array("None")),
-        ("c", np.int64(4)),
-        ("d", np.array("toys")),
-    ):
+    captions = {"a": np.float64("nan"), "b": np.array("None"), "c": np.int64(4), "d": np.array("toys")}
+    for name, caption in captions.items():
         texts = {"fps": np.float64(12), "licence": np.array("CC0-1.0"), "caption": caption}
         np.savez(tmp_path / f"{name}.npz", frames=shot.frames, **texts, **raw.generic_arrays(shot))
     assert generic_captions(tmp_path) == ["", "", "toys"]
@@ -85,41 +81,27 @@ def test_generic_archives_follow_the_same_rule(tmp_path, shot, caplog):
 
 
 @pytest.mark.parametrize(
-    ("tree", "caption"),
+    ("source", "tree", "caption"),
     [
-        (None, ""),
-        ({"SceneDescription": None, "CameraMotion": "It turns."}, "It turns."),
-        ({"SceneDescription": math.nan, "CameraMotion": "None"}, ""),
-        ({"SceneDescription": ["a"]}, ["a"]),
-        ([1, 2], [1, 2]),
+        ("spatialvid", None, ""),
+        ("spatialvid", {"SceneDescription": None, "CameraMotion": "It turns."}, "It turns."),
+        ("spatialvid", {"SceneDescription": math.nan, "CameraMotion": "None"}, ""),
+        ("spatialvid", {"SceneDescription": ["a"]}, ["a"]),
+        ("spatialvid", [1, 2], [1, 2]),
+        ("omniworld", {"Video_Caption": None}, ""),
+        ("omniworld", {"Video_Caption": math.nan}, ""),
+        ("omniworld", {"start": 3, "Short_Caption": "toys", "Long": "none"}, "toys"),
+        ("omniworld", {"Video_Caption": 7}, 7),
+        ("omniworld", ["a"], ["a"]),
     ],
 )
-def test_spatialvid_captions(tmp_path, shot, tree, caption, caplog):
-    root = raw.write_spatialvid(tmp_path, shot)
-    (path,) = root.glob("annotations/*/*/caption.json")
+def test_captions_of_the_datasets_own_files(tmp_path, shot, source, tree, caption, caplog):
+    root = {"spatialvid": raw.write_spatialvid, "omniworld": raw.write_omniworld}[source](tmp_path, shot)
+    (path,) = root.glob("annotations/*/*/caption.json" if source == "spatialvid" else "*/text/7_87.json")
     path.write_text(json.dumps(tree))
-    found = [clip.caption for clip in registry.iter_clips("spatialvid", root, 9)]
+    found = [clip.caption for clip in registry.iter_clips(source, root, 9)]
     assert found == ([caption] if isinstance(caption, str) else [])
-    assert isinstance(caption, str) or f"caption.json: the caption is {caption!r}" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("tree", "caption"),
-    [
-        ({"Video_Caption": None}, ""),
-        ({"Video_Caption": math.nan}, ""),
-        ({"start": 3, "Short_Caption": "toys", "Long": "none"}, "toys"),
-        ({"Video_Caption": 7}, 7),
-        (["a"], ["a"]),
-    ],
-)
-def test_omniworld_captions(tmp_path, shot, tree, caption, caplog):
-    root = raw.write_omniworld(tmp_path, shot)
-    (path,) = root.glob("*/text/7_87.json")
-    path.write_text(json.dumps(tree))
-    found = [clip.caption for clip in registry.iter_clips("omniworld", root, 9)]
-    assert found == ([caption] if isinstance(caption, str) else [])
-    assert isinstance(caption, str) or f"the caption is {caption!r}" in caplog.text
+    assert isinstance(caption, str) or f"{path.name}: the caption is {caption!r}" in caplog.text
 
 
 def test_a_table_without_a_caption_leaves_the_datasets_own(tmp_path):
@@ -141,8 +123,7 @@ def test_shards_hold_texts_alone(tmp_path):
     clip = replace(render_clip(3, 9, 16, 24), caption="words")
     for field in ("caption", "source", "licence"):
         for value in ("nan", "None", 5, ["a"], None):
-            with pytest.raises(ValueError, match=field):
-                validate_clip(replace(clip, **{field: value}))
+            assert field in str(clip_fault(replace(clip, **{field: value})))
     for stored, read in (("None", ""), (None, ""), ("words", "words")):
         content = pack_clip(clip, "scene", "")[1]
         changed = _with_caption(content, stored)

@@ -18,7 +18,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from data_prep import parallel, units
 from data_prep.captions import CaptionOptions
@@ -32,6 +31,7 @@ from one4d_pl.data.tar_set import Manifest
 from one4d_pl.errors import UserError
 from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Clip
+from tests.data_prep.raw_layouts import write_trajectory
 from tests.own_process import in_own_process
 
 SIZE = ["--num-frames", "9", "--height", "16", "--width", "32"]
@@ -194,15 +194,11 @@ def test_cuts_frozen_and_empty_clips_are_told_and_others_are_not():
     assert "hardly any depth" in str(reject_reason(empty))
 
 
-def write_trajectory(folder: Path, clip: Clip) -> None:
-    """A toy clip as a TartanAir trajectory; its cameras do not matter here."""
-    (folder / "image_left").mkdir(parents=True)
-    (folder / "depth_left").mkdir()
-    np.savetxt(folder / "pose_left.txt", [[n, 0, 0, 0, 0, 0, 1] for n in range(len(clip.frames))])
-    for n, frame in enumerate(clip.frames):
-        picture = Image.fromarray(frame.numpy()).resize((640, 480))
-        picture.save(folder / "image_left" / f"{n:06d}_left.png", compress_level=1)
-        np.save(folder / "depth_left" / f"{n:06d}_left_depth.npy", np.full((480, 640), 5, np.float32))
+def write_toy_trajectory(folder: Path, clip: Clip) -> None:
+    """A toy clip as a TartanAir trajectory; its geometry does not matter here."""
+    frames = clip.frames.repeat_interleave(10, 1).repeat_interleave(10, 2)  # 480x640
+    rows = [[n, 0, 0, 0, 0, 0, 1] for n in range(len(frames))]
+    write_trajectory(folder, frames, np.full(frames.shape[:3], 5), rows)
 
 
 @pytest.fixture(scope="module")
@@ -210,11 +206,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Scenes `office` (good and frozen), `cut` and `broken` (a missing picture)."""
     root = tmp_path_factory.mktemp("dataset")
     a, b = render_clip(0, 9, 48, 64), render_clip(3, 9, 48, 64)
-    write_trajectory(root / "office/Easy/P000", a)
-    write_trajectory(root / "office/Easy/P001", dataclasses.replace(a, frames=a.frames[:1].expand(9, -1, -1, -1)))
+    write_toy_trajectory(root / "office/Easy/P000", a)
+    write_toy_trajectory(root / "office/Easy/P001", dataclasses.replace(a, frames=a.frames[:1].expand(9, -1, -1, -1)))
     assert reject_reason(joined(a, b))
-    write_trajectory(root / "cut/Easy/P000", joined(a, b))
-    write_trajectory(root / "broken/Hard/P000", a)
+    write_toy_trajectory(root / "cut/Easy/P000", joined(a, b))
+    write_toy_trajectory(root / "broken/Hard/P000", a)
     (root / "broken/Hard/P000/image_left/000003_left.png").unlink()
     return root
 
@@ -261,6 +257,7 @@ def test_benchmarks_are_all_told_and_nothing_else():
     for name, benchmark in names:
         assert benchmark_of("/data", name) == benchmark_of("/data", f"deep/{name}/rgb") == benchmark
         assert benchmark_of(f"/data/{name}", ".") == benchmark
+    assert benchmark_of("/data", "labels/alley_1.npz") == "sintel"  # one npz
     for name in ("rgbd_bonn_crowd", "rgbd_dataset_freiburg1_desk", "alley_3", "office/Easy/P001"):
         assert benchmark_of("/data", name) == ""
 
@@ -276,10 +273,6 @@ def test_a_manifest_of_the_time_before_scenes_still_opens(undisturbed):
     assert manifest.split == "all" and not any(s.benchmark for shard in manifest.shards for s in shard.samples)
 
 
-def test_a_benchmark_in_one_npz_is_told_too():
-    assert benchmark_of("/data", "labels/alley_1.npz") == "sintel"
-
-
 def test_a_limit_reached_by_several_processes_leaves_no_staging_behind(tmp_path):
     assert main([*TOY, "--limit", "1", "--jobs", "2", "--out", str(tmp_path)]) == 0
     assert {path.name for path in tmp_path.iterdir()} == {"shard-000000.tar", "manifest.json", "dropped.jsonl"}
@@ -290,9 +283,7 @@ def test_a_unit_that_is_begun_after_the_set_is_whole_stages_nothing(undisturbed,
     shutil.copytree(undisturbed, out)
     plan = Plan(["toy_synthetic_00000000"], 2, None, "raw", "all", {})
     captions = CaptionOptions()
-    task = UnitTask(
-        0, plan.units[0], "toy", None, out, plan, 9, None, 16, 32, None, 0.0, frozenset(), captions
-    )  # fmt: skip
+    task = UnitTask(0, plan.units[0], "toy", None, out, plan, 9, None, 16, 32, None, 0.0, frozenset(), captions)
     assert convert_unit(task) == units.UnitResult(0, 0, [])
     assert contents(out) == contents(undisturbed)
 

@@ -43,10 +43,6 @@ class SyntheticSequence(EvalSequence):
     def read_cameras(self) -> tuple[Tensor, Tensor]:
         return torch.eye(3, dtype=torch.float64).expand(self.num_frames, 3, 3), walk(self.num_frames, self.seed)
 
-    @property
-    def timestamps(self) -> Tensor:
-        return torch.arange(self.num_frames, dtype=torch.float64)
-
 
 def hills(frames: int, height: int, width: int, seed: int) -> Tensor:  # [T, H, W] float32, 1 .. 90
     """The same smooth depth at any size."""
@@ -69,7 +65,7 @@ def main() -> None:
     sequences: list[EvalSequence] = []
     for seed, name in enumerate(sequence_names("sintel")[: arguments.sequences]):
         scored = ("depth", "cameras") if name in SINTEL_CAMERAS else ("depth",)
-        sequences.append(SyntheticSequence(name, SINTEL_FRAMES.get(name, 50), scored, 24.0, seed))
+        sequences.append(SyntheticSequence(name, SINTEL_FRAMES.get(name, 50), scored, seed))
     with tempfile.TemporaryDirectory() as folder:
         for seed, sequence in enumerate(sequences):
             generator = torch.Generator().manual_seed(seed)
@@ -81,7 +77,6 @@ def main() -> None:
             cpu, wall = time.process_time(), time.perf_counter()
             score = score_benchmark("sintel", sequences, Path(folder), PROTOCOLS[name])
             mean = score.depth_mean("all")
-            assert mean is not None
             print(
                 f"{name}: {sum(s.num_frames for s in sequences)} frames of {len(sequences)} sequences in "
                 f"{time.process_time() - cpu:.0f} s of CPU, {time.perf_counter() - wall:.0f} s of wall clock; "

@@ -24,7 +24,7 @@ def reports(tmp_path_factory) -> dict[str, dict[str, object]]:
         patch.chdir(REPO)  # the embedded base's path is relative
         encoder = FrozenSampleEncoder.of(load_config([str(REPO / "configs/dlc.yaml")], [PLAIN]))
     for sequence in open_benchmark("toy", None, SCENES):
-        ceiling_sequence(encoder, sequence, PredictOptions(48, 64, 9), folder / sequence.name)
+        ceiling_sequence(encoder, PredictOptions(48, 64, 9), sequence, folder / sequence.name)
     return {name: json.loads((folder / name / "cameras.json").read_text())["report"] for name in SCENES}
 
 

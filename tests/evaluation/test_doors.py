@@ -58,15 +58,7 @@ def arguments(tmp_path, tiny_base_plain, adapters) -> list[str]:
     return [*common, "--sequences", ONE]
 
 
-def failure(capsys, door, arguments: list[str]) -> str:
-    """The one line of a run that ends with exit code 2."""
-    assert door.main(arguments) == 2
-    (line,) = capsys.readouterr().err.strip().splitlines()[-1:]
-    assert line.startswith("error: ")
-    return line
-
-
-def test_an_adapter_and_its_ceilings_are_predicted_stored_and_scored(tmp_path, arguments, capsys):
+def test_an_adapter_and_its_ceilings_are_predicted_stored_and_scored(tmp_path, arguments, capsys, refusal):
     assert evaluate.main(arguments) == 0
     table = capsys.readouterr().out
     assert "1 of its 16 sequences" in table and "| ceiling without VAE | all |" in table
@@ -86,9 +78,9 @@ def test_an_adapter_and_its_ceilings_are_predicted_stored_and_scored(tmp_path, a
     before = (stored / "cameras.json").stat().st_mtime_ns
     assert evaluate.main([*arguments, "--rows", "model"]) == 0  # stored: not made again
     assert (stored / "cameras.json").stat().st_mtime_ns == before
-    assert "holds predictions of other settings" in failure(capsys, evaluate, [*arguments, "--seed", "1"])
+    assert "holds predictions of other settings" in refusal(evaluate.main, *arguments, "--seed", "1")
     (stored.parent / "settings.json").write_text("3")
-    assert "settings.json: holds no settings; delete" in failure(capsys, evaluate, arguments)
+    assert "settings.json: holds no settings; delete" in refusal(evaluate.main, *arguments)
     # what is stored can be scored as anyone's
     anyone = ["--predictions", str(stored.parent), "--sequences", ONE, "--out", str(tmp_path / "again")]
     assert evaluate.main([*anyone, "--no-pictures"]) == 0
@@ -137,24 +129,22 @@ def test_sparse_frames_are_first_last_and_evenly_between():
         sparse_indices(9, 0.0)
 
 
-def test_what_is_missing_is_said_in_one_line_with_exit_code_2(tmp_path, arguments, capsys, monkeypatch):
+def test_what_is_missing_is_said_in_one_line_with_exit_code_2(tmp_path, arguments, refusal, monkeypatch):
     monkeypatch.setattr(evaluate, "DEMO_ADAPTERS", tmp_path / "demo_adapters")
     monkeypatch.setattr("one4d_pl.config.places.CONFIGS", tmp_path)
     monkeypatch.chdir(tmp_path)
-    assert "the demo adapters are not at" in failure(capsys, evaluate, [])
-    assert "demo.yaml: no such config file" in failure(capsys, evaluate, ["--rows", "ceiling"])
-    assert "no adapter (card.json)" in failure(capsys, evaluate, ["--ckpt", str(tmp_path)])
-    assert "get MPI Sintel" in failure(
-        capsys, evaluate, [*arguments[:-2], "--bench", "sintel", "--root", str(tmp_path)]
-    )
+    assert "the demo adapters are not at" in refusal(evaluate.main)
+    assert "demo.yaml: no such config file" in refusal(evaluate.main, "--rows", "ceiling")
+    assert "no adapter (card.json)" in refusal(evaluate.main, "--ckpt", str(tmp_path))
+    assert "get MPI Sintel" in refusal(evaluate.main, *arguments[:-2], "--bench", "sintel", "--root", str(tmp_path))
     empty = ["--predictions", str(tmp_path), "--out", str(tmp_path / "out")]
-    assert "no prediction of toy_3000000" in failure(capsys, evaluate, empty)
-    assert "'wrong' is not one of monst3r" in failure(capsys, evaluate, [*arguments, "--protocol", "wrong"])
-    assert "--sparsity: 0.0" in failure(capsys, evaluate, [*arguments, "--sparsity", "0"])
-    assert "base.path" in failure(capsys, evaluate, [*arguments, f"base.path={tmp_path / 'nowhere'}"])
+    assert "no prediction of toy_3000000" in refusal(evaluate.main, *empty)
+    assert "'wrong' is not one of monst3r" in refusal(evaluate.main, *arguments, "--protocol", "wrong")
+    assert "--sparsity: 0.0" in refusal(evaluate.main, *arguments, "--sparsity", "0")
+    assert "base.path" in refusal(evaluate.main, *arguments, f"base.path={tmp_path / 'nowhere'}")
     bare = [a for a in arguments if a not in ("--config", str(tmp_path / "run.yaml"))]
-    assert "--config: name the yaml" in failure(capsys, evaluate, bare)
-    assert "clone VBench" in failure(capsys, evaluate, [*arguments, "--bench", "vbench", "--root", str(tmp_path)])
+    assert "--config: name the yaml" in refusal(evaluate.main, *bare)
+    assert "clone VBench" in refusal(evaluate.main, *arguments, "--bench", "vbench", "--root", str(tmp_path))
 
 
 def test_pointmaps_become_cameras_and_depth(tmp_path, capsys):
@@ -164,7 +154,6 @@ def test_pointmaps_become_cameras_and_depth(tmp_path, capsys):
     assert cameras.main([str(tmp_path / "scene.npz"), "--out", str(tmp_path / "out"), "--per-frame-focal"]) == 0
     assert "5 frames" in capsys.readouterr().out
     found = read_prediction(tmp_path / "out")
-    assert found.depth is not None and found.intrinsics is not None
     torch.testing.assert_close(3 * found.depth[clip.valid], clip.depth[clip.valid], rtol=2e-3, atol=1e-3)
     torch.testing.assert_close(found.intrinsics.float(), clip.intrinsics, rtol=2e-3, atol=1e-3)
     report = json.loads((tmp_path / "out/report.json").read_text())
@@ -173,13 +162,13 @@ def test_pointmaps_become_cameras_and_depth(tmp_path, capsys):
     known = ["--focal", str(float(clip.intrinsics[0, 0, 0]))]
     assert cameras.main([str(tmp_path / "scene.npy"), "--out", str(tmp_path / "known"), *known]) == 0
     fixed = read_prediction(tmp_path / "known").intrinsics
-    assert fixed is not None and fixed[:, 0, 0].tolist() == pytest.approx([float(known[1])] * 5)
+    assert fixed[:, 0, 0].tolist() == pytest.approx([float(known[1])] * 5)
     lens = ["--principal-point", "17,11.5", "--aspect", "1.25", "--no-per-frame-focal"]
     assert cameras.main([str(tmp_path / "scene.npy"), "--out", str(tmp_path / "lens"), *lens]) == 0
     printed = capsys.readouterr().out
     assert "fy / fx 1.2500, principal point 17.00, 11.50" in printed and "points contradict" in printed
     fixed = read_prediction(tmp_path / "lens").intrinsics
-    assert fixed is not None and fixed[:, :2, 2].tolist() == [[17, 11.5]] * 5
+    assert fixed[:, :2, 2].tolist() == [[17, 11.5]] * 5
 
 
 @pytest.mark.parametrize(
@@ -194,13 +183,13 @@ def test_pointmaps_become_cameras_and_depth(tmp_path, capsys):
         ({"pointmap": np.zeros((2, 4, 4, 3)), "valid": -np.ones((2, 4, 4))}, "negative or nan"),
     ],
 )
-def test_the_cameras_door_names_what_is_wrong(tmp_path, capsys, content, message):
+def test_the_cameras_door_names_what_is_wrong(tmp_path, refusal, content, message):
     path = tmp_path / ("scene.npz" if isinstance(content, dict) else "scene.npy")
     if isinstance(content, dict):
         np.savez(path, **content)
     elif content is not None:
         np.save(path, content, allow_pickle=True)
-    assert message in failure(capsys, cameras, [str(path), "--out", str(tmp_path / "out")])
+    assert message in refusal(cameras.main, str(path), "--out", str(tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 

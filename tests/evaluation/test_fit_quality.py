@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from one4d_pl.config import Config
-from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.evaluation.fit_quality import measure_fit
 from one4d_pl.evaluation.goals import Goal, goal_table, goals
 from one4d_pl.evaluation.recovered import (
@@ -18,11 +17,10 @@ from one4d_pl.evaluation.recovered import (
     recover_scenes,
     self_consistency,
 )
-from one4d_pl.evaluation.toy_clips import HeldOut
+from one4d_pl.evaluation.toy_clips import HeldOut, render_samples
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.postopt.recover import RecoverOptions, recover_scene
-from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Sample, collate
 
 HEIGHT, WIDTH = 32, 48
@@ -31,12 +29,9 @@ ZOOMING = RecoverOptions(shared_focal=False)
 
 @pytest.fixture(scope="module")
 def clips() -> list[Sample]:
-    given = Draw("video", torch.ones(9, dtype=torch.bool), drop_caption=False)
-    config = Config().data
-    config.num_frames, config.height, config.width = 9, HEIGHT, WIDTH
-    return [
-        make_sample(render_clip(seed, 9, HEIGHT, WIDTH), n, given, config, None) for n, seed in enumerate((3, 5, 11))
-    ]
+    config = Config()
+    config.data.num_frames, config.data.height, config.data.width = 9, HEIGHT, WIDTH
+    return render_samples(config, (3, 5, 11), "clips")
 
 
 @pytest.fixture(scope="module")

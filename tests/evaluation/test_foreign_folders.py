@@ -65,10 +65,9 @@ def test_cameras_are_found_under_every_name_and_layout(tmp_path, sequence, write
     found = find_prediction(tmp_path, "walking_xyz")
     assert found == folder
     prediction = read_prediction(found)
-    assert prediction.cam2world is not None
     torch.testing.assert_close(prediction.cam2world, cam2world, rtol=0, atol=1e-6)
     if write is write_demo:
-        assert prediction.depth is not None and prediction.depth[:, 0, 0].tolist() == list(range(1, 13))
+        assert prediction.depth[:, 0, 0].tolist() == list(range(1, 13))
 
 
 def test_matrices_go_before_a_text_and_the_sequences_own_name_before_its_datasets(tmp_path, sequence):

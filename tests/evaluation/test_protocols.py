@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,39 +11,18 @@ import torch
 from torch import Tensor
 
 from one4d_pl.data.rgbd_folder import read_depth_png, unrounded
-from one4d_pl.evaluation.benchmarks import EvalSequence
 from one4d_pl.evaluation.protocols import PROTOCOLS
 from one4d_pl.evaluation.score import BenchmarkScore, SequenceScore, score_sequence
 from one4d_pl.evaluation.tables import Row, markdown
 from one4d_pl.metrics.depth import align_depth
 from one4d_pl.scene.predictions import Prediction
+from tests.evaluation.depth_sequence import DepthSequence
 
 REAL = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 
-@dataclass(frozen=True)
-class DepthSequence(EvalSequence):
-    """Depth alone."""
-
-    depth: Tensor  # [T, H, W]
-
-    def read_frames(self) -> Tensor:
-        raise NotImplementedError("scoring looks at no image")
-
-    def read_depth(self) -> Tensor:
-        return self.depth
-
-    def read_cameras(self) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("only depth is scored")
-
-    @property
-    def timestamps(self) -> Tensor:
-        return torch.arange(float(self.num_frames))
-
-
 def score(benchmark: str, depth: Tensor, preds: Tensor, protocol: str) -> SequenceScore:
-    sequence = DepthSequence("s", len(depth), ("depth",), 1.0, depth)
-    return score_sequence(benchmark, sequence, Prediction(preds, None), PROTOCOLS[protocol])
+    return score_sequence(benchmark, DepthSequence.of(depth), Prediction(preds, None), PROTOCOLS[protocol])
 
 
 def noisy_copy(depth: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,12 +19,8 @@ from one4d_pl.geometry.pointmap import depth_to_pointmap
 from one4d_pl.geometry.se3 import matrix_to_wxyz, rebase_to_first, so3_exp, wxyz_to_matrix
 from one4d_pl.metrics.camera import path_length
 from one4d_pl.postopt.recover import RecoverOptions, recover_scene
-from one4d_pl.scene.predictions import (
-    Prediction,
-    read_prediction,
-    read_wxyz_trajectory,
-    write_prediction,
-)
+from one4d_pl.scene.predictions import Prediction, read_prediction, read_wxyz_trajectory, write_prediction
+from tests.evaluation.depth_sequence import DepthSequence
 
 PROTOCOL = PROTOCOLS["one4d"]
 
@@ -47,19 +43,18 @@ def test_the_truth_as_prediction_gets_full_marks(tmp_path, sequences, protocol):
     errors = score.depth["all"].errors
     bound = 1e-3 if "geo4d" in protocol.alignment else 1e-12  # Adam at 1e-2 circles around its minimum
     assert errors["abs_rel"] <= bound and errors["delta_1"] == errors["delta_3"] == 1
-    assert score.cameras is not None and score.cameras["ate"] <= 1e-12 and score.cameras["rpe_rot"] <= 1e-5
+    assert score.cameras["ate"] <= 1e-12 and score.cameras["rpe_rot"] <= 1e-5
     assert score.depth["all"].num_valid == int(sequences[0].read_depth().isfinite().sum())
 
 
 @pytest.mark.parametrize("name", ["one4d", "scale_only"])
 def test_a_scaled_copy_does_too_and_a_shifted_one_where_the_shift_is_free(sequences, name):
     true = true_prediction(sequences[0])
-    assert true.depth is not None and true.cam2world is not None
     turned = true.cam2world.clone()
     turned[:, :3, 3] = turned[:, :3, 3] / 7 + 3
     shifted = replace(true, depth=(true.depth + 0.5) / 7, cam2world=turned)
     score = score_sequence("toy", sequences[0], shifted, PROTOCOLS[name])
-    assert score.cameras is not None and score.cameras["ate"] < 1e-9
+    assert score.cameras["ate"] < 1e-9
     if name == "one4d":
         assert score.depth["all"].errors["abs_rel"] < 1e-6 and score.fit == pytest.approx((7, -0.5), abs=1e-5)
     else:
@@ -76,19 +71,17 @@ def test_pointmaps_and_post_optimisation_cost_no_more_than_1e_4(sequences):
         prediction = Prediction(scene.depth, scene.cam2world, scene.intrinsics, scene.depth.isfinite())
         score = score_sequence("toy", sequence, prediction, PROTOCOL)
         assert score.depth["all"].errors["abs_rel"] < 1e-4 and score.depth["all"].errors["delta_1"] == 1
-        assert score.cameras is not None
         assert score.cameras["ate"] < 1e-4 * max(1, score.cameras["path_length_target"])
 
 
 def test_another_sequence_s_prediction_scores_badly(sequences):
     score = score_sequence("toy", sequences[0], true_prediction(sequences[1]), PROTOCOL)
     assert score.depth["all"].errors["abs_rel"] > 0.15 and score.depth["all"].errors["delta_1"] < 0.8
-    assert score.cameras is not None and score.cameras["rpe_rot"] > 0.1
+    assert score.cameras["rpe_rot"] > 0.1
 
 
 def test_frames_that_were_shown_and_frames_that_were_not_are_measured_apart(sequences):
     true = true_prediction(sequences[0])
-    assert true.depth is not None
     wrong = true.depth.clone()
     wrong[4] *= 2
     score = score_sequence("toy", sequences[0], replace(true, depth=wrong, given=(0, 1, 2, 3, 5, 6, 7, 8)), PROTOCOL)
@@ -99,27 +92,12 @@ def test_frames_that_were_shown_and_frames_that_were_not_are_measured_apart(sequ
     assert list(everything.depth) == ["all"]
 
 
-@dataclass(frozen=True)
-class MetreSequence(EvalSequence):
-    """Two frames: depths 1 .. 4 with a pixel at 100 m and a hole."""
-
-    def read_frames(self) -> Tensor:
-        return torch.zeros(2, 2, 3, 3, dtype=torch.uint8)
-
-    def read_depth(self) -> Tensor:
-        return torch.tensor([[[1.0, 2, 3], [4, 100, 0]], [[1.0, 2, 3], [4, 69, math.nan]]])
-
-    def read_cameras(self) -> tuple[Tensor, Tensor]:
-        return torch.eye(3).expand(2, 3, 3), torch.eye(4).expand(2, 4, 4)
-
-    @property
-    def timestamps(self) -> Tensor:
-        return torch.arange(2.0)
+# depths 1 .. 4 with a pixel at 100 m and a hole
+METRES = DepthSequence.of(torch.tensor([[[1.0, 2, 3], [4, 100, 0]], [[1.0, 2, 3], [4, 69, math.nan]]]))
 
 
 def test_limits_and_cuts_follow_the_protocol_and_the_benchmark():
-    sequence = MetreSequence("s", 2, ("depth",), 1.0)
-    depth = sequence.read_depth().nan_to_num(5.0)
+    depth = METRES.read_depth().nan_to_num(5.0)
     depth[1, 1, 1] = 200.0
     unaligned = {name: Protocol(name, "none", False, p.post_clip) for name, p in PROTOCOLS.items()}
     for name, benchmark, expected in (
@@ -129,13 +107,12 @@ def test_limits_and_cuts_follow_the_protocol_and_the_benchmark():
         ("scale_only", "sintel", 1 / 69 / 9),
         ("geo4d", "toy", 131 / 69 / 10),  # no limit: 100 m is scored too
     ):
-        score = score_sequence(benchmark, sequence, Prediction(depth, None), unaligned[name])
+        score = score_sequence(benchmark, METRES, Prediction(depth, None), unaligned[name])
         assert score.depth["all"].errors["abs_rel"] == pytest.approx(expected, rel=1e-6), (name, benchmark)
 
 
 def test_the_alignment_uses_the_prediction_s_own_valid_pixels_where_the_protocol_says_so():
-    sequence = MetreSequence("s", 2, ("depth",), 1.0)
-    depth = sequence.read_depth().nan_to_num(5.0)
+    depth = METRES.read_depth().nan_to_num(5.0)
     wrong = depth.clone()
     wrong[:, 0] = torch.tensor([3.0, 1.0, 2.0])  # nonsense that says so itself
     valid = torch.ones_like(depth, dtype=torch.bool)
@@ -143,7 +120,7 @@ def test_the_alignment_uses_the_prediction_s_own_valid_pixels_where_the_protocol
     scores = {}
     for name in ("one4d", "scale_only"):
         protocol = Protocol(name, "scale_shift", PROTOCOLS[name].use_fit_valid, max_depth={"sintel": 70})
-        scores[name] = score_sequence("sintel", sequence, Prediction(wrong, None, valid=valid), protocol)
+        scores[name] = score_sequence("sintel", METRES, Prediction(wrong, None, valid=valid), protocol)
     assert scores["one4d"].fit == pytest.approx((1, 0), abs=1e-9) and scores["one4d"].depth["all"].num_valid == 9
     assert scores["scale_only"].fit != pytest.approx((1, 0), abs=1e-3)
 
@@ -151,7 +128,6 @@ def test_the_alignment_uses_the_prediction_s_own_valid_pixels_where_the_protocol
 def test_means_weigh_depth_by_pixels_and_cameras_not_and_degenerate_paths_are_listed(tmp_path, sequences):
     for sequence, scale in zip(sequences, (1.0, 2.0)):
         true = true_prediction(sequence)
-        assert true.depth is not None and true.cam2world is not None
         standing = true.cam2world if scale == 1 else true.cam2world[:1].expand(9, 4, 4)
         write_prediction(tmp_path / sequence.name, Prediction(true.depth * scale, standing), {})
     unaligned = Protocol("none", "none", False)
@@ -159,10 +135,10 @@ def test_means_weigh_depth_by_pixels_and_cameras_not_and_degenerate_paths_are_li
     few = replace(score.sequences[1], depth={"all": replace(score.sequences[1].depth["all"], num_valid=3)})
     pixels = score.sequences[0].depth["all"].num_valid
     mean = replace(score, sequences=(score.sequences[0], few)).depth_mean("all")
-    assert mean is not None and mean["abs_rel"] == pytest.approx(3 / (pixels + 3), rel=1e-9)
+    assert mean["abs_rel"] == pytest.approx(3 / (pixels + 3), rel=1e-9)
     assert score.degenerate == [sequences[1].name]
     own, whole = score.camera_mean(False), score.camera_mean(True)
-    assert own is not None and whole is not None and own["ate"] < 1e-12 < whole["ate"]
+    assert own["ate"] < 1e-12 < whole["ate"]
     alone = [score_benchmark("toy", [s], tmp_path, unaligned).sequences[0] for s in sequences]
     assert tuple(alone) == score.sequences  # processes change nothing
 
@@ -178,7 +154,7 @@ def test_a_camera_that_stands_or_trembles_is_named_in_the_table(sequences):
         score = score_sequence("toy", moving, replace(true_prediction(moving), cam2world=cam2world), PROTOCOL)
         text = markdown([Row("model", BenchmarkScore("toy", PROTOCOL, (score,)), {})], 16, None)
         assert [flag for flag in ("degenerate camera paths", "no better than standing") if flag in text] == said
-        assert score.cameras is not None and score.cameras["ate_standing"] > 0.01
+        assert score.cameras["ate_standing"] > 0.01
 
 
 def camera_path(sequence: EvalSequence) -> Tensor:
@@ -187,7 +163,6 @@ def camera_path(sequence: EvalSequence) -> Tensor:
 
 def test_foreign_folders_and_archives_say_the_same_as_ours(tmp_path, sequences):
     true = true_prediction(sequences[0])
-    assert true.depth is not None and true.cam2world is not None
     monst3r = tmp_path / "monst3r"
     monst3r.mkdir()
     rows = torch.cat([true.cam2world[:, :3, 3], matrix_to_wxyz(true.cam2world[:, :3, :3])], dim=1)
@@ -202,7 +177,7 @@ def test_foreign_folders_and_archives_say_the_same_as_ours(tmp_path, sequences):
     ]
     for score in scores[1:]:
         assert score.depth == scores[0].depth
-        assert score.cameras is not None and score.cameras["ate"] < 1e-9
+        assert score.cameras["ate"] < 1e-9
 
 
 def test_a_trajectory_line_has_the_scalar_part_first(tmp_path):
@@ -263,7 +238,7 @@ def notes_of(sequence: EvalSequence, depth: Tensor) -> str:
 
 def test_depth_that_is_no_depth_is_said_beside_its_score(sequences):
     depth = true_prediction(sequences[0]).depth
-    assert depth is not None and notes_of(sequences[0], depth) == notes_of(sequences[0], 1000 * depth + 1) == ""
+    assert notes_of(sequences[0], depth) == notes_of(sequences[0], 1000 * depth + 1) == ""
     holes = depth.clone()
     holes[:, :6] = 0
     unknown = depth.clone()

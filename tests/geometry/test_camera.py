@@ -102,8 +102,8 @@ def test_points_land_at_corresponding_resized_pixels(size):
     from_height, from_width, height, width = size
     intrinsics = make_intrinsics(from_height, from_width).expand(2, 3, 3)
     frames = torch.zeros(2, from_height, from_width, 3, dtype=torch.uint8)
-    resized, new_intrinsics = camera.resize_frames(frames, intrinsics, height, width)
-    assert resized.shape == (2, height, width, 3)
+    new_intrinsics = camera.resize_crop_intrinsics(intrinsics, (from_height, from_width), (height, width))
+    assert camera.resize_frames(frames, height, width).shape == (2, height, width, 3)
     points = torch.rand(2, 1, 50, 3, dtype=torch.float64) + torch.tensor([0.0, 0.0, 1.0], dtype=torch.float64)
     before, after = camera.project(points, intrinsics)[0], camera.project(points, new_intrinsics)[0]
     plan = camera.resize_crop_plan(*size)
@@ -124,7 +124,8 @@ def test_the_content_of_frames_moves_with_their_intrinsics(size):
     # Brightness is a ramp over the camera's rays, so every pixel must show the ray that its intrinsics claim.
     intrinsics = make_intrinsics(from_height, from_width)
     ramp = ramp_over_rays(from_height, from_width, intrinsics)
-    frames, new_intrinsics = camera.resize_frames(ramp.round().to(torch.uint8)[None], intrinsics, height, width)
+    frames = camera.resize_frames(ramp.round().to(torch.uint8)[None], height, width)
+    new_intrinsics = camera.resize_crop_intrinsics(intrinsics, (from_height, from_width), (height, width))
     expected = ramp_over_rays(height, width, new_intrinsics)
     # Off by the rounding of grey levels, and at the image's border by a kernel that is cut on one side.
     source_pixel = 60 / intrinsics[0, 0].item()
@@ -139,23 +140,21 @@ def test_resizing_to_the_same_size_changes_nothing():
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (2, 6, 10, 3), dtype=torch.uint8, generator=generator)
     intrinsics, depth = make_intrinsics(6, 10), torch.rand(2, 6, 10, generator=generator)
-    resized, new_intrinsics = camera.resize_frames(frames, intrinsics, 6, 10)
-    assert torch.equal(resized, frames)
-    assert torch.equal(new_intrinsics, intrinsics)
+    assert torch.equal(camera.resize_frames(frames, 6, 10), frames)
+    assert torch.equal(camera.resize_crop_intrinsics(intrinsics, (6, 10), (6, 10)), intrinsics)
     assert torch.equal(camera.resize_nearest_valid(depth, 6, 10), depth)
 
 
 def test_shrinking_frames_does_not_alias():
     stripes = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
     stripes[:, :, ::2] = 255
-    shrunk, _ = camera.resize_frames(stripes, make_intrinsics(64, 64), 20, 20)
-    interior = shrunk[:, 2:-2, 2:-2].float()
+    interior = camera.resize_frames(stripes, 20, 20)[:, 2:-2, 2:-2].float()
     assert (interior - 127.5).abs().max() < 20  # without a low-pass the stripes beat between 0 and 255
 
 
 def test_float_frames_are_refused():
     with pytest.raises(ValueError, match="uint8"):
-        camera.resize_frames(torch.zeros(1, 4, 4, 3), make_intrinsics(4, 4), 2, 2)
+        camera.resize_frames(torch.zeros(1, 4, 4, 3), 2, 2)
 
 
 @pytest.mark.parametrize("size", SMALL_SIZES)
@@ -188,8 +187,7 @@ def test_a_plane_stays_a_plane_up_to_half_a_source_pixel(size, normal):
     plane = torch.tensor(normal, dtype=torch.float64)
     intrinsics = make_intrinsics(from_height, from_width)
     depth = plane_depth(from_height, from_width, intrinsics, plane)
-    frames = torch.zeros(1, from_height, from_width, 3, dtype=torch.uint8)
-    _, new_intrinsics = camera.resize_frames(frames, intrinsics, height, width)
+    new_intrinsics = camera.resize_crop_intrinsics(intrinsics, (from_height, from_width), (height, width))
     taken = camera.resize_nearest_valid(depth, height, width)
     exact = plane_depth(height, width, new_intrinsics, plane)
     # On the plane 1 / depth is linear: half a source pixel per axis shifts it by the half gradient of normal · ray.

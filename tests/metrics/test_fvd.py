@@ -1,13 +1,11 @@
 """FVD as public code computes it: frames come to I3D to the pixel as theirs, and the distance is theirs.
 
 The reference values are what the preprocessing and the distance of public FVD code (common_metrics_on_video_quality,
-TATS, VideoGPT) gave in float32 for `waves`: short side to 224, long side rounded up, bilinear without antialiasing,
+TATS, VideoGPT) gave in float32 for `colours`: short side to 224, long side rounded up, bilinear without antialiasing,
 the centre square, [-1, 1]; np.cov and scipy's sqrtm.
 """
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,18 +13,10 @@ from torch import Tensor, nn
 
 from one4d_pl.errors import UserError
 from one4d_pl.metrics.video import FrechetVideoDistance, I3DFeatures
+from tests.metrics.videos import TinyI3D, saved, waves
 
 # TorchScript is the format of the shared I3D file, whatever torch recommends for new ones
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning", "ignore:fvd:UserWarning")
-
-
-class TinyI3D(nn.Module):
-    """The call signature of the shared I3D file, with pooled pixels as features."""
-
-    def forward(self, x: Tensor, rescale: bool, resize: bool, return_features: bool) -> Tensor:
-        if rescale or resize or not return_features or x.shape[-2:] != (224, 224):
-            raise RuntimeError("called in another way than the real file")
-        return nn.functional.adaptive_avg_pool3d(x, (4, 10, 10)).mean(1).flatten(1)
 
 
 class Pixels(nn.Module):
@@ -51,18 +41,9 @@ class OtherShape(TinyI3D):
         return x.mean((1, 2, 3))
 
 
-def saved(network: nn.Module, folder: Path) -> Path:
-    torch.jit.save(torch.jit.script(network), folder / "i3d.pt")
-    return folder / "i3d.pt"
-
-
-def waves(seed: float, height: int, width: int, num_frames: int = 10) -> Tensor:
-    """[3, T, H, W] in [0, 1]: sines that no neighbouring pixels share, so that half a pixel shows."""
-    channel, frame = torch.arange(3.0).view(3, 1, 1, 1) + 1, torch.arange(num_frames).view(1, -1, 1, 1)
-    v, u = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
-    along_u, along_v = (0.37 + 0.05 * seed) * channel, (0.23 + 0.03 * seed) * channel.sqrt()
-    phase = along_u.double() * u + along_v.double() * v + 0.61 * frame + seed
-    return (0.5 + 0.5 * torch.sin(phase)).float()
+def colours(seed: float, height: int, width: int) -> Tensor:
+    """[3, 10, H, W] float32 in [0, 1]."""
+    return (0.5 + 0.5 * waves(seed, height, width)).float()
 
 
 @pytest.mark.parametrize(
@@ -75,7 +56,7 @@ def waves(seed: float, height: int, width: int, num_frames: int = 10) -> Tensor:
     ],
 )
 def test_i3d_is_shown_what_public_code_shows_it(size, expected, tmp_path):
-    shown = I3DFeatures(saved(Pixels(), tmp_path))(waves(1, *size)[None] * 2 - 1)
+    shown = I3DFeatures(saved(Pixels(), tmp_path))(colours(1, *size)[None] * 2 - 1)
     torch.testing.assert_close(shown[0, :4], torch.tensor(expected).double(), rtol=0, atol=1e-4)
 
 
@@ -83,17 +64,9 @@ def test_fvd_equals_public_codes_and_is_the_name_of_i3d_features_alone(tmp_path)
     metric = FrechetVideoDistance(I3DFeatures(saved(TinyI3D(), tmp_path)))
     assert metric.name == "fvd"
     for seed in range(12):
-        metric.update(waves(seed, 64, 96)[None] * 2 - 1, real=True)
-        metric.update(waves(0.5 * seed, 64, 96)[None] * 1.8 - 1, real=False)
+        metric.update(colours(seed, 64, 96)[None] * 2 - 1, real=True)
+        metric.update(colours(0.5 * seed, 64, 96)[None] * 1.8 - 1, real=False)
     assert float(metric.compute()) == pytest.approx(5.14221, rel=1e-5)
-
-
-def test_i3d_sees_the_centre_square_unsquashed(tmp_path):
-    centre = torch.zeros(1, 3, 10, 20, 60)
-    centre[..., 20:40] = 1
-    features = I3DFeatures(saved(TinyI3D(), tmp_path))(centre)
-    assert features.shape == (1, 400)
-    assert features.view(4, 10, 10)[:, :, 1:-1].min() > 0.999  # one side's worth of width fills the square
 
 
 def test_bad_input_is_named(tmp_path):
@@ -104,7 +77,7 @@ def test_bad_input_is_named(tmp_path):
         I3DFeatures(tmp_path / "text.pt")
     with pytest.raises(UserError, match=r"i3d\.pt: takes .*need I3D that takes rescale, resize, return_features"):
         I3DFeatures(saved(OtherCall(), tmp_path))
-    ten = waves(1, 24, 40)[None]
+    ten = colours(1, 24, 40)[None]
     with pytest.raises(UserError, match=r"i3d\.pt: gives \(1, 224\), need I3D's \[1, 400\]"):
         I3DFeatures(saved(OtherShape(), tmp_path))(ten)
     with pytest.raises(UserError, match="9 frames, I3D needs at least 10"):

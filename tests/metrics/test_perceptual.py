@@ -13,6 +13,7 @@ from torch import Tensor
 from one4d_pl.errors import UserError
 from one4d_pl.metrics import perceptual
 from one4d_pl.metrics.perceptual import LAYERS, MIN_SIDE, PACKAGE, STLPIPS, frame_distances, open_st_lpips, st_lpips
+from tests.metrics import videos
 
 INSTALLED = importlib.util.find_spec(PACKAGE) is not None
 SHAPES = ((64, 3, 11, 11), (192, 64, 5, 5), (384, 192, 3, 3), (256, 384, 3, 3), (256, 256, 3, 3))
@@ -36,11 +37,7 @@ def network() -> STLPIPS:
 
 
 def waves(seed: float, height: int, width: int, num_frames: int = 3) -> Tensor:
-    """[3, T, H, W] in [-1, 1]: sines of each channel, frame and seed."""
-    channel, frame = torch.arange(3.0).view(3, 1, 1, 1) + 1, torch.arange(num_frames).view(1, -1, 1, 1)
-    v, u = torch.arange(height).view(1, 1, -1, 1), torch.arange(width).view(1, 1, 1, -1)
-    along_u, along_v = (0.37 + 0.05 * seed) * channel, (0.23 + 0.03 * seed) * channel.sqrt()
-    return torch.sin(along_u.double() * u + along_v.double() * v + 0.61 * frame + seed).float()
+    return videos.waves(seed, height, width, num_frames).float()
 
 
 @pytest.mark.skipif(not INSTALLED, reason="needs the extra st_lpips")

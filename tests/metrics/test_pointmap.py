@@ -26,43 +26,33 @@ def test_a_relative_error_is_the_distance_of_the_points_over_the_distance_from_c
     target, valid = torch.cat([-target, target]), torch.ones(2, 5, 4, dtype=torch.bool)
     offset = torch.tensor([0.0, 0.01, 0.0])
     preds = target + torch.stack([offset, -offset]).view(2, 1, 1, 3)  # no scale fits this much better
-    errors = pointmap_errors(preds, target, valid, None, "scale")
+    errors = pointmap_errors(preds, target, valid, None)
     assert float(errors.rel_error) == pytest.approx((0.01 + 0.005 + 0.002 + 0.005) / 4, rel=1e-3)
     assert errors.inliers == 1 and errors.num_moving == 0 and not errors.collapsed
 
 
-def test_alignments_free_what_their_name_says():
+def test_scale_and_shift_are_free_and_the_rotation_is_not():
     target, valid, moving = clip()
     eye = torch.eye(3)
     shift, turn = torch.tensor([0.3, -0.4, 1.0]), so3_exp(torch.tensor([0.2, 0.5, -0.3]))
-    copies = {
-        "scale": Similarity(torch.tensor(0.2), eye, torch.zeros(3)),
-        "scale_shift": Similarity(torch.tensor(0.2), eye, shift),
-        "sim3": Similarity(torch.tensor(0.2), turn, shift),
-    }
-    names = list(copies)
-    for copy, similarity in copies.items():
-        preds = similarity.apply(target.flatten(0, 2)).view_as(target)
-        for alignment in names:
-            errors = pointmap_errors(preds, target, valid, moving, alignment)
-            assert (errors.rel_error < 1e-5) == (names.index(alignment) >= names.index(copy)), (copy, alignment)
+    for rotation, free in ((eye, True), (turn, False)):
+        preds = Similarity(torch.tensor(0.2), rotation, shift).apply(target.flatten(0, 2)).view_as(target)
+        assert (pointmap_errors(preds, target, valid, moving).rel_error < 1e-5) == free
 
 
-@pytest.mark.parametrize("alignment", ["scale", "scale_shift", "sim3"])
-def test_no_unit_of_the_clip_changes_the_error(alignment):
+def test_no_unit_of_the_clip_changes_the_error():
     target, valid, moving = clip()
     preds = target + 0.3 * torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
-    expected = pointmap_errors(preds, target, valid, moving, alignment)
-    actual = pointmap_errors(7 * preds, 1000 * target, valid, moving, alignment)
+    expected = pointmap_errors(preds, target, valid, moving)
+    actual = pointmap_errors(7 * preds, 1000 * target, valid, moving)
     assert float(actual.rel_error) == pytest.approx(float(expected.rel_error), rel=1e-4)
     assert 0.01 < expected.rel_error < 0.2
 
 
-@pytest.mark.parametrize("alignment", ["scale", "scale_shift"])
-def test_the_alignment_minimises_squared_relative_errors(alignment):
+def test_the_alignment_minimises_squared_relative_errors():
     target, valid, _ = clip()
     preds = target + 0.5 * torch.randn(target.shape, generator=torch.Generator().manual_seed(1))
-    fit, _ = align_pointmap(preds, target, valid, alignment)
+    fit, _ = align_pointmap(preds, target, valid)
 
     def cost(factor: float) -> float:
         changed = Similarity(fit.scale * factor, fit.rotation, fit.translation)
@@ -79,7 +69,7 @@ def test_moving_points_are_measured_alone_after_the_alignment_of_all():
     valid[:, 2, 3] = True
     preds = target.clone()
     preds[moving] *= 2
-    errors = pointmap_errors(preds, target, valid, moving, "scale")
+    errors = pointmap_errors(preds, target, valid, moving)
     assert errors.num_moving == 3 and errors.inliers_moving == 0
     assert 0.8 < errors.rel_error_moving < 1 and errors.rel_error < 0.1
     assert float(errors.inliers) == pytest.approx(1 - 3 / float(errors.num_valid))
@@ -89,25 +79,23 @@ def test_invalid_points_do_not_matter_and_missing_predictions_have_error_one():
     target, valid, moving = clip()
     preds = 0.5 * target
     preds[~valid], expected = math.nan, int(valid.sum())
-    errors = pointmap_errors(preds, target, valid, moving, "sim3")
+    errors = pointmap_errors(preds, target, valid, moving)
     assert errors.rel_error < 1e-5 and errors.num_valid == expected
     target[~valid], preds[0] = math.inf, math.nan
-    errors = pointmap_errors(preds, target, valid, moving, "sim3")
+    errors = pointmap_errors(preds, target, valid, moving)
     missing = float(valid[0].sum() / valid.sum())
     assert float(errors.rel_error) == pytest.approx(missing, abs=1e-5)
     assert float(errors.inliers) == pytest.approx(1 - missing)
 
 
-@pytest.mark.parametrize("alignment", ["scale", "scale_shift", "sim3"])
-def test_a_collapsed_prediction_is_told_and_gets_the_best_of_what_is_left(alignment):
+def test_a_collapsed_prediction_is_told_and_gets_the_best_of_what_is_left():
     target, valid, moving = clip()
-    for preds in (torch.zeros_like(target), torch.full_like(target, math.nan)):
-        errors = pointmap_errors(preds, target, valid, moving, alignment)
-        assert errors.collapsed
-        assert errors.rel_error == 1 or (alignment != "scale" and 0.1 < errors.rel_error < 1)
     line = torch.ones_like(target) * target[..., 2:]
-    errors = pointmap_errors(line, target, valid, moving, alignment)
-    assert bool(errors.collapsed) == (alignment == "sim3") and 0.1 < errors.rel_error < 1
+    for preds, collapsed in ((torch.zeros_like(target), True), (line, False)):
+        errors = pointmap_errors(preds, target, valid, moving)
+        assert errors.collapsed == collapsed and 0.1 < errors.rel_error < 1
+    nothing = pointmap_errors(torch.full_like(target, math.nan), target, valid, moving)
+    assert nothing.collapsed and nothing.rel_error == 1
 
 
 def test_a_point_at_camera_0_cannot_outweigh_the_clip():
@@ -115,7 +103,7 @@ def test_a_point_at_camera_0_cannot_outweigh_the_clip():
     valid[0, 0, 0], target[0, 0, 0] = True, torch.tensor([0.0, 0.0, 1e-9])
     preds = target.clone()
     preds[0, 0, 0] += 0.1
-    assert pointmap_errors(preds, target, valid, moving, "scale_shift").rel_error < 0.02
+    assert pointmap_errors(preds, target, valid, moving).rel_error < 0.02
 
 
 def test_clips_count_once_each_and_empty_ones_not_at_all():
@@ -126,10 +114,10 @@ def test_clips_count_once_each_and_empty_ones_not_at_all():
     valids[0] = False
     valids[1, 1:] = False
     movings[2] = False
-    metric = PointmapError("scale_shift")
+    metric = PointmapError()
     metric.update(preds[:1], targets[:1], valids[:1], movings[:1])
     metric.update(preds[1:], targets[1:], valids[1:], movings[1:])
-    each = [pointmap_errors(preds[i], targets[i], valids[i], movings[i], "scale_shift") for i in range(4)]
+    each = [pointmap_errors(preds[i], targets[i], valids[i], movings[i]) for i in range(4)]
     result = metric.compute()
     assert float(result["rel_error"]) == pytest.approx(sum(float(e.rel_error) for e in each[1:]) / 3)
     assert float(result["inliers"]) == pytest.approx(sum(float(e.inliers) for e in each[1:]) / 3)

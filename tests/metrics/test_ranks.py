@@ -25,8 +25,8 @@ def pooled(videos: Tensor) -> Tensor:
 
 def metrics() -> dict[str, Metric]:
     return {
-        "depth": VideoDepthError("scale_shift", max_depth=6.0),
-        "pointmap": PointmapError("sim3"),
+        "depth": VideoDepthError("scale_shift"),
+        "pointmap": PointmapError(),
         "camera": CameraError(),
         "video": FrechetVideoDistance(VaeFeatures(pooled, num_channels=2)),
     }

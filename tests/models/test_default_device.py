@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from one4d_pl.fit import training_data
 from one4d_pl.models.coupling import couple
 from one4d_pl.training.module import One4DModule
+from one4d_pl.training.strategy import training_data
 
 
 def tensors(module: nn.Module) -> dict[str, Tensor]:

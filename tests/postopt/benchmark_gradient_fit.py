@@ -1,13 +1,12 @@
 """Closed form + Gauss-Newton against a gradient fit of depth and cameras, the way 4DNeX does it.
 
-    python -m tests.postopt.benchmark_gradient_fit --out fits.jsonl [--cases orbit:0.01:0,...] [--renew] [--every-rate]
+    python -m tests.postopt.benchmark_gradient_fit --out fits.jsonl [--cases orbit:0.01:0,...] [--every-rate]
 
 compares both, case by case (path : noise : outliers), and prints a table. The gradient fit has a sane start (Weiszfeld
 focal of frame 0, cameras at rest there, depth = z), 1500 Adam steps with a cosine schedule on the mean squared error,
 and the best of three learning rates *judged by the truth*: for each path and share of outliers at 1 % noise and a
 quarter of the picture's sides, as three fits of every whole picture take hours; --every-rate does that. Finished cases
-are kept in --out, and a second call goes on from there; --renew measures our side of them again. Times are CPU seconds
-on one thread.
+are kept in --out, and a second call goes on from there. Times are CPU seconds on one thread.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -172,17 +171,10 @@ def choose_rate(path: str, outliers: float, frames: int, height: int, width: int
 
 def run_case(case: str, frames: int, height: int, width: int, every_rate: bool) -> Comparison:
     """One case, with one learning rate or all of them."""
-    path, noise, outliers = _parts(case)
+    path, *numbers = case.split(":")
+    noise, outliers = map(float, numbers)
     rates = LEARNING_RATES if every_rate else (choose_rate(path, outliers, frames, height, width),)
     return compare(build_world(path, frames, height, width), noise, outliers, rates)
-
-
-def renew(case: str, frames: int, height: int, width: int, old: Comparison) -> Comparison:
-    """The same gradient fit, our side anew."""
-    path, noise, outliers = _parts(case)
-    world = build_world(path, frames, height, width)
-    ours, seconds = our_fit(world, disturb(world, noise, outliers))
-    return replace(old, ours=ours, our_seconds=seconds)
 
 
 def read_results(path: Path) -> dict[str, Comparison]:
@@ -217,11 +209,6 @@ def table(results: dict[str, Comparison]) -> str:
     return "\n".join(rows)
 
 
-def _parts(case: str) -> tuple[str, float, float]:
-    path, noise, outliers = case.split(":")
-    return path, float(noise), float(outliers)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="json lines, one per finished case and size")
@@ -230,7 +217,6 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=156)
     grid = [f"{path}:{noise:g}:{share:g}" for path in PATHS for share in OUTLIERS for noise in NOISES]
     parser.add_argument("--cases", default=",".join(grid))
-    parser.add_argument("--renew", action="store_true", help="measure our side of the finished cases again")
     parser.add_argument("--every-rate", action="store_true", help="all learning rates on the whole picture")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -240,13 +226,10 @@ def main() -> None:
     done = read_results(arguments.out)
     results = {}
     for case in arguments.cases.split(","):
-        if case in done and not arguments.renew:
+        if case in done:
             results[case] = done[case]
             continue
-        if case in done:
-            results[case] = renew(case, *size, done[case])
-        else:
-            results[case] = run_case(case, *size, arguments.every_rate)
+        results[case] = run_case(case, *size, arguments.every_rate)
         with arguments.out.open("a") as file:
             file.write(json.dumps({"case": case, **asdict(results[case])}) + "\n")
         print(table({case: results[case]}).rpartition("\n")[0], flush=True)

@@ -148,7 +148,6 @@ def other_checkout(folder: Path) -> Callable[[Case, Input], Row]:
     process = subprocess.Popen(
         [sys.executable, "-c", OTHER], cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
-    assert process.stdin is not None and process.stdout is not None
     read, write = process.stdout, process.stdin
 
     def measure_other(case: Case, given: Input) -> Row:

@@ -72,7 +72,7 @@ def count_wrong(planes: Planes, scene: RecoveredScene, known: bool) -> int:
     samples = samples.normalised(centre, unit)
     truth, found = planes.cameras, scene.cam2world
     start = Cameras(truth.log_focal, truth.rotation, (truth.centre - centre) / unit)
-    oracle = refine(start, samples, Objective(1.0, 0.0, "fixed" if known else "per_frame"), 1e-6)
+    oracle = refine(start, samples, Objective(0.0, "fixed" if known else "per_frame"), 1e-6)
     if "focal from prior" in scene.report.flags:  # half of each threshold: both stop a little beside the minimum
         told = (oracle.focal_condition > 2 * MIN_CONDITION) & (oracle.focal_deviation < 0.5 * MAX_FOCAL_DEVIATION)
         return int(told.sum())

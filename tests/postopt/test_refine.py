@@ -45,7 +45,7 @@ def test_the_gradient_is_that_of_the_objective(mode, lens):
     samples, cameras = random_problem(noise=0.1)
     samples = samples.through(Lens(1.1, 0.02, -0.03))
     cameras = replace(cameras, centre=cameras.centre + 0.02, log_focal=cameras.log_focal + 0.05)
-    objective = Objective(alpha1=1.0, alpha2=0.3, focal_mode=mode, aspect=lens[0], principal_point=lens[1])
+    objective = Objective(alpha2=0.3, focal_mode=mode, aspect=lens[0], principal_point=lens[1])
     noise = measure_noise(samples, cameras)
     normal, smooth = linearise(cameras, samples, noise, objective), smoothness(cameras, objective)
     poses = (normal.gradient[:, :6] + smooth.gradient).flatten()
@@ -67,7 +67,7 @@ def test_the_gradient_is_that_of_the_objective(mode, lens):
 @pytest.mark.parametrize("gate", [2.0, 60.0])  # in noise levels: with points beyond it, and without
 def test_the_curvature_is_that_of_the_loss_where_the_distances_are_straight(gate):
     samples, cameras = random_problem(noise=0.1)
-    objective = Objective(alpha1=1.0, alpha2=0.0, focal_mode="fixed")
+    objective = Objective(alpha2=0.0, focal_mode="fixed")
     noise = measure_noise(samples, cameras)
     noise = replace(noise, gate=gate * noise.level)
     normal = linearise(cameras, samples, noise, objective)
@@ -89,7 +89,7 @@ def test_at_rest_no_stricter_criterion_moves_the_cameras(seed):
     errors = 0.003 * torch.randn(samples.points.shape, generator=generator, dtype=torch.float64)
     bad = torch.rand(samples.weights.shape, generator=generator) < 0.45
     samples = replace(samples, points=samples.points + torch.where(bad[..., None], 8 * errors, errors))
-    objective = Objective(alpha1=1.0, alpha2=0.0, focal_mode="per_frame")
+    objective = Objective(alpha2=0.0, focal_mode="per_frame")
     start = solve_poses(samples, 1.05 * cameras.log_focal.exp())
     noise = measure_noise(samples, start)
     usual, _, normal, _, at_rest = _minimise(
@@ -106,12 +106,12 @@ def test_too_few_steps_are_reported(monkeypatch):
     samples, cameras = random_problem(noise=0.1, points=300)
     monkeypatch.setattr("one4d_pl.postopt.refine._STEPS", 1)
     start = replace(cameras, centre=cameras.centre + 0.1, log_focal=cameras.log_focal + 0.2)
-    assert not refine(start, samples, Objective(1.0, 0.01, "shared"), tolerance=1e-9).converged
+    assert not refine(start, samples, Objective(0.01, "shared"), tolerance=1e-9).converged
 
 
 def test_the_smoothness_is_the_papers_sum():
     _, cameras = random_problem(noise=0.0)
-    objective = Objective(alpha1=1.0, alpha2=0.7, focal_mode="shared")
+    objective = Objective(alpha2=0.7, focal_mode="shared")
     turn = cameras.rotation[:-1].mT @ cameras.rotation[1:] - torch.eye(3).double()
     shift = cameras.centre[1:] - cameras.centre[:-1]
     expected = 0.7 * (torch.linalg.matrix_norm(turn) + torch.linalg.vector_norm(shift, dim=-1)).mean()
@@ -121,7 +121,7 @@ def test_the_smoothness_is_the_papers_sum():
 
 def test_the_minimum_is_no_higher_than_the_truth_and_its_neighbours():
     samples, cameras = random_problem(noise=0.1, points=300)
-    objective = Objective(alpha1=1.0, alpha2=0.01, focal_mode="shared")
+    objective = Objective(alpha2=0.01, focal_mode="shared")
     refined = refine(solve_poses(samples, cameras.log_focal.exp()), samples, objective, tolerance=1e-9)
     assert refined.converged
     noise = measure_noise(samples, refined.cameras)
@@ -137,7 +137,7 @@ def test_stronger_smoothing_shortens_the_path():
     samples, cameras = random_problem(noise=0.1)
     lengths = []
     for alpha2 in (0.0, 0.1, 10.0):
-        objective = Objective(alpha1=1.0, alpha2=alpha2, focal_mode="fixed")
+        objective = Objective(alpha2=alpha2, focal_mode="fixed")
         centre = refine(cameras, samples, objective, tolerance=1e-6).cameras.centre
         lengths.append(float(torch.linalg.vector_norm(centre[1:] - centre[:-1], dim=-1).sum()))
     assert lengths[0] > lengths[1] > lengths[2]
@@ -155,9 +155,9 @@ def test_the_gate_is_wide_in_clean_frames_and_narrow_in_those_with_outliers():
 
 def test_what_judging_the_smoothness_has_linearised_is_the_data_term():
     samples, cameras = random_problem(noise=0.1, points=300)
-    objective = Objective(alpha1=1.0, alpha2=0.01, focal_mode="shared")
+    objective = Objective(alpha2=0.01, focal_mode="shared")
     alpha2, start = credible_alpha2(cameras, samples, objective)
-    assert start is not None and alpha2 <= 0.01
+    assert alpha2 <= 0.01
     expected = linearise(cameras, samples, start.noise, objective)
     for name in ("cost", "matrix", "gradient", "excess"):
         torch.testing.assert_close(getattr(start.normal, name), getattr(expected, name), rtol=1e-9, atol=1e-9)

@@ -5,6 +5,7 @@ python -m tests.rehearsal.cases FILE
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import sys
@@ -17,7 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from unittest.mock import patch
 
-from one4d_pl.config import Config, load_config
+from one4d_pl.config import CHECKPOINTING, Config, load_config
 from one4d_pl.rehearsal.fake_cuda import load_device
 
 REPO = Path(__file__).parents[2]
@@ -59,19 +60,7 @@ def step(checkpointing: str, *overrides: str, blocks: int = BLOCKS) -> dict[str,
     }
 
 
-@case
-def step_none() -> object:
-    return step("none")
-
-
-@case
-def step_full() -> object:
-    return step("full")
-
-
-@case
-def step_selective() -> object:
-    return step("selective")
+cases |= {f"step_{mode}": partial(step, mode) for mode in CHECKPOINTING}
 
 
 @case
@@ -105,7 +94,7 @@ def note_samples(calls: list[int], transformer: object, inputs: tuple) -> None:
 
 @case
 def sampling() -> object:
-    """Guidance in one call and in two, whole and in tiles, with encoders that visit the device."""
+    """Guidance in one call and in two, VAE whole and in tiles; the encoders visit the device."""
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.rehearsal.run import fake_sample
     from one4d_pl.types import collate
@@ -116,20 +105,11 @@ def sampling() -> object:
         batch = collate([fake_sample(module.config, given=[0])]).to(module.device)
         noise = module.draw_noise(batch, "sampling noise")
         sampler = replace(module.config.sampler, steps=2)
-        for name, two_calls, tiled, offload in (
-            ("stacked", False, False, False),
-            ("two calls", True, False, False),
-            ("tiled", False, True, False),
-            ("offload", False, False, True),
-        ):
+        for name, frugal, tiled in (("stacked", False, False), ("two calls", True, False), ("tiled", False, True)):
             pipeline = One4DPipeline(module.transformer, module.encoders, sampler, 5.0, "ugly", bfloat16=True)
-            pipeline.two_calls = two_calls
+            pipeline.frugal = frugal
             if tiled:
-                pipeline.enable_vae_tiling()
-                module.encoders.vae.tile_sample_min_height = module.encoders.vae.tile_sample_min_width = 48
-                module.encoders.vae.tile_sample_stride_height = module.encoders.vae.tile_sample_stride_width = 32
-            if offload:
-                pipeline.enable_encoder_offload()
+                module.encoders.vae.enable_tiling(48, 48, 32, 32)
             calls: list[int] = []
             handle = module.transformer.register_forward_pre_hook(partial(note_samples, calls))
             watch.begin(name)
@@ -206,13 +186,8 @@ def callbacks() -> object:
 
     def look(trainer, module, watch) -> None:
         (optimizer,) = trainer.optimizers
-        found["moments"] = sorted(
-            {
-                f"{key} {value.dtype} {value.device}"
-                for state in optimizer.state.values()
-                for key, value in state.items()
-            }
-        )
+        kept = [named for state in optimizer.state.values() for named in state.items()]
+        found["moments"] = sorted({f"{key} {value.dtype} {value.device}" for key, value in kept})
         found["groups"] = [group["name"] for group in optimizer.param_groups]
         snapshot = take_snapshot(module, optimizer, 1, SkippedSteps(), trainer.datamodule, None)
         tensors = [t for file in snapshot.adapters.values() for t in file.values()] + list(snapshot.moments.values())
@@ -244,7 +219,7 @@ def metrics() -> object:
             return torch.rand(size, generator=g, dtype=torch.float64).to(device) + 0.5
 
         valid = torch.ones(1, 3, 6, 8, dtype=torch.bool, device=device)
-        pointmap = PointmapError("scale_shift").to(device)
+        pointmap = PointmapError().to(device)
         pointmap.update(drawn(1, 3, 6, 8, 3), drawn(1, 3, 6, 8, 3), valid, ~valid)
         depth = VideoDepthError("scale_shift").to(device)
         depth.update(drawn(3, 6, 8), drawn(3, 6, 8), valid[0])
@@ -257,23 +232,31 @@ def metrics() -> object:
         return {name: str(torch.as_tensor(value).device) for name, value in values.items()}
 
 
+def fault_of(*patches: contextlib.AbstractContextManager[object]) -> str:
+    """What a rehearsal says with a fault put back."""
+    from one4d_pl.rehearsal.run import Fault
+
+    with contextlib.ExitStack() as stack:
+        for one in patches:
+            stack.enter_context(one)
+        try:
+            small()
+        except Fault as fault:
+            return str(fault)
+    return "no fault"
+
+
 @case
 def generator_fault() -> object:
     """The fault that every first fit on a GPU died of: a draw on the GPU with a CPU generator."""
     import torch
 
     from one4d_pl.models import lora
-    from one4d_pl.rehearsal.run import Fault
 
     def as_it_was(weight, generator) -> None:
         torch.empty(weight.shape, device=weight.device).uniform_(-1, 1, generator=generator)
 
-    try:
-        with patch.object(lora, "_kaiming_uniform", as_it_was):
-            small()
-    except Fault as fault:
-        return str(fault)
-    return "no fault"
+    return fault_of(patch.object(lora, "_kaiming_uniform", as_it_was))
 
 
 @case
@@ -282,35 +265,20 @@ def device_fault() -> object:
     import torch
 
     from one4d_pl.models import control_links
-    from one4d_pl.rehearsal.run import Fault
 
     built = control_links._zero_linear
-    try:
-        with (
-            patch.object(control_links, "_zero_linear", lambda width, device: built(width, torch.device("cpu"))),
-            patch("lightning.pytorch.strategies.SingleDeviceStrategy.model_to_device", lambda self: None),
-        ):
-            small()
-    except Fault as fault:
-        return str(fault)
-    return "no fault"
+    return fault_of(
+        patch.object(control_links, "_zero_linear", lambda width, device: built(width, torch.device("cpu"))),
+        patch("lightning.pytorch.strategies.SingleDeviceStrategy.model_to_device", lambda self: None),
+    )
 
 
 @case
 def dtype_fault() -> object:
     """What a bfloat16 base says without autocast."""
-    import contextlib
-
     from lightning.pytorch.plugins.precision import MixedPrecision
 
-    from one4d_pl.rehearsal.run import Fault
-
-    try:
-        with patch.object(MixedPrecision, "forward_context", lambda self: contextlib.nullcontext()):
-            small()
-    except Fault as fault:
-        return str(fault)
-    return "no fault"
+    return fault_of(patch.object(MixedPrecision, "forward_context", lambda self: contextlib.nullcontext()))
 
 
 def main(out: str, *names: str) -> int:

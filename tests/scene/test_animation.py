@@ -10,8 +10,9 @@ from PIL import Image
 from one4d_pl.geometry.camera import project, to_camera
 from one4d_pl.geometry.pointmap import normalise_pointmap
 from one4d_pl.postopt.recover import recover_scene
-from one4d_pl.scene.animation import BACKGROUND, GAP, PICTURES, STRIP, Column, animate, frustum_lines, time_at
+from one4d_pl.scene.animation import BACKGROUND, GAP, PICTURES, STRIP, Column, animate, time_at
 from one4d_pl.scene.folder import save_animation
+from one4d_pl.scene.point_cloud import EDGES, camera_pyramids
 from one4d_pl.toy.world import render_clip
 
 
@@ -30,7 +31,7 @@ def test_a_drawn_camera_sees_the_corners_of_its_own_picture():
     cam2world = torch.eye(4, dtype=torch.float64)
     cam2world[:3, :3] = torch.tensor([[0.0, 0, 1], [0, 1, 0], [-1, 0, 0]])
     cam2world[:3, 3] = torch.tensor([1.0, 2, 3])
-    lines = frustum_lines(intrinsics, cam2world, 40, 60, depth=0.5)
+    lines = camera_pyramids(intrinsics[None], cam2world[None], 40, 60, depth=0.5)[0, EDGES].unflatten(0, (8, 2))
     pixels, depth = project(to_camera(lines, cam2world), intrinsics)
     assert torch.allclose(lines[:4, 0], cam2world[:3, 3].expand(4, 3))
     assert torch.allclose(depth[:4, 1], torch.tensor(0.5).double())
@@ -45,10 +46,7 @@ def pictures() -> torch.Tensor:
     scene = recover_scene(points.points, points.valid)
     red = torch.zeros_like(clip.frames)
     red[..., 0] = 255
-    columns = [
-        Column("video to 4D", clip.frames, red, scene),
-        Column("text to 4D", clip.caption, clip.frames, scene),
-    ]
+    columns = [Column("video to 4D", clip.frames, red, scene), Column("text to 4D", clip.caption, clip.frames, scene)]
     return animate(columns, 64)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import interpolate
 
-from one4d_pl.geometry.camera import pixel_grid
+from one4d_pl.geometry.camera import pixel_grid, resize_crop_intrinsics
 from one4d_pl.scene.framing import frame_images, nearest_size, to_image
 
 SIZES = [(436, 1024), (480, 640), (48, 64), (720, 405)]
@@ -33,8 +33,8 @@ def test_a_map_comes_back_to_the_pixels_it_was_seen_at(size, shape):
     framing = frame_images(*size, 352, 624, shape)
     frames = torch.zeros(1, *size, 3, dtype=torch.uint8)
     intrinsics = torch.tensor([[500.0, 0, size[1] / 2], [0, 500.0, size[0] / 2], [0, 0, 1.0]])[None]
-    placed, inner_intrinsics = framing.place_frames(frames, intrinsics)
-    assert placed.shape == (1, framing.height, framing.width, 3)
+    assert framing.place_frames(frames).shape == (1, framing.height, framing.width, 3)
+    inner_intrinsics = resize_crop_intrinsics(intrinsics, size, (framing.inner_height, framing.inner_width))
     # a ramp in the image's coordinates, seen through the inner camera, must return at the image's own pixels
     u, v = pixel_grid(framing.inner_height, framing.inner_width, intrinsics)
     fx, fy, cx, cy = inner_intrinsics[0, [0, 1, 0, 1], [0, 1, 2, 2]]
@@ -50,7 +50,7 @@ def test_letterbox_shows_the_whole_image_between_black_bars():
     framing = frame_images(436, 1024, 352, 624, "letterbox")
     assert (framing.height, framing.width, framing.inner_width) == (352, 624, 624)
     assert framing.inner_height == 266  # 436 * 624 / 1024 = 265.7
-    placed, _ = framing.place_frames(torch.full((1, 436, 1024, 3), 200, dtype=torch.uint8), torch.eye(3)[None])
+    placed = framing.place_frames(torch.full((1, 436, 1024, 3), 200, dtype=torch.uint8))
     assert (placed[0, 43:-43] == 200).all() and (placed[0, :43] == 0).all() and (placed[0, -43:] == 0).all()
     assert (framing.cut(placed[0, ..., 0]) == 200).all()
 

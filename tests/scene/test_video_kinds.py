@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from fractions import Fraction
 from pathlib import Path
@@ -33,12 +34,13 @@ def save(
     pixels: str = "yuv420p",
     container: str | None = None,
     times: list[int] | None = None,  # milliseconds
+    rate: int = 16,
     muxer: dict[str, str] | None = None,
     tags: dict[str, str] | None = None,
 ) -> Path:
     quality = {"libx264": {"crf": "1"}, "libvpx": {"crf": "4", "b": "4M", "auto-alt-ref": "0"}}
     with av.open(str(path), "w", format=container, options=muxer or {}) as file:
-        stream = file.add_stream(codec, rate=16, options=quality.get(codec.split("-")[0], {}))
+        stream = file.add_stream(codec, rate=rate, options=quality.get(codec.split("-")[0], {}))
         stream.height, stream.width, stream.pix_fmt = *frames[0].shape[:2], pixels
         stream.metadata.update(tags or {})
         if times is not None:
@@ -72,7 +74,12 @@ def forget_the_rate(path: Path) -> Path:
     return path
 
 
+def flat(greys: list[int]) -> list[np.ndarray]:
+    return [np.full((16, 32, 3), grey, np.uint8) for grey in greys]
+
+
 def shown(path: Path, fps: float | None = None) -> list[int]:
+    """The nearest ten of each frame's grey."""
     return [round(float(frame.float().mean()) / 10) * 10 for frame in VideoReader(path, fps)]
 
 
@@ -109,10 +116,7 @@ def test_a_tag_of_degrees_turns_too(tmp_path, tag, turns):
 def test_a_phone_video_becomes_an_upright_clip(tmp_path):
     shot = raw.film(height=64, width=48)
     root = raw.write_generic_folder(tmp_path, shot)
-    frames = root / "scene_one" / "frames"
-    for path in frames.iterdir():
-        path.unlink()
-    frames.rmdir()
+    shutil.rmtree(root / "scene_one" / "frames")
     lying = [np.ascontiguousarray(np.rot90(frame, 1)) for frame in shot.frames]
     set_matrix(save(root / "scene_one" / "frames.mp4", lying), 0, 1, -1, 0)
     (clip,) = registry.iter_clips("generic", root, 9)
@@ -140,13 +144,24 @@ def test_pictures_of_a_clip_are_turned_and_laid_over_white_as_for_generate(tmp_p
 # --- rates
 
 
+def test_a_video_of_constant_rate_comes_frame_by_frame(tmp_path):
+    path = save(tmp_path / "a.mp4", flat([20, 60, 100, 140, 180]), rate=10)
+    assert shown(path) == [20, 60, 100, 140, 180] and VideoReader(path).fps == pytest.approx(10)
+    assert shown(path, fps=5) == [20, 100, 180]
+    assert shown(path, fps=20) == [20, 20, 60, 60, 100, 100, 140, 140, 180]
+
+
+def test_rounded_time_stamps_neither_double_nor_drop_a_frame(tmp_path):
+    greys = [20 + 10 * (k % 20) for k in range(40)]
+    assert shown(save(tmp_path / "a.mp4", flat(greys), times=[round(1000 * k / 30) for k in range(40)]), 30) == greys
+
+
 @pytest.mark.parametrize("rate", [12, 30, 60])
 def test_a_browser_recording_has_the_rate_of_its_time_stamps(tmp_path, rate):
     rng = np.random.default_rng(rate)
     jitter = rng.integers(-2, 3, 40)
     times = [round(1000 * k / rate) + int(jitter[k]) if k else 0 for k in range(40)]
-    greys = [20 + 10 * (k % 20) for k in range(40)]
-    frames = [np.full((16, 32, 3), grey, np.uint8) for grey in greys]
+    frames = flat([20 + 10 * (k % 20) for k in range(40)])
     path = forget_the_rate(save(tmp_path / "a.webm", frames, "libvpx", times=times))
     assert VideoReader(path).fps == pytest.approx(rate, rel=0.01)
     assert abs(len(shown(path)) - 40) <= 1
@@ -154,8 +169,7 @@ def test_a_browser_recording_has_the_rate_of_its_time_stamps(tmp_path, rate):
 
 
 def test_a_rate_that_varies_is_the_mean_and_each_moment_shows_what_was_on_screen(tmp_path):
-    times = [0, 100, 500, 600, 1000]
-    frames = [np.full((16, 32, 3), grey, np.uint8) for grey in (20, 60, 100, 140, 180)]
+    times, frames = [0, 100, 500, 600, 1000], flat([20, 60, 100, 140, 180])
     for name, codec, muxer in (
         ("a.mkv", "libx264", {}),
         ("a.webm", "libvpx", {}),
@@ -167,9 +181,7 @@ def test_a_rate_that_varies_is_the_mean_and_each_moment_shows_what_was_on_screen
 
 
 def test_a_rate_beyond_120_is_cut_where_it_is_true(tmp_path):
-    times = [4 * k for k in range(60)]
-    frames = [np.full((16, 32, 3), 100, np.uint8)] * 60
-    path = save(tmp_path / "a.mp4", frames, times=times)
+    path = save(tmp_path / "a.mp4", flat([100] * 60), times=[4 * k for k in range(60)])
     assert frame_rate(path) == pytest.approx(250, rel=0.02) and VideoReader(path).fps == 120
     assert len(shown(path)) == pytest.approx(29, abs=1)
 
@@ -180,8 +192,8 @@ def test_a_rate_beyond_120_is_cut_where_it_is_true(tmp_path):
 @pytest.mark.parametrize("pixels", ["yuv420p10le", "yuv444p10le", "yuv422p10le"])
 def test_ten_bits_are_brought_to_eight_without_a_shift(tmp_path, pixels):
     path = save(tmp_path / "a.mp4", [picture()] * 2, pixels=pixels)
-    deep, flat = next(iter(VideoReader(path))).numpy().astype(int), picture().astype(int)
-    assert np.abs((deep - flat)[4:12, 4:12]).max() <= 1 and np.abs(deep - flat).mean() < 3
+    error = np.abs(next(iter(VideoReader(path))).numpy() - picture().astype(int))
+    assert error[4:12, 4:12].max() <= 1 and error.mean() < 3
 
 
 ALPHA = {
@@ -223,9 +235,7 @@ def test_a_generic_clip_reads_any_container_with_or_without_an_index(tmp_path, k
     shot = raw.film()
     root = raw.write_generic_folder(tmp_path, shot)
     folder = root / "scene_one"
-    for path in (folder / "frames").iterdir():
-        path.unlink()
-    (folder / "frames").rmdir()
+    shutil.rmtree(folder / "frames")
     name, codec, container, muxer = CONTAINERS[kind]
     path = save(folder / name, list(shot.frames), codec, container=container, muxer=muxer)
     assert frame_count(path) == frame_count(path, decode=True) == len(list(upright_frames(path))) == 9
@@ -233,6 +243,17 @@ def test_a_generic_clip_reads_any_container_with_or_without_an_index(tmp_path, k
     assert np.abs(clip.frames.numpy() - shot.frames.astype(int)).mean() < 8
     save(folder / name, list(shot.frames[:7]), codec, container=container, muxer=muxer)
     assert list(registry.iter_clips("generic", root, 9)) == [] and "7 frames, but geometry of 9" in caplog.text
+
+
+def test_what_is_no_video_is_refused_by_name(tmp_path):
+    cut = save(tmp_path / "whole.mp4", flat([20, 60])).read_bytes()[:200]
+    for name, content in {"empty.mp4": b"", "text.mp4": b"hello" * 100, "cut.mp4": cut}.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(MediaError, match="not a video") as caught:
+            list(VideoReader(tmp_path / name))
+        assert name in str(caught.value) and "\n" not in str(caught.value)
+    with pytest.raises(MediaError, match="no such file"):
+        VideoReader(tmp_path / "none.mp4")
 
 
 @pytest.mark.parametrize(

@@ -121,22 +121,16 @@ def test_the_file_takes_the_finest_stride_that_fits_and_says_it(scene, tmp_path,
     assert sorted(path.name for path in tmp_path.iterdir()) == ["free.html", "tight.html"]
 
 
-def test_the_door_says_in_one_line_what_is_missing(scene, tmp_path, capsys, monkeypatch):
-    save_scene(tmp_path / "scene", scene)
-
-    def refused(arguments, complaint):
-        assert view.main(arguments) == 2
-        lines = capsys.readouterr().err.splitlines()
-        assert len(lines) == 1 and lines[0].startswith("error: ") and complaint in lines[0], lines
-
-    refused([str(tmp_path / "scene"), "--port", "70000"], "--port: 70000")
+def test_the_door_says_in_one_line_what_is_missing(scene, tmp_path, refusal, monkeypatch):
+    folder = tmp_path / "scene"
+    save_scene(folder, scene)
+    assert "--port: 70000" in refusal(view.main, folder, "--port", "70000")
     if importlib.util.find_spec("viser") is not None:
-        refused([str(tmp_path)], "no scene.json")
-        refused([str(tmp_path / "none")], "no such folder")
-        refused([str(tmp_path / "scene"), "--html", str(tmp_path / "scene" / "scene.json" / "x")], "cannot write")
-    with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda name: None)
-        refused([str(tmp_path / "scene")], "pip install 'one4d_pl[viz]'")
+        assert "no scene.json" in refusal(view.main, tmp_path)
+        assert "no such folder" in refusal(view.main, tmp_path / "none")
+        assert "cannot write" in refusal(view.main, folder, "--html", folder / "scene.json" / "x")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "pip install 'one4d_pl[viz]'" in refusal(view.main, folder)
 
 
 @needs_viser

@@ -13,7 +13,6 @@ import os
 import random
 import select
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from tqdm import tqdm
 
 from one4d_pl.config import Config, to_yaml
 from one4d_pl.training.checkpoint_files import checkpoint_folder, newest_checkpoint, read_step
+from tests.conftest import build_tiny_base, free_port, small_run_config, write_toy_shards
 
 RANKS = 2
 STEPS = 12
@@ -73,10 +73,7 @@ for line in sys.stdin:
 
     def run(self, config_yaml: Path, dies: Callable[[], bool]) -> bool:
         """True if the run came to its end, False if it was killed because `dies` said so; fails on any other end."""
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        print(port, RANKS, config_yaml, file=self.process.stdin)
+        print(free_port(), RANKS, config_yaml, file=self.process.stdin)
         children = [int(child) for child in (self._line(30) or "").split()]
         deadline = time.monotonic() + RUN_TIMEOUT_S
         while (status := self._line(0.002)) is None:
@@ -111,13 +108,11 @@ class Outcome:
     steps_at_death: set[int] = field(default_factory=set)
 
     def table(self) -> str:
-        return "\n".join(
-            [
-                "| kills | inside a save | before the first save | steps at death | finished runs, all bitwise equal |",
-                "|---|---|---|---|---|",
-                f"| {self.kills} | {self.in_save_window} | {self.before_first_save} | "
-                f"{min(self.steps_at_death)} to {max(self.steps_at_death)} | {self.runs} |",
-            ]
+        return (
+            "| kills | inside a save | before the first save | steps at death | finished runs, all bitwise equal |\n"
+            "|---|---|---|---|---|\n"
+            f"| {self.kills} | {self.in_save_window} | {self.before_first_save} | "
+            f"{min(self.steps_at_death)} to {max(self.steps_at_death)} | {self.runs} |"
         )
 
 
@@ -194,8 +189,6 @@ def _staging_folders(config: Config) -> set[str]:
 
 def main() -> None:
     """`make chaos`: build a tiny base and world, kill KILLS times, print the table."""
-    from tests.conftest import build_tiny_base, small_run_config, write_toy_shards
-
     kills = int(os.environ.get("KILLS", "200"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

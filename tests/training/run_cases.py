@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from unittest.mock import patch
 
@@ -95,18 +96,21 @@ def fit_as_on_cuda(config: Config) -> None:
         fit(config)
 
 
-def poison(positions: set[int]) -> None:
-    """From now on the samples at these positions have no finite loss; every other one is as it was."""
+def at(positions: set[int], change: Callable[[Tensor, list[int]], None]) -> Callable[..., Tensor]:
+    """A `draw_noise` that changes the noise of the samples at these positions: rows of both branches."""
     draw_noise = One4DModule.draw_noise
 
-    def poisoned(self: One4DModule, batch: Batch, purpose: str) -> Tensor:
+    def changed(self: One4DModule, batch: Batch, purpose: str) -> Tensor:
         noise = draw_noise(self, batch, purpose)
-        for i, position in enumerate(batch.position.tolist()):
-            if purpose == "noise" and position in positions:
-                noise[i :: len(batch)] = torch.nan  # both branches
+        hit = [i for i, position in enumerate(batch.position.tolist()) if position in positions and purpose == "noise"]
+        change(noise, [row for i in hit for row in (i, i + len(batch))])
         return noise
 
-    One4DModule.draw_noise = poisoned
+    return changed
+
+
+def to_nan(noise: Tensor, rows: list[int]) -> None:
+    noise[rows] = torch.nan
 
 
 if __name__ == "__main__":
@@ -120,7 +124,7 @@ if __name__ == "__main__":
         elif word.startswith(AUTOCAST):
             fit_as_on_cuda(load_config([word.removeprefix(AUTOCAST)], []))
         elif word.startswith("poison:"):
-            poison({int(position) for position in word.removeprefix("poison:").split(",")})
+            One4DModule.draw_noise = at({int(position) for position in word.removeprefix("poison:").split(",")}, to_nan)
         else:
             fit(load_config([word], []))
             torch.distributed.barrier()  # the next word may go on from the checkpoint that rank 0 has written

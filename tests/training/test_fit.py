@@ -16,15 +16,9 @@ from one4d_pl.config import ToyConfig, to_yaml
 from one4d_pl.data.datamodule import write_toy_world
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.fit import fit
+from tests.training.test_resume import curve
 
 TARTANAIR = Path(__file__).parents[3] / "shared" / "data" / "tartanair"
-
-
-def curve(run_dir: str, tag: str) -> list[float]:
-    """The values of a TensorBoard scalar, in the order of steps."""
-    (file,) = (Path(run_dir) / "tensorboard").glob("events*")
-    events = EventAccumulator(str(file)).Reload()
-    return [event.value for event in events.Scalars(tag)]
 
 
 EMBEDDED = ("base.path=embedded", "base.max_text_tokens=192", "dlc.rank=32")
@@ -124,23 +118,20 @@ def test_broken_samples_are_skipped_named_counted_and_replaced_the_same_way(
     assert all(key in caplog.text for key in keys)
 
 
-def test_a_run_that_skips_more_than_its_share_stops_with_one_line(run_config, broken_shards, capsys, tmp_path):
-    config = run_config(f"data.sources=[{{path: {broken_shards}}}]", "data.max_skip_share=0.05", "train.max_steps=50")
-    path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(config), encoding="utf-8")
-    assert fit_door.main(["--config", str(path)]) == 2
+@pytest.mark.parametrize(
+    ("lost", "overrides", "words"),
+    [
+        (False, ("data.max_skip_share=0.05", "train.max_steps=50"), ("data.max_skip_share", "toy_synthetic")),
+        (True, ("data.cache_latents=false", "data.num_workers=1"), ("shard-000000.tar", "missing")),
+    ],
+    ids=["more skipped than its share", "a lost shard"],
+)
+def test_a_run_on_broken_shards_stops_with_one_line(fit_command, broken_shards, capsys, lost, overrides, words):
+    if lost:
+        (broken_shards / "shard-000000.tar").unlink()
+    assert fit_door.main(fit_command(f"data.sources=[{{path: {broken_shards}}}]", *overrides)[3:]) == 2
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "data.max_skip_share" in line and "toy_synthetic" in line
-
-
-def test_a_source_that_lost_its_shard_stops_with_one_line(run_config, broken_shards, capsys, tmp_path):
-    config = run_config(f"data.sources=[{{path: {broken_shards}}}]", "data.cache_latents=false", "data.num_workers=1")
-    (broken_shards / "shard-000000.tar").unlink()
-    path = tmp_path / "config.yaml"
-    path.write_text(to_yaml(config), encoding="utf-8")
-    assert fit_door.main(["--config", str(path)]) == 2
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error:")]
-    assert "shard-000000.tar" in line and "missing" in line
+    assert all(word in line for word in words)
 
 
 def test_another_toy_world_at_the_same_place_is_refused(tmp_path):
@@ -149,13 +140,9 @@ def test_another_toy_world_at_the_same_place_is_refused(tmp_path):
     before = sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*.tar"))
     write_toy_world(world, 17, 16, 32)  # kept
     assert sorted(p.stat().st_mtime_ns for p in tmp_path.rglob("*.tar")) == before
-    for other, size in (
-        (replace(world, seed=1), (17, 16, 32)),
-        (world, (17, 32, 32)),
-        (replace(world, val=2), (17, 16, 32)),
-    ):
+    for other, height in ((replace(world, seed=1), 16), (world, 32), (replace(world, val=2), 16)):
         with pytest.raises(ValueError, match=r"data\.toy"):
-            write_toy_world(other, *size)
+            write_toy_world(other, 17, height, 32)
     shutil.rmtree(tmp_path / "val")
     write_toy_world(world, 17, 16, 32)
     assert len(ShardSet.open(tmp_path / "val")) == 1

@@ -99,15 +99,13 @@ def test_the_driver_is_not_asked_where_a_gpu_is_seen_or_hidden_on_purpose(driver
     assert driver_mismatch() is None
 
 
-def test_the_preflight_and_fit_both_name_an_old_driver(driver, run_config, tmp_path, capsys, caplog):
+def test_the_preflight_and_fit_both_name_an_old_driver(driver, run_config, fit_command, capsys, caplog):
     driver(f"echo '{HEADER.format('12.4')}'")
-    config = run_config("train.max_steps=1", "val.every=1", "val.clips=1")
-    resolved = tmp_path / "resolved.yaml"
-    resolved.write_text(to_yaml(config))
-    assert preflight.main(["--config", str(resolved)]) == 2
+    overrides = ("train.max_steps=1", "val.every=1", "val.clips=1")
+    assert preflight.main(fit_command(*overrides)[3:]) == 2
     told = capsys.readouterr().err
     assert len(told.splitlines()) == 1 and told.startswith("error: ") and "cu126" in told
-    assert fit(config) == 0  # on the CPU
+    assert fit(run_config(*overrides)) == 0  # on the CPU
     assert [record.levelname for record in caplog.records if "cu126" in record.getMessage()] == ["WARNING"]
 
 
@@ -121,24 +119,20 @@ def test_without_deepspeed_its_strategy_is_one_line_and_all_else_trains(tmp_path
                 (packages / installed.name).symlink_to(installed)
     resolved = tmp_path / "resolved.yaml"
     resolved.write_text(to_yaml(run_config("train.save_every=1", "val.every=2", "val.clips=1")))
-    script = (
-        "import sys\n"
-        "from one4d_pl import fit\n"
-        "from one4d_pl.commands import preflight\n"
-        "config = ['--config', sys.argv[1]]\n"
-        "zero = 'train.strategy=deepspeed'\n"
-        "codes = [fit.main([*config, zero]), preflight.main([*config, zero]),\n"
-        "         fit.main([*config, 'train.max_steps=1']), fit.main([*config, 'train.max_steps=2'])]\n"  # and resumed
-        "print(codes)\n"
-    )
+    script = """
+import sys
+from one4d_pl import fit
+from one4d_pl.commands import preflight
+config, zero = ["--config", sys.argv[1]], "train.strategy=deepspeed"
+refused = [main([*config, zero]) for main in (fit.main, preflight.main)]
+print(refused, [fit.main([*config, f"train.max_steps={steps}"]) for steps in (1, 2)])  # and resumed
+"""
     done = subprocess.run(
         [sys.executable, "-S", "-c", script, str(resolved)],  # -S: no other packages
-        capture_output=True,
-        text=True,
-        timeout=TRAININGS_S,
+        capture_output=True, text=True, timeout=TRAININGS_S,
         env={**fit_environment, "PYTHONPATH": f"{REPO}{os.pathsep}{packages}"},
-    )
-    assert done.stdout.splitlines()[-1:] == ["[2, 2, 0, 0]"], done.stderr[-3000:]
+    )  # fmt: skip
+    assert done.stdout.splitlines()[-1:] == ["[2, 2] [0, 0]"], done.stderr[-3000:]
     refusals = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(refusals) == 2 and all("train.strategy" in line and "ddp" in line for line in refusals)
 
@@ -148,10 +142,7 @@ def test_zero_on_a_cpu_trains_where_numactl_may_not_be_run(tmp_path, fit_command
     (tmp_path / "numactl").touch(mode=0o644)
     zero = ("train.strategy=deepspeed", "train.zero_stage=3", "train.max_steps=1", "val.every=1", "val.clips=1")
     done = subprocess.run(
-        fit_command(*zero),
-        capture_output=True,
-        text=True,
-        timeout=TRAININGS_S,
+        fit_command(*zero), capture_output=True, text=True, timeout=TRAININGS_S,
         env={**fit_environment, "PATH": str(tmp_path), "DS_ACCELERATOR": "cpu"},
-    )
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]

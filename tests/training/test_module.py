@@ -12,12 +12,11 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import AcceleratorRegistry
 
 from one4d_pl.config import TrainConfig
-from one4d_pl.data.datamodule import One4DDataModule
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.sample_encoder import FrozenSampleEncoder
-from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
 from one4d_pl.training.module import One4DModule
 from one4d_pl.training.optim import build_optimizer, lr_share, set_learning_rates
+from one4d_pl.training.strategy import training_data
 from one4d_pl.training.zero import ZeroStrategy
 from one4d_pl.types import Batch, Encoded, Sample, collate
 
@@ -33,9 +32,8 @@ def module(run_config) -> One4DModule:
 
 
 def stream(module: One4DModule, positions: range) -> list[Sample]:
-    config = module.config
-    encoder = FrozenSampleEncoder(module.encoders, module.transformer.codec)
-    datamodule = One4DDataModule(config, lambda device: encoder, fingerprint(config.base.path, ENCODER_PARTS))
+    datamodule = training_data(module.config)
+    datamodule.encoder = lambda device: FrozenSampleEncoder(module.encoders, module.transformer.codec)
     datamodule.prepare_data()
     datamodule.setup("fit")
     clips = datamodule.train_dataloader().dataset
@@ -119,12 +117,17 @@ def test_the_condition_of_every_task_is_the_plain_one(module):
     torch.testing.assert_close(spared, plain, rtol=0, atol=1e-5)
 
 
-def test_image_tokens_reach_the_step(run_config, tiny_base):
+@pytest.fixture
+def with_image_tokens(run_config, tiny_base) -> One4DModule:
     if not tiny_base.image_tokens:
         pytest.skip("the base has no image tokens")
     module = One4DModule(run_config(f"base.path={tiny_base.path}", "base.max_text_tokens=512"), adapters=None)
     module.configure_model()
-    samples = stream(module, range(6))
+    return module
+
+
+def test_image_tokens_reach_the_step(with_image_tokens):
+    module, samples = with_image_tokens, stream(with_image_tokens, range(6))
     batch, fresh = collate(samples), collate([replace(s, encoded=None) for s in samples])
     _, _, cached_tokens = module.encode(batch)
     expected = module.encoders.encode_first_frame(batch.frames, batch.frame_mask)
@@ -132,17 +135,13 @@ def test_image_tokens_reach_the_step(run_config, tiny_base):
     torch.testing.assert_close(losses(module, batch), losses(module, fresh), rtol=0, atol=1e-5)
 
 
-def test_a_step_without_frame_0_gets_zero_image_tokens_cached_or_not(run_config, tiny_base):
-    if not tiny_base.image_tokens:
-        pytest.skip("the base has no image tokens")
-    module = One4DModule(run_config(f"base.path={tiny_base.path}", "base.max_text_tokens=512"), adapters=None)
-    module.configure_model()
-    image, text = stream(module, range(2))
+def test_a_step_without_frame_0_gets_zero_image_tokens_cached_or_not(with_image_tokens):
+    image, text = stream(with_image_tokens, range(2))
     given = torch.zeros_like(image.frame_mask)
     given[0] = True
     samples = [replace(image, frame_mask=given), replace(text, frame_mask=torch.zeros_like(given))]
     for batch in (collate(samples), collate([replace(s, encoded=None) for s in samples])):
-        _, _, tokens = module.encode(batch)
+        _, _, tokens = with_image_tokens.encode(batch)
         assert tokens is not None and tokens.shape[:2] == (2, 17)  # there, not absent
         assert tokens[0].abs().max() > 0 and tokens[1].abs().max() == 0
 

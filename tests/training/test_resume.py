@@ -133,7 +133,7 @@ def test_a_run_on_less_memory_resumes_with_or_without_it_and_its_adapter_opens_o
     assert AdapterCard.read(tmp_path / "adapter").base_quantisation == "int8"
     with caplog.at_level("INFO", logger="one4d_pl"):
         open_model(run_config(), tmp_path / "adapter")
-    assert f"{tmp_path / 'adapter'}: trained on the int8 base; this one is unquantised" in caplog.text
+    assert f"{tmp_path / 'adapter'}: trained on a base with quantisation int8; this one has none" in caplog.text
     with pytest.raises(ConfigError, match=r"base\.offload: .*activation_checkpointing=full"):
         fit(run_config("base.offload=true", f"run_dir={tmp_path}/none"))
 
@@ -202,18 +202,18 @@ def test_two_processes_equal_one_and_resume(run_config, fit_command, fit_environ
     )
 
 
-def curve(run_dir: Path, tag: str) -> list[float]:
+def curve(run_dir: str | Path, tag: str) -> list[float]:
     """The last value logged for every step, in their order."""
     values = curve_points(run_dir, tag)
     return [values[step] for step in sorted(values)]
 
 
-def curve_points(run_dir: Path, tag: str) -> dict[int, float]:
+def curve_points(run_dir: str | Path, tag: str) -> dict[int, float]:
     """The last value logged for every step, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     values: dict[int, float] = {}
-    for file in sorted((run_dir / "tensorboard").glob("events*")):
+    for file in sorted((Path(run_dir) / "tensorboard").glob("events*")):
         events = EventAccumulator(str(file)).Reload()
         if tag in events.Tags()["scalars"]:
             values |= {e.step: e.value for e in events.Scalars(tag)}

@@ -20,6 +20,7 @@ from one4d_pl.training.step_guard import MOST_IN_A_ROW
 from one4d_pl.types import Batch
 from tests.conftest import small_run_config
 from tests.training.chaos import final_hashes
+from tests.training.run_cases import at, to_nan
 from tests.training.test_resume import curve
 from tests.training.test_zero import FILES, ZERO, launch
 
@@ -41,23 +42,6 @@ def skipped(config: Config, step: int) -> tuple[int, int]:
     """Total, and in a row, as a checkpoint notes them."""
     noted = json.loads((checkpoint_folder(config.run_dir, step) / "trainer.json").read_text())["skipped_steps"]
     return noted["total"], noted["in_a_row"]
-
-
-def at(positions: set[int], change: Callable[[Tensor, list[int]], None]) -> Callable[..., Tensor]:
-    """A `draw_noise` that changes the noise of the samples at these positions."""
-    draw_noise = One4DModule.draw_noise
-
-    def changed(self: One4DModule, batch: Batch, purpose: str) -> Tensor:
-        noise = draw_noise(self, batch, purpose)
-        hit = [i for i, position in enumerate(batch.position.tolist()) if position in positions and purpose == "noise"]
-        change(noise, [row for i in hit for row in (i, i + len(batch))])
-        return noise
-
-    return changed
-
-
-def to_nan(noise: Tensor, rows: list[int]) -> None:
-    noise[rows] = torch.nan
 
 
 def to_inf(noise: Tensor, rows: list[int]) -> None:

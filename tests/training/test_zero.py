@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from one4d_pl.models.transformer import One4DTransformer
 from one4d_pl.training.checkpoint import refuse_started_adapter
 from one4d_pl.training.checkpoint_files import checkpoint_folder
 from one4d_pl.training.zero import whole_parameter
-from tests.conftest import REPO, small_run_config
+from tests.conftest import REPO, free_port, small_run_config
 from tests.training.test_resume import curve, curve_points
 
 STEPS = 20
@@ -48,9 +49,7 @@ MATRIX = {  # by launch, each short enough to be one test's set-up
         "zero2": (*ZERO, "train.zero_stage=2", CLIP, CHECKPOINTED),
         "zero2-offload": (*ZERO, "train.zero_stage=2", "train.offload=true", CLIP),
     },
-    "two_zero3": {
-        "zero3": (*ZERO, "train.zero_stage=3", CLIP, CHECKPOINTED, "eval.every=20", "eval.clips=3"),
-    },
+    "two_zero3": {"zero3": (*ZERO, "train.zero_stage=3", CLIP, CHECKPOINTED, "eval.every=20", "eval.clips=3")},
     "two_sharded": {
         "zero3-free": (*ZERO, "train.zero_stage=3", NO_CLIP, SELECTIVE, "train.micro_batch_size=2"),
         "zero3-offload": (*ZERO, "train.zero_stage=3", "train.offload=true", CLIP),
@@ -65,9 +64,7 @@ MATRIX = {  # by launch, each short enough to be one test's set-up
         "zero1": (*ZERO, "train.zero_stage=1", NO_CLIP),
         "zero2": (*ZERO, "train.zero_stage=2", NO_CLIP),
     },
-    "four_zero3": {
-        "zero3": (*ZERO, "train.zero_stage=3", CLIP),
-    },
+    "four_zero3": {"zero3": (*ZERO, "train.zero_stage=3", CLIP)},
 }
 BF16 = (CLIP, "base.dtype=bfloat16", "train.precision=bf16-mixed")
 BF16_STEPS = 10
@@ -93,11 +90,8 @@ class Runs:
 
 def launch(world: int, folder: Path, words: list[str]) -> None:
     """Run the words' runs on `world` processes."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", f"--master_port={port}",
-               str(REPO / "tests" / "training" / "run_cases.py"), *words]  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}",
+               f"--master_port={free_port()}", str(REPO / "tests" / "training" / "run_cases.py"), *words]  # fmt: skip
     log = folder / f"launch{world}.log"
     ours = {"PYTHONPATH": str(REPO), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "DS_ACCELERATOR": "cpu"}
     with log.open("a") as file:
@@ -136,47 +130,24 @@ def references(make) -> Runs:
 
 
 @pytest.fixture(scope="module")
-def two(make, references) -> Runs:
-    return launch_group("two", 2, make)
-
-
-@pytest.fixture(scope="module")
-def two_zero3(make, references) -> Runs:
-    return launch_group("two_zero3", 2, make)
-
-
-@pytest.fixture(scope="module")
-def two_sharded(make, references) -> Runs:
-    return launch_group("two_sharded", 2, make)
-
-
-@pytest.fixture(scope="module")
-def two_light(make, references) -> Runs:
-    return launch_group("two_light", 2, make)
-
-
-@pytest.fixture(scope="module")
-def four(make, references) -> Runs:
-    return launch_group("four", 4, make)
-
-
-@pytest.fixture(scope="module")
-def four_zero3(make, references) -> Runs:
-    return launch_group("four_zero3", 4, make)
-
-
-def launch_group(group: str, world: int, make) -> Runs:
+def launched(make, references) -> Callable[[str], Runs]:
+    """The runs of a group of MATRIX, launched when they are first asked for."""
     folder, prepare = make
-    launch(
-        world, folder, [prepare(f"{group}-{name}", f"train.devices={world}", *o) for name, o in MATRIX[group].items()]
-    )
-    return Runs(folder)
+
+    @cache
+    def launch_group(group: str) -> Runs:
+        world = 2 if group.startswith("two") else 4
+        cases = MATRIX[group].items()
+        launch(world, folder, [prepare(f"{group}-{name}", f"train.devices={world}", *o) for name, o in cases])
+        return Runs(folder)
+
+    return launch_group
 
 
 @pytest.mark.parametrize(("group", "name"), CASES)
-def test_every_strategy_trains_what_one_process_trains(group, name, references, request):
+def test_every_strategy_trains_what_one_process_trains(group, name, references, launched):
     """20 steps of AdamW in float32 at the same global batch: losses, gradient norms and trained weights."""
-    runs: Runs = request.getfixturevalue(group)
+    runs = launched(group)
     overrides, run = MATRIX[group][name], f"{group}-{name}"
     reference = "one-int8" if INT8 in overrides else "one-clip" if CLIP in overrides else "one-free"
     for modality in ("rgb", "xyz"):
@@ -190,12 +161,18 @@ def test_every_strategy_trains_what_one_process_trains(group, name, references, 
     assert validation[0] == pytest.approx(validation[1], rel=1e-5)
 
 
+def test_an_int8_base_learns_what_the_plain_one_learns(references):
+    for modality in ("rgb", "xyz"):
+        int8, plain = (references.losses(name, modality) for name in ("one-int8", "one-clip"))
+        assert int8 != plain and int8 == pytest.approx(plain, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("group", "name"), [("two", "zero1"), ("two", "zero2"), ("two_zero3", "zero3"), ("four_zero3", "zero3")]
 )
-def test_the_gradients_norm_is_that_of_one_process(group, name, references, request):
+def test_the_gradients_norm_is_that_of_one_process(group, name, references, launched):
     """Accumulation divides once, not by Lightning and again by the engine; Adam would hide it."""
-    runs: Runs = request.getfixturevalue(group)
+    runs = launched(group)
     parts = [curve(references.folder / "one-clip", f"train/grad_norm/{p}")
              for p in ("lora", "links", "xyz_patch_embedding")]  # fmt: skip
     expected = [sum(n**2 for n in step) ** 0.5 for step in zip(*parts, strict=True)]
@@ -233,7 +210,8 @@ def test_every_frozen_weight_is_gathered_once_for_both_branches(make):
     assert shares["stacked"] <= 0.55 * shares["separate"]
 
 
-def test_checkpoints_of_sharded_runs_hold_whole_trainables_and_moments_only(two, two_zero3):
+def test_checkpoints_of_sharded_runs_hold_whole_trainables_and_moments_only(launched):
+    two, _ = launched("two"), launched("two_zero3")
     names = ("one-clip", "two_zero3-zero3", "two-zero2")
     folders = [checkpoint_folder(str(two.folder / name), STEPS) for name in names]
     sizes = [{key: t.shape for key, t in load_file(f / "optimizer.safetensors").items()} for f in folders]
