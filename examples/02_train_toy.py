@@ -1,6 +1,6 @@
 """Train Decoupled LoRA Control on the toy world, then sample with what was trained.
 
-A short run, minutes on a CPU: .venv/bin/python examples/02_train_toy.py
+A short run, a few minutes on a CPU: .venv/bin/python examples/02_train_toy.py
 Started again it goes on where it was. The whole run, and every other scale, is the same function:
 .venv/bin/one4d fit --config configs/dlc.yaml
 """
@@ -25,8 +25,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     # a yaml, then overrides: everything that a run can be told is in docs/knobs.md
-    short = ["data.toy.train_synthetic=64", "data.toy.train_real=16", "data.toy.root=data/toy_example"]
-    short += ["train.max_steps=20", "train.save_every=20", "train.log_every=5", "val.every=20", "eval.every=20"]
+    short = ["train.max_steps=20", "train.save_every=20", "train.log_every=5", "val.every=20", "eval.every=20"]
     config = load_config(["configs/dlc.yaml"], [f"run_dir={args.out}", *short, *args.overrides])
     code = fit(config)
     if code:

@@ -57,7 +57,7 @@ class ContinuedCSV(CSVLogger):
     @rank_zero_experiment
     def experiment(self) -> ExperimentWriter:
         """Return the writer; the first call opens the file."""
-        if self._experiment is None:
+        if not isinstance(self._experiment, ExperimentWriter):
             self._experiment = _ContinuedWriter(self.log_dir, self.start_step)
         return self._experiment
 
