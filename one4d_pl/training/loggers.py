@@ -39,11 +39,12 @@ def build_loggers(config: Config, start_step: int) -> list[Logger]:
 
 
 def finish_loggers(trainer: lightning.Trainer) -> None:
-    """Let wandb send what it still holds: `fit` ends without Python's own clean-up."""
+    """Wait until wandb has written or sent all that it holds: `fit` ends without Python's own clean-up."""
     if any(isinstance(logger, WandbLogger) for logger in trainer.loggers):
         import wandb  # optional
 
         wandb.finish()
+        wandb.teardown()  # waits for wandb's own process, which may still be writing
 
 
 class ContinuedCSV(CSVLogger):
