@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.captions import CaptionOptions, best_caption
+from data_prep.conventions import consistency_of
 from data_prep.quality import reject_reason
 from data_prep.sources import registry
 from one4d_pl.data.decode import resize_clip
@@ -147,7 +148,7 @@ def _packed_clips(task: UnitTask, dropped: list[Dropped]) -> Iterator[tuple[Orig
         if reason is None:
             clip = replace(clip, caption=best_caption(clip, task.unit, task.captions))
             try:
-                packed = pack_clip(clip, scene, benchmark)
+                packed = pack_clip(clip, scene, benchmark, consistency_of(clip))
             except ValueError as error:
                 reason = str(error).removeprefix(f"{clip.key}: ")
             else:

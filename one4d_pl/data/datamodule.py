@@ -185,7 +185,7 @@ class One4DDataModule(lightning.LightningDataModule):
 
     def _stream(self, configs: list[SourceConfig], validation: bool) -> ClipStream:
         reader = RangeReader(self._range_cache())
-        sources = [open_set(source.path, reader) for source in configs]
+        sources = [self._chosen(open_set(source.path, reader), validation) for source in configs]
         for source in sources:
             self._refuse_short(source)
             if isinstance(source, EncodedSet):
@@ -201,6 +201,15 @@ class One4DDataModule(lightning.LightningDataModule):
             sizes, weights = [source.samples_per_shard for source in sources], [source.weight for source in configs]
             order = MixtureOrder(sizes, weights, self.config.train.seed, self.config.data.block_shards)
         return ClipStream(sources, [self._cache(source) for source in sources], order, self.config, validation)
+
+    def _chosen(self, source: ShardSet | EncodedSet, validation: bool) -> ShardSet | EncodedSet:
+        """Return the clips to train on; validation takes all of its own, or those that a run overfits."""
+        if validation and not self.config.train.overfit_clips:
+            return source
+        try:
+            return source.consistent(self.config.data.min_consistency)
+        except ValueError as error:
+            raise ConfigError(f"data.min_consistency: {error}") from error
 
     def _range_cache(self) -> RangeCache | None:
         """Return the cache for reads of remote shards; None without remote shards or without data.cache_dir."""

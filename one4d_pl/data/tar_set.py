@@ -59,6 +59,8 @@ class SampleEntry:
     width: int
     scene: str = ""  # no split puts clips of one scene on both sides; "" = unknown
     benchmark: str = ""  # the evaluation set that this clip belongs to; `fit` refuses to train on it
+    # how well the frames' depth and cameras agree, 0 .. 1 (data_prep.conventions.consistency_of); None = not measured
+    consistency: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.key, str) or not SAFE_KEY.fullmatch(self.key):
@@ -68,6 +70,10 @@ class SampleEntry:
             raise ValueError(f"{self.key}: offset, crc32 and sizes must be whole numbers, got {asdict(self)}")
         if not isinstance(self.scene, str) or not isinstance(self.benchmark, str):
             raise ValueError(f"{self.key}: scene and benchmark must be text")
+        if self.consistency is not None and not (
+            isinstance(self.consistency, float | int) and 0 <= self.consistency <= 1
+        ):
+            raise ValueError(f"{self.key}: consistency is {self.consistency!r}, need 0 to 1, or null")
         if self.num_frames * self.height * self.width > MAX_STACKED_PIXELS:
             raise ValueError(f"{self.key}: more than {MAX_STACKED_PIXELS} pixels")
 
@@ -162,6 +168,22 @@ class TarSet:
         """Make the set of a manifest that was read."""
         sizes = [len(shard.samples) for shard in manifest.shards]
         return cls(folder, manifest, tuple(itertools.accumulate(sizes[:-1], initial=0)), reader)
+
+    def consistent(self, least: float) -> Self:
+        """Return the set of the clips of at least this consistency; 0 = all. ValueError where none is left."""
+        if least <= 0:
+            return self
+        if all(entry.consistency is None for entry in self.entries):
+            raise ValueError(f"{self.location} says no consistency of its clips; write its shards again")
+        kept = [
+            (shard, tuple(sample for sample in shard.samples if (sample.consistency or 0) >= least))
+            for shard in self.manifest.shards
+        ]
+        shards = tuple(replace(shard, samples=samples) for shard, samples in kept if samples)
+        if not shards:
+            best = max(entry.consistency or 0 for entry in self.entries)
+            raise ValueError(f"{self.location} has no clip of consistency {least:g}; its best has {best:.3f}")
+        return type(self).of(self.location, replace(self.manifest, shards=shards), self.reader)
 
     def __len__(self) -> int:
         return self.starts[-1] + len(self.manifest.shards[-1].samples)

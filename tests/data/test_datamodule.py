@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
 import threading
 import time
@@ -364,3 +365,35 @@ def test_a_broken_clip_is_not_encoded_and_the_stream_counts_it(folder, tmp_path)
     skipped = [reason for batch in make_module(config).train_dataloader() for reason in batch.skipped]
     broken = ShardSet.open(copy).key(6)
     assert len(skipped) >= STEPS * GLOBAL_BATCH // 7 and all(broken in reason for reason in skipped)
+
+
+def with_consistency(folder: Path, values: list[float | None]) -> None:
+    """Write into a folder's manifest how consistent its clips are."""
+    tree = json.loads((folder / "manifest.json").read_text())
+    entries = [sample for shard in tree["shards"] for sample in shard["samples"]]
+    for entry, value in zip(entries, values, strict=True):
+        entry["consistency"] = value
+    (folder / "manifest.json").write_text(json.dumps(tree))
+
+
+def test_training_takes_the_consistent_clips_and_validation_all(folder, tmp_path):
+    copy = tmp_path / "shards"
+    shutil.copytree(folder, copy)
+    values = [0.99, None, 0.5, 0.95, 0.97, 1.0, 0.1]  # the last one is broken
+    with_consistency(copy, values)
+    config = make_config(copy)
+    config.data.min_consistency = 0.95
+    keys = [entry.key for entry in ShardSet.open(copy).entries]
+    good = {key for key, value in zip(keys, values, strict=True) if value is not None and value >= 0.95}
+    module = make_module(config)
+    assert {key for batch in module.train_dataloader() for key in batch.keys} == good
+    assert len({key for batch in module.val_dataloader() for key in batch.keys}) == config.val.clips
+    for least, count in ((0.0, 6), (1.0, 1)):
+        config.data.min_consistency = least
+        assert len({key for batch in make_module(config).train_dataloader() for key in batch.keys}) == count
+    with_consistency(copy, [0.1] * 7)
+    with pytest.raises(ConfigError, match=r"data\.min_consistency: .* its best has 0\.100"):
+        make_module(config).train_dataloader()
+    config.data.sources = [SourceConfig(str(folder), 1.0)]
+    with pytest.raises(ConfigError, match="says no consistency of its clips; write its shards again"):
+        make_module(config).train_dataloader()

@@ -60,6 +60,7 @@ def test_look_alike_in_shards_out(tmp_path, shot, tool):
     clip = shards.read(0)
     assert len(shards) == 1 and shards.manifest.source == tool and shards.manifest.licence == TOOLS[tool].LICENCE
     assert worst_reprojection(clip, shot) <= 0.01
+    assert shards.entries[0].consistency > 0.99  # what fit's data.min_consistency looks at
 
 
 @pytest.mark.parametrize("write", [write_da3, write_mapanything])
