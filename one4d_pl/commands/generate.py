@@ -195,21 +195,12 @@ def _open(args: argparse.Namespace) -> One4DPipeline:
         _refuse_large(args)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     memory = args.memory
-    if memory is None and device.type == "cuda":
+    if memory is None and device.type == "cuda" and not args.compile:  # what is compiled has to stay where it is
         memory = torch.cuda.mem_get_info(device)[0] / 2**30
-    pipeline = One4DPipeline.from_pretrained(args.base, args.adapters, dtype, device, memory, _clip_size(args))
+    pipeline = One4DPipeline.from_pretrained(args.base, args.adapters, dtype, device, memory, *_size(args.size))
     if args.compile:
         pipeline.compile_blocks()
     return pipeline.with_settings(args.steps, args.guidance, args.negative_prompt, args.solver)
-
-
-def _clip_size(args: argparse.Namespace) -> tuple[int, int, int]:
-    """Return frames, height and width of the clips that will be sampled; longer videos run in windows."""
-    from one4d_pl.models.adapters import AdapterCard
-
-    card = AdapterCard.read(args.adapters)
-    height, width = _size(args.size)
-    return card.num_frames, height or card.height, width or card.width
 
 
 def _refuse_large(args: argparse.Namespace) -> None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from one4d_pl.commands.command import Command
 from one4d_pl.config import CHECKPOINTING, Config, ConfigError, load_config
-from one4d_pl.costs.flops import BatchShape, Flops, TransformerShape, peak_flops, training_flops
+from one4d_pl.costs.flops import BatchShape, Flops, TransformerShape, count_tokens, peak_flops, training_flops
 from one4d_pl.costs.memory import (
     GPU_GIB,
     Layout,
@@ -172,8 +172,10 @@ def fastest_fit(run: Run, host_gib: float | None = None) -> Layout:
     ways = [way for way in best_ways(run) if host_gib is None or run.memory(way).host <= host_gib * GIB]
     fitting = [way for way in ways if run.memory(way).fits(GPU_GIB[run.gpu] * GIB)]
     if not fitting:
-        needs = [f"{run.memory(way).total / GIB:.1f} with {run.memory(way).host / GIB:.0f} on the host" for way in ways]
-        least = f"the smallest needs {needs[-1]}" if needs else "even the one with the least host memory needs more"
+        smallest = min((run.memory(way) for way in ways), key=lambda memory: memory.total, default=None)
+        least = "even the least host memory is more"
+        if smallest is not None:
+            least = f"the smallest needs {smallest.total / GIB:.1f} with {smallest.host / GIB:.0f} on the host"
         raise ConfigError(
             f"--fit: no way of training fits an {run.gpu} ({GPU_GIB[run.gpu]} GiB"
             f"{'' if host_gib is None else f', {host_gib:g} GiB on the host'}); {least}; "
@@ -197,14 +199,13 @@ def overrides_text(layout: Layout) -> str:
 def _sizes(run: Run) -> list[str]:
     n, shape, batch = count_parameters(run.shape), run.shape, run.batch
     t, h, w = batch.latent_grid
-    tokens = t * h * w // (shape.patch[0] * shape.patch[1] * shape.patch[2])
     control = n.links + n.patch_embedding
     return [
         f"base        {run.base}",
         f"            {shape.num_layers} blocks of width {shape.width}, {n.frozen / 1e9:.2f}e9 frozen parameters",
         f"adapter     {n.lora / MEGA:.1f} LoRA / {control / MEGA:.1f} control / {n.trainable / MEGA:.1f} (x 2^20)",
-        f"clip        latents {t}x{h}x{w}, {tokens} tokens per branch; {batch.text_tokens} tokens of text, "
-        f"{batch.image_tokens} of the image",
+        f"clip        latents {t}x{h}x{w}, {count_tokens(shape, batch)} tokens per branch; "
+        f"{batch.text_tokens} tokens of text, {batch.image_tokens} of the image",
     ]
 
 

@@ -128,7 +128,7 @@ def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: st
         flash: attention runs in fused kernels, as on GPUs, which recompute the scores in the backward pass.
     """
     samples, width = 2 * batch.clips, shape.width
-    tokens = _tokens(shape, batch)
+    tokens = count_tokens(shape, batch)
     patch_row = shape.patch[0] * shape.patch[1] * shape.patch[2]
     embed = 2 * samples * tokens * width * shape.in_channels * patch_row  # one convolution over the whole batch
     head = 2 * samples * tokens * width * shape.out_channels * patch_row
@@ -159,7 +159,7 @@ def peak_flops(device_name: str, precision: str) -> float | None:
     return None if tera is None else tera * 1e12
 
 
-def _tokens(shape: TransformerShape, batch: BatchShape) -> int:
+def count_tokens(shape: TransformerShape, batch: BatchShape) -> int:
     """Count the tokens of one sample."""
     t, h, w = (size // patch for size, patch in zip(batch.latent_grid, shape.patch, strict=True))
     return t * h * w
@@ -182,7 +182,7 @@ def _block(shape: TransformerShape, batch: BatchShape) -> tuple[int, int, int]:
     Every input has a gradient but the context.
     """
     samples, width, rank = 2 * batch.clips, shape.width, shape.rank
-    tokens = _tokens(shape, batch)
+    tokens = count_tokens(shape, batch)
     context = batch.text_tokens + (batch.image_tokens if shape.image_dim is not None else 0)
     forward = backward = 0
     linears = [(tokens, width, width)] * 6  # q, k, v, out of self-attention; q, out of cross-attention

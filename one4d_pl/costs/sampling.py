@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from one4d_pl.config import TEMPORAL_FACTOR
-from one4d_pl.costs.flops import BatchShape, TransformerShape, training_flops
+from one4d_pl.costs.flops import BatchShape, TransformerShape, count_tokens, training_flops
 from one4d_pl.costs.memory import (
     CUDA_CONTEXT,
     FLOAT,
@@ -61,10 +61,11 @@ def sampling_memory(shape: TransformerShape, batch: BatchShape, layout: Layout, 
     video = 3 * frames * height * width * FLOAT
     maps = DECODING_MAPS * layout.vae_base_dim * FLOAT
     decoding = maps * (min(TILE, height) * min(TILE, width) if mode.frugal else height * width) + VIDEOS * video
-    tokens = t * h * w // (shape.patch[0] * shape.patch[1] * shape.patch[2])
     samples = 2 if mode.frugal else 4  # with and without the prompt at once
     # at a block's last residual sum: 5 tensors of the network's precision, and 3 (without autocast 2) of float32
-    residual = samples * tokens * shape.width * (5 * itemsize + (3 if layout.bfloat16 else 2) * FLOAT)
+    residual = (
+        samples * count_tokens(shape, batch) * shape.width * (5 * itemsize + (3 if layout.bfloat16 else 2) * FLOAT)
+    )
     floats = shape.width * shape.ffn_dim * itemsize if layout.quantised else 0
     visit = layout.largest_encoder_bytes if mode.frugal else 0.0
     activations = video + max(residual + floats, visit, decoding + (layout.vae_bytes if mode.frugal else 0.0))

@@ -106,7 +106,8 @@ class One4DPipeline:
         dtype: str = "float32",  # of the frozen transformer and text encoder; bfloat16 also runs under autocast
         device: torch.device | str = "cpu",
         memory: float | None = None,  # GiB of the GPU to stay within; None = everything lies on the device
-        size: tuple[int, int, int] | None = None,  # frames, height, width that `memory` is for; None = the card's
+        height: int | None = None,  # of the scenes that `memory` is for; None = the card's, as for the width
+        width: int | None = None,
     ) -> One4DPipeline:
         """Open a base with an adapter, sampled as its card says; ConfigError if they mismatch.
 
@@ -126,8 +127,9 @@ class One4DPipeline:
         )
         config, mode = card.configure(config), MODES[0]
         if memory is not None:
-            frames, height, width = size or (card.num_frames, card.height, card.width)
-            scene = replace(config.data, num_frames=frames, height=height, width=width)
+            height, width = height or card.height, width or card.width
+            # longer videos run in windows of the card's length
+            scene = replace(config.data, num_frames=card.num_frames, height=height, width=width)
             mode = choose_mode(replace(config, data=scene), memory, torch.device(device))
         return One4DPipeline.open(config, Path(adapters), torch.device(device), mode)
 

@@ -72,7 +72,6 @@ class VisitingBlocks:
 
     def __init__(self, device: torch.device) -> None:
         self.copies = Copies(device)
-        self.fetched_bytes = 0  # so far, from the host
         self._hosts: list[list[Tensor]] = []
         self._slots: list[list[Slot]] = []
         self._moving: dict[int, Moving] = {}  # blocks that are on the device or on their way
@@ -120,7 +119,6 @@ class VisitingBlocks:
     def _fetch(self, index: int) -> None:
         if index not in self._moving:
             self._moving[index] = self.copies.start(self._hosts[index], self.copies.device)
-            self.fetched_bytes += sum(weight.nbytes for weight in self._hosts[index])
 
     def _leave(self, index: int) -> None:
         for tensors, name in self._slots[index]:

@@ -35,7 +35,8 @@ def open_model(
     transformer = couple(base, config.dlc, config.train.seed, config.data.pointmap_power)
     card = None if adapters is None else load_adapters(transformer, adapters, fingerprint(config.base.path))
     if card is not None and card.base_quantisation != wan.quantisation:
-        kinds = {"none": "unquantised"}
-        trained, here = (kinds.get(kind, kind) for kind in (card.base_quantisation, wan.quantisation))
-        log.info("%s: trained on the %s base; this one is %s", adapters, trained, here)
+        log.info(
+            "%s: trained on a base with quantisation %s; this one has %s",
+            adapters, card.base_quantisation, wan.quantisation,
+        )  # fmt: skip
     return transformer, card

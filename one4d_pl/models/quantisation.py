@@ -52,12 +52,10 @@ class QuantisedLinear(nn.Linear):
         self.register_buffer("scale", scale, persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [..., D] -> [..., D']
-        if hidden.requires_grad and torch.is_grad_enabled():
-            device = hidden.device.type
-            if torch.is_autocast_enabled(device):  # it does not reach into an autograd function
-                hidden = hidden.to(torch.get_autocast_dtype(device))
-            return _FrozenProduct.apply(hidden, self.quantised, self.scale, self.bias)
-        return linear(hidden, dequantise(self.quantised, self.scale, hidden.dtype), self.bias)
+        device = hidden.device.type
+        if torch.is_autocast_enabled(device):  # it does not reach into an autograd function
+            hidden = hidden.to(torch.get_autocast_dtype(device))
+        return _FrozenProduct.apply(hidden, self.quantised, self.scale, self.bias)
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -106,6 +106,8 @@ class WanEncoders(nn.Module):
 
         The text encoder, by far the largest part, visits it block by block.
         """
+        if self.waits_on_host:
+            return self
         self.to(CPU)
         if device.type != "cpu":
             self._park_text_blocks(device)

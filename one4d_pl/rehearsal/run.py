@@ -26,7 +26,7 @@ from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
 from one4d_pl.config import Config, ConfigError
-from one4d_pl.costs.flops import TransformerShape
+from one4d_pl.costs.flops import TransformerShape, count_tokens
 from one4d_pl.costs.memory import Memory, batch_of, layout_of, step_memory
 from one4d_pl.data.datamodule import TimedLoader
 from one4d_pl.data.latent_stats import LatentStats
@@ -123,8 +123,7 @@ def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
 def rehearsing(config: Config) -> Iterator[Watch]:
     """Enter fake tensors that are watched; errors inside become Faults."""
     shape = TransformerShape.of(transformer_config(Path(config.base.path)), replace(config.dlc, coupling="decoupled"))
-    t, h, w = batch_of(config, 0).latent_grid
-    tokens = t * h * w // (shape.patch[0] * shape.patch[1] * shape.patch[2])
+    tokens = count_tokens(shape, batch_of(config, 0))
     watch = Watch(2 * config.train.micro_batch_size * tokens * shape.width)
     # it would log a traceback of what a Fault says in one line
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)

@@ -82,14 +82,21 @@ def test_every_task_leaves_a_scene_that_opens_again(files, tmp_path, task, optio
     assert seed == 0 and not torch.equal(open_scene(tmp_path / "other").pointmap, scene.pointmap)
 
 
-def test_the_same_seed_makes_the_same_scene_with_guidance_in_two_calls_and_offload(files, tmp_path):
-    common = ["--image", files / "a.png", "--steps", "2", "--guidance", "3"]
-    assert generate.main([*map(str, common), "--out", str(tmp_path / "a")]) == 0
-    thrifty = ["--guidance-in-two-calls", "--offload", "--tile-vae"]
-    assert generate.main([*map(str, common), *thrifty, "--out", str(tmp_path / "b")]) == 0
+def test_memory_that_holds_everything_changes_nothing_and_too_little_is_one_line(files, tmp_path, capsys):
+    common = ["--image", str(files / "a.png"), "--steps", "2", "--guidance", "3"]
+    assert generate.main([*common, "--out", str(tmp_path / "a")]) == 0
+    assert generate.main([*common, "--memory", "24", "--out", str(tmp_path / "b")]) == 0
     a, b = open_scene(tmp_path / "a"), open_scene(tmp_path / "b")
-    torch.testing.assert_close(a.pointmap, b.pointmap, rtol=0, atol=1e-4)
-    assert a.made == b.made
+    assert torch.equal(a.pointmap, b.pointmap) and a.made == b.made
+    for options, words in (
+        (["--memory", "0.3"], "memory: 0.3 GiB; 9 frames of 48x64 need "),
+        (["--memory", "0"], "--memory: 0.0, need GiB above 0"),
+        (["--memory", "24", "--compile"], "--compile: not with --memory"),
+    ):
+        capsys.readouterr()
+        assert generate.main([*common, *options, "--out", str(tmp_path / "c")]) == 2
+        (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+        assert words in line and not (tmp_path / "c").exists()
 
 
 def truncations(content: bytes, count: int) -> list[bytes]:

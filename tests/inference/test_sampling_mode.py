@@ -81,7 +81,7 @@ def test_memory_chooses_by_the_scenes_size_and_says_so(caplog):
         pipeline = One4DPipeline.from_pretrained(None, DEMO_ADAPTERS, memory=24.0)
     assert not pipeline.frugal and "memory: everything on the GPU (planned " in caplog.text
     with caplog.at_level("INFO", logger="one4d_pl"):
-        large = One4DPipeline.from_pretrained(None, DEMO_ADAPTERS, memory=2.2, size=(81, 352, 624))
+        large = One4DPipeline.from_pretrained(None, DEMO_ADAPTERS, memory=1.2, height=352, width=624)
     assert large.frugal and "in host memory" in caplog.text
     quantised = [module for module in large.transformer.modules() if isinstance(module, QuantisedLinear)]
     assert bool(quantised) == ("int8" in caplog.text)

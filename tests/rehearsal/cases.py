@@ -94,7 +94,7 @@ def note_samples(calls: list[int], transformer: object, inputs: tuple) -> None:
 
 @case
 def sampling() -> object:
-    """Guidance in one call and in two, whole and in tiles, with encoders that visit the device."""
+    """Guidance in one call and in two, VAE whole and in tiles; the encoders visit the device."""
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.rehearsal.run import fake_sample
     from one4d_pl.types import collate
@@ -105,20 +105,11 @@ def sampling() -> object:
         batch = collate([fake_sample(module.config, given=[0])]).to(module.device)
         noise = module.draw_noise(batch, "sampling noise")
         sampler = replace(module.config.sampler, steps=2)
-        for name, two_calls, tiled, offload in (
-            ("stacked", False, False, False),
-            ("two calls", True, False, False),
-            ("tiled", False, True, False),
-            ("offload", False, False, True),
-        ):
+        for name, frugal, tiled in (("stacked", False, False), ("two calls", True, False), ("tiled", False, True)):
             pipeline = One4DPipeline(module.transformer, module.encoders, sampler, 5.0, "ugly", bfloat16=True)
-            pipeline.two_calls = two_calls
+            pipeline.frugal = frugal
             if tiled:
-                pipeline.enable_vae_tiling()
-                module.encoders.vae.tile_sample_min_height = module.encoders.vae.tile_sample_min_width = 48
-                module.encoders.vae.tile_sample_stride_height = module.encoders.vae.tile_sample_stride_width = 32
-            if offload:
-                pipeline.enable_encoder_offload()
+                module.encoders.vae.enable_tiling(48, 48, 32, 32)
             calls: list[int] = []
             handle = module.transformer.register_forward_pre_hook(partial(note_samples, calls))
             watch.begin(name)

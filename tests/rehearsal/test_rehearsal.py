@@ -1,6 +1,6 @@
 """What a GPU would have refused, rehearsed: the real Trainer, module, sampler and metrics on fake CUDA tensors.
 
-All rehearsals run once, in one process of their own (cases.py): torch must not be imported before its device is.
+Rehearsals run once, in processes of their own (cases.py): torch must not be imported before its device is.
 """
 
 from __future__ import annotations
@@ -30,23 +30,33 @@ def python(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def seen(tmp_path_factory) -> dict[str, object]:
-    out = tmp_path_factory.mktemp("rehearsals") / "seen.json"
-    done = python("-m", "tests.rehearsal.cases", str(out))
+STEPS = (*CHECKPOINTING, "visiting")
+
+
+def rehearsed(folder: Path, *names: str) -> dict[str, object]:
+    """What the cases of these names saw."""
+    done = python("-m", "tests.rehearsal.cases", str(folder / "seen.json"), *names)
     assert done.returncode == 0, done.stderr
-    found = json.loads(out.read_text())
+    found = json.loads((folder / "seen.json").read_text())
     faults = [case["error"] for case in found.values() if isinstance(case, dict) and "error" in case]
     assert not faults, "\n".join(faults)
     return found
 
 
-STEPS = (*CHECKPOINTING, "visiting")
+@pytest.fixture(scope="module")
+def steps(tmp_path_factory) -> dict[str, object]:
+    return rehearsed(tmp_path_factory.mktemp("steps"), *(f"step_{mode}" for mode in STEPS))
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory) -> dict[str, object]:
+    faults = ("generator_fault", "device_fault", "dtype_fault")
+    return rehearsed(tmp_path_factory.mktemp("rest"), "sampling", "scene", "callbacks", "metrics", *faults)
 
 
 @pytest.mark.parametrize("mode", STEPS)
-def test_a_step_of_the_14b_needs_the_planners_memory(seen, mode):
-    step = seen[f"step_{mode}"]
+def test_a_step_of_the_14b_needs_the_planners_memory(steps, mode):
+    step = steps[f"step_{mode}"]
     planned = step["planned"] + step["pixels"]
     assert planned == pytest.approx(step["peak"], rel=0.02)
     # and so what is computed, which the weights do not dilute
@@ -60,24 +70,24 @@ def test_a_scene_of_the_14b_needs_the_planners_memory_in_its_largest_phase(seen)
 
 
 @pytest.mark.parametrize("mode", STEPS)
-def test_the_transformers_step_never_waits_for_the_gpu(seen, mode):
-    waits = seen[f"step_{mode}"]["waits"]
+def test_the_transformers_step_never_waits_for_the_gpu(steps, mode):
+    waits = steps[f"step_{mode}"]["waits"]
     assert waits["forward"] == waits["backward"] == waits["optimizer"] == 0
 
 
 @pytest.mark.parametrize("mode", CHECKPOINTING)
-def test_float32_of_tokens_times_width_is_only_in_norms_modulation_and_residual_sums(seen, mode):
+def test_float32_of_tokens_times_width_is_only_in_norms_modulation_and_residual_sums(steps, mode):
     """Those are diffusers' own: a block's own code and its FP32LayerNorms; no attention, linear, LoRA or link."""
-    assert seen[f"step_{mode}"]["wide"] == ["FP32LayerNorm", "WanTransformerBlock"]
+    assert steps[f"step_{mode}"]["wide"] == ["FP32LayerNorm", "WanTransformerBlock"]
 
 
-def test_a_block_moves_fewer_bytes(seen):
-    step = seen["step_full"]
+def test_a_block_moves_fewer_bytes(steps):
+    step = steps["step_full"]
     assert step["elementwise"] <= 0.65 * TRAFFIC_BEFORE[0] and step["traffic"] <= 0.75 * TRAFFIC_BEFORE[1]
 
 
-def test_the_step_holds_each_part_in_its_dtype_on_the_device(seen):
-    tensors = seen["step_full"]["tensors"]
+def test_the_step_holds_each_part_in_its_dtype_on_the_device(steps):
+    tensors = steps["step_full"]["tensors"]
     assert " on cpu" not in tensors["transformer"]
     # encoders wait on the host, and this step reads encodings
     assert not [part for part, words in tensors.items() if part != "transformer" and " on cuda" in words]

@@ -133,7 +133,7 @@ def test_a_run_on_less_memory_resumes_with_or_without_it_and_its_adapter_opens_o
     assert AdapterCard.read(tmp_path / "adapter").base_quantisation == "int8"
     with caplog.at_level("INFO", logger="one4d_pl"):
         open_model(run_config(), tmp_path / "adapter")
-    assert f"{tmp_path / 'adapter'}: trained on the int8 base; this one is unquantised" in caplog.text
+    assert f"{tmp_path / 'adapter'}: trained on a base with quantisation int8; this one has none" in caplog.text
     with pytest.raises(ConfigError, match=r"base\.offload: .*activation_checkpointing=full"):
         fit(run_config("base.offload=true", f"run_dir={tmp_path}/none"))
 

@@ -161,6 +161,12 @@ def test_every_strategy_trains_what_one_process_trains(group, name, references, 
     assert validation[0] == pytest.approx(validation[1], rel=1e-5)
 
 
+def test_an_int8_base_learns_what_the_plain_one_learns(references):
+    for modality in ("rgb", "xyz"):
+        int8, plain = (references.losses(name, modality) for name in ("one-int8", "one-clip"))
+        assert int8 != plain and int8 == pytest.approx(plain, rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("group", "name"), [("two", "zero1"), ("two", "zero2"), ("two_zero3", "zero3"), ("four_zero3", "zero3")]
 )
