@@ -5,7 +5,7 @@ constant rate, 8 bits; `one4d_pl/scene/media.py`), cut into shots, and each shot
 is left over is shared between both ends and dropped. A clip that is too short, small, dark, still, hasty or full of
 text is left out; 0 switches a lower bound off.
 
-Leaves in --out: the clips (<video>-<first frame>.mp4, H.264 at crf 12, the video's own size and rate, no sound),
+Leaves in --out: the clips (<video>-f<first frame>.mp4, H.264 at crf 12, the video's own size and rate, no sound),
 clips.csv (every clip and every shot that became none, with the numbers behind the decision) and contact.png (first,
 middle and last frame of each). It can be stopped at any moment and started again: a video that is done is not read
 again. The next step is `python -m data_prep.label`.
@@ -70,6 +70,10 @@ class VideoTask:
         """Return the file that is written when the video is done."""
         return self.out / "parts" / f"{self.key}.json"
 
+    def clip(self, piece: range) -> str:
+        """Name a clip; `registry.scene_of` knows the form."""
+        return f"{self.key}-f{piece.start:06d}"
+
     @property
     def settings(self) -> dict[str, object]:
         """Return all that decides what becomes of the video."""
@@ -92,7 +96,7 @@ def list_videos(videos: Path, out: Path, rules: Rules, detector: str, fps: float
         raise UserError(f"{videos}: no videos at or below it ({', '.join(SUFFIXES)})")
     names: dict[str, Path] = {}
     for path in paths:
-        key = clip_key(root, path.relative_to(root).with_suffix("").as_posix(), "000000").removesuffix("-000000")
+        key = clip_key(root, path.relative_to(root).with_suffix("").as_posix(), "f000000").removesuffix("-f000000")
         if other := names.get(key):
             raise UserError(f"{path} and {other} would give clips of one name ({key}); rename one of them")
         names[key] = path
@@ -142,7 +146,7 @@ def _judge(task: VideoTask, whole: Survey, piece: range) -> dict[str, Any]:
     measures = measure(whole, piece)
     complaints = task.rules.complaints(len(piece), whole.size, measures)
     return {
-        "clip": f"{task.key}-{piece.start:06d}",
+        "clip": task.clip(piece),
         "kept": "no" if complaints else "yes",
         "why": "; ".join(complaints),
         "video": task.name,
@@ -172,7 +176,7 @@ def _write_clips(task: VideoTask, whole: Survey, pieces: list[range], kept: list
     for piece in itertools.compress(pieces, kept):
         next(itertools.islice(film, piece.start - position, piece.start - position), None)
         clip = itertools.islice(film, len(piece))
-        save_video(task.out / f"{task.key}-{piece.start:06d}.mp4", clip, whole.fps, CRF)
+        save_video(task.out / f"{task.clip(piece)}.mp4", clip, whole.fps, CRF)
         position = piece.stop
     for _ in film:
         pass

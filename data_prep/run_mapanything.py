@@ -26,7 +26,7 @@ def label(images: str, predictions: str, model: str) -> None:
     mask = np.stack([view["mask"][0].squeeze(-1).cpu().numpy().astype(bool) for view in views])
     conf = np.stack([view["conf"][0].float().cpu().numpy() for view in views])
     arrays["final_mask"], arrays["conf"] = mask & (arrays["depth"][..., 0] > 0), conf.reshape(mask.shape)
-    np.savez(predictions, **arrays)
+    np.savez(predictions, allow_pickle=False, **arrays)
 
 
 if __name__ == "__main__":

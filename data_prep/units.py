@@ -23,6 +23,7 @@ from one4d_pl.data.decode import resize_clip
 from one4d_pl.data.shards import pack_clip
 from one4d_pl.data.staging import Dropped, Plan, Staging
 from one4d_pl.data.tar_set import MANIFEST_NAME, Origin, SampleEntry
+from one4d_pl.data.texts import listed_names
 from one4d_pl.errors import UserError, reading
 from one4d_pl.files import read_text
 from one4d_pl.toy.world import clip_key, render_clip
@@ -91,8 +92,7 @@ def read_exclusions(path: str | None) -> set[str]:
     """Read clip keys and units, one per line; what follows a # is a comment."""
     if path is None:
         return set()
-    names = (line.split("#", 1)[0].strip() for line in read_text(Path(path)).splitlines())
-    return {name for name in names if name}
+    return listed_names(read_text(Path(path)))
 
 
 def scene_of(source: str, unit: str) -> str:

@@ -43,6 +43,8 @@ def scene_of(source: str, unit: str) -> str:
     # <scene>_3rd, <scene>_ego1, ... are cameras in one scene, <scene>_f is the scene in fog
     if source == "pointodyssey":
         return re.sub(r"(_3rd|_ego\d*|_f)+$", "", unit)
+    if source in TOOLS:  # clips of one video, as cut_clips names them
+        return re.sub(r"-f\d{6,}(?=/|$)", "", unit)
     return unit
 
 

@@ -113,6 +113,7 @@ class One4DDataModule(lightning.LightningDataModule):
         self.recipe = encoding_recipe(encoder_fingerprint, config.base.max_text_tokens, config.data)
         self._latents: tuple[LatentStats | None] | None = None  # measured once; (None,) = nothing to measure
         self.start_step = 0  # set on resume, before the loaders are built
+        self.clips_per_source: list[int] = []  # to train on; known once the loader is built
 
     def prepare_data(self) -> None:
         """Write the toy shards where absent; Lightning calls this in one process only."""
@@ -131,7 +132,9 @@ class One4DDataModule(lightning.LightningDataModule):
         sampler = StepSampler(
             self.start_step, train.max_steps, train.global_batch_size, train.micro_batch_size, rank, train.world_size
         )
-        return self._loader(self._stream(self.config.data.sources, validation=False), sampler)
+        stream = self._stream(self.config.data.sources, validation=False)
+        self.clips_per_source = [len(source) for source in stream.sources]
+        return self._loader(stream, sampler)
 
     def val_dataloader(self) -> TimedLoader:
         """Return the loader of the first val.clips validation clips, split over the ranks.
@@ -185,7 +188,9 @@ class One4DDataModule(lightning.LightningDataModule):
 
     def _stream(self, configs: list[SourceConfig], validation: bool) -> ClipStream:
         reader = RangeReader(self._range_cache())
-        sources = [self._chosen(open_set(source.path, reader), validation) for source in configs]
+        sources = [open_set(source.path, reader).without_flagged() for source in configs]
+        if not validation or self.config.train.overfit_clips:
+            sources = [source.consistent(self.config.data.min_consistency) for source in sources]
         for source in sources:
             self._refuse_short(source)
             if isinstance(source, EncodedSet):
@@ -201,15 +206,6 @@ class One4DDataModule(lightning.LightningDataModule):
             sizes, weights = [source.samples_per_shard for source in sources], [source.weight for source in configs]
             order = MixtureOrder(sizes, weights, self.config.train.seed, self.config.data.block_shards)
         return ClipStream(sources, [self._cache(source) for source in sources], order, self.config, validation)
-
-    def _chosen(self, source: ShardSet | EncodedSet, validation: bool) -> ShardSet | EncodedSet:
-        """Return the clips to train on; validation takes all of its own, or those that a run overfits."""
-        if validation and not self.config.train.overfit_clips:
-            return source
-        try:
-            return source.consistent(self.config.data.min_consistency)
-        except ValueError as error:
-            raise ConfigError(f"data.min_consistency: {error}") from error
 
     def _range_cache(self) -> RangeCache | None:
         """Return the cache for reads of remote shards; None without remote shards or without data.cache_dir."""

@@ -392,8 +392,28 @@ def test_training_takes_the_consistent_clips_and_validation_all(folder, tmp_path
         config.data.min_consistency = least
         assert len({key for batch in make_module(config).train_dataloader() for key in batch.keys}) == count
     with_consistency(copy, [0.1] * 7)
-    with pytest.raises(ConfigError, match=r"data\.min_consistency: .* its best has 0\.100"):
+    with pytest.raises(ShardSetError, match=r"data\.min_consistency: .* its best has 0\.100"):
         make_module(config).train_dataloader()
     config.data.sources = [SourceConfig(str(folder), 1.0)]
-    with pytest.raises(ConfigError, match="says no consistency of its clips; write its shards again"):
+    with pytest.raises(ShardSetError, match="says no consistency of its clips; write its shards again"):
+        make_module(config).train_dataloader()
+
+
+def test_what_check_shards_flagged_is_neither_trained_on_nor_validated(folder, tmp_path):
+    copy = tmp_path / "shards"
+    shutil.copytree(folder, copy)
+    keys = [entry.key for entry in ShardSet.open(copy).entries]
+    flagged, config = (keys[1], keys[6]), make_config(copy)  # the last one is broken
+    listed = copy / "check/exclude.txt"
+    listed.parent.mkdir()
+    listed.write_text("".join(f"{key}  # static points land 30 % off\n" for key in flagged))
+    module = make_module(config)
+    batches = [*module.train_dataloader(), *module.val_dataloader()]
+    assert {key for batch in batches for key in batch.keys} == set(keys) - set(flagged)
+    assert module.clips_per_source == [5] and not any(batch.skipped for batch in batches)
+    listed.write_text("\n".join(keys))
+    with pytest.raises(ShardSetError, match=r"check/exclude\.txt: lists every clip of the set"):
+        make_module(config).train_dataloader()
+    listed.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ShardSetError, match="no text in UTF-8"):
         make_module(config).train_dataloader()

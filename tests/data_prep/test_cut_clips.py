@@ -16,7 +16,9 @@ from data_prep.shots import _between, find_shots
 from one4d_pl.scene.folder import save_video
 from one4d_pl.scene.media import VideoReader
 from one4d_pl.toy.world import render_clip
-from tests.data_prep.real_clips import SHARED
+from tests.data_prep.real_clips import REAL
+from tests.scene.test_video_kinds import save as save_kind
+from tests.scene.test_video_kinds import set_matrix
 
 CHEAP = ["--shots", "ffmpeg", "--num-frames", "9", "--min-side", "48"]
 
@@ -33,6 +35,11 @@ def save(path: Path, *shots: np.ndarray, fps: float = 12) -> None:
 def cut(videos: Path, out: Path, *options: str) -> list[dict[str, str]]:
     assert main([str(videos), "--out", str(out), *CHEAP, *options]) == 0
     return table(out)
+
+
+def psnr(frames: np.ndarray, shown: np.ndarray) -> float:  # [T, H, W, 3] uint8 each -> dB
+    assert frames.shape == shown.shape
+    return float(10 * np.log10(255**2 / np.square(frames.astype(float) - shown).mean()))
 
 
 def table(out: Path) -> list[dict[str, str]]:
@@ -57,15 +64,35 @@ def test_a_film_of_two_shots_gives_clips_of_one_shot_each(tmp_path):
         ("yes", "1", "9"), ("yes", "13", "9"), ("yes", "22", "9")
     ]  # fmt: skip
     assert sorted(p.name for p in (tmp_path / "clips").glob("*.mp4")) == [
-        "a-film-000001.mp4", "a-film-000013.mp4", "a-film-000022.mp4"
+        "a-film-f000001.mp4", "a-film-f000013.mp4", "a-film-f000022.mp4"
     ]  # fmt: skip
     for row, shown in zip(rows, (first[1:10], second[1:10], second[10:19])):
         video = VideoReader(tmp_path / "clips" / f"{row['clip']}.mp4")
-        frames = np.stack([frame.numpy() for frame in video]).astype(float)
-        assert frames.shape == shown.shape and video.fps == 12
-        assert 10 * np.log10(255**2 / np.square(frames - shown).mean()) > 30  # dB: the frame before or after has less
+        frames = np.stack([frame.numpy() for frame in video])
+        assert video.fps == 12 and psnr(frames, shown) > 30  # the frame before or after has less
     sheet = Image.open(tmp_path / "clips/contact.png")
     assert sheet.size[1] == 2 * 120  # three pieces, two in a row
+
+
+def test_turned_deep_and_uneven_videos_are_cut_as_a_player_shows_them(tmp_path):
+    shot = film(3)
+    (tmp_path / "raw").mkdir()
+    lying = [np.ascontiguousarray(np.rot90(frame, 1)) for frame in shot]
+    set_matrix(save_kind(tmp_path / "raw/turned.mp4", lying, rate=10), 0, 1, -1, 0)
+    save_kind(tmp_path / "raw/deep.mkv", list(shot), pixels="yuv420p10le", rate=10)
+    times = [*range(0, 600, 100), *range(600, 1800, 200)]  # every frame of the second half stays for two
+    save_kind(tmp_path / "raw/uneven.mp4", list(shot), times=times)
+    rows = cut(tmp_path / "raw", tmp_path / "clips", "--fps", "10")
+    shown = {
+        "deep-f000001": range(1, 10),
+        "turned-f000001": range(1, 10),
+        "uneven-f000004": [4, 5, 6, 6, 7, 7, 8, 8, 9],
+    }
+    assert [row["clip"] for row in rows if row["kept"] == "yes"] == list(shown)
+    for clip, numbers in shown.items():
+        video = VideoReader(tmp_path / f"clips/{clip}.mp4")
+        frames = np.stack([frame.numpy() for frame in video])
+        assert video.fps == 10 and psnr(frames, shot[list(numbers)]) > 30
 
 
 def test_every_rule_is_told_by_its_name(tmp_path):
@@ -85,7 +112,7 @@ def test_every_rule_is_told_by_its_name(tmp_path):
     assert why["dark"].startswith("dark: ") and "frozen: 100 % of the frames" in why["frozen"]
     assert why["short"] == "short: 6 frames, need 9" and why["small"].startswith("small: 160x40, need 48")
     assert why["text"].startswith("text: on ")
-    assert [p.name for p in (tmp_path / "clips").glob("*.mp4")] == ["good-000001.mp4"]
+    assert [p.name for p in (tmp_path / "clips").glob("*.mp4")] == ["good-f000001.mp4"]
     assert [row["why"] for row in rows if row["video"] == "race.mp4"]  # too short or too fast
 
 
@@ -105,7 +132,7 @@ def test_what_is_done_is_not_done_again_and_a_changed_video_is(tmp_path, monkeyp
     save(tmp_path / "raw/a.mp4", film(3, 10), film(7, 10))
     assert len(cut(tmp_path / "raw", tmp_path / "clips")) == 3 and seen == ["b.mp4", "a.mp4"]
     assert sorted(p.name for p in (tmp_path / "clips").glob("*.mp4")) == [
-        "a-000000.mp4", "a-000010.mp4", "b-000001.mp4"
+        "a-f000000.mp4", "a-f000010.mp4", "b-f000001.mp4"
     ]  # fmt: skip
 
 
@@ -161,8 +188,8 @@ def test_a_transition_has_a_middle_and_reaches_as_far_as_its_frames():
 
 
 def real_shots() -> torch.Tensor:  # the two real clips, one behind the other: [22 + 64, 27, 48, 3]
-    lady = [np.asarray(Image.open(p).convert("RGB")) for p in sorted((SHARED / "videos/lady-running").glob("*.jpg"))]
-    drift = [frame.numpy() for frame in VideoReader(SHARED / "videos/drift-turn.mp4")]
+    lady = [np.asarray(Image.open(p).convert("RGB")) for p in sorted((REAL / "videos/lady-running").glob("*.jpg"))]
+    drift = [frame.numpy() for frame in VideoReader(REAL / "videos/drift-turn.mp4")]
     small = [np.asarray(Image.fromarray(f).resize((48, 27), Image.Resampling.BOX)) for f in [*lady, *drift]]
     return torch.from_numpy(np.stack(small))
 
