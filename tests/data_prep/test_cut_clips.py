@@ -161,7 +161,7 @@ def test_mistakes_are_one_line(tmp_path, capsys):
         tmp_path / "raw", "--out", tmp_path / "none", "--min-brightness", "250"
     )
     cut(tmp_path / "raw", tmp_path / "clips")
-    assert "of other settings" in error_of(tmp_path / "raw", "--out", tmp_path / "clips", "--min-motion", "2")
+    assert "cut with other settings" in error_of(tmp_path / "raw", "--out", tmp_path / "clips", "--min-motion", "2")
     (tmp_path / "clips/parts/a.json").write_text("{}")
     assert "its video is cut again" in error_of(tmp_path / "raw", "--out", tmp_path / "clips")
 

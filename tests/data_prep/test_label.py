@@ -1,4 +1,4 @@
-"""Laws of labelling: each clip once, nothing half-done, and from raw videos to shards in one chain.
+"""Laws of labelling: each clip once, nothing half-done.
 
 The tools themselves are not here. A program of the same name stands in their place that leaves the same folders.
 """
@@ -10,14 +10,10 @@ import os
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
-from data_prep.check_shards import main as check_main
-from data_prep.cut_clips import main as cut_main
 from data_prep.label import LABELERS, main
-from data_prep.stats import main as stats_main
 from data_prep.write_shards import main as write_main
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.scene.folder import save_video
@@ -152,26 +148,3 @@ def shards_of(folder: Path, tool: str) -> ShardSet:
     words = ["--source", tool, "--root", str(folder / "labels"), "--out", str(folder / "shards"), "--num-frames", "9"]
     assert write_main([*words, "--height", "48", "--width", "64"]) == 0
     return ShardSet.open(folder / "shards")
-
-
-def test_from_raw_videos_to_shards_that_are_checked_and_counted(tmp_path, capsys):
-    """Two shots in one film, another film, and one that is too short."""
-    first, second, third = film(seed=2), film(seed=0), film(seed=4)
-    both = Shot(*(np.concatenate([a, b]) for a, b in zip(vars(first).values(), vars(second).values(), strict=True)))
-    raw_video(tmp_path / "raw/two.mp4", both)
-    raw_video(tmp_path / "raw/other.mp4", third)
-    raw_video(tmp_path / "raw/short.mp4", Shot(*(value[:5] for value in vars(third).values())))
-    cheap = ["--shots", "ffmpeg", "--num-frames", "9", "--min-side", "48"]
-    assert cut_main([str(tmp_path / "raw"), "--out", str(tmp_path / "clips"), *cheap]) == 0
-    shots = {"other-000000": third, "two-000000": first, "two-000009": second}
-    assert sorted(path.stem for path in (tmp_path / "clips").glob("*.mp4")) == list(shots)
-    tool = program(tmp_path / "bin", "da3", shots)
-    words = [str(tmp_path / "clips"), "--with", "da3", "--out", str(tmp_path / "labels"), "--program", str(tool)]
-    assert main(words) == 0
-    shards = shards_of(tmp_path, "da3")
-    assert [shards.key(n) for n in range(len(shards))] == [f"{name}-00000" for name in shots]
-    for n, shot in enumerate(shots.values()):
-        assert worst_reprojection(shards.read(n), shot) <= 0.01
-    assert check_main([str(tmp_path / "shards"), "--vae-clips", "0"]) == 0
-    assert "3 clips, 0 flagged" in capsys.readouterr().out
-    assert stats_main([str(tmp_path / "shards"), "--out", str(tmp_path / "stats")]) == 0
