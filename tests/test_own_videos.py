@@ -123,6 +123,7 @@ def test_the_page_leads_from_three_raw_videos_to_a_scene(tmp_path, labeler):
     assert len(scene.frames) == 18 and bool(scene.depth.isfinite().any())
 
 
+@pytest.mark.slow  # 90 s, most of it the scene of 64 frames
 @pytest.mark.realdata
 @pytest.mark.skipif(not REAL.is_dir(), reason="shared/data is not here")
 def test_the_page_leads_from_real_videos_to_a_scene(tmp_path, labeler):

@@ -221,7 +221,7 @@ def damaged(path: Path, rng: random.Random) -> Iterator[str]:
             path.mkdir()
             yield f"{path.name} is a folder"
         elif kind == 2:
-            new = path.with_name(rng.choice(["日本語", "a b", "ü" * 30, "..x", "-", "000000", "😀"]) + path.suffix)
+            new = path.with_name(rng.choice(["日本語", "a b", "ü" * 30, "..x", "-", "999999", "😀"]) + path.suffix)
             path.rename(new)
             try:
                 yield f"{path.name} is called {new.name}"
