@@ -55,8 +55,9 @@ def _vipe(program: str, clip: Path, out: Path, model: str) -> list[str]:
 def _da3(program: str, clip: Path, out: Path, model: str) -> list[str]:
     # it keeps every int(rate / fps)-th frame, at least each one
     rate = ["--fps", "1000"]
+    size = ["--process-res", "644"]  # the longer side, a multiple of 14: no less than the large scales' 352x624
     saved = ["--export-dir", str(out), "--auto-cleanup", "--export-format", "npz"]
-    return [program, "video", str(clip), *rate, "--model-dir", model, *saved]
+    return [program, "video", str(clip), *rate, *size, "--model-dir", model, *saved]
 
 
 def _mapanything(program: str, clip: Path, out: Path, model: str) -> list[str]:

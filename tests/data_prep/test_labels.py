@@ -112,6 +112,15 @@ def test_what_cannot_be_read_is_said_in_one_line(tmp_path, shot, caplog):
     assert "not a pinhole camera" in said("vipe", root)
 
 
+def test_clips_of_one_video_are_one_scene():
+    for tool, units in {
+        "da3": ("walk-f000000", "walk-f000081"),
+        "vipe": ("walk-f000000/vipe_results/walk-f000000", "walk-f000081/vipe_results/walk-f000081"),
+    }.items():
+        scenes = {registry.scene_of(tool, unit) for unit in units}
+        assert len(scenes) == 1 and registry.scene_of(tool, "walk-2") not in scenes
+
+
 def test_several_clips_share_a_folder(tmp_path, shot):
     for name in ("a", "b"):
         WRITERS["vipe"](tmp_path / name, shot, name)
