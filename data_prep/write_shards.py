@@ -169,7 +169,10 @@ def write(arguments: Arguments) -> ShardSet | None:
         u for u in split_units(arguments.source, units, arguments.split, arguments.val_share) if u not in exclusions
     ]
     if not units:
-        raise UserError(f"{arguments.root or arguments.source}: no scene left for --split {arguments.split}")
+        raise UserError(
+            f"{arguments.root or arguments.source}: no scene left for --split {arguments.split}; with few scenes take "
+            "another --val-share, the same for both splits"
+        )
     plan = Plan(units, arguments.samples_per_shard, arguments.limit, "raw", arguments.split, recipe)
     staging = Staging(out, plan)
     todo = [

@@ -245,7 +245,7 @@ def _read_sample(config: Config, source: SourceConfig, place: Place) -> None:
     made_by_fit = config.data.toy.folders() if config.data.toy else []
     if Path(source.path) in made_by_fit and not (Path(source.path) / "manifest.json").is_file():
         return
-    shards = open_set(source.path)
+    shards = open_set(source.path).without_flagged()
     try:
         shards.read(len(shards) * place.node_index // place.nodes)
     except ValueError as error:

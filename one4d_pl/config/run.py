@@ -94,6 +94,8 @@ class DataConfig:
     # GiB that a node's processes may keep there together; what was used longest ago goes first
     cache_gib: float = knob(100.0, above=0, may_change=True)
     max_skip_share: float = knob(0.05, low=0, high=1, may_change=True)  # broken samples beyond this share stop the run
+    # train on clips whose depth and cameras agree this well among frames: 0.95 = to 5 %; 0 = all (docs/data.md)
+    min_consistency: float = knob(0.0, low=0, high=1)
 
     def __post_init__(self) -> None:
         if self.num_frames % TEMPORAL_FACTOR != 1 or not 9 <= self.num_frames <= 81:

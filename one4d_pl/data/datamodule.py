@@ -116,6 +116,7 @@ class One4DDataModule(lightning.LightningDataModule):
         self.recipe = encoding_recipe(encoder_fingerprint, config.base.max_text_tokens, config.data)
         self._latents: tuple[LatentStats | None] | None = None  # measured once; (None,) = nothing to measure
         self.start_step = 0  # set on resume, before the loaders are built
+        self.clips_per_source: list[int] = []  # to train on; known once the loader is built
 
     def prepare_data(self) -> None:
         """Write the toy shards where absent; Lightning calls this in one process only."""
@@ -134,7 +135,9 @@ class One4DDataModule(lightning.LightningDataModule):
         sampler = StepSampler(
             self.start_step, train.max_steps, train.global_batch_size, train.micro_batch_size, rank, train.world_size
         )
-        return self._loader(self._stream(self.config.data.sources, validation=False), sampler)
+        stream = self._stream(self.config.data.sources, validation=False)
+        self.clips_per_source = [len(source) for source in stream.sources]
+        return self._loader(stream, sampler)
 
     def val_dataloader(self) -> TimedLoader:
         """Return the loader of the first val.clips validation clips, split over the ranks.
@@ -188,7 +191,9 @@ class One4DDataModule(lightning.LightningDataModule):
 
     def _stream(self, configs: list[SourceConfig], validation: bool) -> ClipStream:
         reader = RangeReader(self._range_cache())
-        sources = [open_set(source.path, reader) for source in configs]
+        sources = [open_set(source.path, reader).without_flagged() for source in configs]
+        if not validation or self.config.train.overfit_clips:
+            sources = [source.consistent(self.config.data.min_consistency) for source in sources]
         for source in sources:
             self._refuse_short(source)
             if isinstance(source, EncodedSet):
