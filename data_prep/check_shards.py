@@ -3,9 +3,10 @@
 Every shard is compared with its hash, every clip decoded, and its geometry, normalisation and cameras are measured.
 Each clip is also read by the conventions that are commonly mistaken for each other (conventions.py): one that fits
 clearly better is reported, with its margin. Leaves in FOLDER/check (or --report): report.json (numbers per clip, their
-medians, what each convention is found to be, what is flagged), exclude.txt (for `write_shards --exclude`) and clips.png
-(flagged clips first). Ends with 1 where a file is damaged. With --rank and --world it is one task of an array job; a
-shard that was checked is not checked again.
+medians, what each convention is found to be, what is flagged), exclude.txt (the flagged clips with the reasons; `fit`
+leaves out what FOLDER/check/exclude.txt lists, so look at it and delete lines) and clips.png (flagged clips first).
+Ends with 1 where a file is damaged. With --rank and --world it is one task of an array job; a shard that was checked is
+not checked again.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ from statistics import median
 
 import torch
 from diffusers import AutoencoderKLWan
-from tqdm import tqdm
 
 from data_prep.conventions import READINGS, believed_reading, verdict
 from data_prep.geometry_checks import check_geometry
@@ -31,12 +31,13 @@ from data_prep.pictures import draw_clips
 from one4d_pl.commands.command import Command
 from one4d_pl.config import EMBEDDED_BASE, base_folder
 from one4d_pl.data.shards import ShardSet
-from one4d_pl.data.tar_set import SampleError
+from one4d_pl.data.tar_set import FLAGGED_NAME, SampleError
 from one4d_pl.errors import UserError, reading
 from one4d_pl.files import check_folder, open_whole, write_json
 from one4d_pl.geometry.pointmap import denormalise, depth_to_pointmap, normalise_pointmap
 from one4d_pl.models.base_files import weight_files
 from one4d_pl.models.encoder_files import open_vae
+from one4d_pl.progress import Progress
 from one4d_pl.types import Clip
 
 FAR_LIMIT = 10.0  # as in training (config.DataConfig)
@@ -165,8 +166,10 @@ def write_report(shards: ShardSet, parts: list[Path], report: Path) -> tuple[lis
         "checks": [{k: _plain(v) for k, v in asdict(check).items()} for check in checks],
     }  # fmt: skip
     write_json(report / "report.json", report_tree)
-    with open_whole(report / "exclude.txt") as file:
-        file.writelines(f"{key}  # {'; '.join(reasons)}\n".encode() for key, reasons in flagged.items())
+    with open_whole(report / Path(FLAGGED_NAME).name) as file:
+        for key, reasons in flagged.items():
+            if not reasons[0].startswith("VAE"):  # the last one; few clips go through it, and another may train
+                file.write(f"{key}  # {'; '.join(reasons)}\n".encode())
     readable = [n for n, check in enumerate(checks) if not check.fault]
     shown = sorted(readable, key=lambda n: checks[n].key not in flagged)[:MAX_PICTURES]
     titles = ["; ".join(flagged.get(checks[n].key, ["nothing flagged"])) for n in shown]
@@ -222,7 +225,7 @@ def summary(shards: ShardSet, checks: list[ClipCheck], damaged: list[str]) -> li
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", help="raw shards, local")
-    parser.add_argument("--report", type=Path, help="folder of the report; default: FOLDER/check")
+    parser.add_argument("--report", type=Path, help="folder of the report; default: FOLDER/check, where fit looks")
     parser.add_argument("--base", help="folder of a base whose VAE is tried; default: the shipped tiny VAE")
     parser.add_argument("--vae-clips", type=int, default=8, help="so many clips go through it (default %(default)s)")
     parser.add_argument("--jobs", type=int, default=1, help="processes (default %(default)s)")
@@ -233,7 +236,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def _run(args: argparse.Namespace) -> int:
     """Check and print; return the exit code: 1 where a shard or clip is damaged."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    report = args.report or Path(args.folder) / "check"
+    report = args.report or Path(args.folder, FLAGGED_NAME).parent
     vae = None if args.vae_clips < 1 else args.base or str(base_folder(EMBEDDED_BASE))
     settings_id = hashlib.sha256(f"{vae} {args.vae_clips} {sorted(READINGS)}".encode()).hexdigest()[:8]
     if vae is not None and not weight_files(Path(vae), "vae"):
@@ -245,7 +248,7 @@ def _run(args: argparse.Namespace) -> int:
     ]
     mine = range(args.rank, len(parts), args.world)
     tasks = [ShardTask(args.folder, n, parts[n], vae, args.vae_clips) for n in mine if not parts[n].exists()]
-    for _ in tqdm(run_parallel(check_shard, tasks, args.jobs), total=len(tasks), unit="shard"):
+    for _ in Progress(run_parallel(check_shard, tasks, args.jobs), total=len(tasks), unit="shard"):
         pass
     if not all(part.exists() for part in parts):
         print(f"task {args.rank} of {args.world} is done; the others are not: {report}")

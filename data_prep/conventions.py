@@ -88,6 +88,25 @@ def verdict(margin: tuple[float, float]) -> int:
     return -1 if min(margin) <= -CLEAR_MARGIN and max(margin) <= SLACK else 0
 
 
+def consistency_of(clip: Clip) -> float | None:
+    """Measure how well depth and cameras of a clip's frames agree: 1 = exactly, 0.9 = static depth is 10 % off.
+
+    It is exp(-static_error) of `ReadingMargins`, to four digits; None where frames share no view.
+    """
+    pairs = _frame_pairs(clip.num_frames)
+    if not pairs or not bool(clip.valid.any()):
+        return None
+    views = _Views.of(clip, pairs)
+    error = _static_error(views.reproject(views.given(), 1))
+    return None if math.isnan(error) else round(math.exp(-error), 4)
+
+
+def _static_error(given: _Reprojection) -> float:
+    """Return the median over pairs of the medians of depth's error, of log depth; nan = no shared view."""
+    static = given.depth_error.where(given.inside, torch.nan).nanmedian(1).values
+    return float(static.where(given.seen, torch.nan).nanmedian())
+
+
 def compare_readings(clip: Clip) -> ReadingMargins:
     """Compare the given reading of a clip with every other; it needs a valid pixel."""
     pairs = _frame_pairs(clip.num_frames)
@@ -97,7 +116,6 @@ def compare_readings(clip: Clip) -> ReadingMargins:
     given = views.reproject(views.given(), 1)
     if not bool(given.usable.any()):
         return ReadingMargins(math.nan, {}, math.nan)
-    static = given.depth_error.where(given.inside, torch.nan).nanmedian(1).values
     margins = {
         name: _margin(given, views.reproject(reading, 1), reading.usable(views.pairs))
         for name, reading in views.other_readings(clip.num_frames)
@@ -115,7 +133,7 @@ def compare_readings(clip: Clip) -> ReadingMargins:
         scale = clearest
     else:
         scale = 1.0 if max(verdict(margin) for margin in scaled.values()) < 0 else math.nan
-    return ReadingMargins(float(static.where(given.seen, torch.nan).nanmedian()), margins, scale)
+    return ReadingMargins(_static_error(given), margins, scale)
 
 
 @dataclass(frozen=True)

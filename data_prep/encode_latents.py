@@ -2,7 +2,8 @@
 
 Writes encoded shards (latents of frames and pointmaps, embeddings, conditioning latents of frame 0 alone and of K
 sparse draws) of every folder of data.sources, or of --raw. Without --out they lie beside the raw shards, where `fit`
-finds them as its cache; as entries of data.sources they train alone, without raw shards and without the VAE.
+finds them as its cache; with it they are entries of data.sources that train alone, without raw shards and without the
+VAE, and clips that check_shards flagged are not among them.
 With --rank and --world it is one task of an array job (slurm/prep.sh); it can be stopped and started again.
 """
 
@@ -68,6 +69,8 @@ def encode(arguments: Arguments, config: Config) -> list[str]:
     lines = []
     for location in [arguments.raw] if arguments.raw else [source.path for source in config.data.sources]:
         raw = ShardSet.open(location)
+        if arguments.out:  # of a cache `fit` takes what it needs
+            raw = raw.without_flagged()
         if arguments.out is None and "://" in location:
             raise ConfigError(f"{location}: nothing can be written beside a URL; give --raw and --out")
         folder = Path(arguments.out) if arguments.out else cache_folder(location, recipe)

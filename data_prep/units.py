@@ -16,12 +16,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from data_prep.captions import CaptionOptions, best_caption
+from data_prep.conventions import consistency_of
 from data_prep.quality import reject_reason
 from data_prep.sources import registry
 from one4d_pl.data.decode import resize_clip
 from one4d_pl.data.shards import pack_clip
 from one4d_pl.data.staging import Dropped, Plan, Staging
 from one4d_pl.data.tar_set import MANIFEST_NAME, Origin, SampleEntry
+from one4d_pl.data.texts import listed_names
 from one4d_pl.errors import UserError, reading
 from one4d_pl.files import read_text
 from one4d_pl.toy.world import clip_key, render_clip
@@ -90,8 +92,7 @@ def read_exclusions(path: str | None) -> set[str]:
     """Read clip keys and units, one per line; what follows a # is a comment."""
     if path is None:
         return set()
-    names = (line.split("#", 1)[0].strip() for line in read_text(Path(path)).splitlines())
-    return {name for name in names if name}
+    return listed_names(read_text(Path(path)))
 
 
 def scene_of(source: str, unit: str) -> str:
@@ -147,7 +148,7 @@ def _packed_clips(task: UnitTask, dropped: list[Dropped]) -> Iterator[tuple[Orig
         if reason is None:
             clip = replace(clip, caption=best_caption(clip, task.unit, task.captions))
             try:
-                packed = pack_clip(clip, scene, benchmark)
+                packed = pack_clip(clip, scene, benchmark, consistency_of(clip))
             except ValueError as error:
                 reason = str(error).removeprefix(f"{clip.key}: ")
             else:

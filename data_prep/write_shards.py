@@ -17,8 +17,6 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from data_prep.captions import CaptionOptions, digest_of_table, read_table
 from data_prep.parallel import run_parallel
 from data_prep.sources.registry import DEFAULT_STRIDES
@@ -30,6 +28,7 @@ from one4d_pl.data.staging import Plan, Staging, is_finished
 from one4d_pl.data.tar_set import SPLITS, Recipe
 from one4d_pl.errors import UserError
 from one4d_pl.files import check_folder
+from one4d_pl.progress import Progress
 from one4d_pl.types import DOMAINS
 
 log = logging.getLogger("data_prep")
@@ -170,7 +169,10 @@ def write(arguments: Arguments) -> ShardSet | None:
         u for u in split_units(arguments.source, units, arguments.split, arguments.val_share) if u not in exclusions
     ]
     if not units:
-        raise UserError(f"{arguments.root or arguments.source}: no scene left for --split {arguments.split}")
+        raise UserError(
+            f"{arguments.root or arguments.source}: no scene left for --split {arguments.split}; with few scenes take "
+            "another --val-share, the same for both splits"
+        )
     plan = Plan(units, arguments.samples_per_shard, arguments.limit, "raw", arguments.split, recipe)
     staging = Staging(out, plan)
     todo = [
@@ -184,7 +186,7 @@ def write(arguments: Arguments) -> ShardSet | None:
     ]  # fmt: skip
     whole = staging.assemble()
     start, clips, size = time.monotonic(), 0, 0
-    with tqdm(total=len(units), initial=len(units) - len(todo), unit="unit") as bar:
+    with Progress(total=len(units), initial=len(units) - len(todo), unit="unit") as bar:
         for result in run_parallel(convert_unit, [] if whole else todo, arguments.jobs):
             clips, size = clips + result.clips, size + result.bytes
             _report_unit(bar, result, clips, time.monotonic() - start)
@@ -198,7 +200,7 @@ def write(arguments: Arguments) -> ShardSet | None:
     return ShardSet.open(out)
 
 
-def _report_unit(bar: tqdm, result: UnitResult, clips: int, seconds: float) -> None:
+def _report_unit(bar: Progress, result: UnitResult, clips: int, seconds: float) -> None:
     for dropped in result.dropped:
         bar.write(f"left out: {dropped.key or dropped.unit}: {dropped.reason}", file=sys.stderr)
     bar.set_postfix_str(f"{clips / max(seconds, 1e-9):.2f} clips/s")

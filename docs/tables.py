@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from data_prep.sources import bedlam, generic, omniworld, pointodyssey, registry, rgbd, spatialvid, tartanair
+from data_prep.sources.labels import TOOLS
 from experiments.nano.experiments import CLAIMS, LABELS, RUNS
 from one4d_pl.__main__ import COMMANDS
 from one4d_pl.cluster.signals import PREEMPTED
@@ -186,6 +187,9 @@ def _sources() -> str:
     }
     rows = []
     for name in registry.SOURCES:
+        if tool := TOOLS.get(name):
+            rows.append([f"`{name}`", f"clips that {tool.title} has labelled", f"labels: `{tool.LICENCE}`", "1"])
+            continue
         sentence = " ".join((modules[name].__doc__ or "").split("\n\n")[0].split()).split(";")[0].rstrip(".")
         licences = getattr(modules[name], "LICENCES", None) or {"": getattr(modules[name], "LICENCE", "")}
         tags = ", ".join(f"{layout and f'{layout}: '}`{tag}`" for layout, tag in licences.items() if tag)

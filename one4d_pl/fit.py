@@ -15,16 +15,16 @@ import argparse
 import logging
 import os
 import sys
-import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from one4d_pl.cluster.readiness import refuse_absent_deepspeed
+from one4d_pl.cluster.readiness import refuse_absent_packages
 from one4d_pl.cluster.restarts import begin_start, forget_starts, note_end
 from one4d_pl.cluster.watchdog import rank_log
 from one4d_pl.commands.command import Command
 from one4d_pl.config import Config, ConfigError, EvalConfig, check_paths, initial_adapters, load_config, to_yaml
+from one4d_pl.training.library_messages import quieten
 from one4d_pl.training.run_lock import sole_run
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _run(args: argparse.Namespace) -> int:
         print(to_yaml(config), end="")
         return 0
     check_paths(config)
-    refuse_absent_deepspeed(config)
+    refuse_absent_packages(config)
     check_folder(Path(config.run_dir), "run_dir")
     rank = early_rank(config.train.devices)
     with sole_run(config.run_dir) if rank == 0 else nullcontext():
@@ -111,7 +111,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     and returns that signal's exit code on rank 0.
     """
     stop = Stop() if stop is None else stop
-    _quieten()
+    quieten()
     # before torch loads OpenMP: threads that spin while they wait make a busy machine ten times slower
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
@@ -136,6 +136,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
     from one4d_pl.models.transformer import describe_sizes
     from one4d_pl.training.checkpoint import StepCheckpoint, refuse_other_run
     from one4d_pl.training.checkpoint_files import newest_checkpoint, read_step, refuse_used_folder
+    from one4d_pl.training.loggers import finish_loggers
     from one4d_pl.training.module import One4DModule
     from one4d_pl.training.step_guard import StepGuard
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads, training_data
@@ -164,13 +165,12 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         write_text(Path(config.run_dir) / "config.yaml", to_yaml(config))
 
     heartbeat = Heartbeat(config, early_rank(config.train.devices))
-    datamodule = training_data(config, heartbeat.beat)
-    datamodule.start_step = start_step
     module = One4DModule(config, adapters=resume_from or initial_adapters(config), resume=resume_from is not None)
     guard = StepGuard(config.train)
     average = WeightAverage(config.optim.ema_decay, guard, resume_from) if config.optim.ema_decay else None
     checkpoint = StepCheckpoint(config, resume_from, guard.skipped, average)
     throughput, losses = Throughput(config.train, config.data.max_skip_share), LossCurves(config.train)
+    preemption = Preemption(config, stop, checkpoint)
     callbacks = [
         heartbeat,
         throughput,
@@ -181,9 +181,11 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         *scene_callbacks(config.eval),
         checkpoint,
         StepBar(),
-        Preemption(config, stop, checkpoint),
+        preemption,
     ]
-    trainer = build_trainer(config, callbacks)
+    trainer = build_trainer(config, callbacks, start_step)
+    datamodule = training_data(config, heartbeat.beat, lambda: preemption.between_clips(trainer))
+    datamodule.start_step = start_step
     fast_forward(trainer, start_step, config.train.accumulation)
     try:
         with at_interrupt(checkpoint.writer.wait):
@@ -193,6 +195,7 @@ def fit(config: Config, stop: Stop | None = None) -> int:
         return exit_code(stopped.number) if trainer.is_global_zero else 0
     finally:
         checkpoint.writer.wait()  # a checkpoint that is being written is finished, whatever ended the run
+        finish_loggers(trainer)
     log.info("adapter: %s; trainables %s", config.run_dir, describe_sizes(module.transformer.parameter_counts()))
     return 0
 
@@ -211,15 +214,6 @@ def scene_callbacks(config: EvalConfig) -> list[Callback]:
     if config.video_every:
         callbacks.append(VideoEval(config))
     return callbacks
-
-
-def _quieten() -> None:
-    """Silence messages that other libraries print on every start and that no user can act on."""
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed", "httpx"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*treespec.*")
-    warnings.filterwarnings("ignore", message=".*module\\(s\\) in eval mode.*")  # the frozen base, on purpose
 
 
 main = Command("python -m one4d_pl.fit", __doc__, _add_arguments, _run)

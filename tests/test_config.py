@@ -346,6 +346,7 @@ BAD_VALUES = [
     (["data.block_shards=0"], ["data.block_shards"]),
     (["data.num_workers=-1"], ["data.num_workers"]),
     (["data.max_skip_share=-0.1"], ["data.max_skip_share"]),
+    (["data.min_consistency=1.1"], ["data.min_consistency"]),
     (["data.cache_gib=0"], ["data.cache_gib", "> 0"]),
     (["train.strategy=deepspeed", "train.devices=3", "train.micro_batch_size=1"], ["3 processes", "legal numbers"]),
     (["data.toy.val=-1"], ["data.toy.val"]),

@@ -25,7 +25,7 @@ LINKED = [*PAGES, REPO / "docs/nano/report.md"]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
-FOLDERS = ("one4d_pl/", "data_prep/", "configs/", "slurm/", "tests/", "docs/", "experiments/")
+FOLDERS = ("one4d_pl/", "data_prep/", "configs/", "slurm/", "tests/", "docs/", "examples/", "experiments/")
 # programs of others
 FOREIGN = {"git", "cd", "mkdir", "cp", "tail", "pip", ".venv/bin/tensorboard", ".ci/run", "pre-commit"}
 HOLE = "…"

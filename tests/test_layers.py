@@ -13,7 +13,7 @@ PACKAGES = ("one4d_pl", "data_prep", "experiments")
 
 # Rooms on one floor do not import each other. data_prep may use any room of the package, none uses it; experiments too.
 FLOORS = (
-    "errors interrupts",
+    "errors interrupts progress",
     "files",
     "config types",
     "geometry toy",

@@ -78,6 +78,16 @@ def test_the_fastest_way_that_fits_is_a_config_that_loads_and_plans_the_same(gpu
     assert plan(config, 1, gpu, 0.5).layout == way
 
 
+@pytest.mark.parametrize(("scale", "recipe"), [("wan_1_3b", "one_gpu"), ("wan_14b", "one_gpu_14b")])
+def test_the_recipe_of_one_gpu_is_the_fastest_way_that_fits_24_gb(scale, recipe):
+    files = [f"configs/{name}.yaml" for name in ("dlc", f"scale/{scale}", "data/own", f"recipes/{recipe}")]
+    config = load_config([str(REPO / file) for file in files], [])
+    run = plan(config, 1, "RTX 4090", 0.5)
+    way = fastest_fit(run, host_gib=64)
+    assert load_config([str(REPO / file) for file in files], overrides_text(way).split()) == config
+    assert run.layout == way and run.global_batch == 8
+
+
 def test_host_memory_may_be_limited_and_what_never_fits_is_one_line(capsys):
     small = fastest_fit(alone("RTX 4090"), host_gib=60)
     assert small.quantised and alone("RTX 4090").memory(small).host <= 60 * 2**30

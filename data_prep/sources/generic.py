@@ -66,9 +66,22 @@ def has_unit(root: Path, unit: str) -> bool:
 def open_unit(root: Path, unit: str, stride: int, min_confidence: float) -> list[Track]:
     """Return the folder's or npz's only track."""
     path = root / unit
-    arrays = read_arrays(path)
+    named = unit.removesuffix(".npz")
+    return track_of("generic", root, named, path, read_arrays(path), _read_texts(path), stride, min_confidence)
+
+
+def track_of(
+    source: str,
+    root: Path,
+    unit: str,  # for the keys
+    path: Path,  # for errors, and of the frames where the arrays have none
+    arrays: dict[str, np.ndarray],  # by the names in the module's docstring
+    texts: Texts,
+    stride: int,
+    min_confidence: float,
+) -> list[Track]:
+    """Return the only track of a clip whose arrays are read; ValueError names what is missing or wrong."""
     geometry = Geometry.of_arrays(arrays, str(path), min_confidence)
-    texts = _read_texts(path)
     moving = arrays.get("moving")
     if moving is not None and (moving.dtype != bool or moving.shape != geometry.depth.shape):
         raise ValueError(f"{path}: moving is {moving.dtype} {moving.shape}, need bool {tuple(geometry.depth.shape)}")
@@ -78,12 +91,12 @@ def open_unit(root: Path, unit: str, stride: int, min_confidence: float) -> list
         part = None if moving is None else torch.from_numpy(moving[list(window)])
         frames, fitted, part = fit_to_frames(frames, geometry.at(window), part, str(path))
         return Clip(
-            key=clip_key(root, unit.removesuffix(".npz"), f"{window[0]:05d}"),
+            key=clip_key(root, unit, f"{window[0]:05d}"),
             frames=frames,
             **vars(fitted),
             moving=part,
             caption=texts.caption,
-            source="generic",
+            source=source,
             domain=texts.domain,
             fps=texts.fps / stride,
             licence=texts.licence,
@@ -100,7 +113,7 @@ def read_arrays(path: Path) -> dict[str, np.ndarray]:
 
 
 @dataclass(frozen=True)
-class _Texts:
+class Texts:
     """The contents of clip.json."""
 
     fps: float
@@ -109,7 +122,7 @@ class _Texts:
     caption: str  # "" = none
 
 
-def _read_texts(path: Path) -> _Texts:
+def _read_texts(path: Path) -> Texts:
     """Read the texts of a clip (see `data.texts`); ValueError names what is missing or wrong."""
     if path.suffix == ".npz":
         members = read_npz(path, TEXTS)
@@ -118,6 +131,11 @@ def _read_texts(path: Path) -> _Texts:
         tree: object = {name: array.item() for name, array in members.items()}
     else:
         tree = read_json(path / "clip.json")
+    return texts_of(tree, path)
+
+
+def texts_of(tree: object, path: Path) -> Texts:
+    """Check the contents of a clip.json; ValueError names what is missing or wrong."""
     if not isinstance(tree, dict):
         raise ValueError(f"{path}: clip.json is no object")
     if missing := {"fps", "licence"} - set(tree):
@@ -133,7 +151,7 @@ def _read_texts(path: Path) -> _Texts:
     if domain not in DOMAINS:
         raise ValueError(f"{path}: domain is {domain!r}, need one of {DOMAINS}")
     try:
-        return _Texts(rate, licence_text(tree["licence"]), domain, caption_text(tree.get("caption")))
+        return Texts(rate, licence_text(tree["licence"]), domain, caption_text(tree.get("caption")))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
 

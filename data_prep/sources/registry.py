@@ -1,7 +1,7 @@
 """Every source by name: what `write_shards` needs to cut any dataset into clips, unit by unit.
 
-A source is a module of this package with `LAYOUT` (a unit in words), `list_units(root)`, `has_unit(root, unit)` and
-`open_unit(root, unit, stride, ...)`, which lists the unit's tracks.
+A source is a module of this package, or a tool of `labels`, with `LAYOUT` (a unit in words), `list_units(root)`,
+`has_unit(root, unit)` and `open_unit(root, unit, stride, ...)`, which lists the unit's tracks.
 """
 
 from __future__ import annotations
@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import ModuleType
+from typing import Any
 
 from data_prep.sources import bedlam, generic, omniworld, pointodyssey, rgbd, spatialvid, tartanair
+from data_prep.sources.labels import TOOLS
 from data_prep.sources.tracks import Track, clips_of_units
 from one4d_pl.types import Clip
 
@@ -24,6 +25,7 @@ DEFAULT_STRIDES = {
     "rgbd": 2,  # 15 per second
     "spatialvid": 1,  # annotated frames: 5 or 6 per second
     "tartanair": 1,  # nominally 10 per second, and fast
+    **dict.fromkeys(TOOLS, 1),  # every frame that was labelled
 }
 SOURCES = tuple(DEFAULT_STRIDES)
 
@@ -41,6 +43,8 @@ def scene_of(source: str, unit: str) -> str:
     # <scene>_3rd, <scene>_ego1, ... are cameras in one scene, <scene>_f is the scene in fog
     if source == "pointodyssey":
         return re.sub(r"(_3rd|_ego\d*|_f)+$", "", unit)
+    if source in TOOLS:  # clips of one video, as cut_clips names them
+        return re.sub(r"-f\d{6,}(?=/|$)", "", unit)
     return unit
 
 
@@ -51,7 +55,7 @@ def iter_clips(
     stride: int | None = None,  # None: DEFAULT_STRIDES
     units: Sequence[str] | None = None,  # None: all of list_units
     geometry: str | Path | None = None,  # spatialvid only: a folder of pseudo geometry, one generic clip per video
-    min_confidence: float = 0.0,  # generic, and spatialvid with `geometry`: less trusted pixels become invalid
+    min_confidence: float = 0.0,  # generic, labels, spatialvid with `geometry`: less trusted pixels become invalid
 ) -> Iterator[Clip]:
     """Yield a dataset's clips, but for broken ones, which are logged; ValueError for wrong units, root or options."""
     root, module = Path(root), _module(source)
@@ -59,14 +63,17 @@ def iter_clips(
     pseudo = None if geometry is None else Path(geometry)
     if geometry is not None and source != "spatialvid":
         raise ValueError(f"{source} has its own geometry; only spatialvid takes a geometry folder")
-    if min_confidence > 0 and source != "generic" and geometry is None:
-        raise ValueError(f"{source} has no confidence; min_confidence is for generic, or spatialvid with geometry")
+    if min_confidence > 0 and source not in ("generic", *TOOLS) and geometry is None:
+        named = ", ".join(TOOLS)
+        raise ValueError(
+            f"{source} has no confidence; min_confidence is for generic, {named}, spatialvid with geometry"
+        )
     if pseudo is not None and not pseudo.is_dir():
         raise ValueError(f"{pseudo}: no folder of pseudo geometry")
 
     def open_unit(unit: str) -> list[Track]:
-        if source == "generic":
-            return generic.open_unit(root, unit, step, min_confidence)
+        if source == "generic" or source in TOOLS:
+            return module.open_unit(root, unit, step, min_confidence)
         if source == "spatialvid":
             return spatialvid.open_unit(root, unit, step, pseudo, min_confidence)
         return module.open_unit(root, unit, step)
@@ -82,10 +89,10 @@ def iter_clips(
     return clips_of_units(root, chosen, open_unit, num_frames, step)
 
 
-def _module(source: str) -> ModuleType:
+def _module(source: str) -> Any:  # a module, or a tool of `labels` with the same functions
     modules = {
         "bedlam": bedlam, "generic": generic, "omniworld": omniworld, "pointodyssey": pointodyssey, "rgbd": rgbd,
-        "spatialvid": spatialvid, "tartanair": tartanair,
+        "spatialvid": spatialvid, "tartanair": tartanair, **TOOLS,
     }  # fmt: skip
     if source not in modules:
         raise ValueError(f"no source {source!r}; there are {', '.join(SOURCES)}")

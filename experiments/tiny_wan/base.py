@@ -22,6 +22,7 @@ from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.sample_order import derived_generator
 from one4d_pl.diffusion.flow_matching import interpolate, shift_sigma
 from one4d_pl.files import replaced_folder, whole_file, write_json
+from one4d_pl.models.attention_norms import norm_without_autocast
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.precision import can_compile, training_attention
 from one4d_pl.models.transformer import attend_with, compile_wan
@@ -57,6 +58,7 @@ class TinyBaseModule(lightning.LightningModule):
             return
         self.encoders = WanEncoders.of(self.config.base)
         transformer = load_transformer(self.config.base.path, self.config.base.dtype)
+        norm_without_autocast(transformer)  # as in the training of adapters
         attention = training_attention(self.config, transformer.device)
         attend_with(transformer, attention)
         if self.config.train.compile and can_compile(transformer.device):

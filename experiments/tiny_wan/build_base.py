@@ -50,8 +50,10 @@ def build(config: Config, vae_folder: Path, images: bool = False) -> None:
     from one4d_pl.models.sample_encoder import FrozenSampleEncoder
     from one4d_pl.models.tiny import build_tiny_wan
     from one4d_pl.models.wan import fingerprint
+    from one4d_pl.training.library_messages import quieten
     from one4d_pl.training.strategy import build_trainer, fast_forward, limit_threads
 
+    quieten()
     limit_threads(config)
     base = config.base
     if base.tiny is None:
@@ -68,7 +70,7 @@ def build(config: Config, vae_folder: Path, images: bool = False) -> None:
         log.info("nothing to do: %s has reached train.max_steps", config.run_dir)
         return
     callbacks = [Throughput(config.train, config.data.max_skip_share), state, StepBar()]
-    trainer = build_trainer(config, callbacks)
+    trainer = build_trainer(config, callbacks, datamodule.start_step)
     fast_forward(trainer, datamodule.start_step, config.train.accumulation)
     trainer.fit(TinyBaseModule(config, images), datamodule=datamodule)
 

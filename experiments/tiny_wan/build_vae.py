@@ -128,12 +128,11 @@ def render_pools(config: TinyVaeConfig) -> tuple[ClipPool, ClipPool]:
 def _train(
     training: VaeTraining, train: ClipPool, held_out: ClipPool, config: TinyVaeConfig, budget_s: float, folder: Path
 ) -> None:
-    from tqdm import tqdm
-
     from experiments.tiny_wan.vae import evaluate, save_training, train_step
+    from one4d_pl.progress import Progress
 
     few = held_out.first(CURVE_CLIPS)
-    bar = tqdm(total=round(budget_s), initial=round(training.seconds), unit="s", desc="training", mininterval=10)
+    bar = Progress(total=round(budget_s), initial=round(training.seconds), unit="s", desc="training")
     while training.seconds < budget_s:
         before = monotonic()
         train_step(training, train, config, training.seconds / budget_s)

@@ -27,12 +27,12 @@ from diffusers import AutoencoderKLWan
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from tqdm import tqdm
 
 from one4d_pl.files import whole_file
 from one4d_pl.geometry.pointmap import bend, normalise_pointmap, unbend
 from one4d_pl.models.encoder_files import CPU
 from one4d_pl.models.precision import computes_bfloat16
+from one4d_pl.progress import Progress
 from one4d_pl.toy.world import render_clip
 
 KINDS = ("frames", "pointmaps")  # the two videos of a clip
@@ -130,7 +130,7 @@ def render_pool(
 ) -> ClipPool:
     """Render the toy clips of (seed, domain); normalise pointmaps as the data module does."""
     frames, pointmaps, valid = [], [], []
-    for seed, domain in tqdm(clips, desc="rendering clips", unit="clip", disable=len(clips) < 32):
+    for seed, domain in Progress(clips, desc="rendering clips", unit="clip", disable=len(clips) < 32):
         clip = render_clip(seed, num_frames, height, width, domain, level)
         geometry = normalise_pointmap(clip.depth, clip.valid, clip.intrinsics, clip.cam2world, far_limit, z_offset)
         frames.append(clip.frames.permute(3, 0, 1, 2))

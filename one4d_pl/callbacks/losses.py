@@ -88,7 +88,7 @@ class LossCurves(Callback):
         for modality in MODALITIES:
             module.val_loss_of(modality).reset()
         total = metrics["val/loss/rgb"] + module.config.flow.xyz_weight * metrics["val/loss/xyz"]
-        module.log(VAL_TOTAL, total, logger=False)  # for training/checkpoint.py
+        module.log(VAL_TOTAL, total, logger=False, sync_dist=True)  # for training/checkpoint.py
         _log(trainer, metrics, trainer.global_step)
         if trainer.is_global_zero:
             shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -10,7 +10,6 @@ import time
 import torch
 from lightning import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
-from tqdm import tqdm
 
 from one4d_pl.callbacks.losses import LossCurves
 from one4d_pl.config import Config, ConfigError, TrainConfig
@@ -18,6 +17,7 @@ from one4d_pl.costs.flops import Flops, TransformerShape, peak_flops, training_f
 from one4d_pl.costs.memory import batch_of
 from one4d_pl.data.datamodule import TimedLoader
 from one4d_pl.models.base_files import image_tokens, resolve_base
+from one4d_pl.progress import Progress
 from one4d_pl.training.module import One4DModule
 from one4d_pl.types import Batch
 
@@ -120,7 +120,7 @@ class StepLine(Callback):
         metrics = self._metrics(self.throughput.latest["train/time/step_s"])
         for logger in trainer.loggers:
             logger.log_metrics(metrics, self.step)
-        with tqdm.external_write_mode():  # writes above the progress bar, not into it
+        with Progress.external_write_mode():  # writes above the progress bar, not into it
             shown = self.throughput.latest | metrics
             log.info("%s", step_line(self.step, self.config.train.max_steps, self.losses.latest, shown))
 
@@ -155,14 +155,13 @@ def step_line(step: int, max_steps: int, losses: dict[str, float], metrics: dict
 class StepBar(Callback):
     """A progress bar over optimiser steps, with an ETA; on rank 0 only, and only in a terminal."""
 
-    bar: tqdm | None = None
+    bar: Progress | None = None
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        self.bar = tqdm(
+        self.bar = Progress(
             total=trainer.max_steps,
             initial=trainer.global_step,
             unit="step",
-            dynamic_ncols=True,
             disable=not (trainer.is_global_zero and sys.stderr.isatty()),
         )
 

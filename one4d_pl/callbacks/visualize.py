@@ -34,9 +34,10 @@ class Visualize(Callback):
         self.samples = samples
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        if not isinstance(trainer.logger, TensorBoardLogger) or not trainer.is_global_zero:
+        boards = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if not boards or not trainer.is_global_zero:
             return
-        writer = trainer.logger.experiment
+        writer = boards[0].experiment
         drawn: set[str] = set()
         for batch, scene in self.samples.scenes:
             task = batch.tasks[0]

@@ -78,8 +78,10 @@ def check_world(config: Config, place: Place) -> None:
         )
 
 
-def refuse_absent_deepspeed(config: Config) -> None:
-    """Raise ConfigError if the run asks for DeepSpeed and it is not installed."""
+def refuse_absent_packages(config: Config) -> None:
+    """Raise ConfigError if the run asks for DeepSpeed or wandb and it is not installed."""
+    if "wandb" in config.train.logger and find_spec("wandb") is None:
+        raise ConfigError("train.logger: wandb is not installed; pip install wandb, or leave it out of train.logger")
     if config.train.strategy == "deepspeed" and find_spec("deepspeed") is None:
         raise ConfigError(
             f"train.strategy: deepspeed is not installed on this {platform.system()} (one4d_pl requires it on Linux "
@@ -243,7 +245,7 @@ def _read_sample(config: Config, source: SourceConfig, place: Place) -> None:
     made_by_fit = config.data.toy.folders() if config.data.toy else []
     if Path(source.path) in made_by_fit and not (Path(source.path) / "manifest.json").is_file():
         return
-    shards = open_set(source.path)
+    shards = open_set(source.path).without_flagged()
     try:
         shards.read(len(shards) * place.node_index // place.nodes)
     except ValueError as error:

@@ -19,6 +19,8 @@ from one4d_pl.training.module import One4DModule
 
 log = logging.getLogger(__name__)
 
+SIGNALLED = "one4d_pl/signalled"  # key in the process group's store
+
 
 class Preempted(Exception):
     """Raised on every rank at the same place, once everything is saved that resuming needs."""
@@ -31,8 +33,9 @@ class Preempted(Exception):
 class Preemption(Callback):
     """Ends the run on every rank when any rank got a signal, after a checkpoint and the marker.
 
-    It checks at every step boundary, and also during start-up and after validations, since these can take longer than a
-    scheduler's warning. It comes after every callback that has something to do at a step.
+    It checks at every step boundary, and also during start-up, between clips that are encoded ahead, and after
+    validations, since these can take longer than a scheduler's warning. It comes after every callback that has
+    something to do at a step.
     """
 
     def __init__(self, config: Config, stop: Stop, checkpoint: StepCheckpoint) -> None:
@@ -42,6 +45,15 @@ class Preemption(Callback):
         self.step = self.start_step = trainer.global_step
         self.progressed = self.stop.training = False
         self._stop_if_asked(trainer, module)  # before the base is opened, which takes minutes at the paper's scale
+
+    def between_clips(self, trainer: Trainer) -> None:
+        """Stop the run while clips are encoded ahead of it, before `setup`.
+
+        The ranks encode at their own pace and cannot agree after every clip. So the first one that got a signal tells
+        the others through the store by which they have found each other.
+        """
+        if _any_rank_signalled(trainer, self.stop.number):
+            self._stop_if_asked(trainer, trainer.lightning_module)
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         self._stop_if_asked(trainer, module)
@@ -95,6 +107,16 @@ def _largest_signal(trainer: Trainer, number: int) -> int:
     largest = torch.tensor(number, device=trainer.strategy.root_device)
     torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
     return int(largest)
+
+
+def _any_rank_signalled(trainer: Trainer, number: int) -> bool:
+    """Tell, without waiting for anyone, whether a rank got a signal; `number` is this one's or 0."""
+    if trainer.world_size == 1:
+        return number != 0
+    store = torch.distributed.distributed_c10d._get_default_store()
+    if number:
+        store.set(SIGNALLED, str(number))
+    return bool(store.check([SIGNALLED]))
 
 
 class Heartbeat(Callback):

@@ -2,7 +2,8 @@
 
 Leaves a folder: animation.webp (a scene from its video, its first frame and its caption), tables.txt, metrics.json, a
 picture of every task, videos side by side (input | frames | pointmap | distance), a coloured point cloud and a
-turntable of it. On two idle cores a few minutes; the same numbers every time.
+turntable of it. On two idle cores a few minutes; the same numbers every time. With --quick one scene each from a
+video, an image and a text, without any numbers, in less than a minute.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from one4d_pl.files import check_folder, write_text
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from one4d_pl.evaluation.toy_clips import HeldOut
     from one4d_pl.inference.pipeline import GeneratedScene
     from one4d_pl.postopt.recover import RecoverOptions
     from one4d_pl.types import Sample, Task
@@ -44,6 +44,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--animate", type=int, default=0, metavar="N", help="held-out clip in animation.webp (default 0)"
     )
+    parser.add_argument("--quick", action="store_true", help="one scene each from video, image and text, not measured")
     parser.add_argument("--out", type=Path, default=Path("demo"), help="folder for the results (default %(default)s)")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="e.g. sampler.steps=20")
 
@@ -56,33 +57,66 @@ def _run(args: argparse.Namespace) -> None:
     if not 0 <= args.animate < args.clips:
         raise ConfigError(f"--animate: {args.animate}, need one of the held-out clips, 0 to {args.clips - 1}")
     check_folder(args.out, "--out")
-    demo(config, args.adapters, args.clips, args.animate, args.out)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
+    if args.quick:
+        quick_demo(config, args.adapters, args.animate, args.out)
+    else:
+        demo(config, args.adapters, args.clips, args.animate, args.out)
+
+
+def quick_demo(config: Config, adapters: Path, number: int, out: Path) -> None:
+    """Make and draw one scene each from a held-out clip's frames, its first frame and its caption."""
+    began = time.monotonic()
+
+    from one4d_pl.evaluation.fit_quality import ClipSampler, task_masks
+    from one4d_pl.evaluation.tasks import SEED
+    from one4d_pl.evaluation.toy_clips import held_out_clips, recovery_options
+    from one4d_pl.inference.pipeline import One4DPipeline
+    from one4d_pl.progress import Progress
+
+    pipeline, clips = One4DPipeline.open(config, adapters), held_out_clips(config, range(number, number + 1))
+    masks = {task: task_masks(task, 1, config.data.num_frames, SEED) for task in ANIMATED}
+    with Progress(desc="sampling 4D scenes", total=len(ANIMATED), unit="scene") as bar:
+        sampler = ClipSampler(clips, SEED, bar.update)
+        scenes = {task: sampler(pipeline, masks[task]) for task in ANIMATED}
+    print(clips[0].caption)
+    _draw(scenes, masks, clips, 0, recovery_options(config), out)
+    print(f"Took {time.monotonic() - began:.0f} s. Measured, of every task: one4d demo. Yours: one4d generate --help")
 
 
 def demo(config: Config, adapters: Path, clips: int, animated: int, out: Path) -> None:
     """Sample every task on held-out clips, measure and draw them."""
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
     began = time.monotonic()
 
-    from tqdm import tqdm
-
     from one4d_pl.evaluation.tasks import evaluate_tasks
-    from one4d_pl.types import TASKS
 
     report = evaluate_tasks(config, adapters, clips, out)
-    quality, shown = report.quality, report.held_out.clips[:SHOWN]
-    todo = [(task, i) for task in TASKS for i in range(len(shown))]
-    for task, i in tqdm(todo, desc="drawing", unit="scene"):
-        scene, given = quality.scenes[task], quality.masks[task][i]
-        _draw_scene(out / f"{task}_{i}", scene, i, shown[i], given, report.held_out.recovery)
-    _animate(quality.scenes, animated, report.held_out, out / "animation.webp")
-    write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(shown)))
+    quality, held_out = report.quality, report.held_out
     print(f"\n{report.text}")
+    _draw(quality.scenes, quality.masks, held_out.clips, animated, held_out.recovery, out)
+    print(f"All numbers: {out}/metrics.json; of more clips: make eval. Took {(time.monotonic() - began) / 60:.1f} min.")
+
+
+def _draw(
+    scenes: dict[Task, GeneratedScene],
+    masks: dict[Task, Tensor],
+    clips: list[Sample],
+    animated: int,
+    recovery: RecoverOptions,
+    out: Path,
+) -> None:
+    """Draw the first clips of every task that was sampled, and the animation of one; say where they are."""
+    from one4d_pl.progress import Progress
+
+    todo = [(task, i) for task in scenes for i in range(len(clips[:SHOWN]))]
+    for task, i in Progress(todo, desc="drawing", unit="scene"):
+        _draw_scene(out / f"{task}_{i}", scenes[task], i, clips[i], masks[task][i], recovery)
+    _animate(scenes, animated, clips[animated], recovery, out / "animation.webp")
+    write_text(out / "captions.txt", "".join(f"{i}: {clip.caption}\n" for i, clip in enumerate(clips[:SHOWN])))
     print(
         f"Look at {out}/animation.webp; of each task at {out}/video_0.png, {out}/video_0.mp4 and "
-        f"{out}/video_0_turntable.mp4; likewise sparse, image, text."
+        f"{out}/video_0_turntable.mp4; likewise {', '.join(task for task in scenes if task != 'video')}."
     )
-    print(f"All numbers: {out}/metrics.json; of more clips: make eval. Took {(time.monotonic() - began) / 60:.1f} min.")
 
 
 def _draw_scene(
@@ -114,7 +148,7 @@ def _draw_scene(
     )
 
 
-def _animate(scenes: dict[Task, GeneratedScene], i: int, held_out: HeldOut, path: Path) -> None:
+def _animate(scenes: dict[Task, GeneratedScene], i: int, clip: Sample, recovery: RecoverOptions, path: Path) -> None:
     """Animate one clip as video, image and text to 4D, side by side."""
     from one4d_pl.evaluation.recovered import recover_scenes
     from one4d_pl.scene.animation import FPS as ANIMATION_FPS
@@ -122,13 +156,12 @@ def _animate(scenes: dict[Task, GeneratedScene], i: int, held_out: HeldOut, path
     from one4d_pl.scene.folder import save_animation
     from one4d_pl.scene.panels import to_bytes
 
-    clip = held_out.clips[i]
     true = to_bytes((clip.frames.movedim(0, -1) + 1) / 2)  # [T, H, W, 3]
     given: dict[Task, Tensor | str] = {"video": true, "image": true[:1], "text": clip.caption}
     columns = []
     for task in ANIMATED:
         frames, pointmap = scenes[task].frames[i], scenes[task].pointmap[i]
-        (recovered,) = recover_scenes(pointmap[None], held_out.recovery)
+        (recovered,) = recover_scenes(pointmap[None], recovery)
         shown = to_bytes((frames.movedim(0, -1) + 1) / 2)
         columns.append(Column(f"{task} to 4D", given[task], shown, recovered))
     save_animation(path, animate(columns, ANIMATION_WIDTH), ANIMATION_FPS, ANIMATION_BYTES)

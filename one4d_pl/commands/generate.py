@@ -80,9 +80,9 @@ def generate(args: argparse.Namespace) -> None:
     check_folder(args.out, "--out")
 
     import torch
-    from tqdm import tqdm
 
     from one4d_pl.inference.pipeline import FPS
+    from one4d_pl.progress import Progress
     from one4d_pl.scene.media import open_video
     from one4d_pl.scene.scene import may_become_scene, save_scene
 
@@ -96,11 +96,11 @@ def generate(args: argparse.Namespace) -> None:
             open_video(args.video, args.fps, FPS)  # refuse a wrong file before opening the model
         pipeline = _open(args)
         generator = torch.Generator().manual_seed(args.seed)
-        with tqdm(desc="sampling", unit="step") as bar:
+        with Progress(desc="sampling", unit="step") as bar:
 
             def on_step(done: int, total: int) -> None:
-                bar.total, bar.n = total, done
-                bar.refresh()
+                bar.total = total
+                bar.update(done - bar.n)
 
             scene = pipeline(
                 args.prompt,

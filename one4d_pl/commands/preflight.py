@@ -34,7 +34,7 @@ from one4d_pl.cluster.readiness import (
     differences,
     faults_of,
     look,
-    refuse_absent_deepspeed,
+    refuse_absent_packages,
     run_faults,
 )
 from one4d_pl.commands.command import USER_ERROR, Command
@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace) -> int:
     place = Place.from_environment()
     config = load_config(args.config, args.overrides)
     check_paths(config)
-    refuse_absent_deepspeed(config)
+    refuse_absent_packages(config)
     check_world(config, place)
     faults = preflight(config, place, args.timeout)
     if place.rank and faults:

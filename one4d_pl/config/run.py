@@ -12,6 +12,7 @@ from one4d_pl.config.model import NATIVE_ATTENTION, BaseConfig, DLCConfig, FlowC
 TEMPORAL_FACTOR = 4  # Wan's video VAE: frame 0 alone, then groups of four, so T = 4k + 1
 TOY_LEVELS = ("hard", "clear")  # described in toy/levels.py
 CHECKPOINTING = ("none", "full", "selective", "offload")
+LOGGERS = ("tensorboard", "csv", "wandb")
 
 
 @dataclass
@@ -93,6 +94,8 @@ class DataConfig:
     # GiB that a node's processes may keep there together; what was used longest ago goes first
     cache_gib: float = knob(100.0, above=0, may_change=True)
     max_skip_share: float = knob(0.05, low=0, high=1, may_change=True)  # broken samples beyond this share stop the run
+    # train on clips whose depth and cameras agree this well among frames: 0.95 = to 5 %; 0 = all (docs/data.md)
+    min_consistency: float = knob(0.0, low=0, high=1)
 
     def __post_init__(self) -> None:
         if self.num_frames % TEMPORAL_FACTOR != 1 or not 9 <= self.num_frames <= 81:
@@ -146,6 +149,8 @@ class TrainConfig:
     keep_last: int = knob(2, low=1, may_change=True)  # newest checkpoints kept
     keep_best: int = knob(1, low=0, may_change=True)  # checkpoints with the lowest validation loss kept besides
     log_every: int = knob(10, low=1, may_change=True)
+    # any of tensorboard (and pictures), csv, wandb (to be installed): where the curves go
+    logger: list[str] = knob(factory=lambda: ["tensorboard"], may_change=True)
     # minutes without a pass through the transformer, then fit writes all stacks and exits with 76; 0 = wait for ever
     hang_minutes: float = knob(20.0, low=0, may_change=True)
     # restarts in a row without a new checkpoint, after which fit refuses to start; 0 = no limit
@@ -157,6 +162,10 @@ class TrainConfig:
         switch = {"True": "full", "False": "none"}
         self.activation_checkpointing = switch.get(self.activation_checkpointing, self.activation_checkpointing)
         refuse("train.activation_checkpointing", self.activation_checkpointing, one_of=CHECKPOINTING)
+        for number, name in enumerate(self.logger):
+            refuse(f"train.logger[{number}]", name, one_of=LOGGERS)
+            if name in self.logger[:number]:
+                raise ConfigError(f"train.logger: {name} twice")
         if self.compile and self.strategy == "deepspeed" and self.zero_stage == 3:
             raise ConfigError(
                 "train.compile: blocks whose weights come and go are not compiled; set train.zero_stage=2"

@@ -11,7 +11,6 @@ from pathlib import Path
 import lightning
 import torch
 from torch.utils.data import DataLoader, Sampler
-from tqdm import tqdm
 
 from one4d_pl.config import Config, ConfigError, DataConfig, SourceConfig, ToyConfig, changes
 from one4d_pl.data.decode import ClipStream, Draw, PaddedStream, make_sample
@@ -33,6 +32,7 @@ from one4d_pl.data.shared_memory import PREFETCH
 from one4d_pl.data.worker import become_worker
 from one4d_pl.files import check_folder
 from one4d_pl.interrupts import before_workers
+from one4d_pl.progress import Progress
 from one4d_pl.toy.world import clip_key, render_clip
 from one4d_pl.types import Batch, Sample, collate
 
@@ -96,6 +96,8 @@ class One4DDataModule(lightning.LightningDataModule):
         encoder: opens the encoders on a device; called only if some clip is not cached yet.
         encoder_fingerprint: identifies those encoders, and so the cache.
         on_progress: called whenever this process, or another one that it waits for, has encoded a clip.
+        between_clips: called before and after every clip that is encoded and while waiting for others; may raise to
+            stop, by which no encoded clip is lost.
     """
 
     def __init__(
@@ -104,15 +106,17 @@ class One4DDataModule(lightning.LightningDataModule):
         encoder: Callable[[torch.device], SampleEncoder],
         encoder_fingerprint: str,
         on_progress: Callable[[], None] = lambda: None,
+        between_clips: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
-        self.on_progress = on_progress
+        self.on_progress, self.between_clips = on_progress, between_clips
         self.prepare_data_per_node = False  # shards lie on shared storage: one writer for all nodes
         self.config = config
         self.encoder = encoder
         self.recipe = encoding_recipe(encoder_fingerprint, config.base.max_text_tokens, config.data)
         self._latents: tuple[LatentStats | None] | None = None  # measured once; (None,) = nothing to measure
         self.start_step = 0  # set on resume, before the loaders are built
+        self.clips_per_source: list[int] = []  # to train on; known once the loader is built
 
     def prepare_data(self) -> None:
         """Write the toy shards where absent; Lightning calls this in one process only."""
@@ -131,7 +135,9 @@ class One4DDataModule(lightning.LightningDataModule):
         sampler = StepSampler(
             self.start_step, train.max_steps, train.global_batch_size, train.micro_batch_size, rank, train.world_size
         )
-        return self._loader(self._stream(self.config.data.sources, validation=False), sampler)
+        stream = self._stream(self.config.data.sources, validation=False)
+        self.clips_per_source = [len(source) for source in stream.sources]
+        return self._loader(stream, sampler)
 
     def val_dataloader(self) -> TimedLoader:
         """Return the loader of the first val.clips validation clips, split over the ranks.
@@ -185,7 +191,9 @@ class One4DDataModule(lightning.LightningDataModule):
 
     def _stream(self, configs: list[SourceConfig], validation: bool) -> ClipStream:
         reader = RangeReader(self._range_cache())
-        sources = [open_set(source.path, reader) for source in configs]
+        sources = [open_set(source.path, reader).without_flagged() for source in configs]
+        if not validation or self.config.train.overfit_clips:
+            sources = [source.consistent(self.config.data.min_consistency) for source in sources]
         for source in sources:
             self._refuse_short(source)
             if isinstance(source, EncodedSet):
@@ -270,7 +278,8 @@ class One4DDataModule(lightning.LightningDataModule):
                 continue
             if not (folder / "manifest.json").is_file():
                 make = video_sample_maker(source, self.config.data)
-                share = (rank, world, self.on_progress)
+                share = (rank, world, self._clip_encoded, rank == 0)
+                self.between_clips()
                 while not encode_set(source, folder, self.recipe, 0, open_encoder, make, *share):
                     self._wait_for_others(folder)
             elif EncodedSet.open(folder).manifest.recipe["raw"] != raw_digest(source):
@@ -279,10 +288,15 @@ class One4DDataModule(lightning.LightningDataModule):
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the transformer comes next
 
+    def _clip_encoded(self) -> None:
+        self.on_progress()
+        self.between_clips()
+
     def _wait_for_others(self, folder: Path) -> None:
         """Wait a while for other processes to finish clips. The watchdog ends the run if none ever does."""
         before, until = len(list(folder.rglob("*"))), time.monotonic() + WAITING_S
         while time.monotonic() < until and not (folder / "manifest.json").is_file():
+            self.between_clips()
             time.sleep(0.2)
         if len(list(folder.rglob("*"))) != before:
             self.on_progress()
@@ -320,7 +334,7 @@ def write_toy_world(config: ToyConfig, num_frames: int, height: int, width: int)
             keys = [clip_key(s, domain, config.level) for s in range(seed, seed + count)]
             _refuse_other_world(folder, keys, (num_frames, height, width))
             continue
-        seeds = tqdm(range(seed, seed + count), desc=f"rendering {folder}", unit="clip")
+        seeds = Progress(range(seed, seed + count), desc=f"rendering {folder}", unit="clip")
         clips = (render_clip(s, num_frames, height, width, domain, config.level) for s in seeds)
         write_shards((replace(clip, source=f"toy_{split}") for clip in clips), folder, samples_per_shard=32)
 

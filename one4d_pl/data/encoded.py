@@ -26,7 +26,6 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
-from tqdm import tqdm
 
 from one4d_pl.config import Config, DataConfig
 from one4d_pl.data.clip_codec import tar_members
@@ -36,6 +35,7 @@ from one4d_pl.data.sample_order import derived_numpy_generator
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.data.staging import Dropped, Plan, Staging, is_finished
 from one4d_pl.data.tar_set import Origin, Recipe, SampleEntry, SampleError, TarSet, read_manifest, tar_bytes
+from one4d_pl.progress import Progress
 from one4d_pl.types import Encoded, PointmapScale, Sample
 
 log = logging.getLogger(__name__)
@@ -166,10 +166,12 @@ def encode_set(
     rank: int = 0,
     world: int = 1,
     on_clip: Callable[[], None] = lambda: None,
+    show_progress: bool = True,
 ) -> bool:
     """Encode those clips of this rank's share that are not encoded yet; return True once the set is whole.
 
     It may be stopped at any moment and then goes on where it was; the encoders are opened only if a clip is missing.
+    `on_clip` is called after each clip and may raise to stop.
     """
     recipe = {**recipe, "raw": raw_digest(raw), "sparse_draws": sparse_draws}
     if is_finished(folder, EncodedSet.kind, recipe):
@@ -183,10 +185,9 @@ def encode_set(
         encoder = open_encoder()
         empty_prompt = encoder.encode_prompts([""])[0]
         origin = Origin(raw.manifest.source, raw.manifest.domain, raw.manifest.licence)
-        bar = tqdm(
-            todo, desc="encoding clips", unit="clip", total=len(keys[rank::world]), initial=len(keys) - len(todo)
-        )
-        for index in bar:
+        share = len(keys[rank::world])
+        done, quiet = share - len(todo), not show_progress
+        for index in Progress(todo, "encoding clips", share, unit="clip", initial=done, disable=quiet):
             key = keys[index]
             try:
                 sample = make_sample(index)

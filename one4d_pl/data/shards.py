@@ -40,7 +40,9 @@ class ShardSet(TarSet):
             raise SampleError(entry.key, shard.name, one_line(error)) from error
 
 
-def pack_clip(clip: Clip, scene: str = "", benchmark: str = "") -> tuple[SampleEntry, bytes]:
+def pack_clip(
+    clip: Clip, scene: str = "", benchmark: str = "", consistency: float | None = None
+) -> tuple[SampleEntry, bytes]:
     """Pack a clip as it will stand in a shard. Raises ValueError, naming its key, where it breaks the schema."""
     try:
         if fault := clip_fault(clip):
@@ -50,7 +52,7 @@ def pack_clip(clip: Clip, scene: str = "", benchmark: str = "") -> tuple[SampleE
         raise ValueError(f"{clip.key}: {error}") from error
     num_frames, height, width = clip.depth.shape
     place = (0, len(content), zlib.crc32(content))  # write_tar sets the offset
-    return SampleEntry(clip.key, *place, num_frames, height, width, scene, benchmark), content
+    return SampleEntry(clip.key, *place, num_frames, height, width, scene, benchmark, consistency), content
 
 
 def write_shards(clips: Iterable[Clip], folder: str | Path, samples_per_shard: int) -> ShardSet:

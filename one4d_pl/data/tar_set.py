@@ -15,7 +15,7 @@ import itertools
 import json
 import re
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import ClassVar, Self
@@ -24,11 +24,12 @@ from webdataset.writer import TarWriter
 
 from one4d_pl.data.clip_codec import MAX_STACKED_PIXELS, SAFE_KEY, SCHEMA_VERSION
 from one4d_pl.data.ranged_reads import PLAIN_READER, RangeReader, ShardSetError, StoreError, one_line
-from one4d_pl.data.texts import licence_text
+from one4d_pl.data.texts import licence_text, listed_names
 from one4d_pl.errors import LFS_HINT, UserError, is_lfs_pointer
 from one4d_pl.files import open_whole
 
 MANIFEST_NAME = "manifest.json"
+FLAGGED_NAME = "check/exclude.txt"  # beside the manifest: the clips that data_prep.check_shards flagged
 SAFE_SHARD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*\.tar")
 SPLITS = ("all", "train", "val")
 
@@ -59,6 +60,8 @@ class SampleEntry:
     width: int
     scene: str = ""  # no split puts clips of one scene on both sides; "" = unknown
     benchmark: str = ""  # the evaluation set that this clip belongs to; `fit` refuses to train on it
+    # how well the frames' depth and cameras agree, 0 .. 1 (data_prep.conventions.consistency_of); None = not measured
+    consistency: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.key, str) or not SAFE_KEY.fullmatch(self.key):
@@ -68,6 +71,10 @@ class SampleEntry:
             raise ValueError(f"{self.key}: offset, crc32 and sizes must be whole numbers, got {asdict(self)}")
         if not isinstance(self.scene, str) or not isinstance(self.benchmark, str):
             raise ValueError(f"{self.key}: scene and benchmark must be text")
+        if self.consistency is not None and not (
+            isinstance(self.consistency, float | int) and 0 <= self.consistency <= 1
+        ):
+            raise ValueError(f"{self.key}: consistency is {self.consistency!r}, need 0 to 1, or null")
         if self.num_frames * self.height * self.width > MAX_STACKED_PIXELS:
             raise ValueError(f"{self.key}: more than {MAX_STACKED_PIXELS} pixels")
 
@@ -162,6 +169,35 @@ class TarSet:
         """Make the set of a manifest that was read."""
         sizes = [len(shard.samples) for shard in manifest.shards]
         return cls(folder, manifest, tuple(itertools.accumulate(sizes[:-1], initial=0)), reader)
+
+    def without_flagged(self) -> Self:
+        """Return the set without the clips on its FLAGGED_NAME, if there is one. ShardSetError where none is left."""
+        path = f"{self.location}/{FLAGGED_NAME}"
+        try:
+            listed = listed_names(self.reader.read_whole(path).decode())
+        except FileNotFoundError:
+            return self
+        except UnicodeDecodeError:
+            raise ShardSetError(f"{path}: no text in UTF-8; data_prep.check_shards writes it") from None
+        return self._only(lambda entry: entry.key not in listed, f"{path}: lists every clip of the set")
+
+    def consistent(self, least: float) -> Self:
+        """Return the set of the clips of at least this consistency; 0 = all. ShardSetError where none is left."""
+        if least <= 0:
+            return self
+        known = [entry.consistency for entry in self.entries if entry.consistency is not None]
+        where = f"data.min_consistency: {self.location}"
+        if not known:
+            raise ShardSetError(f"{where} says no consistency of its clips; write its shards again")
+        nothing_left = f"{where} has no clip of consistency {least:g}; its best has {max(known):.3f}"
+        return self._only(lambda entry: (entry.consistency or 0) >= least, nothing_left)
+
+    def _only(self, wanted: Callable[[SampleEntry], bool], nothing_left: str) -> Self:
+        kept = [replace(shard, samples=tuple(filter(wanted, shard.samples))) for shard in self.manifest.shards]
+        shards = tuple(shard for shard in kept if shard.samples)
+        if not shards:
+            raise ShardSetError(nothing_left)
+        return type(self).of(self.location, replace(self.manifest, shards=shards), self.reader)
 
     def __len__(self) -> int:
         return self.starts[-1] + len(self.manifest.shards[-1].samples)

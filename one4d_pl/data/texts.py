@@ -34,6 +34,12 @@ def licence_text(value: object) -> str:
     return value
 
 
+def listed_names(text: str) -> set[str]:
+    """Return the names of a list, one per line; what follows a # is a comment."""
+    names = (line.split("#", 1)[0].strip() for line in text.splitlines())
+    return {name for name in names if name}
+
+
 def _shown(value: object) -> str:
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:60]}..."

@@ -33,6 +33,7 @@ from one4d_pl.evaluation.toy_colours import caption_colours
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.inference.pipeline import GeneratedScene, One4DPipeline
 from one4d_pl.metrics.pointmap import pointmap_errors
+from one4d_pl.progress import Progress
 from one4d_pl.types import TASKS, Sample, Task, collate
 
 BATCH = 8  # clips that are sampled together
@@ -59,26 +60,32 @@ def measure_fit(
     base: One4DPipeline,
     held_out: HeldOut,
     seed: int,
-    on_clip: Callable[[int], None] = lambda count: None,
 ) -> FitQuality:
     """Sample every task on the held-out clips and measure it; deterministic in its arguments.
+
+    Two progress bars: the clips that are sampled, and those whose cameras are recovered.
 
     Args:
         pipeline: base plus adapter.
         base: the same base without one.
         held_out: clips with their true frames, pointmaps and cameras, and statistics of the training clips.
-        on_clip: called with the number of clips just sampled; `sampled_clips` in all.
     """
     clips, recovery = held_out.clips, held_out.recovery
     batch = collate(clips)
     masks = {task: task_masks(task, len(clips), batch.frames.shape[2], seed) for task in TASKS}
-    sampler = ClipSampler(clips, seed, on_clip)
-    scenes = {task: sampler(pipeline, masks[task]) for task in TASKS}
-    base_scenes = {task: sampler(base, masks[task]) for task in TASKS_WITH_HIDDEN}
-    with links_zeroed(pipeline):
-        no_links = sampler(pipeline, masks["video"])
-    other = sampler(pipeline, masks["video"], shift=1)
+    passes = len(TASKS) + len(TASKS_WITH_HIDDEN) + 2
+    with Progress(desc="sampling 4D scenes", total=passes * len(clips), unit="clip") as bar:
+        sampler = ClipSampler(clips, seed, bar.update)
+        scenes = {task: sampler(pipeline, masks[task]) for task in TASKS}
+        base_scenes = {task: sampler(base, masks[task]) for task in TASKS_WITH_HIDDEN}
+        with links_zeroed(pipeline):
+            no_links = sampler(pipeline, masks["video"])
+        other = sampler(pipeline, masks["video"], shift=1)
     ceiling = round_trip(pipeline, clips)
+    shown: dict[str, GeneratedScene] = {"ceiling": ceiling}
+    shown |= {task: scenes[task] for task in ("video", *TASKS_WITHOUT_TRUTH)}
+    with Progress(desc="recovering cameras", total=len(shown) * len(clips), unit="clip") as bar:
+        recovered = {name: recover_scenes(scene.pointmap, recovery, bar.update) for name, scene in shown.items()}
 
     first = scenes["video"].pointmap
     rows: dict[str, Tensor] = {
@@ -97,14 +104,9 @@ def measure_fit(
             **{task: decibels(scenes[task].frames, batch.frames, masks[task]) for task in TASKS_WITH_TRUTH},
             **{f"{t}_base_alone": decibels(base_scenes[t].frames, batch.frames, masks[t]) for t in TASKS_WITH_HIDDEN},
         },
-        geometry={
-            name: geometry_errors(recover_scenes(scene.pointmap, recovery), clips)
-            for name, scene in (("video", scenes["video"]), ("ceiling", ceiling))
-        },
+        geometry={name: geometry_errors(recovered[name], clips) for name in ("video", "ceiling")},
         consistency={
-            task: self_consistency(
-                scenes[task].frames, recover_scenes(scenes[task].pointmap, recovery), clips, held_out.camera_path
-            )
+            task: self_consistency(scenes[task].frames, recovered[task], clips, held_out.camera_path)
             for task in TASKS_WITHOUT_TRUTH
         },
         colours={
@@ -114,11 +116,6 @@ def measure_fit(
         scenes=scenes,
         masks=masks,
     )
-
-
-def sampled_clips(clips: int) -> int:
-    """Return the number of clips that `measure_fit` samples for `clips` held-out ones."""
-    return clips * (len(TASKS) + len(TASKS_WITH_HIDDEN) + 2)
 
 
 class ClipSampler:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -15,10 +17,21 @@ from one4d_pl.types import Sample
 SEEN_TWICE = 0.1  # relative depth difference below which two frames show the same place
 
 
-def recover_scenes(pointmaps: Tensor, options: RecoverOptions) -> list[RecoveredScene]:  # [N, 3, T, H, W]
-    """Recover cameras and depth of every clip from its points that are not sky."""
-    points = [pointmap.movedim(0, -1) for pointmap in pointmaps]
-    return [recover_scene(clip, ~is_sky(clip), options) for clip in points]
+def recover_scenes(
+    pointmaps: Tensor,  # [N, 3, T, H, W]
+    options: RecoverOptions,
+    on_clip: Callable[[], object] = lambda: None,
+) -> list[RecoveredScene]:
+    """Recover cameras and depth of every clip from its points that are not sky.
+
+    `on_clip` is called after each of them.
+    """
+    scenes = []
+    for pointmap in pointmaps:
+        points = pointmap.movedim(0, -1)
+        scenes.append(recover_scene(points, ~is_sky(points), options))
+        on_clip()
+    return scenes
 
 
 def geometry_errors(recovered: list[RecoveredScene], clips: list[Sample]) -> dict[str, float]:

@@ -8,8 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from tqdm import tqdm
-
 from one4d_pl.config import Config, ConfigError, changes, flatten
 from one4d_pl.errors import reading
 from one4d_pl.evaluation.benchmarks import EvalSequence, open_benchmark, sequence_names
@@ -26,6 +24,7 @@ from one4d_pl.models.adapters import AdapterCard
 from one4d_pl.models.device import device_of
 from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 from one4d_pl.models.wan import fingerprint
+from one4d_pl.progress import Progress
 from one4d_pl.scene.framing import Shape
 from one4d_pl.scene.predictions import find_prediction, read_prediction
 
@@ -81,10 +80,10 @@ def evaluate(request: Request, config: Config | None, adapters: tuple[Path, ...]
         stored = _predict(request, config, adapters, sequences)
     rows = []
     for row in stored:
-        bar = partial(tqdm, desc=f"scoring {row.label}", total=len(sequences), unit="sequence")
+        bar = partial(Progress, desc=f"scoring {row.label}", total=len(sequences), unit="sequence")
         score = score_benchmark(request.bench, sequences, row.folder, request.protocol, request.processes, bar)
         rows.append(Row(row.label, score, row.settings))
-        drawn = tqdm(sequences, desc="drawing", unit="sequence") if request.pictures else ()
+        drawn = Progress(sequences, desc="drawing", unit="sequence") if request.pictures else ()
         for sequence, one in zip(drawn, score.sequences):
             path = find_prediction(row.folder, sequence.name)
             assert path is not None  # it has just been scored
@@ -173,7 +172,7 @@ def _stored_row(
             )
     write_text(path, text)
     missing = [s for s in sequences if not (row.folder / s.name / "cameras.json").is_file()]
-    for sequence in tqdm(missing, desc=row.label, unit="sequence", disable=not missing):
+    for sequence in Progress(missing, desc=row.label, unit="sequence", disable=not missing):
         predict(sequence, row.folder / sequence.name)
     return row
 
@@ -192,5 +191,5 @@ def generate_vbench(request: Request, config: Config, adapters: Path, ratio: str
         prompts = read_i2v_prompts(tree, images, VBENCH_DIMENSIONS)
     pipeline = One4DPipeline.open(AdapterCard.read(adapters).configure(config), adapters, device_of(config))
     generate_videos(
-        pipeline, prompts, request.options(config), request.out / "videos", fps, lambda p: tqdm(p, unit="prompt")
+        pipeline, prompts, request.options(config), request.out / "videos", fps, lambda p: Progress(p, unit="prompt")
     )

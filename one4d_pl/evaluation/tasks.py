@@ -7,10 +7,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from one4d_pl.config import Config
-from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit, sampled_clips
+from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit
 from one4d_pl.evaluation.goals import goal_table, goals
 from one4d_pl.evaluation.toy_clips import HeldOut
 from one4d_pl.files import finite, write_text
@@ -37,8 +35,7 @@ def evaluate_tasks(config: Config, adapters: Path, clips: int, out: Path) -> Tas
     began = time.process_time()
     pipeline, base = One4DPipeline.open(config, adapters), One4DPipeline.open(config, None)
     held_out = HeldOut.render(config, clips)
-    with tqdm(total=sampled_clips(clips), desc="sampling 4D scenes", unit="clip") as bar:
-        quality = measure_fit(pipeline, base, held_out, SEED, bar.update)
+    quality = measure_fit(pipeline, base, held_out, SEED)
     assert config.data.toy is not None  # HeldOut.render has checked
     found = goals(quality)
     text = f"{tables(quality, clips)}\n\n{goal_table(found, clips, config.data.toy.level)}\n"

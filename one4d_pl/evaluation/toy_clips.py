@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from one4d_pl.config import Config, ConfigError
+from one4d_pl.config import Config, ConfigError, ToyConfig
 from one4d_pl.data.datamodule import VAL_SEED_OFFSET
 from one4d_pl.data.decode import Draw, make_sample
 from one4d_pl.evaluation.recovered import camera_path
 from one4d_pl.geometry.pointmap import denormalise
 from one4d_pl.postopt.recover import RecoverOptions
+from one4d_pl.progress import Progress
 from one4d_pl.toy.levels import LEVELS
 from one4d_pl.toy.world import render_clip
 from one4d_pl.types import Sample
@@ -33,19 +33,33 @@ class HeldOut:
     @classmethod
     def render(cls, config: Config, count: int) -> HeldOut:
         """Render `count` clips of the config's own toy world; ConfigError where it has none."""
-        if config.data.toy is None:
-            raise ConfigError("data.toy: null, but held-out clips are rendered; add --config configs/data/toy.yaml")
-        seed = config.data.toy.seed
-        first = seed + VAL_SEED_OFFSET
+        clips, seed = held_out_clips(config, range(count)), _toy(config).seed
         training = render_samples(config, range(seed, seed + TRAINING_CLIPS), "training clips")
         geometry = [(c, denormalise(c.pointmap.movedim(0, -1), c.scale)) for c in training]
         paths = torch.stack([camera_path(clip.cam2world, points, clip.valid) for clip, points in geometry])
         return cls(
-            clips=render_samples(config, range(first, first + count), "held-out clips"),
+            clips=clips,
             mean_pointmap=torch.stack([clip.pointmap for clip in training]).mean(0),
             camera_path=float(paths.median()),
-            recovery=RecoverOptions(shared_focal=set(LEVELS[config.data.toy.level].zooms) == {1.0}),
+            recovery=recovery_options(config),
         )
+
+
+def held_out_clips(config: Config, numbers: range) -> list[Sample]:
+    """Render held-out clips of the config's own toy world; ConfigError where it has none."""
+    first = _toy(config).seed + VAL_SEED_OFFSET
+    return render_samples(config, range(first + numbers.start, first + numbers.stop), "held-out clips")
+
+
+def recovery_options(config: Config) -> RecoverOptions:
+    """Say how cameras are recovered of the config's toy world: whether its level zooms."""
+    return RecoverOptions(shared_focal=set(LEVELS[_toy(config).level].zooms) == {1.0})
+
+
+def _toy(config: Config) -> ToyConfig:
+    if config.data.toy is None:
+        raise ConfigError("data.toy: null, but held-out clips are rendered; add --config configs/data/toy.yaml")
+    return config.data.toy
 
 
 def render_samples(config: Config, seeds: range, what: str) -> list[Sample]:
@@ -54,5 +68,5 @@ def render_samples(config: Config, seeds: range, what: str) -> list[Sample]:
     draw = Draw("video", torch.ones(data.num_frames, dtype=torch.bool), drop_caption=False)
     return [
         make_sample(render_clip(seed, data.num_frames, data.height, data.width, level=level), n, draw, data, None)
-        for n, seed in enumerate(tqdm(seeds, desc=f"rendering {what}", unit="clip"))
+        for n, seed in enumerate(Progress(seeds, desc=f"rendering {what}", unit="clip"))
     ]

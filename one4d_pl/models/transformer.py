@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
+import diffusers
 import torch
 from diffusers import WanTransformer3DModel
 from diffusers.models.attention_dispatch import attention_backend
@@ -99,10 +101,21 @@ def attend_with(base: WanTransformer3DModel, backend: str) -> None:
         if backend == "_native_math" and base.device.type == "cpu":
             # this CUDA setting also rules the CPU: without it these products widen bfloat16 to float32
             torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-        with attention_backend("native"):  # set_attention_backend also sets a global default; this restores it
+        # set_attention_backend also sets a global default, which this restores, and calls itself experimental
+        with attention_backend("native"), _diffusers_quiet():
             base.set_attention_backend(backend)
     except (RuntimeError, ValueError) as error:
         raise ConfigError(f"base.attention: {backend} cannot be used here ({error}); native always can") from error
+
+
+@contextmanager
+def _diffusers_quiet() -> Iterator[None]:
+    level = diffusers.utils.logging.get_verbosity()
+    diffusers.utils.logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        diffusers.utils.logging.set_verbosity(level)
 
 
 def compile_wan(base: WanTransformer3DModel, attention: str, backend: str = "inductor") -> None:

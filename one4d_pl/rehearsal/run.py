@@ -247,6 +247,7 @@ class FakeClips(LightningDataModule):
     def __init__(self, config: Config) -> None:
         super().__init__()
         self.config = config
+        self.clips_per_source: list[int] = []
 
     def train_dataloader(self) -> TimedLoader:
         return self._loader(self.config.train.micro_batch_size, [0, self.config.data.num_frames // 2])

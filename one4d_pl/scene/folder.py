@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
 
@@ -19,17 +20,19 @@ MARGIN = 84  # pixels left of a panel, for the names of its rows
 
 def save_video(
     path: Path,
-    frames: Tensor,  # [T, H, W, 3] uint8, H and W even
+    frames: Iterable[Tensor],  # [H, W, 3] uint8 each, H and W even; a tensor [T, H, W, 3] is one
     fps: float,
     crf: int = 16,  # x264's quality, lower = better
 ) -> None:
     """Write H.264 in an mp4 that browsers play."""
     with whole_file(path) as staging, av.open(str(staging), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001))
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "yuv420p"
         stream.options = {"crf": str(crf)}
-        for frame in frames.numpy():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format="rgb24")))
+        for number, frame in enumerate(frames):
+            if number == 0:
+                stream.height, stream.width, stream.pix_fmt = *frame.shape[:2], "yuv420p"
+            picture = np.ascontiguousarray(frame.numpy())
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
 
 

@@ -33,6 +33,7 @@ from one4d_pl.config import Config, ConfigError, as_dict, changeable, changes, f
 from one4d_pl.data.datamodule import One4DDataModule, datamodule_of
 from one4d_pl.data.latent_stats import LatentStats
 from one4d_pl.data.masking import trained_tasks
+from one4d_pl.data.tar_set import FLAGGED_NAME
 from one4d_pl.errors import RunFailed
 from one4d_pl.files import settle, sync
 from one4d_pl.models.adapters import AdapterCard, adapter_tensors, save_adapters
@@ -77,6 +78,17 @@ def refuse_other_run(folder: Path, config: Config) -> None:
             f"run_dir: {folder.parent.parent} holds a run with another config: {', '.join(map(str, differing))}; "
             "set another run_dir, or train.init_from to start anew from its adapter"
         )
+
+
+def refuse_other_clips(folder: Path, config: Config, clips_per_source: list[int]) -> None:
+    """Raise ConfigError where a source has more or fewer clips now: another order would follow."""
+    stored = json.loads((folder / STATE).read_text()).get("clips", clips_per_source)  # older checkpoints do not say
+    for source, before, now in zip(config.data.sources, stored, clips_per_source, strict=True):
+        if before != now:
+            raise ConfigError(
+                f"data.sources: {source.path} had {before} clips to train on at step {read_step(folder)}, now {now}; "
+                f"put its {FLAGGED_NAME} back as it was, or set another run_dir and train.init_from={folder}"
+            )
 
 
 def read_skipped(folder: Path) -> SkippedSteps:
@@ -137,6 +149,7 @@ def take_snapshot(
     # on rank 0 alone, since this reads manifests and some clips
     card = _card(module, step, datamodule.describe_latents(), datamodule.describe_sources())
     state = {"step": step, "skipped_steps": asdict(skipped), "config": as_dict(module.config)}
+    state["clips"] = datamodule.clips_per_source
     return Snapshot(adapters, weights, moments, card, state)
 
 
@@ -210,6 +223,7 @@ class StepCheckpoint(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         assert isinstance(module, One4DModule)
         if self.resume_from is not None:
+            refuse_other_clips(self.resume_from, self.config, datamodule_of(trainer).clips_per_source)
             skipped = read_skipped(self.resume_from)
             self.skipped.total, self.skipped.in_a_row = skipped.total, skipped.in_a_row
             load_optimizer(self.resume_from, module, trainer.optimizers[0], trainer.global_step - skipped.total)

@@ -10,7 +10,6 @@ import lightning
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loops.progress import _ProcessedTracker
 from lightning.pytorch.strategies import DDPStrategy, SingleDeviceStrategy, Strategy
 
@@ -20,13 +19,17 @@ from one4d_pl.models.device import device_of
 from one4d_pl.models.precision import uses_bfloat16
 from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 from one4d_pl.models.wan import ENCODER_PARTS, fingerprint
+from one4d_pl.training.loggers import build_loggers
 from one4d_pl.training.zero import ZeroStrategy
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a process that waits longer for the others ends the run
 
 
-def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Trainer:
-    """Build a Trainer that stops at train.max_steps. It validates before the first step and every val.every steps."""
+def build_trainer(config: Config, callbacks: list[Callback], start_step: int = 0) -> lightning.Trainer:
+    """Build a Trainer that stops at train.max_steps; its curves go on after `start_step`.
+
+    It validates before the first step and every val.every steps.
+    """
     train = config.train
     bfloat16 = uses_bfloat16(config, device_of(config))
     return lightning.Trainer(
@@ -43,7 +46,7 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
         check_val_every_n_epoch=None,
         num_sanity_val_steps=-1,  # the curve starts at step 0
         log_every_n_steps=1,  # our callbacks decide when to log: train.log_every
-        logger=TensorBoardLogger(config.run_dir, name="tensorboard", version=""),
+        logger=build_loggers(config, start_step),
         callbacks=callbacks,
         # Lightning's own requeue saves inside a signal handler, where ranks would wait for each
         # other at different places
@@ -55,10 +58,16 @@ def build_trainer(config: Config, callbacks: list[Callback]) -> lightning.Traine
     )
 
 
-def training_data(config: Config, on_progress: Callable[[], None] = lambda: None) -> One4DDataModule:
+def training_data(
+    config: Config,
+    on_progress: Callable[[], None] = lambda: None,
+    between_clips: Callable[[], None] = lambda: None,
+) -> One4DDataModule:
     """Return the run's data module. Its encoders are opened only where some clips are not encoded yet."""
-    encoders = fingerprint(config.base.path, ENCODER_PARTS)
-    return One4DDataModule(config, lambda device: FrozenSampleEncoder.of(config, device), encoders, on_progress)
+    fingerprints = fingerprint(config.base.path, ENCODER_PARTS)
+    return One4DDataModule(
+        config, lambda device: FrozenSampleEncoder.of(config, device), fingerprints, on_progress, between_clips
+    )
 
 
 def fast_forward(trainer: lightning.Trainer, step: int, accumulation: int) -> None:

@@ -29,7 +29,7 @@ def draw(batch: Batch, folder: Path) -> EventAccumulator:
     """What the callback leaves of one scene at step 7."""
     logger = TensorBoardLogger(str(folder), name="", version="")
     samples = SimpleNamespace(scenes=[(batch, GeneratedScene(batch.frames, batch.pointmap))])
-    trainer = SimpleNamespace(logger=logger, is_global_zero=True, global_step=7)
+    trainer = SimpleNamespace(loggers=[logger], is_global_zero=True, global_step=7)
     visualize.has_open3d_plugin.cache_clear()
     Visualize(samples).on_validation_epoch_end(trainer, None)
     logger.experiment.close()

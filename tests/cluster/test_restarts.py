@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -21,8 +22,10 @@ from one4d_pl.config import Config, ConfigError
 from one4d_pl.data.ranged_reads import StoreError
 from one4d_pl.errors import UserError
 from one4d_pl.fit import fit, main
+from one4d_pl.models.sample_encoder import FrozenSampleEncoder
 from one4d_pl.training.checkpoint import write_checkpoint
 from one4d_pl.training.checkpoint_files import checkpoint_folder, newest_checkpoint, read_step
+from one4d_pl.types import Encoded, Sample
 
 STEPS = ("train.max_steps=16", "train.save_every=100", "val.every=100", "val.clips=2", "train.micro_batch_size=1")
 DDP = (*STEPS, "train.strategy=ddp", "train.devices=2")
@@ -217,6 +220,50 @@ def test_from_the_keyboard_the_run_saves_and_leaves_no_marker(run_config, start)
     os.kill(run.process.pid, signal.SIGINT)
     assert run.end(20) == INTERRUPTED, run.log.read_text()[-3000:]
     assert marker(config) is None and not (Path(config.run_dir) / STARTS).exists()
+
+
+def own_shards(toy_root: Path, folder: Path) -> list[str]:
+    """Overrides for a copy of eight training clips that nobody has encoded yet."""
+    shutil.copytree(toy_root / "train_synthetic", folder / "raw", ignore=shutil.ignore_patterns("encoded*", ".*"))
+    return [f"data.sources=[{{path: {folder / 'raw'}, weight: 1.0}}]"]
+
+
+def encoded_clips(folder: Path) -> set[str]:
+    """Records of finished clips of an encoding that is not whole yet."""
+    return {
+        str(path) for path in (folder / "raw").rglob("*.json") if ".staging" in path.parts and "plan" not in path.name
+    }
+
+
+def test_a_stop_is_obeyed_between_two_clips_that_are_encoded_and_none_is_lost(
+    run_config, toy_root, tmp_path, monkeypatch
+):
+    config, stop = run_config(*own_shards(toy_root, tmp_path), "train.max_steps=1"), Stop()
+    encoded: list[str] = []
+    encode = FrozenSampleEncoder.encode_sample
+
+    def encode_sample(encoder: FrozenSampleEncoder, sample: Sample) -> Encoded:
+        encoded.append(sample.key)
+        if len(encoded) == 3:
+            stop.number = signal.SIGTERM
+        return encode(encoder, sample)
+
+    monkeypatch.setattr(FrozenSampleEncoder, "encode_sample", encode_sample)
+    assert fit(config, stop) == PREEMPTED
+    assert len(encoded) == 3 and marker(config)["step"] == 0 and marker(config)["signal"] == "SIGTERM"
+    assert fit(config) == 0
+    assert len(encoded) == len(set(encoded)) >= 8  # the second start has encoded the others alone
+
+
+@pytest.mark.slow
+def test_a_signal_to_one_rank_stops_the_encoding_of_both(run_config, start, toy_root, tmp_path):
+    slow = (*DDP, *own_shards(toy_root, tmp_path))
+    config = run_config(*slow)
+    run = start(*slow)
+    run.wait_until(lambda: len(encoded_clips(tmp_path)) >= 1)
+    os.kill(run.ranks()[1], signal.SIGTERM)
+    assert run.end() == PREEMPTED, run.log.read_text()[-3000:]
+    assert marker(config)["step"] == 0 and 1 <= len(encoded_clips(tmp_path)) < 8
 
 
 def test_a_stop_is_obeyed_before_training_without_a_checkpoint_and_after_validation(run_config, monkeypatch):

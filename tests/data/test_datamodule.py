@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import shutil
 import threading
 import time
@@ -364,3 +365,55 @@ def test_a_broken_clip_is_not_encoded_and_the_stream_counts_it(folder, tmp_path)
     skipped = [reason for batch in make_module(config).train_dataloader() for reason in batch.skipped]
     broken = ShardSet.open(copy).key(6)
     assert len(skipped) >= STEPS * GLOBAL_BATCH // 7 and all(broken in reason for reason in skipped)
+
+
+def with_consistency(folder: Path, values: list[float | None]) -> None:
+    """Write into a folder's manifest how consistent its clips are."""
+    tree = json.loads((folder / "manifest.json").read_text())
+    entries = [sample for shard in tree["shards"] for sample in shard["samples"]]
+    for entry, value in zip(entries, values, strict=True):
+        entry["consistency"] = value
+    (folder / "manifest.json").write_text(json.dumps(tree))
+
+
+def test_training_takes_the_consistent_clips_and_validation_all(folder, tmp_path):
+    copy = tmp_path / "shards"
+    shutil.copytree(folder, copy)
+    values = [0.99, None, 0.5, 0.95, 0.97, 1.0, 0.1]  # the last one is broken
+    with_consistency(copy, values)
+    config = make_config(copy)
+    config.data.min_consistency = 0.95
+    keys = [entry.key for entry in ShardSet.open(copy).entries]
+    good = {key for key, value in zip(keys, values, strict=True) if value is not None and value >= 0.95}
+    module = make_module(config)
+    assert {key for batch in module.train_dataloader() for key in batch.keys} == good
+    assert len({key for batch in module.val_dataloader() for key in batch.keys}) == config.val.clips
+    for least, count in ((0.0, 6), (1.0, 1)):
+        config.data.min_consistency = least
+        assert len({key for batch in make_module(config).train_dataloader() for key in batch.keys}) == count
+    with_consistency(copy, [0.1] * 7)
+    with pytest.raises(ShardSetError, match=r"data\.min_consistency: .* its best has 0\.100"):
+        make_module(config).train_dataloader()
+    config.data.sources = [SourceConfig(str(folder), 1.0)]
+    with pytest.raises(ShardSetError, match="says no consistency of its clips; write its shards again"):
+        make_module(config).train_dataloader()
+
+
+def test_what_check_shards_flagged_is_neither_trained_on_nor_validated(folder, tmp_path):
+    copy = tmp_path / "shards"
+    shutil.copytree(folder, copy)
+    keys = [entry.key for entry in ShardSet.open(copy).entries]
+    flagged, config = (keys[1], keys[6]), make_config(copy)  # the last one is broken
+    listed = copy / "check/exclude.txt"
+    listed.parent.mkdir()
+    listed.write_text("".join(f"{key}  # static points land 30 % off\n" for key in flagged))
+    module = make_module(config)
+    batches = [*module.train_dataloader(), *module.val_dataloader()]
+    assert {key for batch in batches for key in batch.keys} == set(keys) - set(flagged)
+    assert module.clips_per_source == [5] and not any(batch.skipped for batch in batches)
+    listed.write_text("\n".join(keys))
+    with pytest.raises(ShardSetError, match=r"check/exclude\.txt: lists every clip of the set"):
+        make_module(config).train_dataloader()
+    listed.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ShardSetError, match="no text in UTF-8"):
+        make_module(config).train_dataloader()

@@ -80,6 +80,18 @@ def test_a_whole_set_of_wrong_depth_is_said_and_listed_for_exclusion(clips, fact
     assert [e.key for e in ShardSet.open(tmp_path / "again").entries] == [clips[2].key, clips[3].key]
 
 
+def test_a_clip_is_not_left_out_for_a_vae_that_few_clips_are_tried_with(clips, tmp_path):
+    write_shards(clips[:2], tmp_path / "set", samples_per_shard=2)
+    assert main([str(tmp_path / "set"), *CHEAP]) == 0
+    (part,) = (tmp_path / "set/check/parts").iterdir()
+    tree = json.loads(part.read_text())
+    tree["clips"][1]["vae_error"] = 0.5
+    part.write_text(json.dumps(tree))
+    assert main([str(tmp_path / "set"), *CHEAP]) == 0
+    assert list(json.loads((tmp_path / "set/check/report.json").read_text())["flagged"]) == [clips[1].key]
+    assert (tmp_path / "set/check/exclude.txt").read_text() == ""
+
+
 def test_damaged_shards_are_told_and_tasks_share_the_work(clips, tmp_path, capsys):
     folder = tmp_path / "set"
     shards = write_shards(clips[:4], folder, samples_per_shard=2)

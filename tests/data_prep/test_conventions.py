@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data_prep.check_shards import check_clip, main
-from data_prep.conventions import READINGS, believed_reading, compare_readings, verdict
+from data_prep.conventions import READINGS, believed_reading, compare_readings, consistency_of, verdict
 from one4d_pl.data.shards import write_shards
 from one4d_pl.geometry.se3 import se3_matrix, so3_exp
 from one4d_pl.toy import world as toy_world
@@ -114,3 +114,17 @@ def test_a_set_of_a_wrong_convention_is_said_and_its_clips_listed(longer, tmp_pa
     assert report["conventions"]["world-to-camera"]["against"] == 0
     listed = (tmp_path / "set/check/exclude.txt").read_text().splitlines()
     assert Counter(line.split("  # ")[0] for line in listed) == Counter(clip.key for clip in wrong)
+
+
+def test_consistency_is_one_where_frames_agree_and_falls_with_their_errors(longer):
+    for clip in longer:
+        sound = part(clip, range(1, 10))
+        lost = 1 - consistency_of(sound)
+        assert lost < 0.001
+        noise = torch.from_numpy(np.random.default_rng(0).normal(0, 0.1, (9, 1, 1))).float()
+        shaken = dataclasses.replace(sound, depth=sound.depth * noise.exp())  # every frame 10 % off by itself
+        assert 0.8 < consistency_of(shaken) < 0.95
+        assert 1 - consistency_of(MISTAKES["world-to-camera"](sound)) > 10 * lost  # by how much, its motion decides
+    one = part(longer[0], range(1, 2))
+    assert consistency_of(one) is None
+    assert consistency_of(dataclasses.replace(sound, valid=torch.zeros_like(sound.valid))) is None

@@ -23,6 +23,7 @@ from PIL import Image
 from data_prep.sources import registry
 from data_prep.sources.decoding import npy_array
 from one4d_pl.data.clip_codec import clip_fault, encode_depth
+from tests.data_prep import label_layouts
 from tests.data_prep import raw_layouts as raw
 from tests.data_prep.raw_layouts import Shot, film
 
@@ -67,6 +68,7 @@ def layouts(folder: Path) -> list[Layout]:
         ("rgbd", raw.write_rgbd(folder / "bonn", small, "rgbd_bonn_crowd"), {"stride": 1}),
         ("generic", raw.write_generic_npz(folder / "npz", small), {}),
         ("generic", raw.write_generic_folder(folder / "arrays", small, pointmaps=True), {}),
+        *((tool, write(folder / tool, small), {}) for tool, write in label_layouts.WRITERS.items()),
     ]
     return [Layout(s, root, o, sorted(p for p in root.rglob("*") if p.is_file())) for s, root, o in written]
 
@@ -219,7 +221,7 @@ def damaged(path: Path, rng: random.Random) -> Iterator[str]:
             path.mkdir()
             yield f"{path.name} is a folder"
         elif kind == 2:
-            new = path.with_name(rng.choice(["日本語", "a b", "ü" * 30, "..x", "-", "000000", "😀"]) + path.suffix)
+            new = path.with_name(rng.choice(["日本語", "a b", "ü" * 30, "..x", "-", "999999", "😀"]) + path.suffix)
             path.rename(new)
             try:
                 yield f"{path.name} is called {new.name}"

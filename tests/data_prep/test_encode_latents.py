@@ -96,6 +96,14 @@ def losses(
         return torch.stack(module.losses(batch, sigma, noise)).float(), conditions[-1]
 
 
+def test_flagged_clips_are_not_encoded_into_a_source_of_its_own(small, tmp_path):
+    keys = [entry.key for entry in ShardSet.open(tmp_path / "raw").entries]
+    (tmp_path / "raw/check").mkdir()
+    (tmp_path / "raw/check/exclude.txt").write_text(f"{keys[1]}  # camera jumps\n")
+    assert main([*small, "--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "enc")]) == 0
+    assert [entry.key for entry in open_set(tmp_path / "enc").entries] == [keys[0], *keys[2:]]
+
+
 def test_fit_trains_on_encoded_shards_alone(small, tmp_path, tiny_base_plain, monkeypatch):
     place = [f"base.path={tiny_base_plain.path}", f"base.max_text_tokens={tiny_base_plain.max_text_tokens}"]
     arguments = ["--raw", str(tmp_path / "raw"), "--out", str(tmp_path / "enc"), "--sparse-draws", "1"]

@@ -16,6 +16,7 @@ from data_prep.sources.decoding import read_video
 from one4d_pl.data.clip_codec import clip_fault
 from one4d_pl.scene.media import VideoReader
 from one4d_pl.types import Clip
+from tests.data_prep import label_layouts
 from tests.data_prep import raw_layouts as raw
 from tests.data_prep.raw_layouts import Shot, film
 
@@ -221,6 +222,7 @@ SMALL: dict[str, Writer] = {
     "rgbd": raw.write_rgbd,
     "spatialvid": raw.write_spatialvid,
     "tartanair": raw.write_tartanair,
+    **label_layouts.WRITERS,
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import threading
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 
 from one4d_pl.commands import export
 from one4d_pl.config import ConfigError
+from one4d_pl.data.shards import ShardSet
 from one4d_pl.fit import fit
 from one4d_pl.models.adapters import AdapterCard
 from one4d_pl.models.open_model import open_model
@@ -54,6 +56,20 @@ def test_two_ranks_killed_at_random_instants_and_resumed_are_bitwise_undisturbed
     assert outcome.kills == KILLS
     assert outcome.in_save_window >= 0.2 * KILLS
     assert len(outcome.steps_at_death) >= KILLS // 3  # deaths were spread over the runs, not all at one place
+
+
+def test_a_source_that_lost_clips_is_not_resumed_in_another_order(run_config, toy_root, tmp_path):
+    data = [f"data.sources=[{{path: {tmp_path}/set}}]", f"data.val_sources=[{{path: {toy_root}/val}}]"]
+    shards = ShardSet.open(shutil.copytree(toy_root / "train_real", tmp_path / "set"))
+    fit(run_config(*data, "train.max_steps=2"))
+    listed = tmp_path / "set/check/exclude.txt"
+    listed.parent.mkdir()
+    listed.write_text(f"{shards.key(0)}  # camera jumps\n")
+    told = rf"had {len(shards)} clips to train on at step 2, now {len(shards) - 1}; put its check/exclude\.txt back"
+    with pytest.raises(ConfigError, match=told):
+        fit(run_config(*data))
+    listed.unlink()
+    assert fit(run_config(*data, "train.max_steps=3")) == 0
 
 
 def test_a_damaged_checkpoint_is_passed_over_and_named(run_config, tmp_path, caplog):
