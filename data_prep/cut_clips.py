@@ -26,7 +26,6 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
-from tqdm import tqdm
 
 from data_prep.clip_rules import Rules, Survey, measure, survey
 from data_prep.parallel import run_parallel
@@ -35,6 +34,7 @@ from data_prep.sources.tracks import clip_key, files_once, one_line, walk_once
 from one4d_pl.commands.command import Command
 from one4d_pl.errors import UserError
 from one4d_pl.files import check_folder, open_whole, read_json, write_json, write_text
+from one4d_pl.progress import Progress
 from one4d_pl.scene.folder import save_video
 from one4d_pl.scene.media import VideoReader
 
@@ -285,7 +285,7 @@ def _run(args: argparse.Namespace) -> None:
     )  # fmt: skip
     tasks = list_videos(args.videos, args.out, rules, args.shots, args.fps)
     todo = [task for task in tasks if not task.part.exists() or _read_part(task).get("file") != _stamp(task.path)]
-    for _ in tqdm(run_parallel(cut_video, todo, args.jobs), total=len(todo), unit="video"):
+    for _ in Progress(run_parallel(cut_video, todo, args.jobs), total=len(todo), unit="video"):
         pass
     rows = write_table(tasks, args.out)
     kept = sum(row["kept"] == "yes" for row in rows)

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from data_prep.cut_clips import SUFFIXES
 from data_prep.sources.labels import TOOLS
@@ -29,6 +28,7 @@ from one4d_pl.commands.command import Command
 from one4d_pl.data.texts import licence_text
 from one4d_pl.errors import UserError, reading
 from one4d_pl.files import check_folder, whole_folder, write_json
+from one4d_pl.progress import Progress
 from one4d_pl.scene.media import VideoReader, frame_rate
 
 DRIVER = Path(__file__).parent / "run_mapanything.py"
@@ -202,7 +202,7 @@ def _run(args: argparse.Namespace) -> int:
     mine = clips[args.rank :: args.world]
     todo = [clip for clip in mine if not (args.out / clip.stem / "clip.json").is_file()]
     failed = 0
-    for clip in tqdm(todo, unit="clip"):
+    for clip in Progress(todo, unit="clip"):
         if reason := label_clip(clip, args.out, args.tool, program, model, texts, 60 * args.minutes):
             failed += 1
             log.warning("%s: %s", clip, reason)

@@ -25,6 +25,7 @@ from one4d_pl.commands.command import Command
 from one4d_pl.config import ConfigError
 from one4d_pl.files import check_folder
 from one4d_pl.interrupts import at_interrupt, end, uninterrupted
+from one4d_pl.progress import Progress
 
 log = logging.getLogger("one4d_pl")
 
@@ -89,8 +90,6 @@ def _parse_run(text: str) -> tuple[Run, int]:
 
 def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Callable[[], object]) -> None:
     """Do all jobs, `at_once` at a time (0 = in this process). ConfigError where one fails or takes too long."""
-    from tqdm import tqdm
-
     waiting = [job for job in jobs if not is_finished(plan, *job)]
     hours = sum(MINUTES[run.kind] for run, _ in waiting) / 60
     log.info(
@@ -100,7 +99,7 @@ def _run_all(plan: Plan, jobs: list[tuple[Run, int]], at_once: int, on_done: Cal
     )
     running: dict[tuple[Run, int], tuple[subprocess.Popen[bytes], float]] = {}
     stop = at_interrupt(lambda: _stop([process for process, _ in running.values()]))
-    with stop, tqdm(total=len(waiting), desc="runs", unit="run") as bar:
+    with stop, Progress(total=len(waiting), desc="runs", unit="run") as bar:
         try:
             while waiting or running:
                 while len(running) < max(1, at_once) and (job := _next(plan, waiting, idle=not running)):

@@ -30,6 +30,7 @@ from one4d_pl.config import (
     load_config,
 )
 from one4d_pl.files import write_json
+from one4d_pl.progress import Progress
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -118,8 +119,6 @@ def work(plan: Plan, run: Run, seed: int) -> None:
     """Do one run, unless it is done."""
     if is_finished(plan, run, seed):
         return
-    from tqdm import tqdm
-
     from experiments.nano.measure import measure, measure_references, sampled_clips
 
     folder, config, began = plan.folder(run, seed), plan.config(run, seed), time.monotonic()
@@ -136,7 +135,7 @@ def work(plan: Plan, run: Run, seed: int) -> None:
         curves = _read_curves(folder)
     clips = _held_out(config, plan.clips)
     pipeline, count = _open_pipeline(plan, run, seed), sampled_clips(len(clips), run.given)
-    with tqdm(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
+    with Progress(total=count, desc=f"{run.name} {seed}: sampling", unit="clip") as bar:
         if run.kind == "references":
             numbers = measure_references(pipeline, clips, _mean_pointmap(config), seed, bar.update)
         else:
