@@ -27,15 +27,16 @@ VIDEOS = [".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts
 UPLOADS: dict[str, tuple[str, list[str]]] = {  # the box's title, and what it takes
     "text": ("", PICTURES),
     "image": ("Frame 0: a picture", PICTURES),
-    "frames": (f"Up to {MAX_PICTURES} pictures, placed on the time line below", PICTURES),
+    "frames": (f"Up to {MAX_PICTURES} pictures", PICTURES),
     "video": ("All frames: a video", VIDEOS),
 }
 THUMBNAIL = 72  # pixels
 SYSTEM, MONOSPACE = ("system-ui", "sans-serif"), ("ui-monospace", "monospace")  # no font comes from elsewhere
 CSS = f"""
-.line {{ position: relative; height: {THUMBNAIL + 26}px; border-bottom: 3px solid var(--color-accent); }}
+.line {{ position: relative; height: {THUMBNAIL + 22}px; border-bottom: 3px solid var(--color-accent); }}
 .line figure {{ position: absolute; bottom: 0; width: {THUMBNAIL}px; margin: 0; text-align: center; font-size: 12px; }}
-.line img {{ display: block; width: 100%; margin: 0 auto; }}
+.line img {{ display: block; width: 100%; height: {THUMBNAIL}px; object-fit: contain; object-position: bottom; }}
+.shell {{ flex-grow: 0 !important; }}
 .view iframe {{ width: 100%; height: 480px; border: 0; }}
 .wrong {{ color: var(--error-text-color); }}
 """
@@ -79,8 +80,8 @@ def build(studio: Studio) -> gr.Blocks:
             with gr.Column(scale=2, min_width=300):
                 task = gr.Radio([*TASKS], value=TASKS[0], label="From")
                 prompt = gr.Textbox(label="Prompt", lines=2, placeholder="a red ball rolls over grass")
-                files = gr.File(visible=False, file_count="multiple", height=140)
-                strip = gr.HTML(visible=False)
+                files = gr.File(visible=False, file_count="multiple", file_types=PICTURES + VIDEOS, height=140)
+                strip = gr.HTML(visible=False, padding=False)
                 places = [gr.Slider(0, 1, 0, step=1, visible=False) for _ in range(MAX_PICTURES)]
                 go = gr.Button("Make the scene", variant="primary")
                 with gr.Accordion("Settings", open=False):
@@ -101,7 +102,14 @@ def build(studio: Studio) -> gr.Blocks:
                         for label in ("Frames", "Depth, light = near")
                     )
                 viewer = gr.HTML(elem_classes="view")
-                commands = gr.Code(language="shell", label="The same in a shell", interactive=False, visible=False)
+                commands = gr.Code(
+                    language="shell",
+                    label="The same in a shell",
+                    interactive=False,
+                    visible=False,
+                    wrap_lines=True,
+                    elem_classes="shell",
+                )
                 with gr.Accordion("Cameras", open=False, visible=False) as camera_box:
                     cameras = gr.Dataframe(interactive=False, max_height=300)
                 with gr.Accordion("Downloads", open=False, visible=False) as download_box:
