@@ -71,139 +71,177 @@ def launch(studio: Studio, host: str, port: int, share: bool) -> str:
 
 
 def build(studio: Studio) -> gr.Blocks:
-    """Build the page."""
-    cards = {path: (f"{Path(path).name} (step {card.step})", card) for path, card in studio.cards.items()}
-    first, (_, card) = next(iter(cards.items()))
+    """Build the page: what is given on the left, what is made on the right, and what the one does to the other."""
+    act = Actions(studio)
     with gr.Blocks(analytics_enabled=False, title="One4D") as page:
         gr.Markdown("# One4D\nA text, an image, a few frames or a video becomes a 4D scene.")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
-                task = gr.Radio([*TASKS], value=TASKS[0], label="From")
-                prompt = gr.Textbox(label="Prompt", lines=2, placeholder="a red ball rolls over grass")
-                files = gr.File(visible=False, file_count="multiple", file_types=PICTURES + VIDEOS, height=140)
-                strip = gr.HTML(visible=False, padding=False)
-                places = [gr.Slider(0, 1, 0, step=1, visible=False) for _ in range(MAX_PICTURES)]
-                go = gr.Button("Make the scene", variant="primary")
-                with gr.Accordion("Settings", open=False):
-                    choices = [(name, path) for path, (name, _) in cards.items()]
-                    adapters = gr.Dropdown(choices, value=first, label="Adapters")
-                    about = gr.Markdown(describe(card))
-                    num_frames = gr.Number(
-                        None, label="Frames", precision=0, placeholder="the adapter's; a video's own"
-                    )
-                    steps = gr.Number(None, label="Steps", precision=0, placeholder="the adapter's")
-                    guidance = gr.Number(None, label="Guidance on the prompt", placeholder="the adapter's; 1 = off")
-                    seed = gr.Number(0, label="Seed", precision=0)
+                given = Inputs(studio)
             with gr.Column(scale=3, min_width=300):
-                report = gr.Markdown("The scene will be here.")
-                with gr.Row():
-                    rgb, depth = (
-                        gr.Video(label=label, loop=True, autoplay=True, interactive=False, min_width=240, height=260)
-                        for label in ("Frames", "Depth, light = near")
-                    )
-                viewer = gr.HTML(elem_classes="view")
-                commands = gr.Code(
-                    language="shell",
-                    label="The same in a shell",
-                    interactive=False,
-                    visible=False,
-                    wrap_lines=True,
-                    elem_classes="shell",
-                )
-                with gr.Accordion("Cameras", open=False, visible=False) as camera_box:
-                    cameras = gr.Dataframe(interactive=False, max_height=300)
-                with gr.Accordion("Downloads", open=False, visible=False) as download_box:
-                    names = gr.CheckboxGroup([*DOWNLOADS], value=["scene"], label="Files")
-                    fetch = gr.Button("Make the files")
-                    packed = gr.File(label="Ready", file_count="multiple", interactive=False)
+                made = Results()
         job, thumbnails = gr.State(), gr.State([])
 
-        def choose_task(chosen: str) -> list[object]:
-            label, kinds = UPLOADS[chosen]
-            hidden = [gr.update(visible=False)] * MAX_PICTURES
-            box = gr.update(value=None, visible=chosen != "text", label=label, file_types=kinds)
-            return [box, [], gr.update(value="", visible=False), *hidden]
-
-        def place(chosen: str, uploaded: list[str] | None, frames: int | None, path: str) -> list[object]:
-            last = (frames or studio.cards[path].num_frames) - 1
-            sliders = [gr.update(visible=False)] * MAX_PICTURES
-            try:
-                request = Request(chosen, files=paths_of(uploaded))
-                if request.files:
-                    request.check()
-                shown = [thumbnail(first_frame(file, chosen)) for file in request.files]
-            except UserError as error:
-                return [
-                    [],
-                    gr.update(value=f'<p class="wrong">{readable(error, paths_of(uploaded))}</p>', visible=True),
-                    *sliders,
-                ]
-            numbers = [round(i * last / max(1, len(shown) - 1)) for i in range(len(shown))]
-            if chosen == "frames":
-                for i, (file, number) in enumerate(zip(request.files, numbers)):
-                    sliders[i] = gr.update(
-                        visible=True, maximum=max(1, last), value=number, label=f"{file.name} is frame"
-                    )
-            return [shown, gr.update(value=time_line(shown, numbers, last), visible=bool(shown)), *sliders]
-
-        def move(shown: list[str], frames: int | None, path: str, *numbers: int) -> str:
-            return time_line(shown, numbers, (frames or studio.cards[path].num_frames) - 1)
-
-        def make(
-            chosen: str,
-            text: str,
-            uploaded: list[str] | None,
-            path: str,
-            frames: int | None,
-            count: int | None,
-            scale: float | None,
-            number: int | None,
-            progress: gr.Progress = PROGRESS,  # gradio wants it before the starred ones
-            *numbers: int,
-        ) -> list[object]:
-            given = paths_of(uploaded) if chosen != "text" else ()
-            request = Request(
-                chosen,
-                text.strip(),
-                given,
-                tuple(int(n) for n in numbers),
-                Path(path),
-                frames,
-                count,
-                scale,
-                number or 0,
-            )
-            with telling(given):
-                made = studio.make(request, follower(progress))
-            scene = made.scene_folder
-            frame = f'<iframe title="the points, to turn" src="gradio_api/file={made.html}"></iframe>'
-            told = "\n".join(f"- {line}" for line in made.lines)
-            there = gr.update(visible=True)
-            results = [told, str(scene / "rgb.mp4"), str(scene / "depth.mp4"), frame, camera_table(made.scene)]
-            return [*results, gr.update(value=made.commands, visible=True), there, there, None, str(made.folder)]
-
-        def pack(folder: str | None, wanted: list[str]) -> list[str]:
-            with telling(()):
-                return [str(path) for path in studio.pack(Path(folder or ""), wanted)]
-
-        # quick ones beside the model, which one user at a time has
-        task.change(choose_task, task, [files, thumbnails, strip, *places], api_visibility="private")
-        placed = {"inputs": [task, files, num_frames, adapters], "outputs": [thumbnails, strip, *places]}
-        gr.on([files.change, num_frames.change, adapters.change], place, **placed, api_visibility="private")
-        for slider in places:
-            moved = [thumbnails, num_frames, adapters, *places]
-            slider.release(move, moved, strip, show_progress="hidden", api_visibility="private")
-        adapters.change(lambda path: describe(studio.cards[path]), adapters, about, api_visibility="private")
-        go.click(
-            make,
-            [task, prompt, files, adapters, num_frames, steps, guidance, seed, *places],
-            [report, rgb, depth, viewer, cameras, commands, camera_box, download_box, packed, job],
-            show_progress_on=report,
+        line = [thumbnails, given.strip, *given.places]
+        given.task.change(act.choose_task, given.task, [given.files, *line], api_visibility="private")
+        changes = [given.files.change, given.num_frames.blur, given.adapters.change]
+        placing = [given.task, given.files, given.num_frames, given.adapters]
+        gr.on(changes, act.place, placing, line, api_visibility="private")
+        moving = [thumbnails, given.num_frames, given.adapters, *given.places]
+        for place in given.places:
+            place.input(act.move, moving, given.strip, show_progress="hidden", api_visibility="private")
+        given.adapters.change(act.describe, given.adapters, given.about, api_visibility="private")
+        # these two take the model's turn: one user at a time
+        given.go.click(
+            act.make,
+            [given.task, given.prompt, given.files, *given.settings, *given.places],
+            [*made.shown, job],
+            show_progress_on=made.rgb,
             concurrency_id="model",
             api_name="make",
         )
-        fetch.click(pack, [job, names], packed, concurrency_id="model", api_visibility="private")
+        made.fetch.click(act.pack, [job, made.names], made.packed, concurrency_id="model", api_visibility="private")
     return page
+
+
+class Inputs:
+    """The left column."""
+
+    def __init__(self, studio: Studio) -> None:
+        choices = [(f"{Path(path).name} (step {card.step})", path) for path, card in studio.cards.items()]
+        self.task = gr.Radio([*TASKS], value=TASKS[0], label="From")
+        self.prompt = gr.Textbox(label="Prompt", lines=2, placeholder="a red ball rolls over grass")
+        self.files = gr.File(visible=False, file_count="multiple", file_types=PICTURES + VIDEOS, height=140)
+        self.strip = gr.HTML(visible=False, padding=False)
+        self.places = [gr.Slider(0, 1, 0, step=1, visible=False, buttons=[]) for _ in range(MAX_PICTURES)]
+        self.go = gr.Button("Make the scene", variant="primary")
+        with gr.Accordion("Settings", open=False):
+            self.adapters = gr.Dropdown(choices, value=choices[0][1], label="Adapters")
+            self.about = gr.Markdown(describe(studio.cards[choices[0][1]]))
+            # text, since gradio's box for numbers turns an empty one into 0 when it comes into view
+            self.num_frames = gr.Textbox(label="Frames", placeholder="the adapter's; a video's own")
+            self.steps = gr.Textbox(label="Steps", placeholder="the adapter's")
+            self.guidance = gr.Textbox(label="Guidance on the prompt, 1 = off", placeholder="the adapter's")
+            self.seed = gr.Textbox(label="Seed", placeholder="0")
+        self.settings = [self.adapters, self.num_frames, self.steps, self.guidance, self.seed]
+
+
+class Results:
+    """The right column."""
+
+    def __init__(self) -> None:
+        self.report = gr.Markdown("The scene will be here.")
+        with gr.Row():
+            self.rgb, self.depth = (
+                gr.Video(label=label, loop=True, autoplay=True, interactive=False, min_width=240, height=260)
+                for label in ("Frames", "Depth, light = near")
+            )
+        self.viewer = gr.HTML(elem_classes="view")
+        label, look = "The same in a shell", {"wrap_lines": True, "lines": 3, "max_lines": 9, "elem_classes": "shell"}
+        self.commands = gr.Code(language="shell", label=label, interactive=False, visible=False, **look)
+        with gr.Accordion("Cameras", open=False, visible=False) as self.camera_box:
+            self.cameras = gr.Dataframe(interactive=False, max_height=300)
+        with gr.Accordion("Downloads", open=False, visible=False) as self.download_box:
+            self.names = gr.CheckboxGroup([*DOWNLOADS], value=["scene"], label="Files")
+            self.fetch = gr.Button("Make the files")
+            self.packed = gr.File(label="Ready", file_count="multiple", interactive=False)
+        boxes = [self.camera_box, self.download_box]
+        self.shown = [self.report, self.rgb, self.depth, self.viewer, self.cameras, self.commands, *boxes, self.packed]
+
+
+class Actions:
+    """What the page does when something is chosen, uploaded, moved or clicked; it returns the new contents."""
+
+    def __init__(self, studio: Studio) -> None:
+        self._studio = studio
+
+    def describe(self, adapters: str) -> str:
+        """Return what is known of the adapters."""
+        return describe(self._studio.cards[adapters])
+
+    def choose_task(self, task: str) -> list[object]:  # box, thumbnails, strip, a slider per picture
+        """Ask for the files of a task, and forget those of another."""
+        label, kinds = UPLOADS[task]
+        box = gr.update(value=None, visible=task != "text", label=label, file_types=kinds)
+        return [box, [], gr.update(value="", visible=False), *[gr.update(visible=False)] * MAX_PICTURES]
+
+    def place(self, task: str, uploaded: list[str] | None, num_frames: str, adapters: str) -> list[object]:
+        """Show the uploaded files, pictures evenly on the time line, or say what is wrong with one."""
+        files, sliders = paths_of(uploaded), [gr.update(visible=False)] * MAX_PICTURES
+        try:
+            if files:
+                Request(task, files=files).check()
+            last = self._last(num_frames, adapters)
+            shown = [thumbnail(first_frame(file, task)) for file in files]
+        except UserError as error:
+            return [[], gr.update(value=f'<p class="wrong">{readable(error, files)}</p>', visible=True), *sliders]
+        numbers = [round(i * last / max(1, len(shown) - 1)) for i in range(len(shown))]
+        for i, file in enumerate(files if task == "frames" else ()):
+            name = f"{file.name} is frame"
+            sliders[i] = gr.update(visible=True, maximum=max(1, last), value=numbers[i], label=name)
+        return [shown, gr.update(value=time_line(shown, numbers, last), visible=bool(shown)), *sliders]
+
+    def move(self, thumbnails: list[str], num_frames: str, adapters: str, *numbers: int) -> str:
+        """Draw the time line again."""
+        return time_line(thumbnails, numbers, self._last(num_frames, adapters))
+
+    def make(
+        self,
+        task: str,
+        prompt: str,
+        uploaded: list[str] | None,
+        adapters: str,
+        num_frames: str,
+        steps: str,
+        guidance: str,
+        seed: str,
+        progress: gr.Progress = PROGRESS,  # gradio wants it before the starred ones
+        *numbers: int,
+    ) -> list[object]:
+        """Make the scene."""
+        files = paths_of(uploaded) if task != "text" else ()
+        with telling(files):
+            request = Request(
+                task=task,
+                prompt=prompt.strip(),
+                files=files,
+                numbers=tuple(map(int, numbers)),
+                adapters=Path(adapters),
+                num_frames=whole("Frames", num_frames),
+                steps=whole("Steps", steps),
+                guidance=number("Guidance", guidance),
+                seed=whole("Seed", seed) or 0,
+            )
+            made = self._studio.make(request, follower(progress))
+        report = "\n".join(f"- {line}" for line in made.lines)
+        videos = [str(made.scene_folder / name) for name in ("rgb.mp4", "depth.mp4")]
+        viewer = f'<iframe title="the points, to turn" src="gradio_api/file={made.html}"></iframe>'
+        commands, there = gr.update(value=made.commands, visible=True), gr.update(visible=True)
+        return [report, *videos, viewer, camera_table(made.scene), commands, there, there, None, str(made.folder)]
+
+    def pack(self, folder: str | None, names: list[str]) -> list[str]:
+        """Write the chosen files of the last scene."""
+        with telling(()):
+            return [str(path) for path in self._studio.pack(Path(folder or ""), names)]
+
+    def _last(self, num_frames: str, adapters: str) -> int:
+        return (whole("Frames", num_frames) or self._studio.cards[adapters].num_frames) - 1
+
+
+def number(label: str, text: str) -> float | None:
+    """Read a number; None where nothing is written."""
+    try:
+        return float(text) if text.strip() else None
+    except ValueError:
+        raise UserError(f"{label}: {text!r} is no number") from None
+
+
+def whole(label: str, text: str) -> int | None:
+    """Read a whole number; None where nothing is written."""
+    try:
+        return int(text) if text.strip() else None
+    except ValueError:
+        raise UserError(f"{label}: {text!r} is no whole number") from None
 
 
 def describe(card: AdapterCard) -> str:
@@ -218,12 +256,12 @@ def follower(progress: gr.Progress) -> Callable[[int, int], None]:
 
     def on_step(done: int, total: int) -> None:
         left = (time.monotonic() - start) / max(1, done) * (total - done)
-        words = f"sampling, about {left:.0f} s left" if done else "sampling"
-        progress(
-            (done, total) if total else 0,
-            words if done < total or not total else "cameras, depth and files",
-            unit="steps",
-        )
+        if done == 0:
+            progress(0, "sampling")
+        elif done < total:
+            progress((done, total), f"sampling, about {left:.0f} s left", unit="steps")
+        else:
+            progress((done, total), "cameras, depth and points", unit="steps")
 
     return on_step
 

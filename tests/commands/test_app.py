@@ -275,10 +275,8 @@ class Page:
         self.browser.send("Input.insertText", text=text)
 
     def click(self, label: str) -> None:
-        script = (
-            f"[...document.querySelectorAll('button')].find(b => b.innerText.trim().startsWith({json.dumps(label)})).click()"
-        )
-        self.browser.run(script)
+        find = f"find(b => b.innerText.trim().startsWith({json.dumps(label)}))"
+        self.browser.run(f"[...document.querySelectorAll('button')].{find}.click()")
 
     def says(self, *words: str) -> bool:
         text = str(self.browser.run("document.body.innerText"))
@@ -421,7 +419,7 @@ def test_two_users_at_once_both_get_their_scene(browser, address: str, media: Pa
     page = Page(browser, address)
     page.write("a red ball")
     other = client.Client(address, verbose=False, download_files=False, analytics_enabled=False)
-    unset = (None, None, None, None)  # frames, steps, guidance, seed: the adapter's, and 0
+    unset = ("", "", "", "")  # frames, steps, guidance, seed
     picture = [client.handle_file(media / "0.png")]
     page.click("Make the scene")
     job = other.submit("image", "", picture, str(DEMO_ADAPTERS), *unset, *[0] * MAX_PICTURES, api_name="/make")
