@@ -80,6 +80,7 @@ def serve(args: argparse.Namespace, folder: Path) -> None:
 
     studio = Studio(folder, args.adapters, _options(args))
     log.info("open %s (Ctrl-C ends)", launch(studio, args.host, args.port, args.share))
+    log.setLevel(logging.WARNING)  # the jobs report in the page
     while True:
         time.sleep(1)
 

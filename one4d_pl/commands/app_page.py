@@ -22,6 +22,7 @@ from one4d_pl.scene.scene import Scene
 
 MAX_UPLOAD = "200mb"  # of one file
 MAX_WAITING = 32  # users in the queue
+SHOWN_S = 30.0  # of an error, unless it is closed
 PICTURES = [".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"]
 VIDEOS = [".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".mpg", ".mpeg", ".ts", ".ogv", ".gif"]
 UPLOADS: dict[str, tuple[str, list[str]]] = {  # the box's title, and what it takes
@@ -37,6 +38,7 @@ CSS = f"""
 .line figure {{ position: absolute; bottom: 0; width: {THUMBNAIL}px; margin: 0; text-align: center; font-size: 12px; }}
 .line img {{ display: block; width: 100%; height: {THUMBNAIL}px; object-fit: contain; object-position: bottom; }}
 .shell {{ flex-grow: 0 !important; }}
+.shell .cm-scroller {{ min-height: 0 !important; }}
 .view iframe {{ width: 100%; height: 480px; border: 0; }}
 .wrong {{ color: var(--error-text-color); }}
 """
@@ -137,7 +139,7 @@ class Results:
                 for label in ("Frames", "Depth, light = near")
             )
         self.viewer = gr.HTML(elem_classes="view")
-        label, look = "The same in a shell", {"wrap_lines": True, "lines": 3, "max_lines": 9, "elem_classes": "shell"}
+        label, look = "The same in a shell", {"wrap_lines": True, "elem_classes": "shell"}
         self.commands = gr.Code(language="shell", label=label, interactive=False, visible=False, **look)
         with gr.Accordion("Cameras", open=False, visible=False) as self.camera_box:
             self.cameras = gr.Dataframe(interactive=False, max_height=300)
@@ -165,7 +167,7 @@ class Actions:
         box = gr.update(value=None, visible=task != "text", label=label, file_types=kinds)
         return [box, [], gr.update(value="", visible=False), *[gr.update(visible=False)] * MAX_PICTURES]
 
-    def place(self, task: str, uploaded: list[str] | None, num_frames: str, adapters: str) -> list[object]:
+    def place(self, task: str, uploaded: list[str] | None, num_frames: str | None, adapters: str) -> list[object]:
         """Show the uploaded files, pictures evenly on the time line, or say what is wrong with one."""
         files, sliders = paths_of(uploaded), [gr.update(visible=False)] * MAX_PICTURES
         try:
@@ -181,20 +183,20 @@ class Actions:
             sliders[i] = gr.update(visible=True, maximum=max(1, last), value=numbers[i], label=name)
         return [shown, gr.update(value=time_line(shown, numbers, last), visible=bool(shown)), *sliders]
 
-    def move(self, thumbnails: list[str], num_frames: str, adapters: str, *numbers: int) -> str:
+    def move(self, thumbnails: list[str], num_frames: str | None, adapters: str, *numbers: int) -> str:
         """Draw the time line again."""
         return time_line(thumbnails, numbers, self._last(num_frames, adapters))
 
     def make(
         self,
         task: str,
-        prompt: str,
+        prompt: str | None,
         uploaded: list[str] | None,
         adapters: str,
-        num_frames: str,
-        steps: str,
-        guidance: str,
-        seed: str,
+        num_frames: str | None,  # None = never touched
+        steps: str | None,
+        guidance: str | None,
+        seed: str | None,
         progress: gr.Progress = PROGRESS,  # gradio wants it before the starred ones
         *numbers: int,
     ) -> list[object]:
@@ -203,7 +205,7 @@ class Actions:
         with telling(files):
             request = Request(
                 task=task,
-                prompt=prompt.strip(),
+                prompt=(prompt or "").strip(),
                 files=files,
                 numbers=tuple(map(int, numbers)),
                 adapters=Path(adapters),
@@ -224,22 +226,22 @@ class Actions:
         with telling(()):
             return [str(path) for path in self._studio.pack(Path(folder or ""), names)]
 
-    def _last(self, num_frames: str, adapters: str) -> int:
+    def _last(self, num_frames: str | None, adapters: str) -> int:
         return (whole("Frames", num_frames) or self._studio.cards[adapters].num_frames) - 1
 
 
-def number(label: str, text: str) -> float | None:
+def number(label: str, text: str | None) -> float | None:
     """Read a number; None where nothing is written."""
     try:
-        return float(text) if text.strip() else None
+        return float(text) if text and text.strip() else None
     except ValueError:
         raise UserError(f"{label}: {text!r} is no number") from None
 
 
-def whole(label: str, text: str) -> int | None:
+def whole(label: str, text: str | None) -> int | None:
     """Read a whole number; None where nothing is written."""
     try:
-        return int(text) if text.strip() else None
+        return int(text) if text and text.strip() else None
     except ValueError:
         raise UserError(f"{label}: {text!r} is no whole number") from None
 
@@ -317,8 +319,8 @@ def readable(error: UserError, files: tuple[Path, ...]) -> str:
 
 @contextlib.contextmanager
 def telling(files: tuple[Path, ...]) -> Iterator[None]:
-    """Show a user's error in the page until it is closed."""
+    """Show a user's error in the page."""
     try:
         yield
     except UserError as error:
-        raise gr.Error(readable(error, files), duration=None, print_exception=False) from None
+        raise gr.Error(readable(error, files), duration=SHOWN_S, print_exception=False) from None

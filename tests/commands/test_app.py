@@ -41,6 +41,11 @@ from tests.scene.toy_scene import exact_scene
 
 needs_viser = pytest.mark.skipif(importlib.util.find_spec("viser") is None, reason="needs viser: the `viz` extra")
 needs_gradio = pytest.mark.skipif(importlib.util.find_spec("gradio") is None, reason="needs gradio: the `app` extra")
+UPLOADS = {
+    "image": "Frame 0: a picture",
+    "frames": "Up to 8 pictures",
+    "video": "All frames: a video",
+}  # titles of the box
 TASK_INDEX = {"text": 0, "image": 1, "frames": 2, "video": 3}
 
 
@@ -231,7 +236,8 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
             assert door.wait(60) == 130
             reader.join(30)
             assert not list(folder.glob(f"{app.PREFIX}*"))
-            assert "Traceback" not in "".join(rest), "".join(rest)
+            said = "".join(rest)  # gradio itself writes down how it refused a kind of file
+            assert said.count("Traceback") == said.count('gradio.exceptions.Error: "Invalid file type'), said
         finally:
             watch.cancel()
             door.kill()
@@ -263,7 +269,7 @@ class Page:
     def choose(self, task: str) -> None:
         self.browser.run(f"document.querySelectorAll('input[type=radio]')[{TASK_INDEX[task]}].click()")
         if task != "text":
-            self.browser.wait(lambda: self.browser.run("!!document.querySelector('input[type=file]')"), "the box")
+            self.wait(UPLOADS[task])
 
     def upload(self, *files: Path) -> None:
         document = self.browser.send("DOM.getDocument")["root"]["nodeId"]
@@ -310,8 +316,13 @@ class Page:
         self.wait(f"{task} to 4D: ", "unusual or degenerate")
         videos = "[...document.querySelectorAll('video')].filter(v => v.readyState >= 2 && v.videoWidth > 0).length"
         self.browser.wait(lambda: self.browser.run(videos) == 2, "two videos")
-        inner = "document.querySelector('.view iframe')?.contentDocument?.querySelectorAll('canvas').length > 0"
-        self.browser.wait(lambda: self.browser.run(inner) is True, "the points")
+        box = (
+            "(r => [r.left, r.top, r.right, r.bottom])(document.querySelector('.view iframe').getBoundingClientRect())"
+        )
+        left, top, right, bottom = map(int, self.browser.run(box))
+        # right of the browser's notice and above the controls; all is white until the points are drawn
+        cloud = slice(top + 20, bottom - 60), slice((left + right) // 2, right - 20)
+        self.browser.wait(lambda: float((self.browser.picture()[cloud] < 160).any(-1).mean()) > 0.05, "the points")
 
 
 @needs_gradio
@@ -332,7 +343,8 @@ def test_a_click_gives_a_scene_of_every_task(task: str, browser, address: str, m
             "4",
             "8",
         ]
-    page.write("a red ball rolls over grass")
+    if task == "text":  # the others need no prompt
+        page.write("a red ball rolls over grass")
     began = time.monotonic()
     page.click("Make the scene")
     page.wait_for_scene({"frames": "sparse"}.get(task, task))
@@ -363,7 +375,6 @@ def test_what_is_made_is_downloaded_by_clicks(browser, address: str, tmp_path: P
     for name in ("glb", "cameras"):
         page.tick(name)
     page.click("Make the files")
-    page.wait("scene.zip", "cameras.json", "glb.zip")
     links = "[...document.querySelectorAll('a[download]')].map(a => a.href).filter(h => /(zip|json)$/.test(h))"
     browser.wait(lambda: len(browser.run(links)) == 3, "three links")
     page.see("app_downloads", tmp_path)
