@@ -13,6 +13,7 @@ from typing import NoReturn
 COMMANDS = {
     "demo": "see and measure what the shipped adapters make of the toy world",
     "generate": "a text, an image, a few frames or a video becomes a 4D scene",
+    "app": "a page in the browser that makes scenes and shows them",
     "view": "look at a scene in the browser, or make one html file of it",
     "export": "a scene as ply, glb, COLMAP, nerfstudio; an adapter for diffusers and Wan",
     "cameras": "intrinsics, cameras and depth from anyone's pointmap video",

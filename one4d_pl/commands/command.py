@@ -31,13 +31,17 @@ class Command:
     # ends the process with the exit code of the work it is given
     end: Callable[[Callable[[], int]], NoReturn] = lambda work: sys.exit(work())
 
-    def __call__(self, arguments: Sequence[str]) -> int:
-        """Parse and run; return the exit code. argparse raises SystemExit(2) for arguments that do not parse."""
+    def parser(self) -> argparse.ArgumentParser:
+        """Make the parser of its arguments."""
         parser = argparse.ArgumentParser(
             prog=self.name, description=self.description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
         self.add_arguments(parser)
-        args = parser.parse_args(arguments)
+        return parser
+
+    def __call__(self, arguments: Sequence[str]) -> int:
+        """Parse and run; return the exit code. argparse raises SystemExit(2) for arguments that do not parse."""
+        args = self.parser().parse_args(arguments)
         return exit_code(lambda: self.run(args))
 
     def run_process(self) -> NoReturn:

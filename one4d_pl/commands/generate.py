@@ -17,8 +17,10 @@ Then: one4d view DIR; one4d export DIR --out FILES --formats ply glb colmap ...
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +29,6 @@ from one4d_pl.config import DEMO_ADAPTERS, MAX_SCENE_FRAMES, SOLVERS, ConfigErro
 from one4d_pl.files import check_folder
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from one4d_pl.inference.pipeline import One4DPipeline
     from one4d_pl.scene.scene import Scene
 
@@ -55,6 +55,11 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, metavar="G", help="of the prompt, 1 = off; default: the adapter's, by task")
     add("--negative-prompt", metavar="TEXT", help="default: the adapter's")
     add("--zooms", action="store_true", help="the camera zooms: one focal length per frame")
+    add_machine_arguments(parser)
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add where and how the model runs, which `one4d app` asks too."""
     add = parser.add_argument_group("speed and memory").add_argument
     add("--device", help="cpu, cuda, cuda:1, ...; default: cuda where there is one")
     add("--dtype", choices=("float32", "bfloat16"), help="of the transformer; default: bfloat16 on cuda")
@@ -72,53 +77,69 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def generate(args: argparse.Namespace) -> None:
-    """Check the options, sample a scene and write it; ConfigError names a wrong option or file."""
+    """Sample the scene that the options ask for, write it, and print what was made."""
     start = time.monotonic()
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as fit does
+
+    from one4d_pl.progress import Progress
+
+    with contextlib.ExitStack() as stack:
+        bar: Progress | None = None
+
+        def on_step(done: int, total: int) -> None:
+            nonlocal bar
+            if bar is None:  # a refused option shows no bar
+                bar = stack.enter_context(Progress(desc="sampling", unit="step"))
+            bar.total, bar.n = total or None, done
+            bar.refresh()
+
+        scene = make_scene(args, open_pipeline, on_step)
+    print(*report_lines(scene, time.monotonic() - start), sep="\n")
+    out = args.out
+    print(f"Look at {out}/panel.png, {out}/rgb.mp4, {out}/depth.mp4; walk around it: one4d view {out}")
+
+
+def make_scene(
+    args: argparse.Namespace,
+    opened: Callable[[argparse.Namespace], One4DPipeline],  # `open_pipeline`, or one that keeps what it has opened
+    on_step: Callable[[int, int], None],  # called with the finished steps and all steps, first with 0, 0
+) -> Scene:
+    """Check the options, sample a scene and write it to --out; UserError names a wrong option or file."""
     _check(args)
-    numbered = _numbered(args.frames or [])
+    numbered = {0: args.image} if args.image else _numbered(args.frames or [])
     check_folder(args.out, "--out")
 
     import torch
 
     from one4d_pl.inference.pipeline import FPS
-    from one4d_pl.progress import Progress
-    from one4d_pl.scene.media import open_video
+    from one4d_pl.scene.media import load_image, open_video
     from one4d_pl.scene.scene import may_become_scene, save_scene
 
-    if args.image:
-        numbered = {0: args.image}
     if args.out.is_dir() and not may_become_scene(args.out):
         raise ConfigError(f"--out: {args.out} holds other things than a scene; name a new folder")
     try:
-        pictures = _load(numbered)
+        pictures = {number: load_image(path) for number, path in numbered.items()}
         if args.video:
             open_video(args.video, args.fps, FPS)  # refuse a wrong file before opening the model
-        pipeline = _open(args)
-        generator = torch.Generator().manual_seed(args.seed)
-        with Progress(desc="sampling", unit="step") as bar:
-
-            def on_step(done: int, total: int) -> None:
-                bar.total = total
-                bar.update(done - bar.n)
-
-            scene = pipeline(
-                args.prompt,
-                pictures,
-                args.num_frames,
-                *_size(args.size),
-                generator=generator,
-                fps=args.fps,
-                zooms=args.zooms,
-                on_step=on_step,
-                video=args.video,
-            )
+        pipeline = opened(args).with_settings(args.steps, args.guidance, args.negative_prompt, args.solver)
+        on_step(0, 0)
+        scene = pipeline(
+            args.prompt,
+            pictures,
+            args.num_frames,
+            *_size(args.size),
+            generator=torch.Generator().manual_seed(args.seed),
+            fps=args.fps,
+            zooms=args.zooms,
+            on_step=on_step,
+            video=args.video,
+        )
         save_scene(args.out, scene)
     except (MemoryError, torch.OutOfMemoryError):
         raise ConfigError(
             "out of memory; make --size or --num-frames smaller, or --memory, with which more waits on the host"
         ) from None
-    _report(scene, args.out, time.monotonic() - start)
+    return scene
 
 
 def _check(args: argparse.Namespace) -> None:
@@ -171,14 +192,8 @@ def _size(text: str | None) -> tuple[int | None, int | None]:  # height, width
     return int(sides[0]), int(sides[1])
 
 
-def _load(numbered: dict[int, Path]) -> dict[int, Tensor]:
-    from one4d_pl.scene.media import load_image
-
-    return {number: load_image(path) for number, path in numbered.items()}
-
-
-def _open(args: argparse.Namespace) -> One4DPipeline:
-    """Open the model on the device and with the settings that the options ask for."""
+def open_pipeline(args: argparse.Namespace) -> One4DPipeline:
+    """Open the model on the device that the options ask for."""
     import torch
 
     from one4d_pl.inference.pipeline import One4DPipeline
@@ -200,7 +215,7 @@ def _open(args: argparse.Namespace) -> One4DPipeline:
     pipeline = One4DPipeline.from_pretrained(args.base, args.adapters, dtype, device, memory, *_size(args.size))
     if args.compile:
         pipeline.compile_blocks()
-    return pipeline.with_settings(args.steps, args.guidance, args.negative_prompt, args.solver)
+    return pipeline
 
 
 def _refuse_large(args: argparse.Namespace) -> None:
@@ -217,14 +232,15 @@ def _refuse_large(args: argparse.Namespace) -> None:
         )
 
 
-def _report(scene: Scene, out: Path, seconds: float) -> None:
-    """Print what was made, how far to trust it, and where to look."""
+def report_lines(scene: Scene, seconds: float) -> list[str]:
+    """Say what was made and how far to trust it."""
     num_frames, height, width = scene.pointmap.shape[:3]
     focal, surfaces = scene.intrinsics[:, 0, 0], float(scene.valid.float().mean())
-    print(f"{scene.made['task']} to 4D: {num_frames} frames of {height}x{width} at {scene.fps:g} fps, {seconds:.0f} s")
-    print(f"focal {float(focal.min()):.1f} .. {float(focal.max()):.1f} pixels, surfaces {surfaces:.0%} of the pixels")
-    print("unusual or degenerate: " + ("; ".join(scene.flags) or "nothing"))
-    print(f"Look at {out}/panel.png, {out}/rgb.mp4, {out}/depth.mp4; walk around it: one4d view {out}")
+    return [
+        f"{scene.made['task']} to 4D: {num_frames} frames of {height}x{width} at {scene.fps:g} fps, {seconds:.0f} s",
+        f"focal {float(focal.min()):.1f} .. {float(focal.max()):.1f} pixels, surfaces {surfaces:.0%} of the pixels",
+        "unusual or degenerate: " + ("; ".join(scene.flags) or "nothing"),
+    ]
 
 
 main = Command("one4d generate", __doc__, _add_arguments, generate)

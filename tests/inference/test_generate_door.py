@@ -144,7 +144,7 @@ def test_500_bad_inputs_end_in_one_line_and_exit_code_2(files, tmp_path, capsys,
     bad += [["--image", good, "--out", Path("/proc/none")]]
     bad += [["--video", files / "v.mp4", "--fps", fps] for fps in ("nan", "0")]
     assert len(bad) >= 500
-    monkeypatch.setattr(generate, "_open", no_model)
+    monkeypatch.setattr(generate, "open_pipeline", no_model)
     refused(bad, tmp_path, capsys)
     monkeypatch.undo()
     opened: list[list[object]] = [
