@@ -292,8 +292,10 @@ class Page:
         self.browser.wait(lambda: self.says(*words), f"{words}")
 
     def tick(self, label: str) -> None:
-        script = f"[...document.querySelectorAll('label')].find(l => l.innerText.trim() == {json.dumps(label)}).click()"
-        self.browser.run(script)
+        """Tick a box, and wait until the page took it: two clicks at once would count as the last one alone."""
+        box = f"[...document.querySelectorAll('label')].find(l => l.innerText.trim() == {json.dumps(label)})"
+        self.browser.run(f"{box}.click()")
+        self.browser.wait(lambda: self.browser.run(f"{box}.classList.contains('selected')") is True, label)
 
     def resize(self, width: int, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
