@@ -178,14 +178,15 @@ def _base_of(folder: Path, repository: str | None, token: str | None) -> str:
     path, where = AdapterCard.read(folder).base_path, f"{repository or folder}/{CARD}"
     if not isinstance(path, str):
         raise HubError(f"{where}: base_path is {path!r}, need a name")
-    if path.startswith("./") and (repository is not None or (folder / path / DIFFUSERS_MARK).is_file()):
-        inside = PurePosixPath(path)
-        if ".." in inside.parts or not inside.parts:
+    inside = PurePosixPath(path)
+    within = path.startswith("./") and ".." not in inside.parts and inside.parts != ()
+    if repository is not None and path.startswith("./"):
+        names = [f"{inside}/{file}" for file in BASE_FILES]
+        if not within:
             raise HubError(f"{where}: base_path: {path} is no folder of the repository")
-        if repository is not None:
-            names = [f"{inside}/{file}" for file in BASE_FILES]
-            if _fetch(repository, folder.name, names[0], names, token) is None:
-                raise HubError(f"{where}: base_path: {path} holds no base (no {names[0]} in the repository)")
+        if _fetch(repository, folder.name, names[0], names, token) is None:
+            raise HubError(f"{where}: base_path: {path} holds no base (no {names[0]} in the repository)")
+    if within and (folder / inside / DIFFUSERS_MARK).is_file():
         return str(_whole(folder / inside, where))
     name = known_repository(path) or path
     if path == EMBEDDED_BASE or (repository is None and (Path(path).exists() or hub_name(name) is None)):

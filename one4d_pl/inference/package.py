@@ -63,7 +63,6 @@ def _front_matter(card: AdapterCard, place: str, licence: str | None, metrics: M
         base_model_relation=None if linked is None else "adapter",
         license=licence or "other",
         license_name=None if licence else "as-its-training-data",
-        license_link=None if licence else "README.md#training-data",
         pipeline_tag=task,
         tags=["one4d", "4d", "video", "pointmap", "lora", *(f"training-data:{tag.lower()}" for tag in _licences(card))],
         metrics=sorted({result.metric_type for result in results}) or None,
