@@ -13,7 +13,7 @@ DIFFUSERS_MARK = "model_index.json"  # a base in diffusers layout holds it
 ORIGINAL_MARK = "Wan2.1_VAE.pth"  # a base in the layout of Wan-AI and VideoX-Fun holds it
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIGS = Path(__file__).parents[1] / "configs"  # the repository's; a wheel holds a copy
-HUB_NAME = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
+HUB_NAME = re.compile(r"(?!.*\.\.)(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 DEMO_ADAPTERS = ASSETS / "demo_adapters"  # for the embedded base, trained on the toy world
 
 

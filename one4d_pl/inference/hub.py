@@ -7,9 +7,8 @@ program. What lies in the local cache is not fetched again, and HF_HUB_OFFLINE=1
 from __future__ import annotations
 
 import contextlib
-import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
@@ -23,7 +22,7 @@ from one4d_pl.config import (
     hub_name,
 )
 from one4d_pl.errors import UserError, reason_of
-from one4d_pl.models.adapters import ADAPTER_FILES, CARD, AdapterCard, check_complete
+from one4d_pl.models.adapters import ADAPTER_FILES, CARD, AdapterCard, missing_file
 from one4d_pl.models.base_files import PARTS, is_original, known_repository, lacking
 
 if TYPE_CHECKING:
@@ -72,10 +71,9 @@ def fetch_adapters(name: Path | str, revision: str | None = None, token: str | N
     repository, pinned = remote[0], revision or remote[1]
     if revision is not None and remote[1] not in (None, revision):
         raise HubError(f"revision: {revision}, but {name} names another; give one of them")
-    folder = _fetch(repository, pinned, CARD, ADAPTER_FILES, token)
+    folder = _fetch(repository, pinned, CARD, ADAPTER_FILES, token, _adapter_lacks)
     if folder is None:
         raise HubError(f"{name}: holds no adapter of one4d_pl (no {CARD})")
-    check_complete(folder, AdapterCard.read(folder))
     return folder
 
 
@@ -85,13 +83,13 @@ def fetch_base(name: str, token: str | None = None) -> Path:
     cached = cached_base(name)
     if cached is not None and is_original(cached):
         return cached
-    folder = _fetch(repository, revision, DIFFUSERS_MARK, BASE_FILES, token)
+    folder = _fetch(repository, revision, DIFFUSERS_MARK, BASE_FILES, token, lacking)
     if folder is None:
         raise HubError(
             f"{name}: no base in diffusers' layout (no {DIFFUSERS_MARK}). One in Wan's own has .pth files, which are "
             f"fetched on request only: `one4d fetch-weights {repository} --to FOLDER --run`; then give FOLDER as base"
         )
-    return _whole(folder, name)
+    return folder
 
 
 def portable_base(path: str, given: str | None = None) -> str:
@@ -184,10 +182,10 @@ def _base_of(folder: Path, repository: str | None, token: str | None) -> str:
         names = [f"{inside}/{file}" for file in BASE_FILES]
         if not within:
             raise HubError(f"{where}: base_path: {path} is no folder of the repository")
-        if _fetch(repository, folder.name, names[0], names, token) is None:
+        if _fetch(repository, folder.name, names[0], names, token, lambda found: lacking(found / inside)) is None:
             raise HubError(f"{where}: base_path: {path} holds no base (no {names[0]} in the repository)")
     if within and (folder / inside / DIFFUSERS_MARK).is_file():
-        return str(_whole(folder / inside, where))
+        return str(folder / inside)
     name = known_repository(path) or path
     if path == EMBEDDED_BASE or (repository is None and (Path(path).exists() or hub_name(name) is None)):
         return path
@@ -196,44 +194,61 @@ def _base_of(folder: Path, repository: str | None, token: str | None) -> str:
     return str(fetch_base(name, token))
 
 
-def _whole(folder: Path, name: str) -> Path:
-    if (lack := lacking(folder)) is not None:
-        raise HubError(f"{name}: {lack}")
-    return folder
+def _adapter_lacks(folder: Path) -> str | None:
+    name = missing_file(folder, AdapterCard.read(folder))
+    return None if name is None else f"no {name}"
 
 
 def _fetch(
-    repository: str, revision: str | None, mark: str, names: tuple[str, ...] | list[str], token: str | None
+    repository: str,
+    revision: str | None,
+    mark: str,
+    names: Sequence[str],
+    token: str | None,
+    lacks: Callable[[Path], str | None],
 ) -> Path | None:
-    """Fetch the files of these names or patterns at one commit and return its folder; None if `mark` is not there."""
+    """Fetch files of a repository at one commit and return its folder in the cache; None if `mark` is not there.
+
+    Args:
+        repository: owner/name.
+        revision: branch, tag or commit; None = main.
+        mark: the file without which the others are not wanted.
+        names: patterns of the files' names.
+        token: of the hub; None = the stored one.
+        lacks: says what is missing in the folder; None = nothing.
+    """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import RemoteEntryNotFoundError
 
-    with _asking(f"{repository}@{revision}" if revision else repository, mark):
+    name = f"{repository}@{revision}" if revision else repository
+    with _asking(name, mark):
         try:
             file = Path(hf_hub_download(repository, mark, revision=revision, token=token))
         except RemoteEntryNotFoundError:
             return None
-        folder = file.parents[len(PurePosixPath(mark).parts) - 1]
+    folder = file.parents[len(PurePosixPath(mark).parts) - 1]
+    with _asking(name, "its files", lambda: lacks(folder)):
         # the folder's name is the commit: no later one may be mixed in
         snapshot_download(
             repository, revision=folder.name, token=token, allow_patterns=list(names), ignore_patterns=list(OUTSIDE)
         )
-        return folder
+        if (lack := lacks(folder)) is not None:
+            raise HubError(f"{name}: incomplete, {lack}")
+    return folder
 
 
 @contextlib.contextmanager
-def _asking(name: str, what: str) -> Iterator[None]:
+def _asking(name: str, what: str, lacks: Callable[[], str | None] = lambda: None) -> Iterator[None]:
     """Turn what the hub's client raises into one line; its errors are of many classes, the network's among them."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:
-        raise HubError(f"{name}: {_reason(error, name.partition('@')[0], what)}") from error
+        raise HubError(f"{name}: {_reason(error, name.partition('@')[0], what, lacks)}") from error
 
 
-def _reason(error: Exception, repository: str, what: str) -> str:
+def _reason(error: Exception, repository: str, what: str, lacks: Callable[[], str | None]) -> str:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -247,8 +262,8 @@ def _reason(error: Exception, repository: str, what: str) -> str:
     if isinstance(error, errors.OfflineModeIsEnabled):
         return f"{what}: HF_HUB_OFFLINE keeps from asking the hub; unset it"
     if isinstance(error, errors.LocalEntryNotFoundError):
-        missing = re.search(r"missing \(([^)]+)\)", str(error))
-        lacked = f"{missing[1] if missing else what}: not in the local cache"
+        lack = lacks()
+        lacked = f"incomplete in the local cache ({lack})" if lack else f"{what}: not in the local cache"
         if constants.HF_HUB_OFFLINE:
             return f"{lacked}, and HF_HUB_OFFLINE keeps from asking the hub; unset it"
         cause = error.__cause__ if isinstance(error.__cause__, Exception) else error

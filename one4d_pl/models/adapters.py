@@ -128,16 +128,20 @@ def adapter_files(folder: Path) -> list[Path]:
     return [Path(name) for name in (*BRANCH_FILES, *optional, CARD)]
 
 
-def check_complete(folder: Path, card: AdapterCard) -> None:
-    """Raise ConfigError where the folder lacks a file that its card promises."""
+def missing_file(folder: Path, card: AdapterCard) -> str | None:
+    """Return the first file that the card promises and the folder lacks."""
     names = [COUPLED]
     if card.coupling == "decoupled":
         names = [*BRANCH_FILES]
         names += [LINKS] if card.link_blocks else []
         names += [XYZ_PATCH] if card.xyz_patch_embedding else []
-    for name in names:
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: an incomplete adapter, no {name}; copy the whole folder of the checkpoint")
+    return next((name for name in names if not (folder / name).is_file()), None)
+
+
+def check_complete(folder: Path, card: AdapterCard) -> None:
+    """Raise ConfigError where the folder lacks a file that its card promises."""
+    if (name := missing_file(folder, card)) is not None:
+        raise ConfigError(f"{folder}: an incomplete adapter, no {name}; copy the whole folder of the checkpoint")
 
 
 def save_adapters(
