@@ -14,6 +14,7 @@ from one4d_pl.commands import demo, evaluate
 from one4d_pl.config import DEMO_ADAPTERS, load_config
 from one4d_pl.evaluation import toy_clips
 from one4d_pl.evaluation.fit_quality import FitQuality, measure_fit
+from one4d_pl.evaluation.measured import read_metrics
 from one4d_pl.evaluation.toy_clips import HeldOut
 from one4d_pl.inference.pipeline import One4DPipeline
 
@@ -85,5 +86,7 @@ def test_the_evaluation_judges_the_same_tasks_by_the_same_numbers(tmp_path, caps
     verdicts = {goal["verdict"] for goal in metrics["goals"]}
     assert verdicts <= {"met", "short", "not measured"} and "short" in verdicts  # trained on another level
     assert capsys.readouterr().out == (tmp_path / "tables.txt").read_text()
+    measured = {f"{g['about']}: {g['what']}": g["value"] for g in metrics["goals"] if g["value"] is not None}
+    assert read_metrics(tmp_path) == {"toy world clear, 2 clips": measured}
     assert evaluate.main([*arguments, "--clips", "1"]) == 2
     assert "--clips: 1, need 2 or more" in capsys.readouterr().err

@@ -224,11 +224,8 @@ def test_python_is_as_the_code_has_it(page: Path) -> None:
                     from one4d_pl.inference.pipeline import One4DPipeline
                     from one4d_pl.scene.scene import Scene
 
-                    called = (
-                        One4DPipeline.from_pretrained
-                        if isinstance(node.func, ast.Attribute)
-                        else One4DPipeline.__call__
-                    )
+                    method = node.func.attr if isinstance(node.func, ast.Attribute) else "__call__"
+                    called = getattr(One4DPipeline, method)
                     assert {str(keyword.arg) for keyword in node.keywords} <= set(inspect.signature(called).parameters)
                 if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "scene":
                     assert node.attr in Scene.__dataclass_fields__, node.attr

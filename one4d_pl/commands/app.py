@@ -40,9 +40,9 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[DEMO_ADAPTERS],
         metavar="DIR",
-        help="to choose from in the page, the first is opened at once; default: the shipped demo adapters",
+        help="to choose from in the page, as of `one4d generate`; the first is opened at once; default: the demo's",
     )
-    add("--base", metavar="PATH", help="folder or hub id in the local cache; default: the adapter's own")
+    add("--base", metavar="PATH", help="folder or owner/name[@revision] of the hub; default: the adapter's own")
     add_machine_arguments(parser)
     add = parser.add_argument_group("the server").add_argument
     add("--port", type=int, default=7860, help="default %(default)s")

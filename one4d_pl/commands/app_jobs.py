@@ -22,6 +22,7 @@ from one4d_pl.commands.view import view
 from one4d_pl.config import DEMO_ADAPTERS
 from one4d_pl.errors import UserError
 from one4d_pl.files import open_whole, temporary
+from one4d_pl.inference.hub import fetch_adapters
 from one4d_pl.models.adapters import AdapterCard
 from one4d_pl.scene.exports import export_scene
 from one4d_pl.scene.scene import Scene, is_scene, open_scene
@@ -103,7 +104,7 @@ class Studio:
     """
 
     def __init__(self, folder: Path, adapters: Sequence[Path], options: Sequence[str] = ()) -> None:
-        self.cards = {str(path): AdapterCard.read(path) for path in adapters}
+        self.cards = {str(path): AdapterCard.read(fetch_adapters(path)) for path in adapters}
         self.jobs, self.uploads, self._options = folder / "jobs", folder / "uploads", list(options)
         for part in (self.jobs, self.uploads):
             part.mkdir()

@@ -20,36 +20,16 @@ from one4d_pl.commands.command import USER_ERROR, Command
 from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, ConfigError
 from one4d_pl.files import check_folder, write_json
 from one4d_pl.models.base_files import (
-    ORIGINAL_FILES,
-    ORIGINAL_TOKENIZER,
-    PARTS,
+    BASES,
+    DIFFUSERS_PATTERNS,
+    ORIGINAL_PATTERNS,
+    Base,
     is_original,
     lacking,
     safetensors_header,
 )
 
-ORIGINAL_PATTERNS = ["config.json", "diffusion_pytorch_model*", *ORIGINAL_FILES.values(), f"{ORIGINAL_TOKENIZER}/*"]
-DIFFUSERS_PATTERNS = [DIFFUSERS_MARK, *(f"{part}/*" for part in PARTS), "scheduler/*"]
 RECORD = "hub_files.json"
-
-
-@dataclass(frozen=True)
-class Base:
-    """A repository of the hub, and its size as its owners state it."""
-
-    repo: str
-    patterns: list[str]
-    gigabytes: int | None
-
-
-BASES = {
-    "Wan2.1-Fun-V1.1-14B-InP": Base("alibaba-pai/Wan2.1-Fun-V1.1-14B-InP", ORIGINAL_PATTERNS, 47),  # the paper's
-    "Wan2.1-Fun-V1.1-1.3B-InP": Base("alibaba-pai/Wan2.1-Fun-V1.1-1.3B-InP", ORIGINAL_PATTERNS, 19),
-    "Wan2.1-I2V-14B-480P": Base("Wan-AI/Wan2.1-I2V-14B-480P", ORIGINAL_PATTERNS, None),
-    "Wan2.1-I2V-14B-720P": Base("Wan-AI/Wan2.1-I2V-14B-720P", ORIGINAL_PATTERNS, None),
-    "Wan2.1-I2V-14B-480P-Diffusers": Base("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", DIFFUSERS_PATTERNS, None),
-    "Wan2.1-I2V-14B-720P-Diffusers": Base("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", DIFFUSERS_PATTERNS, None),
-}
 
 
 @dataclass(frozen=True)

@@ -48,8 +48,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--fps", type=float, help="frames per second; default: 16, a video's own")
     add("--seed", type=int, default=0)
     add = parser.add_argument_group("the model").add_argument
-    add("--adapters", type=Path, default=DEMO_ADAPTERS, metavar="DIR", help="default: the shipped demo adapters")
-    add("--base", metavar="PATH", help="folder or hub id in the local cache; default: the adapter's own")
+    add(
+        "--adapters",
+        type=Path,
+        default=DEMO_ADAPTERS,
+        metavar="PATH",
+        help="folder, or owner/name[@revision] of the hub; default: the shipped demo adapters",
+    )
+    add("--base", metavar="PATH", help="likewise; default: the adapter's own")
     add("--steps", type=int, help="of the solver; default: the adapter's")
     add("--solver", choices=SOLVERS, help="default: the adapter's")
     add("--guidance", type=float, metavar="G", help="of the prompt, 1 = off; default: the adapter's, by task")
@@ -196,6 +202,7 @@ def open_pipeline(args: argparse.Namespace) -> One4DPipeline:
     """Open the model on the device that the options ask for."""
     import torch
 
+    from one4d_pl.inference.hub import find
     from one4d_pl.inference.pipeline import One4DPipeline
 
     try:
@@ -206,24 +213,24 @@ def open_pipeline(args: argparse.Namespace) -> One4DPipeline:
         raise ConfigError(f"--device: {args.device}, need cpu, cuda or cuda:N")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ConfigError(f"--device: {args.device}, but torch sees {torch.cuda.device_count()} CUDA devices here")
+    base, adapters = find(args.base, args.adapters)
     if device.type == "cpu" and args.device is None:
-        _refuse_large(args)
+        _refuse_large(base)
     dtype = args.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     memory = args.memory
     if memory is None and device.type == "cuda" and not args.compile:  # what is compiled has to stay where it is
         memory = torch.cuda.mem_get_info(device)[0] / 2**30
-    pipeline = One4DPipeline.from_pretrained(args.base, args.adapters, dtype, device, memory, *_size(args.size))
+    pipeline = One4DPipeline.from_pretrained(base, adapters, dtype, device, memory, *_size(args.size))
     if args.compile:
         pipeline.compile_blocks()
     return pipeline
 
 
-def _refuse_large(args: argparse.Namespace) -> None:
+def _refuse_large(path: str) -> None:
     """Raise ConfigError for a base made for GPUs that would run on the CPU without --device."""
-    from one4d_pl.models.adapters import AdapterCard
     from one4d_pl.models.base_files import resolve_base, weight_files
 
-    base = resolve_base(args.base or AdapterCard.read(args.adapters).base_path)
+    base = resolve_base(path)
     size = sum(file.stat().st_size for file in weight_files(base, "transformer"))
     if size > LARGEST_ON_CPU:
         raise ConfigError(

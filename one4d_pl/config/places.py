@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from one4d_pl.config.checks import ConfigError
@@ -12,6 +13,7 @@ DIFFUSERS_MARK = "model_index.json"  # a base in diffusers layout holds it
 ORIGINAL_MARK = "Wan2.1_VAE.pth"  # a base in the layout of Wan-AI and VideoX-Fun holds it
 ASSETS = Path(__file__).parents[1] / "assets"
 CONFIGS = Path(__file__).parents[1] / "configs"  # the repository's; a wheel holds a copy
+HUB_NAME = re.compile(r"(?!.*\.\.)(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?", re.ASCII)
 DEMO_ADAPTERS = ASSETS / "demo_adapters"  # for the embedded base, trained on the toy world
 
 
@@ -56,19 +58,34 @@ def initial_adapters(config: Config) -> Path | None:
 
 
 def base_folder(path: str) -> Path:
-    """Return the folder that a base.path other than a hub id means."""
+    """Return the folder that a base.path other than a hub name means."""
     return ASSETS / "tiny_wan" if path == EMBEDDED_BASE else Path(path)
 
 
 def holds_base(path: str) -> bool:
-    """Tell whether `path` is a folder in a known layout or a hub id in the local cache."""
-    marks = (DIFFUSERS_MARK, ORIGINAL_MARK)
-    if base_folder(path).is_dir():
-        return any((base_folder(path) / mark).is_file() for mark in marks)
+    """Tell whether `path` is a folder in a known layout or a hub name in the local cache."""
+    folder = base_folder(path)
+    if folder.is_dir():
+        return any((folder / mark).is_file() for mark in (DIFFUSERS_MARK, ORIGINAL_MARK))
+    return cached_base(path) is not None
+
+
+def hub_name(text: str) -> tuple[str, str | None] | None:
+    """Split owner/name or owner/name@revision, as the hub has them; None where the text is neither."""
+    found = HUB_NAME.fullmatch(text)
+    return None if found is None else (found[1], found[2])
+
+
+def cached_base(path: str) -> Path | None:
+    """Return the folder in the hub's local cache that holds the base of this name, whole or not."""
     from huggingface_hub import try_to_load_from_cache  # knows where the cache lies, and needs no torch
     from huggingface_hub.errors import HFValidationError
 
+    name = hub_name(path)
+    if name is None:
+        return None
     try:
-        return any(isinstance(try_to_load_from_cache(path, mark), str) for mark in marks)
-    except HFValidationError:  # not a hub id
-        return False
+        found = [try_to_load_from_cache(name[0], mark, revision=name[1]) for mark in (DIFFUSERS_MARK, ORIGINAL_MARK)]
+    except HFValidationError:  # not a hub name
+        return None
+    return next((Path(file).parent for file in found if isinstance(file, str)), None)

@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from one4d_pl.config import (
-    DEMO_ADAPTERS,
     MAX_SCENE_FRAMES,
     BaseConfig,
     Config,
@@ -32,12 +31,14 @@ from one4d_pl.costs.sampling import MODES, SamplingMode
 from one4d_pl.data.masking import task_of
 from one4d_pl.diffusion.sampler import integrate
 from one4d_pl.errors import UserError
-from one4d_pl.files import whole_folder, write_text
 from one4d_pl.geometry.camera import Placement, resize_crop_plan, resize_frames
+from one4d_pl.inference import hub
 from one4d_pl.inference.guidance import GuidedText, guided_velocity
 from one4d_pl.inference.long_video import fill_window, join_frames, recover_video
+from one4d_pl.inference.package import Metrics, write_package
 from one4d_pl.inference.sampling_mode import choose_mode
-from one4d_pl.models.adapters import AdapterCard, model_card, save_adapters
+from one4d_pl.models.adapters import AdapterCard
+from one4d_pl.models.base_files import resolve_base
 from one4d_pl.models.conditioning import encode_condition
 from one4d_pl.models.encoder_files import CPU
 from one4d_pl.models.open_model import open_model
@@ -98,26 +99,33 @@ class One4DPipeline:
         self.transformer, self.encoders, self.config = transformer, encoders, config
         self.shift, self.negative_prompt, self.card, self.bfloat16 = shift, negative_prompt, card, bfloat16
         self.frugal = False  # see costs/sampling.py
+        self.base: str | None = None  # where the base was read
 
     @staticmethod
     def from_pretrained(
-        base: str | None = None,  # folder or hub id in the local cache; None = the adapter's own
-        adapters: Path | str = DEMO_ADAPTERS,
+        base: str | None = None,  # folder or hub name; None = the one that the adapter names
+        adapters: Path | str | None = None,  # folder or hub name; None = `base` if it is one, else the demo's
         dtype: str = "float32",  # of the frozen transformer and text encoder; bfloat16 also runs under autocast
         device: torch.device | str = "cpu",
         memory: float | None = None,  # GiB of the GPU to stay within; None = everything lies on the device
         height: int | None = None,  # of the scenes that `memory` is for; None = the card's, as for the width
         width: int | None = None,
+        revision: str | None = None,  # of the adapter on the hub: branch, tag or commit
+        token: str | None = None,  # of the hub; None = the stored one
     ) -> One4DPipeline:
-        """Open a base with an adapter, sampled as its card says; ConfigError if they mismatch.
+        """Open a base with an adapter, sampled as its card says; UserError if they are not there, or mismatch.
+
+        Names of the hub are owner/name, or owner/name@revision; what is not in the local cache is
+        fetched (`inference/hub.py`). from_pretrained("owner/name") opens an adapter on its own base.
 
         Within `memory`, the encoders wait on the host, guidance takes two calls and the VAE works in
         tiles; where that is not enough the base is int8, and then its blocks wait on the host too.
         """
-        card = AdapterCard.read(Path(adapters))
+        base, adapters = hub.find(base, adapters, revision, token)
+        card = AdapterCard.read(adapters)
         config = Config(
             base=BaseConfig(
-                path=base or card.base_path,
+                path=base,
                 dtype=dtype,
                 max_text_tokens=card.max_text_tokens,
                 negative_prompt=card.negative_prompt,
@@ -131,7 +139,7 @@ class One4DPipeline:
             # longer videos run in windows of the card's length
             scene = replace(config.data, num_frames=card.num_frames, height=height, width=width)
             mode = choose_mode(replace(config, data=scene), memory, torch.device(device))
-        return One4DPipeline.open(config, Path(adapters), torch.device(device), mode)
+        return One4DPipeline.open(config, adapters, torch.device(device), mode)
 
     @staticmethod
     def open(
@@ -160,7 +168,7 @@ class One4DPipeline:
             card,
             bfloat16,
         )
-        pipeline.frugal = mode.frugal
+        pipeline.frugal, pipeline.base = mode.frugal, config.base.path
         return pipeline
 
     @property
@@ -351,7 +359,7 @@ class One4DPipeline:
             raise RequestError(str(error)) from None
         negative = self.negative_prompt if negative_prompt is None else negative_prompt
         changed = One4DPipeline(self.transformer, self.encoders, config, self.shift, negative, self.card, self.bfloat16)
-        changed.frugal = self.frugal
+        changed.frugal, changed.base = self.frugal, self.base
         return changed
 
     def framing(
@@ -374,30 +382,64 @@ class One4DPipeline:
                 raise RequestError(f"{name}: {value}, need a multiple of {unit} (VAE times patch of this base)")
         return Framing(height, width, height, width, resize_crop_plan(from_height, from_width, height, width))
 
-    def save_pretrained(self, folder: Path | str) -> None:
-        """Write adapter, card and a hub model card into a new folder, whole or not at all."""
-        target = Path(folder)
+    def save_pretrained(
+        self,
+        folder: Path | str,
+        base: str | None = None,
+        licence: str | None = None,
+        metrics: Metrics | None = None,
+        sample: Scene | Path | str | None = None,
+        place: str | None = None,
+    ) -> None:
+        """Write adapter, card and a model card (README.md) into a new folder, whole or not at all.
+
+        Args:
+            folder: the folder to make.
+            base: what the card names as the base: a hub name, or "./base", which is written, too. Default: as before.
+            licence: of the adapter, as the hub's list has it; default: "other", as the training data allow.
+            metrics: benchmark -> metric -> value, as `read_metrics` finds them in an evaluation.
+            sample: a scene, or the file of a picture, for the model card.
+            place: how the model card says to open it; default: the folder's name.
+        """
+        target, card = Path(folder), self._card()
         if target.exists():
             raise RequestError(f"save_pretrained: {target} exists; name a new folder")
         if self.frugal and self.bfloat16:
             raise RequestError("save_pretrained: memory= made the adapter bfloat16; open it without, on the CPU")
-        with whole_folder(target) as staging:
-            save_adapters(self.transformer, staging, self._card())
-            write_text(staging / "README.md", model_card(self._card()))
+        source = resolve_base(self.base or card.base_path) if base == hub.BASE_IN_REPO else None
+        card = replace(card, base_path=base or card.base_path)
+        shown = Path(sample) if isinstance(sample, str) else sample
+        write_package(target, self.transformer, card, place or target.name, source, licence, metrics, shown)
 
-    def push_to_hub(self, repo_id: str, private: bool = False, token: str | None = None) -> str:
-        """Upload what `save_pretrained` writes to a model repository; return the commit's address.
+    def push_to_hub(
+        self,
+        repo_id: str,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        base: str | None = None,
+        licence: str | None = None,
+        metrics: Metrics | None = None,
+        sample: Scene | Path | str | None = None,
+    ) -> str:
+        """Upload what `save_pretrained` writes to a model repository, in one commit; return the commit's address.
 
-        The repository is created if it does not exist.
+        Args:
+            repo_id: owner/name; made if it does not exist.
+            private: whether others may not see it; None = as the owner's settings say.
+            token: of the hub; None = the stored one.
+            revision: the branch; made if it does not exist. Default: main.
+            base: as of `save_pretrained`; needed where the base is a folder of this machine.
+            licence: as of `save_pretrained`, like the others.
+            metrics: see there.
+            sample: see there.
         """
-        from huggingface_hub import HfApi
-
-        api = HfApi(token=token)
+        base = hub.portable_base(self._card().base_path, base)
         with TemporaryDirectory() as parent:
             folder = Path(parent) / "adapters"
-            self.save_pretrained(folder)
-            api.create_repo(repo_id, private=private, exist_ok=True)
-            return str(api.upload_folder(repo_id=repo_id, folder_path=folder, commit_message="Upload One4D adapters"))
+            place = repo_id if revision in (None, "main") else f"{repo_id}@{revision}"
+            self.save_pretrained(folder, base, licence, metrics, sample, place)
+            return hub.upload(folder, repo_id, private, token, revision)
 
     def compile_blocks(self) -> None:
         """Compile the transformer's blocks; they are alike, so one compilation serves them all."""

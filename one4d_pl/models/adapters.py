@@ -28,6 +28,9 @@ from one4d_pl.types import MODALITIES
 PEFT_PREFIX = "base_model.model."
 CARD = "card.json"
 COUPLED = "coupled.safetensors"
+LINKS, XYZ_PATCH = "links.safetensors", "xyz_patch_embedding.safetensors"
+BRANCH_FILES = tuple(f"{m}/{file}" for m in MODALITIES for file in ("adapter_model.safetensors", "adapter_config.json"))
+ADAPTER_FILES = (*BRANCH_FILES, LINKS, XYZ_PATCH, COUPLED, CARD)  # all that an adapter can consist of
 
 
 @dataclass(frozen=True)
@@ -108,9 +111,9 @@ def adapter_tensors(transformer: CoupledTransformer) -> dict[str, dict[str, nn.P
                 name = f"{PEFT_PREFIX}blocks.{path}.{part}.weight"
                 files[f"{modality}/adapter_model.safetensors"][name] = getattr(linear, part)[modality].weight
     if len(transformer.links):
-        files["links.safetensors"] = dict(transformer.links.named_parameters())
+        files[LINKS] = dict(transformer.links.named_parameters())
     if transformer.config.xyz_patch_embedding:
-        files["xyz_patch_embedding.safetensors"] = dict(transformer.base.patch_embedding.xyz.named_parameters())
+        files[XYZ_PATCH] = dict(transformer.base.patch_embedding.xyz.named_parameters())
     return files
 
 
@@ -121,21 +124,24 @@ def adapter_files(folder: Path) -> list[Path]:
     """
     if (folder / COUPLED).is_file():
         return [Path(COUPLED), Path(CARD)]
-    names = [f"{m}/{file}" for m in MODALITIES for file in ("adapter_model.safetensors", "adapter_config.json")]
-    optional = ["links.safetensors", "xyz_patch_embedding.safetensors"]
-    return [Path(name) for name in [*names, *(o for o in optional if (folder / o).is_file()), CARD]]
+    optional = [name for name in (LINKS, XYZ_PATCH) if (folder / name).is_file()]
+    return [Path(name) for name in (*BRANCH_FILES, *optional, CARD)]
+
+
+def missing_file(folder: Path, card: AdapterCard) -> str | None:
+    """Return the first file that the card promises and the folder lacks."""
+    names = [COUPLED]
+    if card.coupling == "decoupled":
+        names = [*BRANCH_FILES]
+        names += [LINKS] if card.link_blocks else []
+        names += [XYZ_PATCH] if card.xyz_patch_embedding else []
+    return next((name for name in names if not (folder / name).is_file()), None)
 
 
 def check_complete(folder: Path, card: AdapterCard) -> None:
     """Raise ConfigError where the folder lacks a file that its card promises."""
-    names = [COUPLED]
-    if card.coupling == "decoupled":
-        names = [f"{m}/{file}" for m in MODALITIES for file in ("adapter_model.safetensors", "adapter_config.json")]
-        names += ["links.safetensors"] if card.link_blocks else []
-        names += ["xyz_patch_embedding.safetensors"] if card.xyz_patch_embedding else []
-    for name in names:
-        if not (folder / name).is_file():
-            raise ConfigError(f"{folder}: an incomplete adapter, no {name}; copy the whole folder of the checkpoint")
+    if (name := missing_file(folder, card)) is not None:
+        raise ConfigError(f"{folder}: an incomplete adapter, no {name}; copy the whole folder of the checkpoint")
 
 
 def save_adapters(
@@ -208,33 +214,3 @@ def load_adapters(transformer: CoupledTransformer, folder: Path, base_fingerprin
             raise ConfigError(f"{folder / CARD}: xyz_statistics: need mean and std, got {sorted(card.xyz_statistics)}")
         transformer.codec.set_statistics(**card.xyz_statistics)
     return card
-
-
-def model_card(card: AdapterCard) -> str:
-    """Write the README of an adapter on the hub: its base, its training, how to open it."""
-    licences = sorted({source["licence"] for source in card.data_sources})
-    sources = "\n".join(
-        f"- {source['source']} ({source['domain']}): {source['licence']}" for source in card.data_sources
-    )
-    return f"""---
-library_name: one4d_pl
-base_model: {card.base_path}
-tags: [one4d, 4d, video, pointmap, lora]
----
-# One4D adapters (Decoupled LoRA Control, arXiv 2511.18922)
-
-Rank {card.rank}, alpha {card.rank * card.lora_scale:g}, control links after blocks {card.link_blocks},
-{card.step} steps, clips of {card.num_frames} frames of {card.height}x{card.width}; tasks: {", ".join(card.tasks)}.
-Base: {card.base_path} (fingerprint {card.base_fingerprint[:12]}).
-
-```python
-from one4d_pl.inference.pipeline import One4DPipeline
-
-pipe = One4DPipeline.from_pretrained("{card.base_path}", adapters="FOLDER")
-scene = pipe("a prompt", frames={{0: "first.png"}})
-```
-
-Training data and its licences ({", ".join(licences) or "none stated"}):
-
-{sources or "- none stated"}
-"""

@@ -10,10 +10,20 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypedDict
 
-from one4d_pl.config import DIFFUSERS_MARK, ORIGINAL_MARK, TEMPORAL_FACTOR, ConfigError, base_folder, holds_base
+from one4d_pl.config import (
+    DIFFUSERS_MARK,
+    ORIGINAL_MARK,
+    TEMPORAL_FACTOR,
+    ConfigError,
+    base_folder,
+    cached_base,
+    holds_base,
+    hub_name,
+)
 from one4d_pl.errors import is_lfs_pointer
 from one4d_pl.files import read_json
 
@@ -26,6 +36,28 @@ ORIGINAL_FILES = {  # the same names in every release of Wan 2.1
 }
 ORIGINAL_TOKENIZER = "google/umt5-xxl"
 TEXT_DIM, IMAGE_DIM = 4096, 1280  # widths of UMT5-XXL and CLIP ViT-H/14; the original config.json does not say them
+
+ORIGINAL_PATTERNS = ["config.json", "diffusion_pytorch_model*", *ORIGINAL_FILES.values(), f"{ORIGINAL_TOKENIZER}/*"]
+DIFFUSERS_PATTERNS = [DIFFUSERS_MARK, *(f"{part}/*" for part in PARTS), "scheduler/*"]
+
+
+@dataclass(frozen=True)
+class Base:
+    """A repository of the hub, and its size as its owners state it."""
+
+    repo: str
+    patterns: list[str]
+    gigabytes: int | None
+
+
+BASES = {
+    "Wan2.1-Fun-V1.1-14B-InP": Base("alibaba-pai/Wan2.1-Fun-V1.1-14B-InP", ORIGINAL_PATTERNS, 47),  # the paper's
+    "Wan2.1-Fun-V1.1-1.3B-InP": Base("alibaba-pai/Wan2.1-Fun-V1.1-1.3B-InP", ORIGINAL_PATTERNS, 19),
+    "Wan2.1-I2V-14B-480P": Base("Wan-AI/Wan2.1-I2V-14B-480P", ORIGINAL_PATTERNS, None),
+    "Wan2.1-I2V-14B-720P": Base("Wan-AI/Wan2.1-I2V-14B-720P", ORIGINAL_PATTERNS, None),
+    "Wan2.1-I2V-14B-480P-Diffusers": Base("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", DIFFUSERS_PATTERNS, None),
+    "Wan2.1-I2V-14B-720P-Diffusers": Base("Wan-AI/Wan2.1-I2V-14B-720P-Diffusers", DIFFUSERS_PATTERNS, None),
+}
 
 _RELEASED = {
     "patch_size": [1, 2, 2], "attention_head_dim": 128, "freq_dim": 256, "in_channels": 36, "out_channels": 16,
@@ -52,24 +84,28 @@ class TensorHeader(TypedDict):
 
 
 def resolve_base(path: str) -> Path:
-    """Return a local folder as it is, or a hub id's folder in the local cache. Nothing is downloaded."""
-    folder = base_folder(path)
-    if not folder.is_dir():
-        from huggingface_hub import snapshot_download
-
-        try:
-            folder = Path(snapshot_download(path, local_files_only=True))
-        except Exception:  # the hub client has many error classes for "not there"
-            raise ConfigError(
-                f"base.path: {path} is neither a folder nor a hub id in the local cache; "
-                f"get it with `hf download {path}` or set base.path"
-            ) from None
+    """Return a local folder as it is, or a hub name's folder in the local cache. Nothing is downloaded."""
+    folder: Path | None = base_folder(path)
+    if folder is None or not folder.is_dir():
+        folder = cached_base(path)
+    if folder is None:
+        raise ConfigError(
+            f"base.path: {path} is neither a folder nor a hub id in the local cache; "
+            f"get it with `hf download {path}` or set base.path"
+        )
     if not any((folder / mark).is_file() for mark in (DIFFUSERS_MARK, ORIGINAL_MARK)):
         raise ConfigError(
             f"base.path: {folder} is neither in diffusers layout (no {DIFFUSERS_MARK}) nor in Wan's own "
             f"(no {ORIGINAL_MARK})"
         )
     return folder
+
+
+def known_repository(path: str) -> str | None:
+    """Return the hub's repository of a released base by its folder, as weights/NAME; None for others and hub names."""
+    base = BASES.get(Path(path).name)
+    is_folder = hub_name(path) is None or Path(path).parts[0] == "weights"  # where `one4d fetch-weights` puts it
+    return base.repo if base is not None and is_folder else None
 
 
 def is_original(folder: Path) -> bool:

@@ -82,7 +82,9 @@ class WanEncoders(nn.Module):
         folder, torch_dtype = resolve_base(path), getattr(torch, dtype)
         self.vae = open_vae(folder, device)
         self.text_encoder = open_text_encoder(folder, torch_dtype, device)
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(tokenizer_folder(folder))
+        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            tokenizer_folder(folder), trust_remote_code=False
+        )
         self.image_encoder = open_image_encoder(folder, torch_dtype, device)
         if self.image_encoder is not None and max_text_tokens != IMAGE_CONTEXT:
             raise ConfigError(

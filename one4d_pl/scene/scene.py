@@ -63,8 +63,6 @@ def save_scene(folder: Path, scene: Scene) -> None:
     A scene that is already there is replaced once the new one is complete; other files stay.
     """
     depth = depth_pictures(scene.depth, scene.valid)
-    rows = [scene.frames / 255, pointmap_colours(scene.pointmap, scene.valid), depth / 255]
-    shown = panel(rows, zoom=max(1, 256 // scene.frames.shape[1]))
     prediction = Prediction(
         scene.depth, scene.cam2world, scene.intrinsics, scene.valid, scene.placement, scene.given, scene.flags
     )
@@ -73,11 +71,19 @@ def save_scene(folder: Path, scene: Scene) -> None:
         save_frames(staging / FRAMES, scene.frames)
         save_video(staging / "rgb.mp4", _even_sized(scene.frames), scene.fps)
         save_video(staging / "depth.mp4", _even_sized(depth), scene.fps)
-        save_picture(staging / "panel.png", shown, ["frames", "pointmap", "depth"])
+        save_panel(staging / "panel.png", scene)
         with open_whole(staging / "pointmap.npz") as file:  # np.savez would add a suffix to a path
             np.savez_compressed(file, pointmap=scene.pointmap.numpy(), valid=scene.valid.numpy())
         write_prediction(staging, prediction, scene.report)
         write_json(staging / "scene.json", metadata)
+
+
+def save_panel(path: Path, scene: Scene) -> None:
+    """Write a picture of some frames, with their pointmaps and depth below them."""
+    depth = depth_pictures(scene.depth, scene.valid)
+    rows = [scene.frames / 255, pointmap_colours(scene.pointmap, scene.valid), depth / 255]
+    shown = panel(rows, zoom=max(1, 256 // scene.frames.shape[1]))
+    save_picture(path, shown, ["frames", "pointmap", "depth"])
 
 
 def may_become_scene(folder: Path) -> bool:

@@ -15,8 +15,10 @@ from PIL import Image
 
 from one4d_pl.commands import cameras, evaluate
 from one4d_pl.config import DLCConfig, SamplerConfig, load_config, to_yaml
+from one4d_pl.errors import UserError
 from one4d_pl.evaluation import benchmarks, predict
 from one4d_pl.evaluation.benchmarks import open_benchmark
+from one4d_pl.evaluation.measured import read_metrics
 from one4d_pl.evaluation.sweeps import SWEEPS, sparse_indices
 from one4d_pl.evaluation.vbench import read_i2v_prompts, video_name
 from one4d_pl.geometry.pointmap import depth_to_pointmap
@@ -67,6 +69,11 @@ def test_an_adapter_and_its_ceilings_are_predicted_stored_and_scored(tmp_path, a
     solver = results["ceiling without VAE"]
     assert solver["depth_mean"]["all"]["abs_rel"] < 1e-4 and solver["depth_mean"]["all"]["delta_1"] == 1
     assert solver["camera_mean"]["all_sequences"]["ate"] < 1e-3
+    ours = results["model"]
+    measured = ours["depth_mean"]["all"] | ours["camera_mean"]["all_sequences"]
+    assert read_metrics(tmp_path / "out") == {"toy (one4d)": {k: v for k, v in measured.items() if v is not None}}
+    with pytest.raises(UserError, match="no results of a model"):
+        read_metrics(tmp_path)
     assert results["model"]["settings"]["step"] == 7 and results["model"]["protocol"]["name"] == "one4d"
     lines = list(csv.DictReader((tmp_path / "out/sequences.csv").open()))
     assert [line["sequence"] for line in lines] == [ONE] * 3
