@@ -27,7 +27,8 @@ SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([^)\s]+))?\)")
 FOLDERS = ("one4d_pl/", "data_prep/", "configs/", "slurm/", "tests/", "docs/", "examples/", "experiments/")
 # programs of others
-FOREIGN = {"git", "cd", "mkdir", "cp", "tail", "pip", ".venv/bin/tensorboard", ".ci/run", "pre-commit"}
+FOREIGN = {"git", "cd", "mkdir", "cp", "tail", "pip", "uv", "docker", "apptainer"}
+FOREIGN |= {".venv/bin/tensorboard", ".ci/run", "pre-commit"}
 HOLE = "…"
 
 
