@@ -22,7 +22,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "docs/README.md": "pages.md",
 }
-FILES = ("LICENSE", "CITATION.cff", "one4d_pl/assets/demo.png")
+FILES = ("LICENSE", "CITATION.cff", "one4d_pl/assets/demo.webp")
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
 
 

@@ -266,6 +266,7 @@ def _plan() -> str:
 
 
 CARDS = ("RTX 4080", "RTX 4090", "RTX 5090", "A100-40GB", "L40S", "H100", "H200")
+PAPER_STEPS = 5500
 HOST_GIB = 64.0  # of a desktop with one of the first three
 
 
@@ -278,18 +279,26 @@ def _gpus() -> str:
             run = plan(load_config(configs, ["train.devices=1", ABSENT[size]]), 1, gpu, 0.5)
             try:
                 way = fastest_fit(run, HOST_GIB if gpu.startswith("RTX") else None)
-                row += [_in_words(way), f"{run.seconds(way):,.0f} s"]
+                row += [_in_words(way), _span(run.seconds(way) * PAPER_STEPS)]
             except ConfigError:
                 row += ["does not fit", ""]
-            if size == "14B":
-                batch = replace(run.batch, clips=1)
-                mode = best_mode(run.shape, batch, run.layout, GPU_GIB[gpu] * 2**30)
-                assert mode is not None
-                seconds = scene_seconds(run.shape, batch, run.layout, mode, run.sampler_steps, run.speed)
-                how = " (int8, blocks visit)" if mode.offload else " (int8)" if mode.quantisation != "none" else ""
-                row.append(f"{seconds:,.0f} s{how}")
+            batch = replace(run.batch, clips=1)
+            mode = best_mode(run.shape, batch, run.layout, GPU_GIB[gpu] * 2**30)
+            assert mode is not None
+            seconds = scene_seconds(run.shape, batch, run.layout, mode, run.sampler_steps, run.speed)
+            how = " (int8, blocks visit)" if mode.offload else " (int8)" if mode.quantisation != "none" else ""
+            row.append(f"{_span(seconds)}{how}")
         rows.append(row)
-    return _table(["one GPU", "trains the 14B", "a step", "a 14B scene", "trains the 1.3B", "a step"], rows)
+    steps = f"{PAPER_STEPS:,} steps"
+    return _table(["one GPU", "trains the 14B", steps, "a 14B scene", "trains the 1.3B", steps, "a 1.3B scene"], rows)
+
+
+def _span(seconds: float) -> str:
+    """Say a time in its largest unit, to two digits."""
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _in_words(way: Layout) -> str:
