@@ -26,6 +26,7 @@ from one4d_pl.config import (
     GuidanceConfig,
     SamplerConfig,
     TrainConfig,
+    hub_name,
 )
 from one4d_pl.costs.sampling import MODES, SamplingMode
 from one4d_pl.data.masking import task_of
@@ -434,6 +435,8 @@ class One4DPipeline:
             metrics: see there.
             sample: see there.
         """
+        if hub_name(repo_id) is None or "@" in repo_id:
+            raise RequestError(f"repo_id: {repo_id!r}, need owner/name")
         base = hub.portable_base(self._card().base_path, base)
         with TemporaryDirectory() as parent:
             folder = Path(parent) / "adapters"

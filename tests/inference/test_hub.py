@@ -347,6 +347,8 @@ def test_what_cannot_be_pushed_is_one_line_and_asks_the_hub_nothing_more(hub, pi
         ({"base": str(tmp_path)}, "is a folder of this machine"),
     ):
         assert words in one_line(pipeline.push_to_hub, "me/mine", token=TOKEN, **named)
+    for name in ("mine", "me/mine@v2", "../mine"):
+        assert f"repo_id: {name!r}, need owner/name" in one_line(pipeline.push_to_hub, name, token=TOKEN)
     assert not hub.requests and list(hub.repositories) == ["me/public"]
     pipeline.push_to_hub("me/hidden", private=True, token=TOKEN)
     assert hub.repositories["me/hidden"].private
