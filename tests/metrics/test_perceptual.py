@@ -40,7 +40,7 @@ def waves(seed: float, height: int, width: int, num_frames: int = 3) -> Tensor:
     return videos.waves(seed, height, width, num_frames).float()
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs the extra st_lpips")
+@pytest.mark.skipif(not INSTALLED, reason="needs the extra st-lpips")
 @pytest.mark.parametrize(
     ("size", "other", "shifted"),
     [
