@@ -18,7 +18,7 @@ RUN python3 -m venv /opt/one4d \
     && pip install --no-cache-dir -c constraints.txt ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} torch
 # what .dockerignore lets through: what the wheel is made of
 COPY . .
-RUN pip install --no-cache-dir -c constraints.txt '.[app,st_lpips]'
+RUN pip install --no-cache-dir -c constraints.txt '.[app,st-lpips]'
 
 # the home is anyone's, so that `docker run --user` may name whoever owns the mounted folder
 RUN useradd --uid 10001 --create-home one4d \

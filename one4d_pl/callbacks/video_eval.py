@@ -96,7 +96,7 @@ class HiddenFrameScores:
             mean.update(0.0, weight=0.0)  # computing is a collective, in which ranks without clips take part, too
 
     def update(self, preds: Tensor, target: Tensor, given: Tensor) -> None:  # [B, 3, T, H, W] x 2, [B, T]
-        """Add clips. A score that cannot be measured (one frame, no extra `st_lpips`) is left out."""
+        """Add clips. A score that cannot be measured (one frame, no extra `st-lpips`) is left out."""
         for name, measure in (("psnr", decibels), ("st_lpips", st_lpips)):
             if (hidden := measure(preds, target, given).get("hidden")) is not None:
                 self.means[name].update(hidden, weight=len(preds))

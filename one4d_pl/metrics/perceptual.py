@@ -1,7 +1,7 @@
 """Perceptual distance of frames: shift-tolerant LPIPS, under the name st_lpips.
 
 The method is that of Ghildyal & Liu (ECCV 2022). The calibrated AlexNet weights (BSD 2-Clause) come
-from the package `stlpips-pytorch`, the extra `st_lpips`. Only that package's weight file is read,
+from the package `stlpips-pytorch`, the extra `st-lpips`. Only that package's weight file is read,
 because its code imports what only training needs. Values of st_lpips are not comparable with LPIPS:
 both grow with what people see as different, each on its own scale.
 """
@@ -83,7 +83,7 @@ def st_lpips(
     """Average over clips the distance of given and of hidden frames.
 
     Returns {"given", "hidden"}, each where there are such frames; {}, logged once, without the
-    extra `st_lpips` or for frames that are too small.
+    extra `st-lpips` or for frames that are too small.
     """
     if min(preds.shape[-2:]) < MIN_SIDE:
         _log_left_out(f"frames need {MIN_SIDE} pixels a side")
@@ -104,7 +104,7 @@ def open_st_lpips() -> STLPIPS | None:
     """Open the network with the package's weights; None, logged once, without the extra."""
     package = importlib.util.find_spec(PACKAGE)  # does not run its code
     if package is None or package.origin is None:
-        _log_left_out("it needs the extra of that name, `pip install 'one4d_pl[st_lpips]'`")
+        _log_left_out("it needs `pip install 'one4d_pl[st-lpips]'`")
         return None
     return STLPIPS.open(Path(package.origin).parent / WEIGHTS)
 

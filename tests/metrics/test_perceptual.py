@@ -40,7 +40,7 @@ def waves(seed: float, height: int, width: int, num_frames: int = 3) -> Tensor:
     return videos.waves(seed, height, width, num_frames).float()
 
 
-@pytest.mark.skipif(not INSTALLED, reason="needs the extra st_lpips")
+@pytest.mark.skipif(not INSTALLED, reason="needs the extra st-lpips")
 @pytest.mark.parametrize(
     ("size", "other", "shifted"),
     [
@@ -83,7 +83,7 @@ def test_what_is_left_out_is_said_once(monkeypatch, caplog):
         assert st_lpips(frames, frames, given) == st_lpips(frames, frames, given) == {}
         assert st_lpips(frames[..., :16], frames[..., :16], given) == {}
     assert [r.message for r in caplog.records] == [
-        "st_lpips is left out: it needs the extra of that name, `pip install 'one4d_pl[st_lpips]'`",
+        "st_lpips is left out: it needs `pip install 'one4d_pl[st-lpips]'`",
         "st_lpips is left out: frames need 21 pixels a side",
     ]
 
