@@ -353,7 +353,7 @@ class Page:
         self.browser.wait(lambda: len(self.browser.run(links)) == 3, "three links")
         names: set[str] = set()
         for link in self.browser.run(links):
-            with urllib.request.urlopen(link, timeout=60) as answer:
+            with urllib.request.urlopen(link, timeout=200) as answer:
                 content = answer.read()
             zipped = link.endswith("zip")
             names |= set(zipfile.ZipFile(io.BytesIO(content)).namelist() if zipped else json.loads(content))
@@ -421,7 +421,7 @@ def test_a_bad_upload_gives_a_sentence_in_the_page(browser, address: str, media:
 def test_an_upload_is_bounded_in_size(address: str) -> None:
     url, chunk = urlsplit(address), bytes(1 << 20)
     head = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.mp4"\r\nContent-Type: video/mp4\r\n\r\n'
-    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=60)
+    connection = http.client.HTTPConnection(url.hostname, url.port, timeout=200)
     headers = {"Content-Type": "multipart/form-data; boundary=x", "Content-Length": str(10**9)}
     connection.request("POST", "/gradio_api/upload", iter([head, *[chunk] * 210]), headers)
     assert connection.getresponse().status == 413
@@ -439,7 +439,7 @@ def test_two_users_at_once_both_get_their_scene(browser, address: str, media: Pa
     picture = [client.handle_file(media / "0.png")]
     page.click("Make the scene")
     job = other.submit("image", "", picture, str(DEMO_ADAPTERS), *unset, *[0] * MAX_PICTURES, api_name="/make")
-    assert "image to 4D" in job.result(timeout=90)[0]
+    assert "image to 4D" in job.result(timeout=200)[0]
     page.wait_for_scene("text")
     folders = [str(browser.run("document.querySelector('.view iframe').src")), str(job.result()[3])]
     assert len({re.search(r"jobs/([0-9a-f]{32})/", folder)[1] for folder in folders}) == 2
@@ -453,5 +453,5 @@ def test_two_users_at_once_both_get_their_scene(browser, address: str, media: Pa
         api_name="/make",
     )
     with pytest.raises(client.exceptions.AppError, match="Invalid file type"):
-        wrong.result(timeout=60)
+        wrong.result(timeout=200)
     page.leave()

@@ -195,6 +195,7 @@ def real_shots() -> torch.Tensor:  # the two real clips, one behind the other: [
 
 
 @pytest.mark.realdata
+@pytest.mark.skipif(not REAL.is_dir(), reason="shared/data is not here")
 @pytest.mark.parametrize("detector", ["ffmpeg", "transnet"])
 def test_real_shots_are_found(detector):
     if detector == "transnet":

@@ -40,7 +40,8 @@ class Browser:
         port = port_file.read_text().splitlines()[0]
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
             page = next(target for target in json.load(answer) if target["type"] == "page")
-        self.socket = connect(page["webSocketDebuggerUrl"], max_size=None, open_timeout=60)
+        # no pings: a browser that draws without a GPU may answer late, and every answer is waited for below
+        self.socket = connect(page["webSocketDebuggerUrl"], max_size=None, open_timeout=60, ping_interval=None)
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.send(f"{domain}.enable")
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -87,7 +88,7 @@ class Browser:
         content = base64.b64decode(self.send("Page.captureScreenshot", format="png")["data"])
         return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
 
-    def wait(self, condition, what: str, seconds: float = 90) -> None:  # condition: () -> bool
+    def wait(self, condition, what: str, seconds: float = 200) -> None:  # condition: () -> bool
         """Until it holds."""
         end = time.monotonic() + seconds
         while not condition():
