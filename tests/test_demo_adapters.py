@@ -80,13 +80,13 @@ def test_the_demo_leaves_what_it_promises(tmp_path, capsys):
 
 def test_the_evaluation_judges_the_same_tasks_by_the_same_numbers(tmp_path, capsys):
     arguments = ["--bench", "tasks", "--config", str(CONFIG), "--clips", "2", "--out", str(tmp_path)]
-    assert evaluate.main([*arguments, "data.toy.level=clear", "sampler.steps=2"]) == 0
+    assert evaluate.main([*arguments, "data.toy.level=hard", "sampler.steps=2"]) == 0
     metrics = json.loads((tmp_path / "metrics.json").read_text())
-    assert metrics["clips"] == 2 and metrics["level"] == "clear"
+    assert metrics["clips"] == 2 and metrics["level"] == "hard"
     verdicts = {goal["verdict"] for goal in metrics["goals"]}
     assert verdicts <= {"met", "short", "not measured"} and "short" in verdicts  # trained on another level
     assert capsys.readouterr().out == (tmp_path / "tables.txt").read_text()
     measured = {f"{g['about']}: {g['what']}": g["value"] for g in metrics["goals"] if g["value"] is not None}
-    assert read_metrics(tmp_path) == {"toy world clear, 2 clips": measured}
+    assert read_metrics(tmp_path) == {"toy world hard, 2 clips": measured}
     assert evaluate.main([*arguments, "--clips", "1"]) == 2
     assert "--clips: 1, need 2 or more" in capsys.readouterr().err
