@@ -22,7 +22,7 @@ PAGES = {
     "CHANGELOG.md": "changelog.md",
     "docs/README.md": "pages.md",
 }
-FILES = ("LICENSE", "CITATION.cff", "one4d_pl/assets/demo.webp")
+FILES = ("LICENSE", "CITATION.cff")
 LINK = re.compile(r"(\]\()(?!https?:|#)([^)#\s]+)")
 
 
