@@ -138,7 +138,7 @@ def small_run_config(folder: Path, base: TinyBase, toy_root: Path) -> Callable[.
         # scale's own, bent and standardised, test_zero.py standardised ones
         "dlc": {"rank": 4, "standardise_xyz": False},
         "sampler": {"steps": 2},
-        "optim": {"warmup_steps": 2},
+        "optim": {"warmup_steps": 2, "cooldown_steps": 0},  # a run that cools down may not be made longer
         "data": {
             "sources": [
                 {"path": str(toy_root / "train_synthetic"), "weight": 0.75},

@@ -291,11 +291,19 @@ class Page:
     def wait(self, *words: str) -> None:
         self.browser.wait(lambda: self.says(*words), f"{words}")
 
-    def tick(self, label: str) -> None:
-        """Tick a box, and wait until the page took it: two clicks at once would count as the last one alone."""
-        box = f"[...document.querySelectorAll('label')].find(l => l.innerText.trim() == {json.dumps(label)})"
-        self.browser.run(f"{box}.click()")
-        self.browser.wait(lambda: self.browser.run(f"{box}.classList.contains('selected')") is True, label)
+    def tick(self, *labels: str) -> None:
+        """Tick boxes until all of them stay ticked: a busy page may take two clicks for the last one alone."""
+
+        def ticked() -> bool:
+            for label in labels:
+                box = f"[...document.querySelectorAll('label')].find(l => l.innerText.trim() == {json.dumps(label)})"
+                if not self.browser.run(f"{box}.querySelector('input').checked"):
+                    self.browser.run(f"{box}.click()")
+                    time.sleep(1)
+                    return False
+            return True
+
+        self.browser.wait(ticked, f"{labels}")
 
     def resize(self, width: int, height: int) -> None:
         size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": False}
@@ -346,8 +354,7 @@ class Page:
         self.click("Cameras")
         self.wait("z forward")
         self.click("Downloads")
-        for name in ("glb", "cameras"):
-            self.tick(name)
+        self.tick("scene", "glb", "cameras")
         self.click("Make the files")
         links = "[...document.querySelectorAll('a[download]')].map(a => a.href).filter(h => /(zip|json)$/.test(h))"
         self.browser.wait(lambda: len(self.browser.run(links)) == 3, "three links")
