@@ -25,7 +25,7 @@ TESTS = ("tests/geometry", "tests/models", "tests/evaluation", "tests/postopt")
 STEP_TIMEOUT_S = 600
 
 CLIPS = ("data.toy.train_synthetic=6", "data.toy.train_real=2", "data.toy.val=2", "val.clips=1", "val.sigmas=[0.5]",
-         "eval.every=0", "train.global_batch_size=2", "train.micro_batch_size=2")  # fmt: skip
+         "eval.every=0", "train.global_batch_size=2", "train.micro_batch_size=2", "optim.cooldown_steps=0")  # fmt: skip
 TRAINING = ("-m", "one4d_pl.fit", "--config", "configs/dlc.yaml", *CLIPS)
 ZERO3 = ("train.strategy=deepspeed", "train.zero_stage=3")
 
