@@ -25,7 +25,7 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
 
     # a yaml, then overrides: everything that a run can be told is in docs/knobs.md
-    short = ["train={max_steps: 20, save_every: 20, log_every: 5}", "optim.cooldown_steps=0", "val.every=20", "eval.every=20"]
+    short = ["train={max_steps: 20, save_every: 20, log_every: 5}", "optim.cooldown_steps=0", "val.every=20"]
     config = load_config(["configs/dlc.yaml"], [f"run_dir={args.out}", *short, *args.overrides])
     code = fit(config)
     if code:

@@ -50,7 +50,7 @@ def main() -> None:
 
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     own = [f"data.sources=[{{path: {shards}}}]", f"data.val_sources=[{{path: {shards}}}]", "data.toy=null"]
-    short = ["train={max_steps: 10, log_every: 5}", "optim.cooldown_steps=0", "val={every: 10, clips: 4}", "eval.every=0"]
+    short = ["train={max_steps: 10, log_every: 5}", "optim.cooldown_steps=0", "val={every: 10, clips: 4}"]
     config = load_config(["configs/dlc.yaml"], [f"run_dir={args.out / 'run'}", *own, *short, *args.overrides])
     raise SystemExit(fit(config))
 
