@@ -64,7 +64,7 @@ def find(
 
 
 def fetch_adapters(name: Path | str, revision: str | None = None, token: str | None = None) -> Path:
-    """Return the folder of an adapter that is named by folder or by hub name, in which case it is fetched whole."""
+    """Return an adapter's folder; an adapter that is named as on the hub is fetched first, whole."""
     remote = _remote(str(name))
     if remote is None:
         return Path(name)

@@ -33,6 +33,7 @@ def write_package(
     sample: Scene | Path | None = None,  # a scene, or the file of a picture
 ) -> None:
     """Write a new folder, whole or not at all; UserError where something cannot be shown."""
+    _check_metrics(metrics or {})
     picture = load_image(sample) if isinstance(sample, Path) else None
     front, text = _front_matter(card, place, licence, metrics or {}), _text(card, place, metrics or {}, bool(sample))
     with whole_folder(folder) as staging:
@@ -54,7 +55,6 @@ def _front_matter(card: AdapterCard, place: str, licence: str | None, metrics: M
         EvalResult(task, dataset_type=benchmark, dataset_name=benchmark, metric_type=metric, metric_value=value)
         for benchmark, values in metrics.items()
         for metric, value in values.items()
-        if _measured(benchmark, metric, value)
     ]
     linked = None if card.base_path == EMBEDDED_BASE else hub_name(card.base_path)  # what the hub can link to
     data = ModelCardData(
@@ -104,8 +104,9 @@ def _licences(card: AdapterCard) -> list[str]:
     return sorted({source["licence"] for source in card.data_sources})
 
 
-def _measured(benchmark: str, metric: str, value: object) -> bool:
-    """Return True; UserError where a metric is no finite number, which would be shown as one."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise UserError(f"metrics: {benchmark}: {metric} is {value!r}, need a finite number")
-    return True
+def _check_metrics(metrics: Metrics) -> None:
+    """Raise UserError where a metric is no finite number, since the card would show it as one."""
+    for benchmark, values in metrics.items():
+        for metric, value in values.items():
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+                raise UserError(f"metrics: {benchmark}: {metric} is {value!r}, need a finite number")
