@@ -49,9 +49,14 @@ def steps(tmp_path_factory) -> dict[str, object]:
 
 
 @pytest.fixture(scope="module")
+def scenes(tmp_path_factory) -> dict[str, object]:
+    return rehearsed(tmp_path_factory.mktemp("scenes"), "sampling", "scene")
+
+
+@pytest.fixture(scope="module")
 def seen(tmp_path_factory) -> dict[str, object]:
     faults = ("generator_fault", "device_fault", "dtype_fault")
-    return rehearsed(tmp_path_factory.mktemp("rest"), "sampling", "scene", "callbacks", "metrics", *faults)
+    return rehearsed(tmp_path_factory.mktemp("rest"), "callbacks", "metrics", *faults)
 
 
 @pytest.mark.parametrize("mode", STEPS)
@@ -63,8 +68,8 @@ def test_a_step_of_the_14b_needs_the_planners_memory(steps, mode):
     assert planned - step["fixed"] == pytest.approx(step["peak"] - step["fixed"], rel=0.05)
 
 
-def test_a_scene_of_the_14b_needs_the_planners_memory_in_its_largest_phase(seen):
-    peaks, planned = seen["scene"]["peaks"], seen["scene"]["planned"]
+def test_a_scene_of_the_14b_needs_the_planners_memory_in_its_largest_phase(scenes):
+    peaks, planned = scenes["scene"]["peaks"], scenes["scene"]["planned"]
     assert max(peaks, key=peaks.get) == "transformer"
     assert planned == pytest.approx(max(peaks.values()), rel=0.05)
 
@@ -94,8 +99,8 @@ def test_the_step_holds_each_part_in_its_dtype_on_the_device(steps):
     assert "trained float32" in tensors["transformer"] and "trained bfloat16" not in tensors["transformer"]
 
 
-def test_the_sampler_guides_in_one_call_or_two_and_encoders_visit(seen):
-    ways = seen["sampling"]
+def test_the_sampler_guides_in_one_call_or_two_and_encoders_visit(scenes):
+    ways = scenes["sampling"]
     assert ways["stacked"]["calls"] == [4, 4] and ways["two calls"]["calls"] == [2, 2, 2, 2]
     for way in ways.values():
         assert way["devices"] == ["cuda:0"] and way["shape"] == [1, 3, 9, 64, 96]
