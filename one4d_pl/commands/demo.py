@@ -34,7 +34,7 @@ ANIMATION_WIDTH = 320  # pixels of a column
 ANIMATION_BYTES = 2_000_000
 ZOOM = 4  # pixels of a picture per pixel of the model
 FPS = 6.0  # half the toy world's speed, because nine frames are short
-ROWS = ["given", "generated frames", "generated pointmap", "distance", "true distance"]
+ROWS = ["given", "output frames", "output pointmap", "distance", "true distance"]
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

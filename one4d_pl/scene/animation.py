@@ -1,4 +1,4 @@
-"""Animations of scenes side by side: what was given, the generated frames, and the scene in 3-D.
+"""Animations of scenes side by side: what was given, the frames that came out, and the scene in 3-D.
 
 Time runs forwards and back while the view of the point cloud swings once, so that the end joins the
 beginning. Frames are enlarged smoothly for the eye; the other files hold the pixels themselves.
@@ -43,15 +43,15 @@ class Column:
 
     title: str
     given: Tensor | str  # [T, H, W, 3] uint8; [1, H, W, 3] for a picture; or a prompt
-    frames: Tensor  # [T, H, W, 3] uint8, generated
-    scene: RecoveredScene  # of the generated pointmap
+    frames: Tensor  # [T, H, W, 3] uint8, that came out
+    scene: RecoveredScene  # of the output pointmap
 
 
 def animate(columns: list[Column], width: int) -> Tensor:  # [PICTURES, h, w, 3] uint8
     """Draw columns of `width` pixels: what was given, the frames, the point cloud with cameras."""
     height = round(width * columns[0].frames.shape[1] / columns[0].frames.shape[2])
     clouds = [_turning_cloud(column, height, width) for column in columns]
-    rows = ("given (and to each the caption)", "generated frames", "generated 4D scene: point cloud and cameras")
+    rows = ("given, with the caption", "output frames", "output 4D scene: point cloud and cameras")
     size = (len(columns) * (width + GAP) + GAP, STRIP + len(rows) * (height + STRIP) + GAP)
     pictures = []
     for k in range(PICTURES):

@@ -58,7 +58,7 @@ def cell(pictures: torch.Tensor, row: int, column: int) -> torch.Tensor:
 def test_every_cell_shows_what_it_says(pictures):
     assert pictures.dtype == torch.uint8 and len(pictures) == PICTURES
     red = torch.tensor([255.0, 0, 0])
-    assert (cell(pictures, 1, 0) == red).all()  # the generated frames
+    assert (cell(pictures, 1, 0) == red).all()  # the output frames
     assert not (cell(pictures, 0, 0) == red).all(-1).any()
     cloud = cell(pictures, 2, 0)
     share = ((cloud - red).abs().amax(-1) < 60).float().mean((1, 2))
