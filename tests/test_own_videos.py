@@ -11,6 +11,7 @@ import importlib.util
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
 
@@ -66,11 +67,15 @@ def labeler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return program.parent
 
 
+def own_video_lines() -> Iterator[list[str]]:
+    """Yield the page's commands of the tiny scale."""
+    page = REPO / "docs/own_videos.md"
+    yield from takewhile(lambda words: "configs/scale/wan_1_3b.yaml" not in words, commands(page))
+
+
 def paste() -> None:
     """Run the page's commands of the tiny scale, but for few steps."""
-    for words in takewhile(
-        lambda words: "configs/scale/wan_1_3b.yaml" not in words, commands(REPO / "docs/own_videos.md")
-    ):
+    for words in own_video_lines():
         if words[0] == ".venv/bin/one4d":
             name, options = words[1], words[2:]
             main = command(name)
