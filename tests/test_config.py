@@ -146,8 +146,6 @@ RECIPE = {  # One4D, sec. 4.1, then what we chose where it is silent
     "optim.grad_clip": 1.0,
     "optim.link_lr_width": 1280,
     "dlc.lora_scale": 1.0,
-    "dlc.link_blocks": None,
-    "dlc.xyz_patch_embedding": True,
     "train.precision": "bf16-mixed",
     "train.activation_checkpointing": "full",
     "train.overfit_clips": 0,
@@ -203,7 +201,6 @@ def test_a_file_wins_over_its_includes_and_they_are_relative_to_it(tmp_path):
         ("train.init_from=runs/a", "train.init_from", "runs/a"),
         ("train.init_from=null", "train.init_from", None),
         ("val.sigmas=[0.5, 1]", "val.sigmas", [0.5, 1.0]),
-        ("dlc.link_blocks=[1,4]", "dlc.link_blocks", [1, 4]),
         ("optim.betas=[0.5, 0.6]", "optim.betas", (0.5, 0.6)),
         ("base.negative_prompt='a=b, 猫'", "base.negative_prompt", "a=b, 猫"),
         ("sampler.guidance_xyz.video=2", "sampler.guidance_xyz.video", 2.0),
@@ -221,7 +218,7 @@ def test_a_list_of_sources_is_replaced_whole():
 
 
 ODD_VALUES = [
-    *("optim.lr=1e-7", "sampler.guidance_xyz={text: 3}", "dlc.link_blocks=[0,2]", "run_dir='yes: #猫 1e3'"),
+    *("optim.lr=1e-7", "sampler.guidance_xyz={text: 3}", "run_dir='yes: #猫 1e3'"),
     *("train.init_from='null'", "base.negative_prompt='0x10'", "val.sigmas=[0.123456789012345]"),
 ]
 
@@ -328,7 +325,8 @@ BAD_VALUES = [
     (["sampler.steps=0"], ["sampler.steps", ">= 1"]),
     (["dlc.rank=0"], ["dlc.rank", ">= 1"]),
     (["dlc.lora_scale=0"], ["dlc.lora_scale"]),
-    (["dlc.link_blocks=[1,1]"], ["dlc.link_blocks", "twice"]),
+    (["dlc.link_direction=rgb_to_xyz"], ["dlc.link_direction=rgb_to_xyz", "is gone", "both"]),
+    (["dlc.link_blocks=[1,4]"], ["dlc.link_blocks=[1, 4]", "is gone"]),
     (["base.dtype=float16"], ["base.dtype", "float32, bfloat16"]),
     (["base.dtype=bfloat16"], ["base.dtype", "train.precision=bf16-mixed"]),
     (["base.max_text_tokens=0"], ["base.max_text_tokens"]),

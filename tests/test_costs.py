@@ -47,8 +47,6 @@ class Case:
         self.dlc = DLCConfig(
             rank=chance.randint(1, 8),
             num_links=chance.randint(0, layers),
-            xyz_patch_embedding=chance.random() < 0.5,
-            link_direction=chance.choice(["both", "rgb_to_xyz"]),
         )
         added = {"added_kv_proj_dim": width} if image else {}
         self.transformer = One4DTransformer(WanTransformer3DModel(**self.wan, **added), self.dlc, seed=0)

@@ -33,7 +33,7 @@ from one4d_pl.config.places import (
     hub_name,
     initial_adapters,
 )
-from one4d_pl.config.recipes import Change, changes, flatten
+from one4d_pl.config.recipes import GONE, Change, changes, flatten
 from one4d_pl.config.run import (
     CHECKPOINTING,
     TEMPORAL_FACTOR,
@@ -55,6 +55,7 @@ __all__ = [
     "DEMO_ADAPTERS",
     "DIFFUSERS_MARK",
     "EMBEDDED_BASE",
+    "GONE",
     "MAX_SCENE_FRAMES",
     "NATIVE_ATTENTION",
     "ORIGINAL_MARK",

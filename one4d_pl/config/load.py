@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, get_args, get_origin, get_type_hints
 
 from one4d_pl.config.checks import ConfigError
 from one4d_pl.config.places import config_file
+from one4d_pl.config.recipes import GONE
 from one4d_pl.config.run import Config
 from one4d_pl.errors import UserError
 from one4d_pl.files import read_text
@@ -125,12 +126,17 @@ def _merge(merged: DictConfig, node: DictConfig, name: str) -> DictConfig:
 
 
 def _refuse_unknown_keys(cls: type, node: DictConfig, name: str, prefix: str) -> None:
-    """Raise ConfigError, naming file, key and the nearest known key, where a key is no knob."""
+    """Raise ConfigError, naming file, key and the nearest known key, where a key is no knob; drop those of `GONE`."""
     from omegaconf import DictConfig
 
     hints = get_type_hints(cls)
-    for key in node:
+    for key in list(node):
         key = str(key)
+        if (full := f"{prefix}{key}") in GONE:
+            value = node.pop(key)
+            if value != GONE[full]:
+                raise ConfigError(f"{name}: {full}={value}: this knob is gone; what is left is {GONE[full]}")
+            continue
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
             hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(hints)}"

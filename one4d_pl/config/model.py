@@ -59,11 +59,6 @@ class DLCConfig:
     # alpha / rank; not in the paper, stored with every adapter
     lora_scale: float = knob(1.0, above=0)
     num_links: int = knob(5, low=0)  # One4D, sec. 3.2; 0 leaves the branches independent
-    link_blocks: list[int] | None = None  # None = centre of num_links equal spans (the paper does not say which)
-    # xyz gets a trainable copy of the patch embedding; our guess, which makes the paper's 935.7 M parameters exact
-    xyz_patch_embedding: bool = True
-    # rgb_to_xyz: frames steer pointmaps, but pointmaps do not steer frames
-    link_direction: str = knob("both", one_of=("both", "rgb_to_xyz"))
     # give xyz latents mean 0 and deviation 1 per channel, measured on some clips of each source;
     # 4DNeX (arXiv 2508.13154) found theirs to differ from frames'; not in the paper
     standardise_xyz: bool = False
@@ -72,8 +67,6 @@ class DLCConfig:
 
     def __post_init__(self) -> None:
         check("dlc", self)
-        if self.link_blocks is not None and len(set(self.link_blocks)) != len(self.link_blocks):
-            raise ConfigError(f"dlc.link_blocks: {self.link_blocks} names a block twice")
 
 
 @dataclass
@@ -104,7 +97,6 @@ class FlowConfig:
     shift: float = knob(1.0, above=0)
     xyz_weight: float = knob(1.0, low=0)  # loss = rgb + xyz_weight * xyz, each a mean
     caption_dropout: float = knob(0.1, low=0, high=1)  # one draw for both branches
-    separate_sigma: bool = False  # draw a noise level for each branch in training; the paper draws one t (Eq. 3)
 
     def __post_init__(self) -> None:
         check("flow", self)

@@ -5,6 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+# Knobs that are gone -> the only value left. Where something stored holds another one, no code here can go on with it.
+GONE: dict[str, object] = {
+    "dlc.link_blocks": None,  # the centres of dlc.num_links equal spans
+    "dlc.link_direction": "both",
+    "dlc.xyz_patch_embedding": True,
+    "flow.separate_sigma": False,
+}
+
 
 @dataclass(frozen=True)
 class Change:
@@ -42,7 +50,8 @@ def changes(
         defaults: values of settings that did not exist yet when the recipe was stored.
         ignore: tells whether a key does not matter.
     """
-    was = {**(defaults or {}), **stored}
+    kept = {key: value for key, value in stored.items() if key not in GONE or value != GONE[key]}
+    was = {**(defaults or {}), **kept}
     return [
         Change(key, was.get(key), now.get(key))
         for key in sorted(was.keys() | now.keys())

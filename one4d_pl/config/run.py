@@ -248,9 +248,10 @@ class Config:
     eval: EvalConfig = knob(factory=EvalConfig, may_change=True)
 
     def __post_init__(self) -> None:
-        if self.dlc.coupling != "decoupled" and (self.flow.separate_sigma or self.train.strategy == "deepspeed"):
-            knob = "flow.separate_sigma" if self.flow.separate_sigma else "train.strategy=deepspeed"
-            raise ConfigError(f"dlc.coupling: {self.dlc.coupling} does not go with {knob}; only decoupled does")
+        if self.dlc.coupling != "decoupled" and self.train.strategy == "deepspeed":
+            raise ConfigError(
+                f"dlc.coupling: {self.dlc.coupling} does not go with train.strategy=deepspeed; only decoupled does"
+            )
         train, base = self.train, self.base
         if base.quantisation != "none" and self.dlc.coupling != "decoupled":
             raise ConfigError(f"base.quantisation: only dlc.coupling=decoupled knows it, not {self.dlc.coupling}")

@@ -50,8 +50,6 @@ class TransformerShape:
     image_dim: int | None  # None = no image tokens
     rank: int
     num_links: int
-    link_ways: int  # matrix products of a link: 2, or 1 where it goes from frames to pointmaps only
-    xyz_patch_embedding: bool
 
     @staticmethod
     def of(wan: Mapping[str, object], dlc: DLCConfig) -> TransformerShape:
@@ -79,9 +77,7 @@ class TransformerShape:
             text_dim=number("text_dim"),
             image_dim=None if wan.get("image_dim") is None else number("image_dim"),
             rank=dlc.rank,
-            num_links=dlc.num_links if dlc.link_blocks is None else len(dlc.link_blocks),
-            link_ways=2 if dlc.link_direction == "both" else 1,
-            xyz_patch_embedding=dlc.xyz_patch_embedding,
+            num_links=dlc.num_links,
         )
 
 
@@ -134,18 +130,15 @@ def training_flops(shape: TransformerShape, batch: BatchShape, checkpointing: st
     head = 2 * samples * tokens * width * shape.out_channels * patch_row
     block_forward, block_backward, scores = _block(shape, batch)
     one_way = shape.num_links * samples * tokens * width * width
-    links = shape.link_ways * one_way
+    links = 2 * one_way
     blocks = shape.num_layers * block_forward + links
     again = blocks - one_way  # torch does not recompute a link's last product, which the backward pass never reads
-    backward = shape.num_layers * block_backward + 2 * links + head  # the head is frozen: input gradient alone
-    if shape.xyz_patch_embedding:
-        backward += embed  # its weight gradient; nothing trainable lies before
-    else:  # nothing trainable lies before the first block, so its q, k and v have no input gradient
-        backward -= 3 * 2 * samples * tokens * width * (width + shape.rank)
+    # the head is frozen: input gradient alone; the patch embedding has a weight gradient, nothing trainable lies before
+    backward = shape.num_layers * block_backward + 2 * links + head + embed
     if checkpointing == "selective" and flash:
         again -= shape.num_layers * 2 * 2 * samples * tokens * tokens * width  # scores and values
     recompute = (again if checkpointing != "none" else 0) + (shape.num_layers * scores if flash else 0)
-    forward = embed * (1 + shape.xyz_patch_embedding) + _condition(shape, batch) + blocks + head
+    forward = 2 * embed + _condition(shape, batch) + blocks + head
     return Flops(float(forward), float(backward), float(recompute))
 
 

@@ -163,8 +163,8 @@ def count_parameters(shape: TransformerShape) -> Parameters:
         rest=rest,
         float32=float32,
         lora=shape.num_layers * 2 * r * sum(i + o for i, o in linears),
-        links=shape.num_links * shape.link_ways * d * d,
-        patch_embedding=embedding if shape.xyz_patch_embedding else 0,
+        links=shape.num_links * 2 * d * d,
+        patch_embedding=embedding,
     )
 
 

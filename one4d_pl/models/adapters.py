@@ -19,7 +19,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from one4d_pl.config import Config, ConfigError, DLCConfig, GuidanceConfig, SamplerConfig
+from one4d_pl.config import GONE, Config, ConfigError, DLCConfig, GuidanceConfig, SamplerConfig
 from one4d_pl.errors import reading
 from one4d_pl.models.concat import ConcatTransformer
 from one4d_pl.models.transformer import CoupledTransformer, One4DTransformer
@@ -30,6 +30,8 @@ CARD = "card.json"
 COUPLED = "coupled.safetensors"
 LINKS, XYZ_PATCH = "links.safetensors", "xyz_patch_embedding.safetensors"
 BRANCH_FILES = tuple(f"{m}/{file}" for m in MODALITIES for file in ("adapter_model.safetensors", "adapter_config.json"))
+# what older cards say, see config.GONE; link_blocks they still say, and it is compared
+GONE_FROM_CARDS = {key: GONE[f"dlc.{key}"] for key in ("link_direction", "xyz_patch_embedding")}
 ADAPTER_FILES = (*BRANCH_FILES, LINKS, XYZ_PATCH, COUPLED, CARD)  # all that an adapter can consist of
 
 
@@ -42,7 +44,6 @@ class AdapterCard:
     rank: int
     lora_scale: float  # alpha / rank
     link_blocks: list[int]
-    xyz_patch_embedding: bool
     tasks: list[str]  # trained on
     shift: float  # sigma shift in training
     step: int
@@ -54,8 +55,7 @@ class AdapterCard:
     sampler: dict[str, object]  # steps, solver and guidance of the training's samples (config.SamplerConfig)
     latent_statistics: dict[str, object] | None  # of training clips (data.latent_stats); None = not measured
     data_sources: list[dict[str, str]]  # name and licence tag of each
-    link_direction: str = "both"  # see config.DLCConfig, as for coupling
-    coupling: str = "decoupled"
+    coupling: str = "decoupled"  # see config.DLCConfig
     pointmap_power: float = 1.0  # see config.DataConfig
     xyz_statistics: dict[str, list[float]] | None = None  # mean and std of dlc.standardise_xyz; None = off
     base_quantisation: str = "none"  # of the base that it was trained on; see config.BaseConfig
@@ -67,9 +67,6 @@ class AdapterCard:
             rank=self.rank,
             lora_scale=self.lora_scale,
             num_links=len(self.link_blocks),
-            link_blocks=list(self.link_blocks),
-            xyz_patch_embedding=self.xyz_patch_embedding,
-            link_direction=self.link_direction,
             standardise_xyz=self.xyz_statistics is not None,
             coupling=self.coupling,
         )
@@ -95,7 +92,11 @@ class AdapterCard:
     def read(folder: Path) -> AdapterCard:
         """Read the card of an adapter folder; UserError where there is none or it is broken."""
         with reading(folder / CARD, "an adapter of one4d_pl"):
-            return AdapterCard(**json.loads((folder / CARD).read_text(encoding="utf-8")))
+            stored = json.loads((folder / CARD).read_text(encoding="utf-8"))
+            for key, left in GONE_FROM_CARDS.items():
+                if (value := stored.pop(key, left)) != left:
+                    raise ConfigError(f"{folder / CARD}: {key} = {value}: this knob is gone; what is left is {left}")
+            return AdapterCard(**stored)
 
 
 def adapter_tensors(transformer: CoupledTransformer) -> dict[str, dict[str, nn.Parameter]]:
@@ -112,29 +113,23 @@ def adapter_tensors(transformer: CoupledTransformer) -> dict[str, dict[str, nn.P
                 files[f"{modality}/adapter_model.safetensors"][name] = getattr(linear, part)[modality].weight
     if len(transformer.links):
         files[LINKS] = dict(transformer.links.named_parameters())
-    if transformer.config.xyz_patch_embedding:
-        files[XYZ_PATCH] = dict(transformer.base.patch_embedding.xyz.named_parameters())
+    files[XYZ_PATCH] = dict(transformer.base.patch_embedding.xyz.named_parameters())
     return files
 
 
 def adapter_files(folder: Path) -> list[Path]:
-    """List the adapter's files in a checkpoint or adapter folder, relative to it.
-
-    Optional files are listed if present.
-    """
+    """List the adapter's files in a checkpoint or adapter folder, relative to it; links if there are any."""
     if (folder / COUPLED).is_file():
         return [Path(COUPLED), Path(CARD)]
-    optional = [name for name in (LINKS, XYZ_PATCH) if (folder / name).is_file()]
-    return [Path(name) for name in (*BRANCH_FILES, *optional, CARD)]
+    links = [LINKS] if (folder / LINKS).is_file() else []
+    return [Path(name) for name in (*BRANCH_FILES, *links, XYZ_PATCH, CARD)]
 
 
 def missing_file(folder: Path, card: AdapterCard) -> str | None:
     """Return the first file that the card promises and the folder lacks."""
     names = [COUPLED]
     if card.coupling == "decoupled":
-        names = [*BRANCH_FILES]
-        names += [LINKS] if card.link_blocks else []
-        names += [XYZ_PATCH] if card.xyz_patch_embedding else []
+        names = [*BRANCH_FILES, *([LINKS] if card.link_blocks else []), XYZ_PATCH]
     return next((name for name in names if not (folder / name).is_file()), None)
 
 
@@ -186,8 +181,6 @@ def load_adapters(transformer: CoupledTransformer, folder: Path, base_fingerprin
         "rank": config.rank,
         "lora_scale": config.lora_scale,
         "link_blocks": [int(i) for i in transformer.links],
-        "xyz_patch_embedding": config.xyz_patch_embedding,
-        "link_direction": config.link_direction,
         "coupling": config.coupling,
         "standardise_xyz": config.standardise_xyz,
         "pointmap_power": transformer.codec.power,

@@ -9,40 +9,32 @@ from one4d_pl.config import ConfigError
 
 
 class ControlLink(nn.Module):
-    """An exchange of features, token by token: rgb' = rgb + A xyz, xyz' = xyz + B rgb.
-
-    A one-way link has no A and leaves frames as they are.
-    """
+    """An exchange of features, token by token: rgb' = rgb + A xyz, xyz' = xyz + B rgb."""
 
     ratio: Tensor  # |what the link adds| / |hidden| of the last forward pass
 
-    def __init__(self, width: int, device: torch.device, both_ways: bool) -> None:
+    def __init__(self, width: int, device: torch.device) -> None:
         super().__init__()
         # zero: at step 0 the branches are independent and rgb is exactly the base model
-        self.xyz_to_rgb = _zero_linear(width, device) if both_ways else None
+        self.xyz_to_rgb = _zero_linear(width, device)
         self.rgb_to_xyz = _zero_linear(width, device)
         self.register_buffer("ratio", torch.zeros((), device=device), persistent=False)
 
     def forward(self, hidden: Tensor) -> Tensor:  # [2B, L, D] -> [2B, L, D]
         rgb, xyz = hidden.chunk(2)
-        to_xyz = self.rgb_to_xyz(rgb)  # both directions read the hidden state from before the exchange
-        exchanged = torch.cat([torch.zeros_like(to_xyz) if self.xyz_to_rgb is None else self.xyz_to_rgb(xyz), to_xyz])
+        # both directions read the hidden state from before the exchange
+        exchanged = torch.cat([self.xyz_to_rgb(xyz), self.rgb_to_xyz(rgb)])
         with torch.no_grad():  # dtype=float32 sums in float32 without a float32 copy of the hidden state
             added, present = (torch.linalg.vector_norm(x, dtype=torch.float32) for x in (exchanged, hidden))
             self.ratio = added / present.clamp_min(1e-12)
         return hidden + exchanged.to(hidden.dtype)
 
 
-def link_positions(num_blocks: int, num_links: int, chosen: list[int] | None) -> list[int]:
-    """List the blocks that a link follows: `chosen`, or the centres of `num_links` equal spans.
+def link_positions(num_blocks: int, num_links: int) -> list[int]:
+    """List the blocks that a link follows: the centres of `num_links` equal spans.
 
     The paper does not say where its links sit; 40 blocks and 5 links give 3, 11, 19, 27, 35.
     """
-    if chosen is not None:
-        outside = [i for i in chosen if not 0 <= i < num_blocks]
-        if outside:
-            raise ConfigError(f"dlc.link_blocks: {outside} outside the base's blocks 0..{num_blocks - 1}")
-        return sorted(chosen)
     if num_links > num_blocks:
         raise ConfigError(f"dlc.num_links: {num_links} links need as many blocks, the base has {num_blocks}")
     span = num_blocks / num_links if num_links else 0

@@ -142,12 +142,10 @@ class One4DTransformer(CoupledTransformer):
         generator = torch.Generator().manual_seed(seed)
         device = base.proj_out.weight.device
         self.linear_paths = wrap_linears(base.blocks, config.rank, config.lora_scale, generator, device)
-        if config.xyz_patch_embedding:
-            base.patch_embedding = BranchPatchEmbedding(base.patch_embedding)
+        base.patch_embedding = BranchPatchEmbedding(base.patch_embedding)
         width = base.config.num_attention_heads * base.config.attention_head_dim
-        positions = link_positions(len(base.blocks), config.num_links, config.link_blocks)
-        both_ways = config.link_direction == "both"
-        self.links = nn.ModuleDict({str(i): ControlLink(width, device, both_ways) for i in positions})
+        positions = link_positions(len(base.blocks), config.num_links)
+        self.links = nn.ModuleDict({str(i): ControlLink(width, device) for i in positions})
         for i in positions:
             # a hook runs between this block and the next, inside the checkpointed region: recomputed with the block
             base.blocks[i].register_forward_hook(_LinkHook(self.links[str(i)]))

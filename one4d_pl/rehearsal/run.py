@@ -103,8 +103,7 @@ def one_process(config: Config, folder: Path, blocks: int | None) -> Config:
     settings = transformer_config(folder / "base")
     layers, dlc = int(str(settings["num_layers"])), config.dlc
     if blocks is not None:
-        kept = None if dlc.link_blocks is None else [block for block in dlc.link_blocks if block < layers]
-        dlc = replace(dlc, num_links=min(dlc.num_links, layers), link_blocks=kept)
+        dlc = replace(dlc, num_links=min(dlc.num_links, layers))
     train = replace(
         config.train, strategy="single", num_nodes=1, devices=1, max_steps=1, init_from=None, compile=False,
         global_batch_size=config.train.micro_batch_size,

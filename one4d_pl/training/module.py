@@ -127,12 +127,10 @@ class One4DModule(lightning.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Compute a micro batch's loss, and each sample's loss per branch for the callbacks."""
-        purposes = ["sigma", "sigma xyz" if self.config.flow.separate_sigma else "sigma"]
-        seed, positions = self.config.train.seed, batch.position.tolist()
-        uniform = [
-            torch.rand(1, generator=derived_generator(seed, p, purpose)) for purpose in purposes for p in positions
-        ]
-        sigma = shift_sigma(torch.cat(uniform), self.config.flow.shift).to(self.device)
+        seed = self.config.train.seed
+        uniform = [torch.rand(1, generator=derived_generator(seed, p, "sigma")) for p in batch.position.tolist()]
+        # one t for both branches (One4D, Eq. 3)
+        sigma = shift_sigma(torch.cat(uniform * 2), self.config.flow.shift).to(self.device)
         rgb, xyz = self.losses(batch, sigma, self.draw_noise(batch, "noise"))
         loss = rgb.mean() + self.config.flow.xyz_weight * xyz.mean()
         # the gradients of an infinite loss may be finite: make them NaN, for training/step_guard.py
@@ -156,7 +154,7 @@ class One4DModule(lightning.LightningModule):
     def losses(
         self,
         batch: Batch,
-        sigma: Tensor,  # [2B], rgb first; alike unless flow.separate_sigma (One4D, Eq. 3)
+        sigma: Tensor,  # [2B], rgb first
         noise: Tensor,  # [2B, C, t, h, w], each branch its own
     ) -> tuple[Tensor, Tensor]:  # rgb [B], xyz [B]
         """Compute the squared velocity error of each sample and branch (One4D, Eq. 4)."""

@@ -42,9 +42,7 @@ def adapters(tmp_path_factory, tiny_base_plain) -> Path:
     path = tiny_base_plain.path
     blocks = [int(i) for i in transformer.links]
     sampler = asdict(SamplerConfig())
-    card = AdapterCard(
-        path, fingerprint(path), 3, 1.0, blocks, True, ["video"], 1.0, 7, 9, 32, 48, 16, "", sampler, None, []
-    )
+    card = AdapterCard(path, fingerprint(path), 3, 1.0, blocks, ["video"], 1.0, 7, 9, 32, 48, 16, "", sampler, None, [])
     save_adapters(transformer, folder, card)
     return folder
 

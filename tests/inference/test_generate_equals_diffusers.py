@@ -29,7 +29,7 @@ def ours(base, num_frames: int, solver: str) -> One4DPipeline:
     blocks = [int(i) for i in transformer.links]
     config = SamplerConfig(STEPS, solver)
     card = AdapterCard(
-        base.path, "", 4, 1.0, blocks, True, ["image"], SHIFT, 0, num_frames, 32, 48, base.max_text_tokens, "bad",
+        base.path, "", 4, 1.0, blocks, ["image"], SHIFT, 0, num_frames, 32, 48, base.max_text_tokens, "bad",
         asdict(config), None, [],
     )  # fmt: skip
     return One4DPipeline(transformer, base.encoders(), config, SHIFT, "bad", card)

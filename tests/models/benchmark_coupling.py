@@ -97,7 +97,7 @@ class Coupling:
     def operations(self) -> dict[str, float]:
         """Of each way."""
         dlc = TransformerShape.of(self.settings, self.dlc_config)
-        lora = replace(dlc, num_links=0, xyz_patch_embedding=False)
+        lora = replace(dlc, num_links=0)
         batch = BatchShape(1, self.grid, TEXT_TOKENS)
         wide = replace(batch, latent_grid=(*self.grid[:2], 2 * self.grid[2]))
 

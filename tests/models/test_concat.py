@@ -41,7 +41,7 @@ def test_the_knob_chooses(tiny_base):
     kinds = {"decoupled": One4DTransformer, "channel": ChannelTransformer, "width": WidthTransformer}
     for name, kind in kinds.items():
         assert type(couple(tiny_base.transformer(), DLCConfig(rank=2, num_links=1, coupling=name), 0)) is kind
-    for wrong in ("dlc.coupling=depth", "flow.separate_sigma=true", "train.strategy=deepspeed"):
+    for wrong in ("dlc.coupling=depth", "train.strategy=deepspeed"):
         with pytest.raises(ConfigError, match=r"dlc\.coupling"):
             load_config(["configs/dlc.yaml"], ["dlc.coupling=width", wrong])
 
@@ -94,7 +94,7 @@ def test_what_is_saved_is_read_back(tiny_base, kind, tmp_path):
     expected = model(*inputs.one4d())
     card = AdapterCard(
         base_path="a base", base_fingerprint="print", rank=RANK, lora_scale=1.0, link_blocks=[],
-        xyz_patch_embedding=True, tasks=["video"], shift=1.0, step=0, num_frames=9, height=16, width=16,
+        tasks=["video"], shift=1.0, step=0, num_frames=9, height=16, width=16,
         max_text_tokens=8, negative_prompt="", sampler=dataclasses.asdict(SamplerConfig()), latent_statistics=None,
         data_sources=[], coupling=kind,
     )  # fmt: skip

@@ -32,7 +32,6 @@ def adapter(request, tiny_base, tmp_path):
         4,
         request.param,
         [],
-        True,
         ["video"],
         1.0,
         1,

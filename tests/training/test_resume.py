@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from one4d_pl.commands import export
-from one4d_pl.config import ConfigError
+from one4d_pl.config import ConfigError, load_config, to_yaml
 from one4d_pl.data.shards import ShardSet
 from one4d_pl.fit import fit
 from one4d_pl.models.adapters import AdapterCard
@@ -97,11 +97,38 @@ def test_a_knob_younger_than_the_checkpoint_counts_as_its_default(run_config):
     fit(run_config("train.max_steps=2"))
     path = checkpoint_folder(run_config().run_dir, 2) / "trainer.json"
     state = json.loads(path.read_text())
-    del state["config"]["dlc"]["coupling"], state["config"]["flow"]["separate_sigma"]
+    del state["config"]["dlc"]["coupling"], state["config"]["flow"]["caption_dropout"]
     path.write_text(json.dumps(state))
-    with pytest.raises(ConfigError, match=r"flow\.separate_sigma \(False -> True\)"):
-        refuse_other_run(path.parent, run_config("flow.separate_sigma=true"))
+    with pytest.raises(ConfigError, match=r"flow\.caption_dropout \(0\.1 -> 0\.2\)"):
+        refuse_other_run(path.parent, run_config("flow.caption_dropout=0.2"))
     refuse_other_run(path.parent, run_config())
+
+
+def test_a_run_with_a_knob_that_is_gone_goes_on_where_it_held_the_value_that_is_left(run_config):
+    """Its config.yaml and its adapter's card open, too."""
+    config = run_config("train.max_steps=2")
+    fit(config)
+    folder, yaml_path = checkpoint_folder(config.run_dir, 2), Path(config.run_dir) / "config.yaml"
+    state, card = (json.loads((folder / name).read_text()) for name in ("trainer.json", "card.json"))
+    older = "  link_blocks: null\n  link_direction: {}\n  xyz_patch_embedding: true\n"
+    for direction in ("both", "rgb_to_xyz"):
+        state["config"]["dlc"] |= {"link_blocks": None, "link_direction": direction, "xyz_patch_embedding": True}
+        state["config"]["flow"]["separate_sigma"] = False
+        (folder / "trainer.json").write_text(json.dumps(state))
+        card |= {"link_direction": direction, "xyz_patch_embedding": True}
+        (folder / "card.json").write_text(json.dumps(card))
+        yaml_path.write_text(to_yaml(config).replace("dlc:\n", "dlc:\n" + older.format(direction)))
+        if direction == "both":
+            refuse_other_run(folder, config)
+            assert AdapterCard.read(folder).rank == config.dlc.rank
+            assert load_config([str(yaml_path)], []) == config
+        else:
+            with pytest.raises(ConfigError, match=r"dlc\.link_direction \(rgb_to_xyz -> None\)"):
+                refuse_other_run(folder, config)
+            with pytest.raises(ConfigError, match=r"card\.json: link_direction = rgb_to_xyz: this knob is gone"):
+                AdapterCard.read(folder)
+            with pytest.raises(ConfigError, match=r"dlc\.link_direction=rgb_to_xyz: this knob is gone"):
+                load_config([str(yaml_path)], [])
 
 
 @pytest.mark.parametrize("kind", ["channel", "width"])
