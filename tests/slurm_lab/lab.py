@@ -172,13 +172,17 @@ class Lab:
         """What `scontrol show job` says: JobState, Restarts, ExitCode, ..."""
         return dict(re.findall(r"(\w+)=(\S*)", self._run("scontrol", "show", "job", str(number))))
 
+    def states(self, number: int) -> set[str]:
+        """The states of a job, or of every task of an array job."""
+        return set(re.findall(r"JobState=(\w+)", self._run("scontrol", "show", "job", str(number))))
+
     def wait(self, number: int, seconds: float, poll: Callable[[dict[str, str]], bool] = lambda job: False) -> str:
-        """The job's last state, once it has ended or `poll` says so; RuntimeError after `seconds`."""
+        """The last state, once the job and its tasks have ended or `poll` says so; RuntimeError after `seconds`."""
         job: dict[str, str] = {}
 
         def over() -> bool:
             job.update(self.job(number))
-            return job["JobState"] in ENDED or poll(job)
+            return self.states(number) <= ENDED or poll(job)
 
         self._wait_for(over, seconds, f"job {number}")
         return job["JobState"]
