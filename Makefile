@@ -75,8 +75,9 @@ eval: $(STAMP)  ## BENCH=sintel ROOT=<its folder> CKPT=<adapter folder>; with no
 		OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m one4d_pl evaluate --bench $$bench $(if $(ROOT),--root $(ROOT)) $(if $(CKPT),--ckpt $(CKPT)) $(EVAL_ARGS); done
 
 # a process per core, four at most; a file's tests stay together, since they share what they set up
+# a test that the hang guard ended takes its process along, and xdist would wait for that file for ever: no restarts
 test: $(STAMP)  ## the tests but the slow ones
-	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m "not slow" -n logical --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m "not slow" -n logical --maxprocesses 4 --dist loadfile --max-worker-restart=0
 
 test-long: $(STAMP)  ## the slow tests
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(VENV)/bin/python -m pytest -q -m slow -o faulthandler_timeout=1800
