@@ -6,6 +6,7 @@ NOWHERE says of the few others why.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
 import re
@@ -14,6 +15,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -57,6 +59,8 @@ ELSEWHERE = {
     "make gpu-proof": "tests/experiments/test_gpu_proof.py::test_it_runs_every_part_and_leaves_its_report",
     "experiments.bench_gpu --tiny":
         "tests/experiments/test_bench_gpu.py::test_it_needs_torch_diffusers_and_this_package_alone",
+    "one4d fit --config configs/dlc.yaml train.strategy=deepspeed":
+        "tests/training/test_zero.py::test_every_strategy_trains_what_one_process_trains",
     "one4d rehearse": "tests/rehearsal/test_rehearsal.py::test_the_door_tells_what_it_saw",
     "tests.postopt.benchmark_gradient_fit":
         "tests/postopt/test_benchmark.py::test_never_less_accurate_than_a_gradient_fit_and_faster",
@@ -225,19 +229,34 @@ PREPARE: dict[str, list[Callable[[], None]]] = {
     "docs/own_videos.md": [bases, lambda: shards("own/train", "own/val")],
     "docs/performance.md": [],
     "docs/slurm.md": [],
-    "docs/training.md": [],
+    "docs/training.md": [a_training],
 }  # fmt: skip
 
 
 # --- the lines
 
 
-@pytest.mark.parametrize("page", [page for page in PREPARE if page != "docs/slurm.md"])
-def test_a_page_is_pasted(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    for prepare in PREPARE[page]:
-        prepare()
-    for words in lines_here()[page]:
+@pytest.fixture(scope="module")
+def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder in which a page's lines run, made when its first line does."""
+
+    @cache
+    def make(page: str) -> Path:
+        folder = tmp_path_factory.mktemp(Path(page).stem)
+        with contextlib.chdir(folder):
+            for prepare in PREPARE[page]:
+                prepare()
+        return folder
+
+    return make
+
+
+PASTED = [(page, words) for page, lines in lines_here().items() if page != "docs/slurm.md" for words in lines]
+
+
+@pytest.mark.parametrize(("page", "words"), PASTED, ids=[f"{page}: {plain(words)[:60]}" for page, words in PASTED])
+def test_a_line_is_pasted(page: str, words: list[str], folder_of: Callable[[str], Path]) -> None:
+    with contextlib.chdir(folder_of(page)):
         for made in made_by(words) if words[0] == "make" else [words]:
             run(made)
 
