@@ -312,7 +312,10 @@ def quick(verb: str, words: list[str]) -> list[str]:
 def made_by(words: list[str]) -> Iterator[list[str]]:
     """Yield the commands that `make` would run."""
     dry = ["make", "--dry-run", "-o", ".venv/.setup-stamp", *words[1:]]  # -o: as if it had been set up
-    said = subprocess.run(dry, cwd=REPO, capture_output=True, text=True, check=True).stdout.replace("\\\n", "")
+    # not as the sub-make of a `make test` around this, which would speak of folders
+    alone = {name: value for name, value in os.environ.items() if not name.startswith("MAKE")}
+    said = subprocess.run(dry, cwd=REPO, env=alone, capture_output=True, text=True, check=True).stdout
+    said = said.replace("\\\n", "")
     for text in said.splitlines():
         if loop := re.match(r"set -e; for bench in (.*?); do .*?(\.venv.*?); done", text):
             yield from (shlex.split(loop[2].replace("$bench", bench)) for bench in loop[1].split())
