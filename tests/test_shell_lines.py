@@ -86,6 +86,13 @@ NOWHERE = {
     "experiments.bench_gpu": "needs a GPU",
 }
 
+# minutes even so: `make test-long` runs them
+LONG = {
+    "make demo",
+    "make eval",
+    "one4d fit --config configs/dlc.yaml train.strategy=ddp train.devices=2 train.micro_batch_size=4 run_dir=runs/ddp",
+}
+
 # What makes a line quick. Clips of a scale made for GPUs are those of the small shards.
 SMALL_RAW = ["--num-frames", "17", "--height", "32", "--width", "48"]
 FEW_STEPS = [
@@ -137,6 +144,7 @@ def test_no_place_is_stale() -> None:
     lines = [words for page in PAGES for words in commands(page)]
     used = {beginning(ELSEWHERE | NOWHERE, words) for words in lines}
     assert not (ELSEWHERE | NOWHERE).keys() - used
+    assert {plain(words) for words in lines} >= LONG
     for place in ELSEWHERE.values():
         file, _, test = place.partition("::")
         assert f"def {test}(" in (REPO / file).read_text() if test else (REPO / file).is_file(), place
@@ -251,10 +259,14 @@ def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
     return make
 
 
-PASTED = [(page, words) for page, lines in lines_here().items() if page != "docs/slurm.md" for words in lines]
+def pasted() -> Iterator[pytest.ParameterSet]:
+    for page, lines in lines_here().items():
+        for words in lines if page != "docs/slurm.md" else []:
+            marks = pytest.mark.slow if plain(words) in LONG else ()
+            yield pytest.param(page, words, id=f"{page}: {plain(words)[:60]}", marks=marks)
 
 
-@pytest.mark.parametrize(("page", "words"), PASTED, ids=[f"{page}: {plain(words)[:60]}" for page, words in PASTED])
+@pytest.mark.parametrize(("page", "words"), list(pasted()))
 def test_a_line_is_pasted(page: str, words: list[str], folder_of: Callable[[str], Path]) -> None:
     with contextlib.chdir(folder_of(page)):
         for made in made_by(words) if words[0] == "make" else [words]:

@@ -73,7 +73,11 @@ def folder_of(arguments: list[str]) -> Path:
 
 
 @pytest.mark.filterwarnings("ignore:.*biased upwards.*")
-@pytest.mark.parametrize("experiment", EXPERIMENTS, ids=lambda experiment: experiment.name)
+@pytest.mark.parametrize(
+    "experiment",
+    # `links` trains, samples and breaks; with the others minutes
+    [pytest.param(e, id=e.name, marks=() if e.name == "links" else pytest.mark.slow) for e in EXPERIMENTS],
+)
 def test_every_experiment_runs_and_is_reported(short, experiment, capsys):
     out = folder_of(short())
     assert main(short("--only", experiment.name)) == 0
