@@ -33,6 +33,7 @@ def base_config(run_config, tmp_path):
     return make
 
 
+@pytest.mark.slow
 def test_a_resumed_pretraining_is_bitwise_the_undisturbed_one_and_leaves_a_base(base_config, tiny_base_plain):
     vae = Path(tiny_base_plain.path) / "vae"
     build(base_config("a"), vae)

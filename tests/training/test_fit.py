@@ -43,6 +43,7 @@ def test_one_clip_can_be_overfitted(run_config):
     assert losses[-1] <= losses[0] / 10, losses
 
 
+@pytest.mark.slow
 @pytest.mark.realdata
 @pytest.mark.skipif(not TARTANAIR.is_dir(), reason="shared/data/tartanair is not here")
 def test_real_tartanair_files_become_a_shard_and_train(run_config, tmp_path):
